@@ -1,0 +1,19 @@
+"""What every test shares. The tests run against the installed package: nothing here touches `sys.path`."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[Callable[[int], None]]:
+    """One torch thread, so that test workers do not fight over cores; call it to set another number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

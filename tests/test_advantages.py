@@ -1,0 +1,163 @@
+"""Group-relative advantages and the choice of the best and worst samples."""
+
+import math
+
+import pytest
+import torch
+
+from dancegrpo_fast import group_advantages
+from dancegrpo_fast.advantages import best_and_worst
+
+from .tolerances import assert_same_formula, assert_within_budget
+
+F64 = torch.float64
+
+
+def by_hand(rewards: list[float], *, eps: float = 1e-8, unbiased: bool = True, divide: bool = True) -> list[float]:
+    """One group."""
+    mean = sum(rewards) / len(rewards)
+    squares = sum((r - mean) ** 2 for r in rewards)
+    std = math.sqrt(squares / (len(rewards) - (1 if unbiased else 0)))
+    return [(r - mean) / (std + eps if divide else 1.0) for r in rewards]
+
+
+def rewards_of(groups: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(groups * size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 0.1])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_formula(size: int, eps: float, divide: bool, unbiased: bool) -> None:
+    rewards = rewards_of(5, size)
+    found = group_advantages(rewards, size, eps=eps, unbiased=unbiased, divide_by_std=divide)
+    wanted = [
+        by_hand(group, eps=eps, unbiased=unbiased, divide=divide)
+        for group in rewards.double().reshape(5, size).tolist()
+    ]
+    truth = torch.tensor(wanted, dtype=F64).flatten()
+    assert_within_budget(found, truth, truth.float())
+
+
+def test_defaults_are_the_paper_s() -> None:
+    rewards = rewards_of(2, 4)
+    assert torch.equal(
+        group_advantages(rewards, 4),
+        group_advantages(rewards, 4, eps=1e-8, unbiased=True, divide_by_std=True),
+    )
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
+def test_several_rewards_sum_advantages_not_rewards(weights: tuple | None) -> None:
+    """Rewards of different scales count the same."""
+    rewards = torch.stack([rewards_of(3, 4, seed) * scale for seed, scale in enumerate((1.0, 1e3, 1e-3))])
+    factors = weights or (1.0, 1.0, 1.0)
+    truth = torch.zeros(12, dtype=F64)
+    for row, factor in zip(rewards.double(), factors, strict=True):
+        truth += factor * torch.tensor([by_hand(g) for g in row.reshape(3, 4).tolist()], dtype=F64).flatten()
+    found = group_advantages(rewards, 4, weights=weights)
+    assert_within_budget(found, truth, truth.float())
+    scaled = rewards * torch.tensor([[1.0], [2.0**10], [2.0**-10]])
+    assert_same_formula(
+        group_advantages(scaled, 4, weights=weights, eps=0.0).double(),
+        group_advantages(rewards, 4, weights=weights, eps=0.0).double(),
+    )
+    assert not torch.equal(found, group_advantages(rewards.sum(0), 4))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.3, 1e30, 1e-30])
+@pytest.mark.parametrize("size", [2, 3, 7, 12])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_equal_rewards_give_exactly_zero(value: float, size: int, eps: float) -> None:
+    """The rounding of the mean must not be divided by a deviation of 0."""
+    found = group_advantages(torch.full((2 * size,), value), size, eps=eps)
+    assert torch.equal(found, torch.zeros(2 * size))
+
+
+def test_one_constant_group_leaves_the_others() -> None:
+    rewards = rewards_of(3, 4)
+    wanted = group_advantages(rewards, 4)
+    rewards[4:8] = 0.3
+    found = group_advantages(rewards, 4)
+    assert torch.equal(found[4:8], torch.zeros(4))
+    assert torch.equal(found[:4], wanted[:4]) and torch.equal(found[8:], wanted[8:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
+def test_computed_in_float64_from_any_dtype(dtype: torch.dtype) -> None:
+    rewards = (100.0 + 1e-2 * rewards_of(2, 4)).to(dtype)
+    found = group_advantages(rewards, 4)
+    assert found.dtype == torch.float32 and found.shape == (8,)
+    assert torch.equal(found, group_advantages(rewards.double(), 4))
+
+
+def test_the_rewards_stay_as_they_were() -> None:
+    rewards = rewards_of(2, 4)
+    before = rewards.clone()
+    group_advantages(rewards, 4)
+    assert torch.equal(rewards, before)
+
+
+BAD_REWARDS = (
+    torch.zeros(()),
+    torch.zeros(2, 2, 4),
+    torch.zeros(8, dtype=torch.int64),
+    torch.zeros(0),
+    torch.tensor([0.0, float("nan")]),
+    torch.tensor([0.0, float("inf")]),
+)
+
+
+@pytest.mark.parametrize("rewards", BAD_REWARDS, ids=str)
+def test_bad_rewards(rewards: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^rewards: "):
+        group_advantages(rewards, 2)
+
+
+@pytest.mark.parametrize("size", [-2, 0, 1, 3, 16])
+def test_bad_group_size(size: int) -> None:
+    with pytest.raises(ValueError, match=r"^group_size: "):
+        group_advantages(rewards_of(2, 4), size)
+    with pytest.raises(ValueError, match=r"^group_size: "):
+        best_and_worst(rewards_of(2, 4), size, 1)
+
+
+@pytest.mark.parametrize("weights", [(), (1.0,), (1.0, 1.0, 1.0)])
+def test_bad_weights(weights: tuple) -> None:
+    with pytest.raises(ValueError, match=r"^weights: "):
+        group_advantages(torch.stack([rewards_of(2, 4)] * 2), 4, weights=weights)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_best_and_worst(k: int) -> None:
+    advantages = rewards_of(5, 6)
+    kept = best_and_worst(advantages, 6, k)
+    wanted: list[int] = []
+    for first in range(0, 30, 6):
+        order = sorted(range(first, first + 6), key=lambda i: advantages[i].item())
+        wanted += order[:k] + order[-k:]
+    assert kept.dtype == torch.int64 and kept.tolist() == sorted(wanted)
+
+
+def test_ties_keep_the_earlier_sample() -> None:
+    assert best_and_worst(torch.tensor([1.0, 3.0, 3.0, 0.0]), 4, 1).tolist() == [1, 3]
+    assert best_and_worst(torch.tensor([3.0, 1.0, 1.0, 2.0]), 4, 1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_equal_advantages_keep_distinct_samples(k: int) -> None:
+    kept = best_and_worst(torch.zeros(16), 8, k).tolist()
+    assert len(set(kept)) == len(kept) == 4 * k
+
+
+@pytest.mark.parametrize("k", [-1, 0, 3])
+def test_bad_k(k: int) -> None:
+    with pytest.raises(ValueError, match=r"^k: "):
+        best_and_worst(rewards_of(2, 4), 4, k)
+
+
+@pytest.mark.parametrize("advantages", BAD_REWARDS, ids=str)
+def test_bad_advantages(advantages: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^advantages: "):
+        best_and_worst(advantages, 2, 1)

@@ -1,0 +1,233 @@
+"""Sampler tables refuse bad arguments by name, and rows without noise score 0."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dancegrpo_fast import transition_log_prob, transition_step
+from dancegrpo_fast.transitions import (
+    TransitionTable,
+    cps,
+    dance_sde,
+    ddim,
+    flow_sde,
+    from_scheduler,
+    mixed,
+    ode,
+    shifted_sigmas,
+    vp_sde,
+)
+
+F64 = torch.float64
+INF, NAN = float("inf"), float("nan")
+GOOD = (1.0, 0.5, 0.0)
+ALPHAS = torch.linspace(0.99, 0.01, 100, dtype=F64)
+TIMES = (90, 50, 10)
+FLOWS = (lambda s: dance_sde(s, 0.3), lambda s: flow_sde(s, 0.3), lambda s: cps(s, 0.3), ode)
+
+
+@pytest.mark.parametrize("build", FLOWS)
+@pytest.mark.parametrize(
+    "sigmas",
+    [(), (1.0,), (1.0, 1.0, 0.0), (0.0, 1.0), (1.5, 0.5), (1.0, -0.1), (1.0, NAN), (INF, 0.5), [[1.0, 0.5]]],
+    ids=str,
+)
+def test_bad_sigmas(build: Callable, sigmas) -> None:
+    with pytest.raises(ValueError, match=r"^sigmas: "):
+        build(sigmas)
+
+
+@pytest.mark.parametrize("level", [-0.1, NAN, INF])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda level: dance_sde(GOOD, level), "eta"),
+        (lambda level: flow_sde(GOOD, level), "noise_level"),
+        (lambda level: cps(GOOD, level), "noise_level"),
+        (lambda level: ddim(ALPHAS, TIMES, level), "eta"),
+        (lambda level: vp_sde(ALPHAS, TIMES, level), "eta"),
+    ],
+    ids=["dance", "flow", "cps", "ddim", "vp"],
+)
+def test_bad_noise_level(build: Callable, name: str, level: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        build(level)
+
+
+def test_level_above_what_the_step_holds() -> None:
+    with pytest.raises(ValueError, match=r"^noise_level: "):
+        cps(GOOD, 1.01)
+    with pytest.raises(ValueError, match=r"^eta: .*more noise"):
+        ddim(ALPHAS, TIMES, 3.0)
+
+
+DIFFUSION_ERRORS = {
+    "alphas_cumprod zero": ("alphas_cumprod", {"alphas_cumprod": [0.9, 0.5, 0.0]}),
+    "alphas_cumprod one": ("alphas_cumprod", {"alphas_cumprod": [1.0, 0.5]}),
+    "alphas_cumprod nan": ("alphas_cumprod", {"alphas_cumprod": [0.9, NAN]}),
+    "alphas_cumprod rising": ("alphas_cumprod", {"alphas_cumprod": ALPHAS.flip(0)}),
+    "alphas_cumprod 2d": ("alphas_cumprod", {"alphas_cumprod": ALPHAS[None]}),
+    "timesteps empty": ("timesteps", {"timesteps": []}),
+    "timesteps 2d": ("timesteps", {"timesteps": [[3, 1]]}),
+    "timesteps rising": ("timesteps", {"timesteps": [10, 50]}),
+    "timesteps equal": ("timesteps", {"timesteps": [50, 50]}),
+    "timesteps high": ("timesteps", {"timesteps": [100, 50]}),
+    "timesteps negative": ("timesteps", {"timesteps": [50, -1]}),
+    "prediction_type": ("prediction_type", {"prediction_type": "score"}),
+    "previous_timesteps length": ("previous_timesteps", {"previous_timesteps": [1, 0]}),
+    "previous_timesteps later": ("previous_timesteps", {"previous_timesteps": [95, 49, 9]}),
+    "final_alpha_cumprod zero": ("final_alpha_cumprod", {"final_alpha_cumprod": 0.0}),
+    "final_alpha_cumprod high": ("final_alpha_cumprod", {"final_alpha_cumprod": 1.1}),
+    "final_alpha_cumprod nan": ("final_alpha_cumprod", {"final_alpha_cumprod": NAN}),
+}
+
+
+@pytest.mark.parametrize("build", [ddim, vp_sde])
+@pytest.mark.parametrize("name", DIFFUSION_ERRORS)
+def test_bad_diffusion_schedule(build: Callable, name: str) -> None:
+    argument, changed = DIFFUSION_ERRORS[name]
+    arguments = {"alphas_cumprod": ALPHAS, "timesteps": TIMES, "eta": 0.5, **changed}
+    with pytest.raises(ValueError, match=rf"^{argument}: "):
+        build(**arguments)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_bad_num_steps(steps: int) -> None:
+    with pytest.raises(ValueError, match=r"^num_steps: "):
+        shifted_sigmas(steps)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, NAN, INF])
+def test_bad_shift(shift: float) -> None:
+    with pytest.raises(ValueError, match=r"^shift: "):
+        shifted_sigmas(4, shift)
+
+
+@pytest.mark.parametrize("index", [-1, 2, 100])
+def test_window_out_of_range(index: int) -> None:
+    with pytest.raises(ValueError, match=r"^window: "):
+        mixed(dance_sde(GOOD, 0.3), ode(GOOD), [0, index])
+
+
+def test_mixed_of_different_schedules() -> None:
+    with pytest.raises(ValueError, match=r"^deterministic: "):
+        mixed(dance_sde(GOOD, 0.3), ode((1.0, 0.4, 0.0)), [0])
+    with pytest.raises(ValueError, match=r"^deterministic: "):
+        mixed(dance_sde(GOOD, 0.3), ode((1.0, 0.5, 0.2, 0.0)), [0])
+
+
+def flow_scheduler(**config):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(4)
+    return scheduler
+
+
+def ddim_scheduler(**config):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**{"clip_sample": False, **config})
+    scheduler.set_timesteps(4)
+    return scheduler
+
+
+@pytest.mark.parametrize("setting", ["clip_sample", "thresholding", "rescale_betas_zero_snr"])
+def test_scheduler_whose_step_is_not_affine(setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"^scheduler: .*{setting}"):
+        from_scheduler(ddim_scheduler(**{setting: True}))
+
+
+def test_flow_scheduler_that_draws_its_own_noise() -> None:
+    with pytest.raises(ValueError, match=r"^scheduler: .*stochastic_sampling"):
+        from_scheduler(flow_scheduler(stochastic_sampling=True))
+
+
+def test_scheduler_of_another_kind() -> None:
+    with pytest.raises(ValueError, match=r"^scheduler: .*SimpleNamespace"):
+        from_scheduler(SimpleNamespace(num_inference_steps=4))
+
+
+def test_scheduler_without_timesteps() -> None:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    for scheduler in (DDIMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(ValueError, match=r"^scheduler: .*set_timesteps"):
+            from_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(("build", "sampler"), [(flow_scheduler, "ddim"), (ddim_scheduler, "flow_sde")])
+def test_sampler_of_the_other_family(build: Callable, sampler: str) -> None:
+    with pytest.raises(ValueError, match=r"^sampler: "):
+        from_scheduler(build(), sampler)
+
+
+def test_scheduler_window_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"^window: "):
+        from_scheduler(flow_scheduler(), "dance_sde", 0.3, window=[4])
+
+
+@pytest.mark.parametrize("build", [flow_scheduler, ddim_scheduler])
+def test_scheduler_noise_level(build: Callable) -> None:
+    with pytest.raises(ValueError, match=r"^(eta|noise_level): "):
+        from_scheduler(build(), noise_level=-1.0)
+
+
+def columns(**changed) -> dict:
+    one = torch.ones(2, dtype=F64)
+    named = ("a", "b", "tau", "p", "q", "times", "step_size", "drift", "drift_weight", "denoised_weight")
+    return {**dict.fromkeys(named, one), "kind": ("gaussian", "none"), **changed}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("a", torch.ones(3, dtype=F64)),
+        ("b", torch.ones(2)),
+        ("p", torch.tensor([1.0, NAN], dtype=F64)),
+        ("tau", torch.tensor([0.5, -0.5], dtype=F64)),
+        ("times", torch.ones(1, dtype=F64)),
+        ("kind", ("gaussian", "normal")),
+    ],
+)
+def test_bad_table_column(name: str, value) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        TransitionTable(**columns(**{name: value}))
+
+
+def test_table_without_rows() -> None:
+    empty = torch.ones(0, dtype=F64)
+    with pytest.raises(ValueError, match=r"^table: "):
+        TransitionTable(**{**dict.fromkeys(columns(), empty), "kind": ()})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
+@pytest.mark.parametrize("table", [ode(GOOD), cps((0.5, 0.0), 0.8), mixed(dance_sde(GOOD, 0.3), ode(GOOD), [1])])
+def test_rows_without_noise_score_zero(table: TransitionTable, dtype: torch.dtype, backend: str) -> None:
+    """Row 0 of each table has tau 0: the mean is stored, whatever the noise, and the gradient is 0."""
+    g = torch.Generator().manual_seed(0)
+    x, v, eps = (torch.randn(3, 50, generator=g).to(dtype) for _ in range(3))
+    step = transition_step(x, v, table, 0, noise=eps * float("nan"), backend=backend)
+    mean = transition_step(x, v, table, 0, noise=torch.zeros_like(eps), backend=backend)
+    assert torch.equal(step.latents, mean.latents) and bool(step.latents.isfinite().all())
+    assert torch.equal(step.log_prob, torch.zeros_like(step.log_prob))
+    v.requires_grad_()
+    score = transition_log_prob(x, v, eps, table, 0, backend=backend)
+    score.sum().backward()
+    assert torch.equal(score.detach(), torch.zeros_like(score)) and torch.equal(v.grad, torch.zeros_like(v))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_without_noise_never_give_nan(backend: str) -> None:
+    """A difference whose square overflows still scores 0."""
+    x = torch.full((1, 4), 1e30)
+    assert transition_log_prob(x, x, -x, ode(GOOD), 0, backend=backend).tolist() == [0.0]
+
+
+def test_noise_too_small_for_float32_is_refused() -> None:
+    """`1 / tau^2` would be infinite and meet differences of exactly 0."""
+    with pytest.raises(ValueError, match=r"^tau: "):
+        dance_sde(GOOD, 1e-20)

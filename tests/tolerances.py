@@ -1,0 +1,98 @@
+"""How far a result may lie from the truth. The tests themselves contain no tolerances.
+
+Truth is the reference in float64 on the exact low-precision inputs. The budget is twice the sum of the error
+that plain torch makes in the same dtype and one rounding of the output. Where the output is itself float64,
+the truth is no more precise than it, and the two only have to be the same formula.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+# Two float64 evaluations of one formula differ by accumulated roundings, a wrong formula by far more.
+FORMULA = torch.finfo(torch.float64).eps ** 0.75
+# Fixed seeds make the statistical tests repeatable; a sound generator passes for almost every seed.
+SIGNIFICANCE = 1e-3
+# The kernels' own float32 logarithm, sine and cosine against rounded float64 ones: the worst of 4 million.
+NOISE_ULPS = 4
+
+
+def one_rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the spacing of `dtype` at each value, subnormals included."""
+    info = torch.finfo(dtype)
+    return 0.5 * info.eps * truth.abs().clamp(min=info.smallest_normal)
+
+
+def assert_within_budget(actual: Tensor, truth: Tensor, plain: Tensor, source: float = 0.0) -> None:
+    """`actual` within twice (the worst error of `plain` + one rounding) of `truth`; like `plain` in shape.
+
+    A single number may be right by luck in plain torch. `source` is the error that plain torch makes in the
+    values which that number is computed from.
+    """
+    assert actual.shape == plain.shape and actual.dtype == plain.dtype
+    assert truth.dtype == torch.float64
+    assert torch.equal(actual.isnan(), truth.isnan())
+    if actual.dtype == torch.float64:
+        assert_same_formula(actual, truth)
+        return
+    finite = truth.isfinite() & plain.isfinite()
+    overflow = ~finite & ~truth.isnan()
+    assert torch.equal(actual[overflow], plain[overflow])
+    error = (plain.double() - truth)[finite].abs().max() if bool(finite.any()) else torch.tensor(0.0)
+    budget = 2.0 * (error.clamp(min=source) + one_rounding(truth, actual.dtype))
+    off = (actual.double() - truth).abs()
+    bad = finite & ~(off <= budget)
+    assert not bool(bad.any()), f"{int(bad.sum())} values off by up to {off[bad].max()}, budget {budget[bad].min()}"
+
+
+def assert_same_formula(actual: Tensor, expected: Tensor) -> None:
+    """Two float64 evaluations of the same mathematics, relative to the largest value."""
+    assert actual.dtype == expected.dtype == torch.float64 and actual.shape == expected.shape
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=FORMULA * scale)
+
+
+def assert_as_printed(actual: Tensor | float, printed: str) -> None:
+    """Equal to a number written in decimal, to half a unit of its last digit."""
+    digits = len(printed.partition(".")[2])
+    half_unit = 0.5 * 10.0**-digits
+    slack = FORMULA * abs(float(printed))
+    assert abs(float(actual) - float(printed)) <= half_unit + slack, f"{float(actual)!r}, want {printed}"
+
+
+def assert_first_order(errors: list[float]) -> None:
+    """Errors of an Euler scheme while the number of steps doubles: each about half of the one before."""
+    for coarse, fine in pairwise(errors):
+        assert 1.5 * fine < coarse, f"{errors} do not halve"
+
+
+def assert_same_noise(actual: Tensor, expected: Tensor) -> None:
+    """Noise of the kernels and of the reference, in representable numbers apart."""
+    assert actual.dtype == expected.dtype == torch.float32
+
+    def ordered(values: Tensor) -> Tensor:
+        bits = values.contiguous().view(torch.int32).long()
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    apart = (ordered(actual) - ordered(expected)).abs()
+    assert int(apart.max()) <= NOISE_ULPS, f"{int(apart.max())} units in the last place apart"
+
+
+def assert_standard_normal(values: Tensor) -> None:
+    """Moments up to the fourth and the whole distribution (Kolmogorov-Smirnov)."""
+    flat = values.flatten().double().numpy()
+    bound = float(stats.norm.isf(SIGNIFICANCE / 2))
+    # Standard errors of the sample moments of a normal.
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(np.mean(flat**power) - mean) <= bound * math.sqrt(variance / len(flat)), f"moment {power}"
+    assert stats.kstest(flat, "norm").pvalue > SIGNIFICANCE
+
+
+def assert_uncorrelated(first: Tensor, second: Tensor) -> None:
+    """Pearson correlation of two draws, and of their squares, not distinguishable from 0."""
+    for a, b in ((first, second), (first.square(), second.square())):
+        assert stats.pearsonr(a.flatten().double().numpy(), b.flatten().double().numpy()).pvalue > SIGNIFICANCE
