@@ -1,0 +1,255 @@
+"""A run as dataclasses: recipes are YAML files of these, and every field can be overridden on the command line."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: got {value}, want more than 0")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name}: got {value}, want at least {low:g}")
+
+
+@dataclass
+class LoraSettings:
+    """peft LoRA on the denoiser.
+
+    Args:
+        rank: of the update matrices.
+        alpha: its scale is `alpha / rank`.
+        target_modules: endings of the module names that get one.
+    """
+
+    rank: int = 32
+    alpha: int = 32
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        _positive("model.lora.rank", self.rank)
+        _positive("model.lora.alpha", self.alpha)
+
+
+@dataclass
+class ModelSettings:
+    """The generator.
+
+    Args:
+        family: "flux" or "stable_diffusion".
+        path: a diffusers folder with prompt embeddings beside the model.
+        dtype: of the weights.
+        lora: train LoRA layers instead of the whole denoiser.
+        gradient_checkpointing: recompute the denoiser's blocks in the backward.
+    """
+
+    family: str
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSettings | None = None
+    gradient_checkpointing: bool = False
+
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+@dataclass
+class SamplerSettings:
+    """How samples are drawn in the rollout, and again in the replay.
+
+    Args:
+        kind: "dance_sde", "flow_sde", "cps" or "ode" for flows, "ddim" or "vp_sde" for diffusion.
+        num_steps: T.
+        eta: noise level of the sampler.
+        shift: of the flow's schedule; null takes the scheduler's own.
+        guidance_scale: classifier-free guidance, or the guidance embedding where the model has one; 1 is off.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        shared_noise: all samples of a prompt start from the same noise, and step 0 is computed once per prompt.
+        window: steps that stay stochastic, the others follow the ODE; null: all.
+        latents_dtype: in which trajectories are stored.
+    """
+
+    kind: str
+    num_steps: int
+    eta: float
+    height: int
+    width: int
+    shift: float | None = None
+    guidance_scale: float = 1.0
+    shared_noise: bool = True
+    window: list[int] | None = None
+    latents_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _at_least("sampler.num_steps", self.num_steps, 2)
+        _at_least("sampler.eta", self.eta, 0)
+        _positive("sampler.height", self.height)
+        _positive("sampler.width", self.width)
+
+    def torch_dtype(self) -> torch.dtype:
+        """`latents_dtype` as torch names it."""
+        return torch.bfloat16 if self.latents_dtype == "bfloat16" else torch.float32
+
+
+@dataclass
+class RewardSettings:
+    """One reward.
+
+    Args:
+        name: a reward of this package, or `package.module:callable`.
+        weight: factor of its advantages.
+        threshold: score 1 above it and 0 at or below it.
+        args: keyword arguments of its constructor.
+    """
+
+    name: str
+    weight: float = 1.0
+    threshold: float | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainSettings:
+    """The optimisation.
+
+    Args:
+        iterations: rollouts.
+        prompts_per_iteration: P.
+        group_size: samples of each prompt, G.
+        micro_batch: rows of every model call, in rollout and replay alike.
+        timestep_fraction: share of the trainable steps that each sample is trained on, drawn at random per sample.
+        updates_per_rollout: optimiser steps that share out a rollout's samples.
+        inner_epochs: passes over a rollout.
+        best_of_n: train on the k best and k worst of each group; null: on all.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to it.
+        clip_range: of the ratio.
+        advantage_clip: largest absolute advantage.
+        kl_weight: of the KL to the model as loaded.
+        ratio_norm: GRPO-Guard's RatioNorm.
+        mixed_precision: autocast of the denoiser.
+    """
+
+    iterations: int
+    prompts_per_iteration: int
+    group_size: int
+    micro_batch: int
+    timestep_fraction: float = 0.6
+    updates_per_rollout: int = 1
+    inner_epochs: int = 1
+    best_of_n: int | None = None
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-4
+    advantage_clip: float = 5.0
+    kl_weight: float = 0.0
+    ratio_norm: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.group_size", self.group_size, 2)
+        for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
+            _positive(f"train.{name}", getattr(self, name))
+        for name in ("weight_decay", "clip_range", "kl_weight"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
+        batch = self.prompts_per_iteration * self.group_size
+        if self.micro_batch > batch:
+            raise ValueError(
+                f"train.micro_batch: got {self.micro_batch}, want at most the {batch} samples of a rollout"
+            )
+        if self.best_of_n is not None and not 1 <= 2 * self.best_of_n <= self.group_size:
+            raise ValueError(f"train.best_of_n: got {self.best_of_n}, want 1 to {self.group_size // 2}")
+        kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
+        if self.updates_per_rollout > kept:
+            raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
+
+
+@dataclass
+class EvaluationSettings:
+    """Samples from fixed prompts and noises, scored but never trained on.
+
+    Args:
+        every: iterations between evaluations; the first and the last are always evaluated.
+        prompts: file of the prompts; null takes the training prompts.
+        samples_per_prompt: fixed noises of each prompt.
+        rewards: scores to report, at least one, trained on or not.
+        grid_samples: samples of each prompt in the pictures.
+        grid_prompts: prompts in the pictures, the first of the file.
+    """
+
+    every: int = 10
+    prompts: str | None = None
+    samples_per_prompt: int = 4
+    rewards: list[RewardSettings] = field(default_factory=list)
+    grid_samples: int = 3
+    grid_prompts: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 1)
+        _at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 2)
+        _at_least("evaluation.grid_prompts", self.grid_prompts, 1)
+        if not self.rewards:
+            raise ValueError("evaluation.rewards: got none, want at least one score")
+        if not 1 <= self.grid_samples <= self.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.grid_samples: got {self.grid_samples}, "
+                f"want 1 to samples_per_prompt, {self.samples_per_prompt}"
+            )
+
+
+@dataclass
+class Recipe:
+    """A whole run.
+
+    Args:
+        name: of the run.
+        model: the generator.
+        sampler: how samples are drawn.
+        prompts: `.txt`, `.jsonl` or `.parquet` file, or a folder with `train.*`.
+        rewards: what is maximised; several rewards sum their advantages.
+        train: the optimisation.
+        evaluation: what is measured beside it; null: nothing.
+        output_dir: of metrics, checkpoints and pictures; null: `runs/<name>`.
+        seed: of everything random.
+        checkpoint_every: iterations between checkpoints.
+        keep_checkpoints: how many of the newest stay.
+        threads: torch's CPU threads; null: the processors this process may use.
+    """
+
+    name: str
+    model: ModelSettings
+    sampler: SamplerSettings
+    prompts: str
+    rewards: list[RewardSettings]
+    train: TrainSettings
+    evaluation: EvaluationSettings | None = None
+    output_dir: str | None = None
+    seed: int = 0
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards: got none, want at least one")
+        _at_least("seed", self.seed, 0)
+        _at_least("checkpoint_every", self.checkpoint_every, 1)
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written into checkpoints."""
+        return asdict(self)

@@ -1,0 +1,83 @@
+"""Rewards, one file each, behind one protocol: `RewardInput -> float32 [N]`."""
+
+import importlib
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..config import RewardSettings
+from .base import Reward as Reward
+from .base import RewardInput as RewardInput
+
+BY_NAME = {
+    "digit_probability": "dancegrpo_fast.rewards.digits:DigitProbability",
+    "digit_judge": "dancegrpo_fast.rewards.digits:DigitJudge",
+    "ocr": "dancegrpo_fast.rewards.ocr:OcrReward",
+    "ocr_exact": "dancegrpo_fast.rewards.ocr:OcrExact",
+}
+
+
+def build_reward(settings: RewardSettings) -> Reward:
+    """The reward that the settings name, constructed with their arguments.
+
+    Raises:
+        ValueError: no such reward or module, or arguments its constructor does not take.
+    """
+    target = BY_NAME.get(settings.name, settings.name)
+    module_name, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "package.module:callable"')
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f'rewards: got "{settings.name}", which does not import: {error}') from error
+    if not isinstance(factory, type):
+        if settings.args:
+            raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
+        return cast(Reward, factory)
+    try:
+        return cast(Reward, factory(**settings.args))
+    except TypeError as error:
+        raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
+
+
+class RewardSet:
+    """Several rewards, scored together and checked: nothing is scored by default."""
+
+    def __init__(self, settings: Sequence[RewardSettings]) -> None:
+        self._settings = list(settings)
+        self._rewards = [build_reward(one) for one in self._settings]
+        self.names = [
+            one.name.rpartition(":")[2] + ("" if one.threshold is None else f">{one.threshold:g}") for one in settings
+        ]
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"rewards: got {self.names}, want each one once")
+        self.weights = [one.weight for one in self._settings]
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Scores float32 `[K, N]` on the CPU.
+
+        Raises:
+            RuntimeError: a reward raised, or returned something other than N finite numbers.
+        """
+        count = len(inputs.prompts)
+        rows = []
+        for settings, reward in zip(self._settings, self._rewards, strict=True):
+            try:
+                scores = reward(inputs)
+            except Exception as error:
+                raise RuntimeError(f'reward "{settings.name}" failed: {type(error).__name__}: {error}') from error
+            if not isinstance(scores, Tensor) or scores.shape != (count,) or not scores.is_floating_point():
+                got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+                raise RuntimeError(f'reward "{settings.name}" returned {got}, want floats of shape ({count},)')
+            row = scores.detach().to("cpu", torch.float32)
+            bad = (~torch.isfinite(row)).nonzero().flatten().tolist()
+            if bad:
+                raise RuntimeError(
+                    f'reward "{settings.name}" returned {row[bad[0]].item()} for sample {bad[0]} '
+                    f'("{inputs.prompts[bad[0]]}") and {len(bad) - 1} others, want finite numbers'
+                )
+            rows.append(row if settings.threshold is None else (row > settings.threshold).float())
+        return torch.stack(rows)

@@ -1,0 +1,36 @@
+"""What a reward receives and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """Decoded samples and what is known about their prompts.
+
+    Attributes:
+        frames: float32 [N, T, 3, H, W] in [0, 1], values on the 8-bit grid; an image has T = 1.
+        prompts: N prompts.
+        group: int64 [N], index of the prompt group of each sample.
+        meta: N mappings, the extra columns of the prompts file, for example `{"digit": 3}`.
+        fps: Frames per second of a video, None for images.
+    """
+
+    frames: Tensor
+    prompts: Sequence[str]
+    group: Tensor
+    meta: Sequence[Mapping[str, Any]]
+    fps: float | None = None
+
+
+class Reward(Protocol):
+    """A function from samples to scores; higher is better."""
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return one score per sample, float32 [N], or raise; there is no default score."""
+        ...

@@ -1,0 +1,156 @@
+"""A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.trainer import Trainer
+
+from .tiny import LoraSettings, make_recipe
+
+RUNNER = """
+import json, sys
+from dancegrpo_fast.cli import load_recipe
+from dancegrpo_fast.trainer import Trainer
+recipe, resume = load_recipe(sys.argv[1:])
+Trainer(recipe, resume).run()
+"""
+
+RECIPE = """
+name: tiny
+model: {{family: {family}, path: {base}}}
+sampler: {{kind: {kind}, num_steps: 4, eta: 0.5, height: 16, width: 16}}
+prompts: {prompts}
+rewards: [{{name: "tiny_rewards:Brightness"}}]
+train:
+  {{iterations: 6, prompts_per_iteration: 3, group_size: 4, micro_batch: 4, updates_per_rollout: 2, learning_rate: 1e-3}}
+evaluation: {{every: 2, samples_per_prompt: 3, grid_samples: 2, rewards: [{{name: "tiny_rewards:Brightness"}}]}}
+checkpoint_every: 2
+threads: 1
+"""
+
+REWARDS = """
+import time
+class Brightness:
+    def __call__(self, inputs):
+        time.sleep(0.05)
+        return inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.fixture
+def workspace(base: Path, tmp_path: Path) -> Path:
+    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red\ngreen\nblue\n")
+    family, kind = ("flux", "dance_sde") if (base / "transformer").is_dir() else ("stable_diffusion", "ddim")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(family=family, base=base, kind=kind, prompts=prompts))
+    return tmp_path
+
+
+def start(workspace: Path, output: str, *options: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(workspace), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", RUNNER, str(workspace / "recipe.yaml")]
+    return subprocess.Popen(
+        [*command, "--output_dir", str(workspace / output), *options], env=environment, cwd=workspace
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
+    assert start(workspace, "whole").wait() == 0
+    killed = 0
+    # Killed after the first and the third iteration's row, that is before the first checkpoint and between two.
+    for rows in (1, 3):
+        process = start(workspace, "cut", "--resume", "auto")
+        while len(lines(workspace / "cut" / "metrics.jsonl")) < rows and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == 2
+    assert start(workspace, "cut", "--resume", "auto").wait() == 0
+
+    whole, cut = workspace / "whole", workspace / "cut"
+    assert lines(whole / "metrics.jsonl") == lines(cut / "metrics.jsonl")
+    assert len(lines(cut / "metrics.jsonl")) == 6
+    assert lines(whole / "evaluations.jsonl") == lines(cut / "evaluations.jsonl")
+    for ours, theirs in zip(
+        checkpoint.complete(whole / "checkpoints"), checkpoint.complete(cut / "checkpoints"), strict=True
+    ):
+        for name in ("model", "optimizer", "rng"):
+            left, right = checkpoint.load(ours)[0][name], checkpoint.load(theirs)[0][name]
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_resume_with_lora_kl_and_momentum(base: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"lora": LoraSettings(rank=2, alpha=2), "kl_weight": 0.1, "learning_rate": 1e-2}
+    Trainer(make_recipe(base, tmp_path / "whole", iterations=4, **changes)).run()
+    Trainer(make_recipe(base, tmp_path / "cut", iterations=2, **changes)).run()
+    Trainer(make_recipe(base, tmp_path / "cut", iterations=4, **changes), resume="auto").run()
+    assert lines(tmp_path / "whole" / "metrics.jsonl") == lines(tmp_path / "cut" / "metrics.jsonl")
+
+
+@pytest.fixture
+def finished(flux: Path, tmp_path: Path) -> Path:
+    Trainer(make_recipe(flux, tmp_path / "run", keep_checkpoints=3)).run()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_checkpoints_are_named(flux: Path, finished: Path, name: str, damage: str) -> None:
+    path = finished / "checkpoints" / "000002" / name
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+    rows = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"resume: .*{name} is (damaged|missing); other checkpoints there: 000001"):
+        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto")
+    assert (finished / "metrics.jsonl").read_bytes() == rows
+    # The one before it still works.
+    older = Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume=str(finished / "checkpoints" / "000001"))
+    assert older.start == 1
+
+
+def test_damaged_state_is_named(flux: Path, finished: Path) -> None:
+    state = finished / "checkpoints" / "000002" / "state.json"
+    state.write_text(state.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"resume: .*state\.json is damaged"):
+        Trainer(make_recipe(flux, finished), resume="auto")
+    state.unlink()
+    with pytest.raises(ValueError, match=r"resume: .*state\.json is missing"):
+        Trainer(make_recipe(flux, finished), resume="auto")
+
+
+def test_another_recipe_is_refused(flux: Path, finished: Path) -> None:
+    with pytest.raises(ValueError, match=r"different in \['seed'\]"):
+        Trainer(make_recipe(flux, finished, seed=5), resume="auto")
+    with pytest.raises(ValueError, match=r"different in \['train'\]"):
+        Trainer(make_recipe(flux, finished, learning_rate=1.0), resume="auto")
+
+
+def test_half_written_checkpoints_are_ignored_and_removed(flux: Path, finished: Path) -> None:
+    stale = finished / "checkpoints" / ".000009.1"
+    stale.mkdir()
+    (stale / "model.safetensors").write_bytes(b"half")
+    trainer = Trainer(make_recipe(flux, finished, iterations=3), resume="auto")
+    assert trainer.start == 2
+    trainer.run()
+    assert not stale.exists()
+    assert [path.name for path in checkpoint.complete(finished / "checkpoints")] == ["000002", "000003"]

@@ -1,0 +1,223 @@
+"""The loop in both paradigms: exact ratio, options, shared work, and what stops a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.trainer import Trainer
+
+from .tiny import LoraSettings, make_recipe, reward
+
+
+def train(base: Path, output: Path, **changes: Any) -> list[dict[str, Any]]:
+    Trainer(make_recipe(base, output, **changes)).run()
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.complete(output / "checkpoints")[-1])[0]["model"]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 12])
+def test_first_update_has_ratio_one(base: Path, tmp_path: Path, micro_batch: int, shared: bool) -> None:
+    rows = train(base, tmp_path / "run", micro_batch=micro_batch, shared_noise=shared, updates_per_rollout=3)
+    for row in rows:
+        assert row["ratio_first_update_max_dev"] == 0.0
+        assert row["ratio_max_dev"] > 0.0
+        assert row["grad_norm"] > 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "flow_sde"},
+        {"kind": "cps", "eta": 0.7},
+        {"window": [1, 2], "timestep_fraction": 1.0},
+        {"latents_dtype": "bfloat16"},
+        {"dtype": "bfloat16"},
+        {"mixed_precision": "bf16"},
+        {"ratio_norm": True},
+        {"gradient_checkpointing": True},
+        {"lora": LoraSettings(rank=2, alpha=4)},
+    ],
+    ids=lambda c: next(iter(c)) + "-" + str(next(iter(c.values())))[:9],
+)
+def test_ratio_one_for_flows(flux: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    for row in train(flux, tmp_path / "run", **changes):
+        assert row["ratio_first_update_max_dev"] == 0.0
+        assert row["grad_norm"] > 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"guidance_scale": 4.0}, {"kind": "vp_sde"}, {"guidance_scale": 4.0, "latents_dtype": "bfloat16"}, {"eta": 1.0}],
+    ids=str,
+)
+def test_ratio_one_for_diffusion(diffusion: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    for row in train(diffusion, tmp_path / "run", **changes):
+        assert row["ratio_first_update_max_dev"] == 0.0
+        assert row["grad_norm"] > 0.0
+
+
+def test_shared_first_step_changes_nothing_but_the_work(base: Path, tmp_path: Path) -> None:
+    # With one row a call, sharing changes neither the shape nor the bits of any call.
+    shared = train(base, tmp_path / "shared", micro_batch=1, iterations=1)
+    trainer = Trainer(make_recipe(base, tmp_path / "separate", micro_batch=1, iterations=1))
+    from dancegrpo_fast import trainer as module
+
+    original = module.rollout
+
+    def unshared(policy: Any, table: Any, noise: Any, *rest: Any, **options: Any) -> Any:
+        options["shared_first_step"] = False
+        return original(policy, table, noise.repeat_interleave(4, dim=0), *rest, **options)
+
+    module.rollout = unshared
+    try:
+        separate = trainer.iteration(1)
+    finally:
+        module.rollout = original
+    assert shared[0]["skipped"]["shared_rows_saved"] > 0
+    for name in ("reward/Brightness", "policy_loss", "grad_norm"):
+        assert shared[0][name] == separate[name]
+
+
+def test_equal_rewards_are_not_replayed(base: Path, tmp_path: Path) -> None:
+    row = train(base, tmp_path / "run", iterations=1, rewards=[reward("Constant")])[0]
+    assert row["zero_std_groups"] == 3
+    assert row["skipped"]["model_rows"] == 0
+    assert row["skipped"]["zero_advantage_skipped"] == 12 * 2
+    assert row["grad_norm"] == 0.0
+
+
+def test_equal_rewards_are_replayed_under_kl(base: Path, tmp_path: Path) -> None:
+    rows = train(base, tmp_path / "run", rewards=[reward("Constant")], kl_weight=0.1)
+    assert all(row["skipped"]["model_rows"] > 0 for row in rows)
+    assert rows[0]["reference_kl"] == 0.0
+
+
+def test_skipping_zero_advantages_keeps_the_gradient(flux: Path, tmp_path: Path) -> None:
+    rewards = [reward("Brightness", threshold=0.5)]
+    plain = train(flux, tmp_path / "plain", iterations=1, rewards=rewards, micro_batch=1)[0]
+    # A vanishing KL forbids the skip and adds nothing that float32 could show.
+    pulled = train(flux, tmp_path / "pulled", iterations=1, rewards=rewards, micro_batch=1, kl_weight=1e-30)[0]
+    assert plain["skipped"]["zero_advantage_skipped"] > 0
+    assert pulled["skipped"]["zero_advantage_skipped"] == 0
+    assert plain["grad_norm"] == pulled["grad_norm"]
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=2)], ids=["full", "lora"])
+def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    rows = train(base, tmp_path / "run", iterations=3, kl_weight=0.01, lora=lora, learning_rate=1e-2)
+    assert rows[0]["reference_kl"] == 0.0
+    assert rows[1]["reference_kl"] > 0.0 and rows[2]["reference_kl"] > 0.0
+
+
+def test_best_of_n_trains_on_the_ends(base: Path, tmp_path: Path) -> None:
+    row = train(base, tmp_path / "run", iterations=1, best_of_n=1)[0]
+    assert row["pairs"] == 3 * 2 * 2
+    assert row["ratio_first_update_max_dev"] == 0.0
+
+
+def test_several_rewards_sum_their_advantages(flux: Path, tmp_path: Path) -> None:
+    both = [reward("Brightness"), reward("Constant", weight=3.0)]
+    one = train(flux, tmp_path / "one", iterations=1)[0]
+    two = train(flux, tmp_path / "two", iterations=1, rewards=both)[0]
+    # The constant reward's advantages are zero, so it must not change the update.
+    assert one["grad_norm"] == two["grad_norm"]
+    assert two["reward/Constant"] == 0.5
+
+
+def test_threshold_makes_rewards_binary(flux: Path, tmp_path: Path) -> None:
+    row = train(flux, tmp_path / "run", iterations=1, rewards=[reward("Brightness", threshold=0.5)])[0]
+    assert row["reward/Brightness>0.5"] * 12 == pytest.approx(round(row["reward/Brightness>0.5"] * 12))
+
+
+def test_inner_epochs_and_updates_step_the_optimiser(flux: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", updates_per_rollout=3, inner_epochs=2))
+    trainer.iteration(1)
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {6}
+
+
+def test_reward_rises(flux: Path, tmp_path: Path) -> None:
+    rows = train(flux, tmp_path / "run", iterations=12, learning_rate=3e-3, group_size=8, micro_batch=24)
+    first = sum(row["reward/Brightness"] for row in rows[:3])
+    last = sum(row["reward/Brightness"] for row in rows[-3:])
+    assert last > first
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "shape", "integers", "list"])
+def test_a_bad_reward_stops_the_run_and_keeps_it(flux: Path, tmp_path: Path, how: str) -> None:
+    output = tmp_path / "run"
+    train(flux, output, iterations=1)
+    before = weights(output)
+    broken = make_recipe(flux, output, rewards=[reward("Broken", args={"how": how})])
+    broken.output_dir = str(tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="Broken"):
+        Trainer(broken).run()
+    assert not (tmp_path / "broken" / "metrics.jsonl").exists()
+    assert all(torch.equal(before[name], value) for name, value in weights(output).items())
+
+
+def test_a_used_directory_is_refused(flux: Path, tmp_path: Path) -> None:
+    train(flux, tmp_path / "run", iterations=1)
+    with pytest.raises(ValueError, match=r"output_dir.*--resume auto"):
+        Trainer(make_recipe(flux, tmp_path / "run"))
+
+
+def test_no_stochastic_step_is_refused(flux: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="timestep_fraction"):
+        Trainer(make_recipe(flux, tmp_path / "run", kind="ode"))
+    with pytest.raises(ValueError, match=r"sampler\.kind.*ddim"):
+        Trainer(make_recipe(flux, tmp_path / "run", kind="ddim"))
+    with pytest.raises(ValueError, match=r"height 18"):
+        Trainer(make_recipe(flux, tmp_path / "run", height=18))
+    with pytest.raises(ValueError, match="guidance_scale"):
+        Trainer(make_recipe(flux, tmp_path / "run", guidance_scale=3.0))
+    with pytest.raises(ValueError, match="target_modules"):
+        Trainer(make_recipe(flux, tmp_path / "run", lora=LoraSettings(target_modules=["nothing"])))
+
+
+def test_saved_model_reloads(base: Path, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
+    train(base, tmp_path / "run", iterations=1)
+    kind, name = (
+        (FluxTransformer2DModel, "transformer")
+        if base.parent.name.startswith("flux")
+        else (UNet2DConditionModel, "unet")
+    )
+    loaded = kind.from_pretrained(tmp_path / "run" / "model", subfolder=name)
+    trained = weights(tmp_path / "run")
+    assert all(torch.equal(value, trained[key]) for key, value in loaded.state_dict().items())
+
+
+def test_saved_lora_reloads_with_its_alpha(flux: Path, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", iterations=1, lora=LoraSettings(rank=2, alpha=6)))
+    trainer.run()
+    denoiser = FluxTransformer2DModel.from_pretrained(flux, subfolder="transformer")
+    state, alphas, metadata = FluxPipeline.lora_state_dict(
+        tmp_path / "run" / "model", return_alphas=True, return_lora_metadata=True
+    )
+    FluxPipeline.load_lora_into_transformer(state, alphas, denoiser, metadata=metadata)
+    config = denoiser.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == (2, 6)
+    trained = trainer.accelerator.unwrap_model(trainer.denoiser)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16),
+        "timestep": torch.tensor([0.5]),
+        "pooled_projections": torch.randn(1, 16),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+        "txt_ids": torch.zeros(3, 3),
+        "img_ids": torch.zeros(16, 3),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        assert torch.equal(denoiser.eval()(**inputs)[0], trained.eval()(**inputs)[0])
