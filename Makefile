@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp') CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
+	@echo "make test    lint, types and every test, against the installed package"
+	@echo "make bench   time the ops on this CPU: bench/results"
+	@echo "make install create .venv with exactly the versions in constraints.txt"
+
+$(VENV)/.packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch triton
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  e = p['optional-dependencies']; names = {'demo', 'ocr', 'train', 'test', 'bench', 'dev'}; \
+	  print('\n'.join(r for n in sorted(names) for r in e[n] if not r.startswith('dancegrpo_fast')))" > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	touch $@
+
+# The compiled modules are linked into the source folder too, so that commands run from the repository find them.
+$(VENV)/.installed: $(VENV)/.packages $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps --force-reinstall --config-settings=cmake.define.DGF_WERROR=ON .
+	ln -sf $(CURDIR)/$(VENV)/lib/python3.*/site-packages/dancegrpo_fast/_cpu*.so dancegrpo_fast/
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python -m dancegrpo_fast.demo digits
+	$(BIN)/dancegrpo-fast train recipes/digits.yaml --resume auto
+
+test: install lint
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find kernels csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/.packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find kernels csrc -name '*.h' -o -name '*.cpp')
+
+bench: install
+	$(BIN)/python bench
+
+clean:
+	rm -rf $(VENV) build runs dancegrpo_fast/*.so
