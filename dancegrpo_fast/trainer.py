@@ -205,6 +205,12 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
         train = self.recipe.train
+        packing = "filled without gaps" if self.policy.rows_are_equal else "keep every sample in its row"
+        print(
+            f"{self.recipe.name}: {len(self.names)} trained tensors, {self.steps_per_sample} of {len(self.table)} steps, "
+            f"model calls of {self.policy.rows} rows, {packing} in the replay",
+            flush=True,
+        )
         if self.start == 0:
             self._evaluate(0)
         began = time.perf_counter()

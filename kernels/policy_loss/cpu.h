@@ -32,7 +32,7 @@ void policy_loss(const PolicyLossCall& p, S* loss, S* log_prob, S* ratio, S* met
     for_each_chunk(unit % blocks, call.numel, [&](int64_t begin, int64_t n) {
       load_inputs(call, b, begin, n, s);
       const S* next = load(call.next, b, begin, n, s.next);
-      difference_of(call, row, s.x, s.v, next, n, s, s.extra);
+      difference_of(call, row, s.x, s.v, next, n, s, S(1), s.extra);
       sum.add_squares(s.extra, n);
       if (p.reference.present()) {
         const S* reference = load(p.reference, b, begin, n, s.next);

@@ -94,17 +94,17 @@ void mean_of(const TransitionCall& call, const S* row, const S* x, const S* v, i
   for (int64_t i = 0; i < n; ++i) mean[i] = mean_from_products(row, x[i], s.drift[i], s.denoised[i]);
 }
 
-// x' - mean, in one loop where it can be: the memory system streams three inputs at once better than one after another.
+// scale (x' - mean), in one loop where it can be: three inputs stream better at once than one after another.
 template <typename S>
 void difference_of(const TransitionCall& call, const S* row, const S* x, const S* v, const S* next, int64_t n,
-                   Scratch<S>& s, S* difference) {
+                   Scratch<S>& s, S scale, S* out) {
   if (!call.reference_rounding) {
     const S a = row[kA], bb = row[kB];
-    for (int64_t i = 0; i < n; ++i) difference[i] = next[i] - affine(a, x[i], bb, v[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = scale * (next[i] - affine(a, x[i], bb, v[i]));
     return;
   }
   mean_of(call, row, x, v, n, s, s.mean);
-  for (int64_t i = 0; i < n; ++i) difference[i] = next[i] - s.mean[i];
+  for (int64_t i = 0; i < n; ++i) out[i] = scale * (next[i] - s.mean[i]);
 }
 
 // x' = mean + tau eps rounded as stored, and the log-probability of what was stored.
@@ -167,7 +167,7 @@ void transition_log_prob(const TransitionCall& call, S* log_prob) {
     for_each_chunk(unit % blocks, call.numel, [&](int64_t begin, int64_t n) {
       load_inputs(call, b, begin, n, s);
       const S* next = load(call.next, b, begin, n, s.next);
-      difference_of(call, row, s.x, s.v, next, n, s, s.extra);
+      difference_of(call, row, s.x, s.v, next, n, s, S(1), s.extra);
       sum.add_squares(s.extra, n);
     });
     partial[static_cast<size_t>(unit)] = sum.total();
@@ -208,8 +208,7 @@ void transition_gradient(const TransitionCall& call, const TransitionGradient& g
         const S* v = g.mean_output.present() ? load(g.mean_output, b, begin, n, s.old_output) : s.v;
         if (step_scale != S(0)) {
           const S* next = load(call.next, b, begin, n, s.next);
-          difference_of(call, row, s.x, v, next, n, s, grad);
-          for (int64_t i = 0; i < n; ++i) grad[i] *= step_scale;
+          difference_of(call, row, s.x, v, next, n, s, step_scale, grad);
         } else {
           for (int64_t i = 0; i < n; ++i) grad[i] = S(0);
         }

@@ -31,8 +31,7 @@ model: {{family: {family}, path: {base}}}
 sampler: {{kind: {kind}, num_steps: 4, eta: 0.5, height: 16, width: 16}}
 prompts: {prompts}
 rewards: [{{name: "tiny_rewards:Brightness"}}]
-train:
-  {{iterations: 6, prompts_per_iteration: 3, group_size: 4, micro_batch: 4, updates_per_rollout: 2, learning_rate: 1e-3}}
+train: {{iterations: 6, prompts_per_iteration: 3, group_size: 4, micro_batch: 4, updates_per_rollout: 2}}
 evaluation: {{every: 2, samples_per_prompt: 3, grid_samples: 2, rewards: [{{name: "tiny_rewards:Brightness"}}]}}
 checkpoint_every: 2
 threads: 1
