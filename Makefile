@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# ON makes a compiler warning an error, as the CI does.
+WERROR ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp') CMakeLists.txt pyproject.toml constraints.txt
@@ -12,6 +14,8 @@ help:
 	@echo "make install create .venv with exactly the versions in constraints.txt"
 
 $(VENV)/.packages: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  (echo "PYTHON: got $$($(PYTHON) --version), want 3.11 or later (make PYTHON=python3.11 ...)" && exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch triton
@@ -23,7 +27,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 
 # The compiled modules are linked into the source folder too, so that commands run from the repository find them.
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps --force-reinstall --config-settings=cmake.define.DGF_WERROR=ON .
+	$(BIN)/pip install --quiet --no-deps --force-reinstall --config-settings=cmake.define.DGF_WERROR=$(WERROR) .
 	ln -sf $(CURDIR)/$(VENV)/lib/python3.*/site-packages/dancegrpo_fast/_cpu*.so dancegrpo_fast/
 	touch $@
 
@@ -48,7 +52,7 @@ format: $(VENV)/.packages
 	$(BIN)/clang-format -i $(shell find kernels csrc -name '*.h' -o -name '*.cpp')
 
 bench: install
-	$(BIN)/python bench
+	$(BIN)/python -m bench
 
 clean:
 	rm -rf $(VENV) build runs dancegrpo_fast/*.so

@@ -104,5 +104,5 @@ def environment() -> dict[str, Any]:
         "kernels": native.detail,
         "python": platform.python_version(),
         "git": _git_revision(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../kernels/policy_loss/cpu.h"
 #include "../kernels/transition/cpu.h"
@@ -94,22 +95,17 @@ void log_prob(const py::tuple& transition, uintptr_t out, bool double_precision)
     dgf::transition_log_prob(call, pointer<float>(out));
 }
 
-void gradient(const py::tuple& transition, const py::object& grad_output, const py::object& grad_uncond,
-              uintptr_t step_scale, uintptr_t pull_scale, const py::object& pull, const py::object& mean_output,
-              bool double_precision) {
+void log_prob_gradient(const py::tuple& transition, uintptr_t grad_log_prob, const py::object& grad_output,
+                       const py::object& grad_uncond, bool double_precision) {
   const dgf::TransitionCall call = transition_call(transition);
   dgf::TransitionGradient g;
   g.grad_output = operand(grad_output, call.numel);
   g.grad_uncond = operand(grad_uncond, call.numel);
-  g.step_scale = pointer<const double>(step_scale);
-  g.pull_scale = pointer<const double>(pull_scale);
-  g.pull = operand(pull, call.numel);
-  g.mean_output = operand(mean_output, call.numel);
   py::gil_scoped_release unlocked;
   if (double_precision)
-    dgf::transition_gradient<double>(call, g);
+    dgf::transition_log_prob_gradient(call, pointer<const double>(grad_log_prob), g);
   else
-    dgf::transition_gradient<float>(call, g);
+    dgf::transition_log_prob_gradient(call, pointer<const float>(grad_log_prob), g);
 }
 
 template <typename S>
@@ -118,10 +114,11 @@ void loss_as(const dgf::PolicyLossCall& call, const py::tuple& out) {
   S* scores = pointer<S>(out[1].cast<uintptr_t>());
   S* ratio = pointer<S>(out[2].cast<uintptr_t>());
   S* metrics = pointer<S>(out[3].cast<uintptr_t>());
-  double* step_scale = pointer<double>(out[4].cast<uintptr_t>());
-  double* pull_scale = pointer<double>(out[5].cast<uintptr_t>());
+  bool* has_grad = pointer<bool>(out[4].cast<uintptr_t>());
+  double* step_scale = pointer<double>(out[5].cast<uintptr_t>());
+  double* pull_scale = pointer<double>(out[6].cast<uintptr_t>());
   py::gil_scoped_release unlocked;
-  dgf::policy_loss(call, loss, scores, ratio, metrics, step_scale, pull_scale);
+  dgf::policy_loss(call, loss, scores, ratio, metrics, has_grad, step_scale, pull_scale);
 }
 
 void policy_loss(const py::tuple& transition, const py::object& reference, const py::object& old_output,
@@ -147,6 +144,30 @@ void policy_loss(const py::tuple& transition, const py::object& reference, const
     loss_as<float>(call, out);
 }
 
+// `grad_loss` is the incoming gradient, one number in the compute type.
+void policy_loss_gradient(const py::tuple& transition, uintptr_t grad_loss, uintptr_t step_scale, uintptr_t pull_scale,
+                          const py::object& pull, const py::object& mean_output, const py::object& grad_output,
+                          const py::object& grad_uncond, bool double_precision) {
+  const dgf::TransitionCall call = transition_call(transition);
+  dgf::TransitionGradient g;
+  g.grad_output = operand(grad_output, call.numel);
+  g.grad_uncond = operand(grad_uncond, call.numel);
+  g.pull = operand(pull, call.numel);
+  g.mean_output = operand(mean_output, call.numel);
+  const double factor = double_precision ? *pointer<const double>(grad_loss) : *pointer<const float>(grad_loss);
+  const double *step = pointer<const double>(step_scale), *towards = pointer<const double>(pull_scale);
+  std::vector<double> step_scaled(step, step + call.batch), pull_scaled(towards, towards + call.batch);
+  for (double& value : step_scaled) value *= factor;
+  for (double& value : pull_scaled) value *= factor;
+  g.step_scale = step_scaled.data();
+  if (g.pull.present()) g.pull_scale = pull_scaled.data();
+  py::gil_scoped_release unlocked;
+  if (double_precision)
+    dgf::transition_gradient<double>(call, g);
+  else
+    dgf::transition_gradient<float>(call, g);
+}
+
 py::tuple philox(py::tuple counter, py::tuple key) {
   const dgf::Uint4 bits = dgf::philox4x32_10(dgf::Uint4{counter[0].cast<uint32_t>(), counter[1].cast<uint32_t>(),
                                                         counter[2].cast<uint32_t>(), counter[3].cast<uint32_t>()},
@@ -170,12 +191,12 @@ int processor_level() {
 PYBIND11_MODULE(DGF_MODULE_NAME, m) {
   m.doc() = "CPU kernels of dancegrpo_fast";
   m.attr("table_columns") = static_cast<int>(dgf::kColumns);
-  m.attr("num_metrics") = static_cast<int>(dgf::kMetrics);
   m.attr("compiler") = __VERSION__;
   m.def("processor_level", &processor_level);
   m.def("philox", &philox);
   m.def("transition_sample", &sample);
   m.def("transition_log_prob", &log_prob);
-  m.def("transition_gradient", &gradient);
+  m.def("transition_log_prob_gradient", &log_prob_gradient);
   m.def("policy_loss", &policy_loss);
+  m.def("policy_loss_gradient", &policy_loss_gradient);
 }

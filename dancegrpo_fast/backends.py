@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from .transitions import PACKED_COLUMNS
+
 # Below this many elements in a batch, waking a second thread costs more than it saves.
 MIN_ELEMENTS_PER_THREAD = 1 << 15
 
@@ -30,6 +32,8 @@ def _cpu() -> tuple[ModuleType | None, str]:
         base = _load("_cpu")
     except ImportError as error:
         return None, f"the compiled module does not load: {error}"
+    if base.table_columns != len(PACKED_COLUMNS):
+        return None, "the compiled module belongs to another version; install the package again"
     level = base.processor_level()
     for candidate in (4, 3):
         if candidate <= level:

@@ -52,13 +52,21 @@ def save(root: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor]]
     document = {"format": FORMAT, "iteration": iteration, "sha256": digests, **state}
     write_text(temporary / "state.json", json.dumps(document, indent=1))
     for path in (*temporary.iterdir(), temporary):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(path)
+    # A folder of that name, from a run that was continued elsewhere, leaves under a name that is not a checkpoint's.
+    stale = root / f".{iteration:06d}.old"
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, stale)
     os.replace(temporary, target)
+    _sync(root)
+    shutil.rmtree(stale, ignore_errors=True)
     return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def complete(root: Path) -> list[Path]:

@@ -44,16 +44,14 @@ def load_recipe(arguments: Sequence[str]) -> tuple[Recipe, str | None]:
 def train(arguments: Sequence[str]) -> None:
     """Runs a recipe to its end and draws it."""
     recipe, resume = load_recipe(arguments)
-    from .prompts import load_prompts
     from .report import closing_line, draw
     from .trainer import Trainer
 
     trainer = Trainer(recipe, resume)
     trainer.run()
     root = trainer.directory.root
-    if recipe.evaluation is not None:
-        prompts = load_prompts(recipe.evaluation.prompts or recipe.prompts, "test")
-        shown = [prompt.text for prompt in prompts[: recipe.evaluation.grid_prompts]]
+    if recipe.evaluation is not None and trainer.evaluator is not None:
+        shown = [prompt.text for prompt in trainer.evaluator.prompts[: recipe.evaluation.grid_prompts]]
         for picture in draw(root, shown, recipe.evaluation.grid_samples):
             print(f"drew {picture}")
     print(closing_line(root, recipe.name))
@@ -76,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(USAGE, end="", file=sys.stderr)
             return 2
-    except (ValueError, RuntimeError) as error:
+    except ImportError as error:
+        print(f'dancegrpo-fast {command}: {error}; want pip install "dancegrpo_fast[train]"', file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"dancegrpo-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0

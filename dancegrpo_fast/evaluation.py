@@ -19,7 +19,6 @@ from .rollout import Policy, chunks, rollout
 class Evaluation:
     """Scores by name, diversity, and the frames of the pictures `[prompts, samples, 3, H, W]`."""
 
-    sampler: str
     scores: dict[str, float]
     diversity: float
     grid: Tensor
@@ -56,7 +55,7 @@ class Evaluator:
     ) -> None:
         self._settings = settings
         self._model = model
-        self._prompts = prompts
+        self.prompts = prompts
         self._rewards = RewardSet(settings.rewards)
         self._seed = derive_seed(seed, "evaluation")
         self._dtype = sampler.torch_dtype()
@@ -66,7 +65,7 @@ class Evaluator:
     def __call__(self, policy: Policy, sampler: str) -> Evaluation:
         """Evaluates with "ode" or "sde" samples."""
         settings = self._settings
-        texts = [prompt.text for prompt in self._prompts]
+        texts = [prompt.text for prompt in self.prompts]
         samples = settings.samples_per_prompt
         noise = gaussian_noise(
             self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=self._ids, dtype=self._dtype
@@ -82,7 +81,7 @@ class Evaluator:
             shared_first_step=False,
         )
         frames = decode(self._model, trajectory.denoised, policy.rows)
-        repeated = [prompt for prompt in self._prompts for _ in range(samples)]
+        repeated = [prompt for prompt in self.prompts for _ in range(samples)]
         scores = self._rewards(
             RewardInput(
                 frames=frames,
@@ -93,7 +92,6 @@ class Evaluator:
         )
         grouped = frames.reshape(len(texts), samples, *frames.shape[1:])
         return Evaluation(
-            sampler,
             dict(zip(self._rewards.names, scores.mean(dim=1).tolist(), strict=True)),
             diversity(frames, samples),
             grouped[: settings.grid_prompts, : settings.grid_samples, 0],

@@ -1,6 +1,6 @@
 """The update: the same model calls as in the rollout, `policy_loss`, backward."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -169,12 +169,10 @@ def _losses(
             weight=len(index) * per_pair,
         )
 
-    for places in pack(items, policy):
-        rows = fill(places, policy.rows)
-        tally.counts["model_rows"] += len(rows)
-        tally.counts["padded_rows"] += len(rows) - len(places)
-        index = torch.tensor([item.samples[0] for item in rows], device=device)
-        step = torch.tensor([item.step for item in rows], device=device)
+    for call in _plan(items, policy, device):
+        tally.counts["model_rows"] += policy.rows
+        tally.counts["padded_rows"] += policy.rows - call.used
+        index, step = call.samples, call.steps
         inputs = (latents[index, step], times[step], select(data.conditioning, index // data.group_size))
         outputs: list[Tensor | None] = [*policy(denoiser, *inputs), None]
         if objective.kl_weight > 0:
@@ -183,19 +181,54 @@ def _losses(
                 outputs[2] = guided_output(*policy(frozen, *inputs), policy.guidance_scale)
 
         losses = []
-        single = [row for row, item in places.items() if len(item.samples) == 1]
-        if len(single) == policy.rows:
+        if len(call.single) == policy.rows:
             losses.append(loss(index, step, outputs))
-        elif single:
-            kept = torch.tensor(single, device=device)
+        elif len(call.single) > 0:
+            kept = call.single
             losses.append(loss(index[kept], step[kept], [None if o is None else o[kept] for o in outputs]))
-        for row, item in places.items():
-            if len(item.samples) > 1:
-                group = torch.tensor(item.samples, device=device)
-                shape = (len(group), *latents.shape[2:])
-                expanded = [None if o is None else o[row].expand(shape) for o in outputs]
-                losses.append(loss(group, torch.full_like(group, item.step), expanded))
+        for row, shared_step, group in call.shared:
+            shape = (len(group), *latents.shape[2:])
+            expanded = [None if o is None else o[row].expand(shape) for o in outputs]
+            losses.append(loss(group, torch.full_like(group, shared_step), expanded))
         yield losses
+
+
+class _Call(NamedTuple):
+    """One model call: what its rows compute, which of them stand for one sample, and which for several."""
+
+    used: int
+    samples: Tensor
+    steps: Tensor
+    single: Tensor
+    shared: list[tuple[int, int, Tensor]]
+
+
+def _plan(items: Sequence[tuple[int, Item]], policy: Policy, device: torch.device) -> list[_Call]:
+    """The calls of an update, their indices brought to the device in one copy."""
+    numbers: list[int] = []
+
+    def keep(values: Iterable[int]) -> slice:
+        start = len(numbers)
+        numbers.extend(values)
+        return slice(start, len(numbers))
+
+    plan = []
+    for places in pack(items, policy):
+        rows = fill(places, policy.rows)
+        plan.append(
+            (
+                len(places),
+                keep(item.samples[0] for item in rows),
+                keep(item.step for item in rows),
+                keep(row for row, item in places.items() if len(item.samples) == 1),
+                [(row, item.step, keep(item.samples)) for row, item in places.items() if len(item.samples) > 1],
+            )
+        )
+    there = torch.tensor(numbers, dtype=torch.int64).to(device)
+    return [
+        _Call(used, there[index], there[step], there[single], [(row, t, there[group]) for row, t, group in shared])
+        for used, index, step, single, shared in plan
+    ]
 
 
 def pack(items: Sequence[tuple[int, Item]], policy: Policy) -> Iterator[dict[int, Item]]:

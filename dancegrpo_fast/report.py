@@ -19,7 +19,9 @@ def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) 
     parts = [f"{row['iteration']:>{len(str(iterations))}}/{iterations}"]
     parts += [f"{name} {row[f'reward/{name}']:.3f} (std {row[f'reward_std/{name}']:.3f})" for name in names]
     if "ratio_first_update_max_dev" in row:
-        parts.append(f"ratio dev {row['ratio_first_update_max_dev']:.1e}, clipped {row['clip_fraction']:.0%}")
+        parts.append(f"ratio dev {row['ratio_first_update_max_dev']:.1e}")
+    if "clip_fraction" in row:
+        parts.append(f"clipped {row['clip_fraction']:.0%}")
     parts += [
         f"equal groups {row['zero_std_groups']}",
         f"sample {seconds['sample']:.2f}s reward {seconds['reward']:.2f}s train {seconds['train']:.2f}s",
@@ -176,10 +178,13 @@ def _draw_curves(root: Path, evaluations: Sequence[Mapping[str, Any]]) -> Path:
     axis.legend(frameon=False)
 
     axis = axes[1][1]
-    trained = [row for row in metrics if "clip_fraction" in row]
-    steps = [row["iteration"] for row in trained]
-    axis.plot(steps, [row["clip_fraction"] for row in trained], label="clipped fraction, all updates")
-    axis.plot(steps, [row["ratio_first_update_max_dev"] for row in trained], label="largest |ratio - 1|, first update")
+    labels = {
+        "clip_fraction": "clipped fraction, all updates",
+        "ratio_first_update_max_dev": "largest |ratio - 1|, first update",
+    }
+    for key, label in labels.items():
+        rows = [row for row in metrics if key in row]
+        axis.plot([row["iteration"] for row in rows], [row[key] for row in rows], label=label)
     axis.set(title="policy ratio", xlabel="iteration", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
     for axis in axes.flat:
@@ -194,13 +199,14 @@ def closing_line(root: Path, name: str) -> str:
     """What the run achieved, in one line."""
     metrics = read_rows(root / "metrics.jsonl")
     seconds = sum(sum(row["seconds"].values()) for row in metrics)
-    deviation = max((row.get("ratio_first_update_max_dev", 0.0) for row in metrics), default=0.0)
+    measured = [row["ratio_first_update_max_dev"] for row in metrics if "ratio_first_update_max_dev" in row]
+    deviation = f"{max(measured):g}" if measured else "not measured"
     parts = []
     if (root / "evaluations.jsonl").is_file():
         rows = [row for row in read_rows(root / "evaluations.jsonl") if row["sampler"] == "ode"]
         parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in _score_names(rows[0])]
         left = rows[-1]["diversity"] / rows[0]["diversity"]
         parts.append(f"diversity {rows[0]['diversity']:.3f} -> {rows[-1]['diversity']:.3f} ({left:.0%} left)")
-    parts.append(f"ratio_first_update_max_dev {deviation:g}")
+    parts.append(f"ratio_first_update_max_dev {deviation}")
     parts.append(f"{len(metrics)} iterations in {seconds:.0f} s")
     return f"{name}: {', '.join(parts)}; everything is in {root}"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,9 +55,18 @@ class RunDirectory:
         for path in (self.metrics, self.evaluations):
             if path.is_file():
                 lines = path.read_text(encoding="utf-8").splitlines()
-                # A crash can leave half a last line, which belongs to an iteration that is done again anyway.
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
+                kept = [line for line in lines if self._iteration(line, line is lines[-1]) <= iteration]
                 checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+
+    @staticmethod
+    def _iteration(line: str, last: bool) -> float:
+        try:
+            return int(json.loads(line)["iteration"])
+        except json.JSONDecodeError:
+            # A crash can leave half a last line, which belongs to an iteration that is done again.
+            if last:
+                return math.inf
+            raise
 
 
 class Trainer:
@@ -97,7 +107,7 @@ class Trainer:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
         self.table = self.model.table(recipe.sampler)
         self.trainable_steps = [t for t in range(len(self.table) - 1) if self.table.tau[t] > 0]
-        self.steps_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps))
+        self.steps_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps) + 1e-9)
         if self.steps_per_sample < 1:
             raise ValueError(
                 f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(self.trainable_steps)} "
@@ -116,14 +126,18 @@ class Trainer:
         if evaluation is not None:
             prompts = self.prompts if evaluation.prompts is None else load_prompts(evaluation.prompts, "test")
             self.evaluator = Evaluator(evaluation, recipe.sampler, prompts, self.model, recipe.seed, device)
-        self.start = 0 if found is None else self._restore(found)
+        state = {} if found is None else self._restore(found)
+        self.start = int(state.get("iteration", 0))
         self.directory.keep_until(self.start if found else -1)
         self.denoiser, self.prepared_optimizer = self.accelerator.prepare(denoiser, self.optimizer)
         self.model.denoiser = self.denoiser
         scale = recipe.sampler.guidance_scale
         policy = Policy(self.model, recipe.train.micro_batch, scale, self.model.unconditional(scale))
-        probe = self.model.encode([prompt.text for prompt in self.prompts[: recipe.train.micro_batch]])
-        self.policy = replace(policy, rows_are_equal=rows_are_equal(policy, self.table, probe))
+        equal = state.get("rows_are_equal")
+        if equal is None:
+            probe = self.model.encode([prompt.text for prompt in self.prompts[: recipe.train.micro_batch]])
+            equal = rows_are_equal(policy, self.table, probe)
+        self.policy = replace(policy, rows_are_equal=equal)
         self.directory.root.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
         self.accelerator.init_trackers("tensorboard")
@@ -136,17 +150,27 @@ class Trainer:
                     f"output_dir: {root} already holds a run; continue it with --resume auto, or give another one"
                 )
             return None
-        if resume != "auto":
-            return Path(resume)
         found = checkpoint.complete(self.directory.checkpoints)
-        return found[-1] if found else None
+        if resume == "auto":
+            return found[-1] if found else None
+        chosen = Path(resume)
+        own = chosen.resolve().parent == self.directory.checkpoints.resolve()
+        later = [path.name for path in found if not own or path.name > chosen.name]
+        if later or (not own and self.directory.metrics.exists()):
+            raise ValueError(
+                f"resume: {root} holds results that a run from {chosen} would overwrite "
+                f"(checkpoints {', '.join(later) or 'none'}); move them away or give another output_dir"
+            )
+        return chosen
 
     def _objective(self, denoiser: nn.Module) -> Objective:
         train = self.recipe.train
         reference, without_adapters = None, None
         if train.kl_weight > 0:
             if self.recipe.model.lora is None:
-                reference = copy.deepcopy(denoiser).requires_grad_(False)
+                # Prepared as the policy is, so that both run in the same precision.
+                frozen = copy.deepcopy(denoiser).requires_grad_(False)
+                reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
             else:
                 without_adapters = self._without_adapters
         extra = {} if without_adapters is None else {"without_adapters": without_adapters}
@@ -163,7 +187,7 @@ class Trainer:
         finally:
             denoiser.enable_adapters()
 
-    def _restore(self, folder: Path) -> int:
+    def _restore(self, folder: Path) -> dict[str, Any]:
         tensors, state = checkpoint.load(folder)
         ours = self._comparable(self.recipe.as_dict())
         theirs = self._comparable(state["recipe"])
@@ -180,7 +204,14 @@ class Trainer:
                 parameters[name].copy_(value)
         checkpoint.restore_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}))
         checkpoint.restore_rng(tensors["rng"])
-        return int(state["iteration"])
+        for name, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
+            if state[name] != now:
+                warnings.warn(
+                    f"resume: {folder} was made with {name} {state[name]}, this is {now}; "
+                    "results can differ from an uninterrupted run in the last bits",
+                    stacklevel=2,
+                )
+        return state
 
     @staticmethod
     def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +228,8 @@ class Trainer:
         state = {
             "recipe": self.recipe.as_dict(),
             "prompts_seen": iteration * self.recipe.train.prompts_per_iteration,
+            "rows_are_equal": self.policy.rows_are_equal,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
         checkpoint.save(self.directory.checkpoints, iteration, tensors, state)
@@ -205,10 +238,10 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
         train = self.recipe.train
-        packing = "filled without gaps" if self.policy.rows_are_equal else "keep every sample in its row"
+        packing = "are filled without gaps" if self.policy.rows_are_equal else "keep every sample in its row"
         print(
-            f"{self.recipe.name}: {len(self.names)} trained tensors, {self.steps_per_sample} of {len(self.table)} steps, "
-            f"model calls of {self.policy.rows} rows, {packing} in the replay",
+            f"{self.recipe.name}: {len(self.names)} trained tensors, {self.steps_per_sample} of {len(self.table)} "
+            f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay",
             flush=True,
         )
         if self.start == 0:
@@ -349,15 +382,24 @@ class Trainer:
         row["grad_norm"] = sum(norms) / len(norms)
         if not all(math.isfinite(norm) for norm in norms):
             raise RuntimeError(f"iteration {iteration}: the gradient norm is {norms}, want finite numbers")
-        if tally.sums is not None and tally.first_max_dev is not None and tally.max_dev is not None:
-            # The one read of an iteration's metrics.
-            host = torch.cat([tally.sums, torch.stack([tally.max_dev, tally.first_max_dev])]).tolist()
+        if tally.sums is not None and tally.max_dev is not None:
+            # The one read of an iteration's metrics. Without a sample in the first update, nothing was on policy.
+            first = tally.max_dev * math.nan if tally.first_max_dev is None else tally.first_max_dev
+            host = torch.cat([tally.sums, torch.stack([tally.max_dev, first])]).tolist()
             sums = dict(zip(PolicyMetrics._fields, host, strict=False))
             row["pairs"] = int(sums["samples"])
             for name in PolicyMetrics._fields[1:]:
                 if name != "ratio_max_dev" and (name != "reference_kl" or self.objective.kl_weight > 0):
                     row[name] = sums[name] / sums["samples"]
-            row["ratio_max_dev"], row["ratio_first_update_max_dev"] = host[-2:]
+            row["ratio_max_dev"] = host[-2]
+            if tally.first_max_dev is not None:
+                row["ratio_first_update_max_dev"] = host[-1]
+                if host[-1] != 0.0:
+                    warnings.warn(
+                        f"iteration {iteration}: the first update's ratio is {host[-1]:.1e} away from 1; "
+                        "the model does not repeat its own bits between rollout and replay",
+                        stacklevel=2,
+                    )
         row["skipped"] = dict(tally.counts)
         return row
 

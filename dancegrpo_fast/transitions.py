@@ -201,7 +201,7 @@ def flow_sde(sigmas: Tensor | Sequence[float], noise_level: float) -> Transition
     """Flow-GRPO's SDE (arXiv 2505.05470): Dance-SDE with `eta = noise_level sqrt(s / (1 - s))`, one step on at 1.
 
     Raises:
-        ValueError: bad `sigmas` or `noise_level`, or `sigmas` whose second value is 1.
+        ValueError: bad `sigmas` or `noise_level`.
     """
     s, n = _check_sigmas(sigmas)
     level = _check_level("noise_level", noise_level)

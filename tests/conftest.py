@@ -6,10 +6,6 @@ import pytest
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
     """One torch thread, so that test workers do not fight over cores; call it to set another number."""

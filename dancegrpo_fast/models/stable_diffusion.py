@@ -25,7 +25,7 @@ class StableDiffusion:
         self._vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype).to(device)
         self._vae.requires_grad_(False)
         self._store = PromptStore(folder, ("prompt_embeds",), device)
-        self._scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False)
+        self._scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         self._dtype = dtype
         scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         down = scale * 2 ** (len(self.denoiser.config.block_out_channels) - 1)

@@ -1,5 +1,6 @@
 """Checks shared by the ops: each names the argument, what came and what is wanted."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,10 @@ def check_guidance(uncond_output: Tensor | None, guidance_scale: float | None, l
         )
         raise ValueError(f"{missing}: got None with {given} given, want both or neither")
     check_like("uncond_output", uncond_output, latents)
-    return 1.0 if guidance_scale is None else float(guidance_scale)
+    scale = 1.0 if guidance_scale is None else float(guidance_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale: got {scale}, want a finite number")
+    return scale
 
 
 def check_step(step: int | Tensor, table: TransitionTable, latents: Tensor) -> StepIndex:

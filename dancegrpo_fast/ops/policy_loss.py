@@ -1,5 +1,6 @@
 """The clipped policy loss of one denoising step: registered op, autograd, public function."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,16 +9,24 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..kernels.policy_loss import reference
+from ..kernels.transition.reference import gradient as transition_gradient
 from ..transitions import TransitionTable
 from . import _native
 from ._checks import check_like, check_per_sample
-from .transition import check_scoring, library, rounding_dtype, table_rows
+from .transition import check_scoring, empty_gradients, gradients_fake, library, rounding_dtype, table_rows
 
 library.define(
     "policy_loss(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output, float guidance_scale,"
     " Tensor table, Tensor? step, SymInt step_index, Tensor old_log_prob, Tensor advantages, Tensor weight,"
     " Tensor? reference_output, Tensor? old_output, float clip_range, float advantage_clip, float kl_weight,"
-    " bool ratio_norm, bool reference_rounding, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool ratio_norm, bool reference_rounding, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "policy_loss_backward(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
+    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, Tensor grad_loss, Tensor step_scale,"
+    " Tensor pull_scale, Tensor? pull, Tensor? mean_output, bool reference_rounding, str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -48,6 +57,9 @@ class PolicyLoss(NamedTuple):
     has_grad: Tensor
 
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def _loss_impl(
     latents: Tensor,
     model_output: Tensor,
@@ -68,8 +80,7 @@ def _loss_impl(
     ratio_norm: bool,
     reference_rounding: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = latents.shape[0]
+) -> Outputs:
     if backends.pick(backend, latents.device) == "reference":
         terms = reference.policy_loss(
             latents,
@@ -77,7 +88,7 @@ def _loss_impl(
             next_latents,
             uncond_output,
             guidance_scale,
-            table_rows(table, step, step_index, batch),
+            table_rows(table, step, step_index, latents.shape[0]),
             rounding_dtype(model_output, uncond_output, reference_rounding),
             old_log_prob,
             advantages,
@@ -89,7 +100,9 @@ def _loss_impl(
             kl_weight,
             ratio_norm,
         )
-        return terms.loss, terms.log_prob, terms.ratio, terms.metrics, terms.step_scale, terms.pull_scale
+        has_grad = (terms.step_scale != 0) | (terms.pull_scale != 0)
+        scales = (terms.step_scale, terms.pull_scale)
+        return terms.loss, terms.log_prob, terms.ratio, terms.metrics, has_grad, *scales
     out = _loss_fake(latents, model_output, next_latents, uncond_output, guidance_scale, table)
     step = None if step is None else step.contiguous()
     backends.cpu_module().policy_loss(
@@ -127,21 +140,88 @@ def _loss_fake(
     guidance_scale: float,
     table: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     batch = latents.shape[0]
     return (
         table.new_empty(()),
         table.new_empty(batch),
         table.new_empty(batch),
         table.new_empty(reference.METRICS),
+        table.new_empty(batch, dtype=torch.bool),
         table.new_empty(batch, dtype=torch.float64),
         table.new_empty(batch, dtype=torch.float64),
     )
 
 
-library.impl("policy_loss", _loss_impl, "CPU")
-library.impl("policy_loss", _loss_impl, "CUDA")
-torch.library.register_fake("dgf::policy_loss", _loss_fake, lib=library)
+def _backward_impl(
+    latents: Tensor,
+    model_output: Tensor,
+    next_latents: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    table: Tensor,
+    step: Tensor | None,
+    step_index: int,
+    grad_loss: Tensor,
+    step_scale: Tensor,
+    pull_scale: Tensor,
+    pull: Tensor | None,
+    mean_output: Tensor | None,
+    reference_rounding: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_output, grad_uncond = empty_gradients(model_output, uncond_output, table)
+    if backends.pick(backend, latents.device) == "reference":
+        grads = transition_gradient(
+            latents,
+            model_output,
+            next_latents,
+            uncond_output,
+            guidance_scale,
+            table_rows(table, step, step_index, latents.shape[0]),
+            rounding_dtype(model_output, uncond_output, reference_rounding),
+            step_scale * grad_loss,
+            pull_scale * grad_loss,
+            pull,
+            mean_output,
+        )
+        grad_output.copy_(grads[0])
+        if grads[1] is not None:
+            grad_uncond.copy_(grads[1])
+        return grad_output, grad_uncond
+    step = None if step is None else step.contiguous()
+    grad_loss = grad_loss.to(table.dtype)
+    backends.cpu_module().policy_loss_gradient(
+        _native.transition(
+            latents,
+            model_output,
+            uncond_output,
+            next_latents,
+            table,
+            step,
+            step_index,
+            guidance_scale,
+            reference_rounding,
+        ),
+        grad_loss.data_ptr(),
+        step_scale.data_ptr(),
+        pull_scale.data_ptr(),
+        _native.operand(pull),
+        _native.operand(mean_output),
+        _native.operand(grad_output),
+        None if uncond_output is None else _native.operand(grad_uncond),
+        table.dtype == torch.float64,
+    )
+    return grad_output, grad_uncond
+
+
+for _name, _impl, _fake in (
+    ("policy_loss", _loss_impl, _loss_fake),
+    ("policy_loss_backward", _backward_impl, gradients_fake),
+):
+    library.impl(_name, _impl, "CPU")
+    library.impl(_name, _impl, "CUDA")
+    torch.library.register_fake(f"dgf::{_name}", _fake, lib=library)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -168,7 +248,7 @@ class _PolicyLoss(torch.autograd.Function):
         reference_rounding: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        loss, log_prob, ratio, metrics, step_scale, pull_scale = torch.ops.dgf.policy_loss(
+        loss, log_prob, ratio, metrics, has_grad, step_scale, pull_scale = torch.ops.dgf.policy_loss(
             latents,
             model_output,
             next_latents,
@@ -189,7 +269,6 @@ class _PolicyLoss(torch.autograd.Function):
             reference_rounding,
             backend,
         )
-        has_grad = (step_scale != 0) | (pull_scale != 0)
         ctx.mark_non_differentiable(log_prob, ratio, metrics, has_grad)
         mean_output = old_output if ratio_norm else None
         ctx.save_for_backward(
@@ -197,12 +276,12 @@ class _PolicyLoss(torch.autograd.Function):
             uncond_output,
             latents,
             next_latents,
-            reference_output,
-            mean_output,
             table,
             step,
             step_scale,
             pull_scale,
+            reference_output,
+            mean_output,
         )
         ctx.settings = (step_index, guidance_scale, reference_rounding, backend)
         return loss, log_prob, ratio, metrics, has_grad
@@ -210,20 +289,9 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            model_output,
-            uncond_output,
-            latents,
-            next_latents,
-            reference_output,
-            mean_output,
-            table,
-            step,
-            step_scale,
-            pull_scale,
-        ) = ctx.saved_tensors
+        model_output, uncond_output, latents, next_latents, table, step, *scales_and_targets = ctx.saved_tensors
         step_index, guidance_scale, reference_rounding, backend = ctx.settings
-        grad_output, grad_uncond = torch.ops.dgf.transition_gradient(
+        grad_output, grad_uncond = torch.ops.dgf.policy_loss_backward(
             latents,
             model_output,
             next_latents,
@@ -232,10 +300,8 @@ class _PolicyLoss(torch.autograd.Function):
             table,
             step,
             step_index,
-            step_scale * grad,
-            None if reference_output is None else pull_scale * grad,
-            reference_output,
-            mean_output,
+            grad,
+            *scales_and_targets,
             reference_rounding,
             backend,
         )
@@ -300,6 +366,8 @@ def policy_loss(
     check_per_sample("advantages", advantages, latents, floats)
     check_like("reference_output", reference_output, latents)
     check_like("old_output", old_output, latents)
+    if not math.isfinite(kl_weight):
+        raise ValueError(f"kl_weight: got {kl_weight}, want a finite number")
     if _non_negative("kl_weight", kl_weight) > 0 and reference_output is None:
         raise ValueError(f"reference_output: got None with kl_weight {kl_weight}, want the reference model's output")
     if ratio_norm and old_output is None:
@@ -308,6 +376,8 @@ def policy_loss(
         raise ValueError("table: got one without flow step sizes with ratio_norm, want a flow sampler")
     if isinstance(weight, Tensor):
         check_per_sample("weight", weight, latents, floats)
+    elif not math.isfinite(weight):
+        raise ValueError(f"weight: got {weight}, want a finite number or a tensor [B]")
     else:
         weight = torch.full((latents.shape[0],), float(weight), dtype=dtype, device=latents.device)
     loss, log_prob, ratio, metrics, has_grad = _PolicyLoss.apply(

@@ -13,7 +13,6 @@ from . import _native
 from ._checks import (
     FLOATS,
     StepIndex,
-    check_float,
     check_guidance,
     check_latents,
     check_like,
@@ -38,9 +37,9 @@ library.define(
     tags=_PT2,
 )
 library.define(
-    "transition_gradient(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
-    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, Tensor step_scale, Tensor? pull_scale,"
-    " Tensor? pull, Tensor? mean_output, bool reference_rounding, str backend) -> (Tensor, Tensor)",
+    "transition_log_prob_backward(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
+    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, Tensor grad_log_prob,"
+    " bool reference_rounding, str backend) -> (Tensor, Tensor)",
     tags=_PT2,
 )
 
@@ -84,6 +83,9 @@ def _step_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch = latents.shape[0]
+    inputs = (latents, model_output, uncond_output, noise)
+    if any(t is not None and t.data_ptr() == out.data_ptr() for t in inputs):
+        raise ValueError("out: got the memory of an input, want memory of its own")
     if backends.pick(backend, latents.device) == "reference":
         rows = table_rows(table, step, step_index, batch)
         if seed is not None:
@@ -183,7 +185,7 @@ def _log_prob_fake(latents: Tensor, model_output: Tensor, next_latents: Tensor, 
     return latents.new_empty(latents.shape[0], dtype=rest[2].dtype)
 
 
-def _gradient_impl(
+def _backward_impl(
     latents: Tensor,
     model_output: Tensor,
     next_latents: Tensor,
@@ -192,16 +194,15 @@ def _gradient_impl(
     table: Tensor,
     step: Tensor | None,
     step_index: int,
-    step_scale: Tensor,
-    pull_scale: Tensor | None,
-    pull: Tensor | None,
-    mean_output: Tensor | None,
+    grad_log_prob: Tensor,
     reference_rounding: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    grad_output, grad_uncond = empty_gradients(model_output, uncond_output, table)
     if backends.pick(backend, latents.device) == "reference":
         rows = table_rows(table, step, step_index, latents.shape[0])
-        grad, grad_uncond = reference.gradient(
+        numel = latents.numel() // latents.shape[0]
+        grads = reference.gradient(
             latents,
             model_output,
             next_latents,
@@ -209,19 +210,15 @@ def _gradient_impl(
             guidance_scale,
             rows,
             rounding_dtype(model_output, uncond_output, reference_rounding),
-            step_scale,
-            pull_scale,
-            pull,
-            mean_output,
+            grad_log_prob.double() * reference.log_prob_slope(rows, numel),
         )
-        out = torch.empty_like(model_output).copy_(grad)
-        if uncond_output is None or grad_uncond is None:
-            return out, table.new_empty(0)
-        return out, torch.empty_like(uncond_output).copy_(grad_uncond)
-    out = torch.empty_like(model_output)
-    out_uncond = table.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
+        grad_output.copy_(grads[0])
+        if grads[1] is not None:
+            grad_uncond.copy_(grads[1])
+        return grad_output, grad_uncond
     step = None if step is None else step.contiguous()
-    backends.cpu_module().transition_gradient(
+    grad_log_prob = grad_log_prob.to(table.dtype).contiguous()
+    backends.cpu_module().transition_log_prob_gradient(
         _native.transition(
             latents,
             model_output,
@@ -233,18 +230,21 @@ def _gradient_impl(
             guidance_scale,
             reference_rounding,
         ),
-        _native.operand(out),
-        None if uncond_output is None else _native.operand(out_uncond),
-        step_scale.data_ptr(),
-        _native.address(pull_scale),
-        _native.operand(pull),
-        _native.operand(mean_output),
+        grad_log_prob.data_ptr(),
+        _native.operand(grad_output),
+        None if uncond_output is None else _native.operand(grad_uncond),
         table.dtype == torch.float64,
     )
-    return out, out_uncond
+    return grad_output, grad_uncond
 
 
-def _gradient_fake(
+def empty_gradients(model_output: Tensor, uncond_output: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of both outputs; without guidance the second is empty."""
+    empty = table.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
+    return torch.empty_like(model_output), empty
+
+
+def gradients_fake(
     latents: Tensor,
     model_output: Tensor,
     next_latents: Tensor,
@@ -253,14 +253,14 @@ def _gradient_fake(
     table: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    empty = table.new_empty(0)
-    return torch.empty_like(model_output), empty if uncond_output is None else torch.empty_like(uncond_output)
+    """Shapes of a backward op's results."""
+    return empty_gradients(model_output, uncond_output, table)
 
 
 for _name, _impl, _fake in (
     ("transition_step", _step_impl, _step_fake),
     ("transition_log_prob", _log_prob_impl, _log_prob_fake),
-    ("transition_gradient", _gradient_impl, _gradient_fake),
+    ("transition_log_prob_backward", _backward_impl, gradients_fake),
 ):
     library.impl(_name, _impl, "CPU")
     library.impl(_name, _impl, "CUDA")
@@ -303,10 +303,7 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         model_output, uncond_output, latents, next_latents, table, step = ctx.saved_tensors
         step_index, guidance_scale, reference_rounding, backend = ctx.settings
-        rows = reference.table_rows(table, step, step_index, latents.shape[0]).double()
-        numel = latents.numel() // latents.shape[0]
-        slope = -2.0 * rows[:, reference.SCALE] * rows[:, reference.B] / numel
-        grad_output, grad_uncond = torch.ops.dgf.transition_gradient(
+        grad_output, grad_uncond = torch.ops.dgf.transition_log_prob_backward(
             latents,
             model_output,
             next_latents,
@@ -315,10 +312,7 @@ class _LogProb(torch.autograd.Function):
             table,
             step,
             step_index,
-            (grad.double() * slope).contiguous(),
-            None,
-            None,
-            None,
+            grad,
             reference_rounding,
             backend,
         )
@@ -331,12 +325,14 @@ def _noise_for(
     if seed is not None and noise is not None:
         raise ValueError("noise: got a value together with seed, want one of them")
     if seed is not None:
-        if seed < 0 or seed >= 2**63:
-            raise ValueError(f"seed: got {seed}, want 0 to 2^63 - 1")
+        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)) or seed < 0 or seed >= 2**63:
+            raise ValueError(f"seed: got {seed}, want an int from 0 to 2^63 - 1")
         return None
     if isinstance(noise, Tensor):
         check_like("noise", noise, latents)
         return noise
+    if noise is not None and not isinstance(noise, torch.Generator):
+        raise ValueError(f"noise: got {type(noise).__name__}, want a tensor, a torch.Generator or None")
     if table.is_deterministic:
         return None
     dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
@@ -406,8 +402,9 @@ def transition_step(
         check_per_sample("sample_ids", sample_ids, latents, (torch.int64,))
     if out is None:
         dtype = latents.dtype if out_dtype is None else out_dtype
+        if dtype not in FLOATS:
+            raise ValueError(f"out_dtype: got {dtype}, want one of {', '.join(map(str, FLOATS))}")
         out = torch.empty(latents.shape, dtype=dtype, device=latents.device)
-        check_float("out_dtype", out)
     else:
         check_like("out", out, latents)
         if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):

@@ -39,6 +39,10 @@ def build_reward(settings: RewardSettings) -> Reward:
         return cast(Reward, factory)
     try:
         return cast(Reward, factory(**settings.args))
+    except ImportError as error:
+        raise ValueError(
+            f'rewards: "{settings.name}" needs a package that is not installed: {error} (extras: demo, ocr)'
+        ) from error
     except TypeError as error:
         raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
 

@@ -15,11 +15,11 @@ struct PolicyLossCall {
   bool ratio_norm = false;
 };
 
-// Outputs: loss [1], log_prob, ratio [batch], metrics [kMetrics] in S; step_scale, pull_scale [batch] in double, the
-// coefficients of transition_gradient for a unit gradient of the loss.
+// Outputs: loss [1], log_prob, ratio [batch], metrics [kMetrics] in S; has_grad [batch]; step_scale, pull_scale
+// [batch], the coefficients of TransitionGradient for a unit gradient of the loss.
 template <typename S>
-void policy_loss(const PolicyLossCall& p, S* loss, S* log_prob, S* ratio, S* metrics, double* step_scale,
-                 double* pull_scale) {
+void policy_loss(const PolicyLossCall& p, S* loss, S* log_prob, S* ratio, S* metrics, bool* has_grad,
+                 double* step_scale, double* pull_scale) {
   const TransitionCall& call = p.transition;
   const int64_t blocks = block_count(call.numel);
   const size_t units = static_cast<size_t>(call.batch * blocks);
@@ -61,7 +61,7 @@ void policy_loss(const PolicyLossCall& p, S* loss, S* log_prob, S* ratio, S* met
     log_prob[b] =
         static_cast<S>(log_prob_of(scale, row[kLogProbConstant], ordered_sum(&squares[first], blocks) / numel));
     double log_ratio = static_cast<double>(log_prob[b]) - static_cast<double>(static_cast<const S*>(p.old_log_prob)[b]);
-    double weight = static_cast<double>(static_cast<const S*>(p.weight)[b]);
+    const double weight = static_cast<double>(static_cast<const S*>(p.weight)[b]);
     double policy_weight = weight, log_ratio_slope = 1.0;
     if (p.ratio_norm) {
       log_ratio = (log_ratio - scale * (ordered_sum(&mean_squares[first], blocks) / numel)) * row[kTau];
@@ -74,21 +74,22 @@ void policy_loss(const PolicyLossCall& p, S* loss, S* log_prob, S* ratio, S* met
     const PolicyTerm term = policy_term(log_ratio, advantage, p.clip_range);
     const double kl = -scale * coefficient * coefficient * (ordered_sum(&reference_squares[first], blocks) / numel);
     ratio[b] = static_cast<S>(term.ratio);
-    if (weight == 0.0) {
-      // Whatever the sample holds, infinities included, it must not reach the others.
-      step_scale[b] = pull_scale[b] = 0.0;
-      continue;
-    }
+    has_grad[b] = false;
+    step_scale[b] = pull_scale[b] = 0.0;
+    // Whatever a sample of weight 0 holds, infinities included, it must not reach the others.
+    if (weight == 0.0) continue;
     total += policy_weight * term.loss + weight * p.kl_weight * kl;
     step_scale[b] =
         policy_weight / batch * term.grad_log_ratio * log_ratio_slope * gradient_scale(coefficient, scale, numel);
     pull_scale[b] = weight / batch * p.kl_weight * -2.0 * scale * coefficient * coefficient / numel;
+    has_grad[b] = step_scale[b] != 0.0 || pull_scale[b] != 0.0;
     const double deviation = term.ratio > 1.0 ? term.ratio - 1.0 : 1.0 - term.ratio;
     sums[kSamples] += 1.0;
     sums[kClipFraction] += term.clipped ? 1.0 : 0.0;
     sums[kAdvantageClipFraction] += advantage != given ? 1.0 : 0.0;
     sums[kRatioMean] += term.ratio;
-    sums[kRatioMaxDev] = !(deviation <= sums[kRatioMaxDev]) ? deviation : sums[kRatioMaxDev];
+    // NaN, once seen, stays.
+    if (!std::isnan(sums[kRatioMaxDev]) && !(deviation <= sums[kRatioMaxDev])) sums[kRatioMaxDev] = deviation;
     sums[kApproxKl] += term.ratio - 1.0 - log_ratio;
     sums[kReferenceKl] += kl;
     sums[kPolicyLoss] += term.loss;

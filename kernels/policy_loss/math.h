@@ -30,7 +30,9 @@ DGF_HD PolicyTerm policy_term(double log_ratio, double advantage, double clip_ra
   out.ratio = exp(log_ratio);
   const double low = 1.0 - clip_range, high = 1.0 + clip_range;
   const double bounded = out.ratio < low ? low : out.ratio > high ? high : out.ratio;
-  const double unclipped_loss = -advantage * out.ratio, clipped_loss = -advantage * bounded;
+  // An advantage of 0 gives 0 even where the ratio has overflown.
+  const double unclipped_loss = advantage == 0.0 ? 0.0 : -advantage * out.ratio;
+  const double clipped_loss = -advantage * bounded;
   out.clipped = clipped_loss > unclipped_loss;
   out.loss = out.clipped ? clipped_loss : unclipped_loss;
   out.grad_log_ratio = out.clipped ? 0.0 : unclipped_loss;

@@ -57,7 +57,9 @@ def policy_loss(
         slope, policy_weight = tau, weight / rows[:, transition.STEP_SIZE].double()
     advantage = advantages.double().clamp(-advantage_clip, advantage_clip)
     ratio = log_ratio.exp()
-    unclipped, bounded = -advantage * ratio, -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    # An advantage of 0 gives 0 even where the ratio has overflown.
+    unclipped = torch.where(advantage == 0, 0.0, -advantage * ratio)
+    bounded = -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     clipped = bounded > unclipped
     term = torch.where(clipped, bounded, unclipped)
     kl = torch.zeros_like(term)
@@ -68,7 +70,7 @@ def policy_loss(
     loss = torch.where(silent, 0.0, policy_weight * term + weight * kl_weight * kl).sum() / batch
 
     grad_log_ratio = torch.where(clipped | silent, 0.0, unclipped)
-    step_scale = policy_weight / batch * grad_log_ratio * slope * (-2.0 * scale * b / numel)
+    step_scale = policy_weight / batch * grad_log_ratio * slope * transition.log_prob_slope(rows, numel)
     pull_scale = weight / batch * kl_weight * -2.0 * scale * b.square() / numel
 
     counted = (~silent).double()

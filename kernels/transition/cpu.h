@@ -189,44 +189,60 @@ struct TransitionGradient {
 };
 
 template <typename S>
+void gradient_block(const TransitionCall& call, const TransitionGradient& g, int64_t b, int64_t block) {
+  const S* row = call.row<S>(b);
+  const S scale = static_cast<S>(call.guidance_scale);
+  const S step_scale = static_cast<S>(g.step_scale[b]);
+  const S pull_scale = g.pull_scale ? static_cast<S>(g.pull_scale[b]) : S(0);
+  Scratch<S> s;
+  for_each_chunk(block, call.numel, [&](int64_t begin, int64_t n) {
+    S* grad = call.uncond.present() ? s.extra : target(g.grad_output, b, begin, s.extra);
+    if (step_scale == S(0) && pull_scale == S(0)) {
+      // A clipped sample: its activations are not read.
+      for (int64_t i = 0; i < n; ++i) grad[i] = S(0);
+    } else {
+      load_inputs(call, b, begin, n, s);
+      const S* v = g.mean_output.present() ? load(g.mean_output, b, begin, n, s.old_output) : s.v;
+      if (step_scale != S(0)) {
+        const S* next = load(call.next, b, begin, n, s.next);
+        difference_of(call, row, s.x, v, next, n, s, step_scale, grad);
+      } else {
+        for (int64_t i = 0; i < n; ++i) grad[i] = S(0);
+      }
+      if (pull_scale != S(0)) {
+        const S* pull = load(g.pull, b, begin, n, s.next);
+        for (int64_t i = 0; i < n; ++i) grad[i] += pull_scale * (s.v[i] - pull[i]);
+      }
+    }
+    if (!call.uncond.present()) {
+      store(g.grad_output, b, begin, n, grad);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) s.mean[i] = scale * grad[i];
+    store(g.grad_output, b, begin, n, s.mean);
+    for (int64_t i = 0; i < n; ++i) s.mean[i] = (S(1) - scale) * grad[i];
+    store(g.grad_uncond, b, begin, n, s.mean);
+  });
+}
+
+template <typename S>
 void transition_gradient(const TransitionCall& call, const TransitionGradient& g) {
   const int64_t blocks = block_count(call.numel);
-  const S scale = static_cast<S>(call.guidance_scale);
-  ThreadPool::instance().run(call.batch * blocks, call.threads, [&](int64_t unit) {
-    const int64_t b = unit / blocks;
+  ThreadPool::instance().run(call.batch * blocks, call.threads,
+                             [&](int64_t unit) { gradient_block<S>(call, g, unit / blocks, unit % blocks); });
+}
+
+// Gradient of sum(grad_log_prob * log_prob).
+template <typename S>
+void transition_log_prob_gradient(const TransitionCall& call, const S* grad_log_prob, TransitionGradient g) {
+  std::vector<double> step_scale(static_cast<size_t>(call.batch));
+  for (int64_t b = 0; b < call.batch; ++b) {
     const S* row = call.row<S>(b);
-    const S step_scale = static_cast<S>(g.step_scale[b]);
-    const S pull_scale = g.pull_scale ? static_cast<S>(g.pull_scale[b]) : S(0);
-    Scratch<S> s;
-    for_each_chunk(unit % blocks, call.numel, [&](int64_t begin, int64_t n) {
-      S* grad = call.uncond.present() ? s.extra : target(g.grad_output, b, begin, s.extra);
-      if (step_scale == S(0) && pull_scale == S(0)) {
-        // A clipped sample: its activations are not read.
-        for (int64_t i = 0; i < n; ++i) grad[i] = S(0);
-      } else {
-        load_inputs(call, b, begin, n, s);
-        const S* v = g.mean_output.present() ? load(g.mean_output, b, begin, n, s.old_output) : s.v;
-        if (step_scale != S(0)) {
-          const S* next = load(call.next, b, begin, n, s.next);
-          difference_of(call, row, s.x, v, next, n, s, step_scale, grad);
-        } else {
-          for (int64_t i = 0; i < n; ++i) grad[i] = S(0);
-        }
-        if (pull_scale != S(0)) {
-          const S* pull = load(g.pull, b, begin, n, s.next);
-          for (int64_t i = 0; i < n; ++i) grad[i] += pull_scale * (s.v[i] - pull[i]);
-        }
-      }
-      if (!call.uncond.present()) {
-        store(g.grad_output, b, begin, n, grad);
-        return;
-      }
-      for (int64_t i = 0; i < n; ++i) s.mean[i] = scale * grad[i];
-      store(g.grad_output, b, begin, n, s.mean);
-      for (int64_t i = 0; i < n; ++i) s.mean[i] = (S(1) - scale) * grad[i];
-      store(g.grad_uncond, b, begin, n, s.mean);
-    });
-  });
+    step_scale[static_cast<size_t>(b)] =
+        grad_log_prob[b] * gradient_scale(row[kB], row[kLogProbScale], static_cast<double>(call.numel));
+  }
+  g.step_scale = step_scale.data();
+  transition_gradient<S>(call, g);
 }
 
 }  // namespace dgf

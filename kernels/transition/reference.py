@@ -126,6 +126,11 @@ def score(
     return log_prob(next_latents.to(mean.dtype) - mean, rows)
 
 
+def log_prob_slope(rows: Tensor, numel: int) -> Tensor:
+    """d log_prob / d v over `x' - mean`, float64 `[B]`."""
+    return -2.0 * rows[:, SCALE].double() * rows[:, B].double() / numel
+
+
 def _scaled(scale: Tensor, values: Tensor) -> Tensor:
     """`scale[b] values[b]`, and 0 where the scale is, even for values that are not finite: it is not read."""
     factor = scale.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
@@ -141,9 +146,9 @@ def gradient(
     rows: Tensor,
     rounding_dtype: torch.dtype | None,
     step_scale: Tensor,
-    pull_scale: Tensor | None,
-    pull: Tensor | None,
-    mean_output: Tensor | None,
+    pull_scale: Tensor | None = None,
+    pull: Tensor | None = None,
+    mean_output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`step_scale (x' - mean) + pull_scale (v - pull)`, then the chain rule of guidance, in the outputs' dtypes."""
     velocity = guided(output, uncond, guidance_scale, rows.dtype)

@@ -28,7 +28,8 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
     table = TABLES["mixed"].packed(dtype=compute)
     guidance = case.guidance or 1.0
     step = (case.step, 0) if isinstance(case.step, Tensor) else (None, case.step)
-    scale = torch.tensor([0.5, -0.25], dtype=F64)
+    grad = torch.tensor([0.5, -0.25], dtype=compute)
+    scale = grad.double()
     inputs = (case.latents, case.output)
     after = (case.uncond, guidance, table, *step)
     out = torch.zeros_like(case.next_latents)
@@ -37,13 +38,14 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
     return {
         "transition_step": (out, *inputs, *after, case.noise, None, None, True, *end),
         "transition_log_prob": (*inputs, case.next_latents, *after, *end),
-        "transition_gradient": (
-            *(*inputs, case.next_latents, *after),
-            *(scale, scale, case.reference_output, case.old_output, *end),
-        ),
+        "transition_log_prob_backward": (*inputs, case.next_latents, *after, grad, *end),
         "policy_loss": (
             *(*inputs, case.next_latents, *after, *per_sample, case.reference_output, case.old_output),
             *(0.1, 5.0, 0.1, True, *end),
+        ),
+        "policy_loss_backward": (
+            *(*inputs, case.next_latents, *after, torch.tensor(0.5, dtype=compute), scale, scale),
+            *(case.reference_output, case.old_output, *end),
         ),
     }
 
@@ -54,7 +56,10 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
 @pytest.mark.parametrize(
     "dtypes", [(F32, F32, F32), (F32, BF16, F16), (BF16, BF16, BF16), (F64, F32, F32)], ids=dtype_id
 )
-@pytest.mark.parametrize("op", ["transition_step", "transition_log_prob", "transition_gradient", "policy_loss"])
+@pytest.mark.parametrize(
+    "op",
+    ["transition_step", "transition_log_prob", "transition_log_prob_backward", "policy_loss", "policy_loss_backward"],
+)
 def test_opcheck(op: str, dtypes: tuple, cfg: bool, channels_last: bool, backend: str) -> None:
     """Schema, fake tensors (shapes, dtypes and strides) and dispatch, as torch itself checks them."""
     step = torch.tensor([1, 2]) if cfg else 1

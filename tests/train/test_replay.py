@@ -68,11 +68,16 @@ def test_the_update_does_not_depend_on_the_packing(
     assert row["grad_norm"] == pytest.approx(dense["grad_norm"], rel=torch.finfo(torch.float32).eps ** 0.5)
 
 
-def test_gradient_is_that_of_the_formula(flux: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("equal", [True, False], ids=["dense", "rows"])
+def test_gradient_is_that_of_the_formula(
+    flux: Path, tmp_path: Path, equal: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All samples in one update: the gradient equals autograd through the plain formula, one pair at a time."""
     from dancegrpo_fast import trainer as module
 
-    trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=False))
+    monkeypatch.setattr(module, "rows_are_equal", lambda *_: equal)
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=shared, timestep_fraction=1.0))
     seen: dict[str, Any] = {}
     original = module.backward_update
 

@@ -72,14 +72,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
     assert start(workspace, "whole").wait() == 0
     killed = 0
-    # Killed after the first and the third iteration's row, that is before the first checkpoint and between two.
-    for rows in (1, 3):
+    # Killed before the first checkpoint, between an evaluation and the checkpoint after it, and after a checkpoint.
+    for name, rows in (("metrics", 1), ("evaluations", 3), ("metrics", 5)):
         process = start(workspace, "cut", "--resume", "auto")
-        while len(lines(workspace / "cut" / "metrics.jsonl")) < rows and process.poll() is None:
+        while len(lines(workspace / "cut" / f"{name}.jsonl")) < rows and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-    assert killed == 2
+    assert killed == 3
     assert start(workspace, "cut", "--resume", "auto").wait() == 0
 
     whole, cut = workspace / "whole", workspace / "cut"
@@ -122,9 +122,13 @@ def test_damaged_checkpoints_are_named(flux: Path, finished: Path, name: str, da
     with pytest.raises(ValueError, match=rf"resume: .*{name} is (damaged|missing); other checkpoints there: 000001"):
         Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto")
     assert (finished / "metrics.jsonl").read_bytes() == rows
-    # The one before it still works.
-    older = Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume=str(finished / "checkpoints" / "000001"))
-    assert older.start == 1
+    # The one before it still works, in a directory of its own or once the damaged one is out of the way.
+    older = finished / "checkpoints" / "000001"
+    with pytest.raises(ValueError, match=r"resume: .*checkpoints 000002"):
+        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume=str(older))
+    assert Trainer(make_recipe(flux, finished.parent / "other"), resume=str(older)).start == 1
+    with pytest.raises(ValueError, match=r"would overwrite"):
+        Trainer(make_recipe(flux, finished), resume=str(finished.parent / "elsewhere" / "checkpoints" / "000001"))
 
 
 def test_damaged_state_is_named(flux: Path, finished: Path) -> None:
@@ -135,6 +139,23 @@ def test_damaged_state_is_named(flux: Path, finished: Path) -> None:
     state.unlink()
     with pytest.raises(ValueError, match=r"resume: .*state\.json is missing"):
         Trainer(make_recipe(flux, finished), resume="auto")
+
+
+def test_a_torn_last_row_is_dropped_and_another_is_not(flux: Path, finished: Path) -> None:
+    metrics = finished / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + whole.splitlines()[-1][: -len(', "seconds": {}}')])
+    Trainer(make_recipe(flux, finished), resume="auto")
+    assert metrics.read_text() == whole
+    metrics.write_text("{" + whole)
+    with pytest.raises(ValueError):
+        Trainer(make_recipe(flux, finished), resume="auto")
+    assert metrics.read_text() == "{" + whole
+
+
+def test_other_threads_are_warned_about(flux: Path, finished: Path) -> None:
+    with pytest.warns(UserWarning, match="threads 1, this is 2"):
+        Trainer(make_recipe(flux, finished, threads=2), resume="auto")
 
 
 def test_another_recipe_is_refused(flux: Path, finished: Path) -> None:

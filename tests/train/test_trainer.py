@@ -1,6 +1,7 @@
 """The loop in both paradigms: exact ratio, options, shared work, and what stops a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dancegrpo_fast import checkpoint
+from dancegrpo_fast import trainer as module
 from dancegrpo_fast.trainer import Trainer
 
 from .tiny import LoraSettings, make_recipe, reward
@@ -64,26 +66,30 @@ def test_ratio_one_for_diffusion(diffusion: Path, tmp_path: Path, changes: dict[
         assert row["grad_norm"] > 0.0
 
 
-def test_shared_first_step_changes_nothing_but_the_work(base: Path, tmp_path: Path) -> None:
+def test_shared_first_step_changes_nothing_but_the_work(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With one row a call, sharing changes neither the shape nor the bits of any call.
-    shared = train(base, tmp_path / "shared", micro_batch=1, iterations=1)
-    trainer = Trainer(make_recipe(base, tmp_path / "separate", micro_batch=1, iterations=1))
-    from dancegrpo_fast import trainer as module
+    options: dict[str, Any] = {"micro_batch": 1, "iterations": 1, "timestep_fraction": 1.0}
+    shared = train(base, tmp_path / "shared", **options)[0]
+    rollout, experience = module.rollout, module.Experience
 
-    original = module.rollout
+    def separate_rollout(policy: Any, table: Any, noise: Any, *rest: Any, **settings: Any) -> Any:
+        settings["shared_first_step"] = False
+        return rollout(policy, table, noise.repeat_interleave(4, dim=0), *rest, **settings)
 
-    def unshared(policy: Any, table: Any, noise: Any, *rest: Any, **options: Any) -> Any:
-        options["shared_first_step"] = False
-        return original(policy, table, noise.repeat_interleave(4, dim=0), *rest, **options)
+    def separate_experience(**fields: Any) -> Any:
+        return experience(**fields | {"shared_first_step": False})
 
-    module.rollout = unshared
-    try:
-        separate = trainer.iteration(1)
-    finally:
-        module.rollout = original
-    assert shared[0]["skipped"]["shared_rows_saved"] > 0
-    for name in ("reward/Brightness", "policy_loss", "grad_norm"):
-        assert shared[0][name] == separate[name]
+    monkeypatch.setattr(module, "rollout", separate_rollout)
+    monkeypatch.setattr(module, "Experience", separate_experience)
+    separate = train(base, tmp_path / "separate", **options)[0]
+    # Three prompts, of whose four samples three need no first step of their own.
+    assert shared["skipped"]["shared_rows_saved"] == 9
+    assert separate["skipped"]["model_rows"] == shared["skipped"]["model_rows"] + 9
+    for name in ("reward/Brightness", "ratio_first_update_max_dev"):
+        assert shared[name] == separate[name]
+    assert shared["grad_norm"] == pytest.approx(separate["grad_norm"], rel=torch.finfo(torch.float32).eps ** 0.5)
 
 
 def test_equal_rewards_are_not_replayed(base: Path, tmp_path: Path) -> None:
@@ -110,15 +116,29 @@ def test_skipping_zero_advantages_keeps_the_gradient(flux: Path, tmp_path: Path)
     assert plain["grad_norm"] == pulled["grad_norm"]
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=2)], ids=["full", "lora"])
-def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
-    rows = train(base, tmp_path / "run", iterations=3, kl_weight=0.01, lora=lora, learning_rate=1e-2)
+def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraSettings | None, precision: str) -> None:
+    options: dict[str, Any] = {"iterations": 3, "kl_weight": 0.01, "learning_rate": 1e-2}
+    rows = train(base, tmp_path / "run", lora=lora, mixed_precision=precision, **options)
     assert rows[0]["reference_kl"] == 0.0
     assert rows[1]["reference_kl"] > 0.0 and rows[2]["reference_kl"] > 0.0
 
 
-def test_best_of_n_trains_on_the_ends(base: Path, tmp_path: Path) -> None:
+def test_best_of_n_trains_on_the_ends(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    original = module.backward_update
+
+    def keep(*arguments: Any) -> bool:
+        seen.append((arguments[3].advantages, arguments[4]))
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "backward_update", keep)
     row = train(base, tmp_path / "run", iterations=1, best_of_n=1)[0]
+    (advantages, samples) = seen[0]
+    groups = advantages.reshape(3, 4)
+    ends = torch.stack([groups.argmax(dim=1), groups.argmin(dim=1)], dim=1) + 4 * torch.arange(3)[:, None]
+    assert samples == sorted(ends.flatten().tolist())
     assert row["pairs"] == 3 * 2 * 2
     assert row["ratio_first_update_max_dev"] == 0.0
 
@@ -135,6 +155,36 @@ def test_several_rewards_sum_their_advantages(flux: Path, tmp_path: Path) -> Non
 def test_threshold_makes_rewards_binary(flux: Path, tmp_path: Path) -> None:
     row = train(flux, tmp_path / "run", iterations=1, rewards=[reward("Brightness", threshold=0.5)])[0]
     assert row["reward/Brightness>0.5"] * 12 == pytest.approx(round(row["reward/Brightness>0.5"] * 12))
+
+
+def test_a_first_update_without_samples_is_not_called_exact(flux: Path, tmp_path: Path) -> None:
+    # One sample an update; with a binary reward some updates have none to train on.
+    recipe = make_recipe(
+        flux, tmp_path / "run", iterations=4, updates_per_rollout=12, rewards=[reward("Brightness", threshold=0.5)]
+    )
+    trainer = Trainer(recipe)
+    rows = [trainer.iteration(iteration) for iteration in range(1, 5)]
+    for row in rows:
+        if row["skipped"]["zero_advantage_skipped"] == 0:
+            assert row["ratio_first_update_max_dev"] == 0.0
+    tally = module.Tally()
+    quiet = trainer._row(1, torch.full((1, 12), 0.5), torch.zeros(12), replace(tally, grad_norms=[torch.zeros(())]))
+    assert "ratio_first_update_max_dev" not in quiet
+
+
+def test_a_ratio_off_one_is_warned_about(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(make_recipe(flux, tmp_path / "run"))
+    rollout = module.rollout
+
+    def shifted(*arguments: Any, **settings: Any) -> Any:
+        trajectory = rollout(*arguments, **settings)
+        trajectory.log_probs.add_(1e-3)
+        return trajectory
+
+    monkeypatch.setattr(module, "rollout", shifted)
+    with pytest.warns(UserWarning, match="away from 1"):
+        row = trainer.iteration(1)
+    assert row["ratio_first_update_max_dev"] > 0
 
 
 def test_inner_epochs_and_updates_step_the_optimiser(flux: Path, tmp_path: Path) -> None:
