@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast import checkpoint
+from dancegrpo_fast import checkpoint, replay
 from dancegrpo_fast import trainer as module
 from dancegrpo_fast.trainer import Trainer
 
@@ -185,6 +185,19 @@ def test_a_ratio_off_one_is_warned_about(flux: Path, tmp_path: Path, monkeypatch
     with pytest.warns(UserWarning, match="away from 1"):
         row = trainer.iteration(1)
     assert row["ratio_first_update_max_dev"] > 0
+
+
+def test_clipped_calls_need_no_backward(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A range of 0 clips about half of the samples as soon as the policy has moved; one row a call shows each of them.
+    options: dict[str, Any] = {"micro_batch": 1, "inner_epochs": 2, "clip_range": 0.0, "iterations": 1}
+    row = train(flux, tmp_path / "skipped", **options)[0]
+    assert row["skipped"]["backwards_skipped"] > 0
+    loss = replay.policy_loss
+    monkeypatch.setattr(replay, "policy_loss", lambda *a, **k: loss(*a, **k)._replace(has_grad=torch.ones(1)))
+    every = train(flux, tmp_path / "every", **options)[0]
+    assert every["skipped"]["backwards_skipped"] == 0
+    for name in ("grad_norm", "policy_loss", "clip_fraction"):
+        assert row[name] == every[name]
 
 
 def test_inner_epochs_and_updates_step_the_optimiser(flux: Path, tmp_path: Path) -> None:
