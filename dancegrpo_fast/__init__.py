@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .advantages import group_advantages as group_advantages
+    from .ops.noise import gaussian_noise as gaussian_noise
     from .ops.policy_loss import PolicyLoss as PolicyLoss
     from .ops.policy_loss import PolicyMetrics as PolicyMetrics
     from .ops.policy_loss import policy_loss as policy_loss
     from .ops.transition import TransitionStep as TransitionStep
-    from .ops.transition import gaussian_noise as gaussian_noise
     from .ops.transition import transition_log_prob as transition_log_prob
     from .ops.transition import transition_step as transition_step
     from .transitions import TransitionTable as TransitionTable
@@ -27,7 +27,7 @@ _HOMES = {
     "PolicyMetrics": "ops.policy_loss",
     "policy_loss": "ops.policy_loss",
     "TransitionStep": "ops.transition",
-    "gaussian_noise": "ops.transition",
+    "gaussian_noise": "ops.noise",
     "transition_log_prob": "ops.transition",
     "transition_step": "ops.transition",
     "TransitionTable": "transitions",

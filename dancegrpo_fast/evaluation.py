@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .config import EvaluationSettings, SamplerSettings
 from .models import GeneratorModel
-from .ops.transition import gaussian_noise
+from .ops.noise import gaussian_noise
 from .prompts import Prompt
 from .rewards import RewardInput, RewardSet
 from .rng import derive_seed

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .models import Conditioning, GeneratorModel
-from .ops.transition import gaussian_noise, transition_step
+from .ops.noise import gaussian_noise
+from .ops.transition import transition_step
 from .trajectory import Trajectory
 from .transitions import TransitionTable
 

@@ -21,8 +21,8 @@ from .advantages import best_and_worst, group_advantages
 from .config import Recipe
 from .evaluation import Evaluator, decode
 from .models import load_model
+from .ops.noise import gaussian_noise
 from .ops.policy_loss import PolicyMetrics
-from .ops.transition import gaussian_noise
 from .prompts import Prompt, load_prompts, prompts_of_iteration
 from .replay import Experience, Objective, Tally, backward_update
 from .report import progress_line, save_samples

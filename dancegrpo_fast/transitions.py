@@ -395,8 +395,7 @@ def vp_sde(
 def mixed(stochastic: TransitionTable, deterministic: TransitionTable, window: Sequence[int]) -> TransitionTable:
     """Rows of `stochastic` at the step indices in `window`, of `deterministic` elsewhere (MixGRPO, arXiv 2507.21802).
 
-    Raises:
-        ValueError: tables of different lengths or times, or an index outside them.
+    Raises ValueError for tables of different lengths or times, or an index outside them.
     """
     if len(stochastic) != len(deterministic) or not torch.equal(stochastic.times, deterministic.times):
         raise ValueError(
