@@ -1,6 +1,8 @@
 """What can run an op here, why something else cannot, and the rule that picks."""
 
 import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -11,6 +13,7 @@ from .transitions import PACKED_COLUMNS
 
 # Below this many elements in a batch, waking a second thread costs more than it saves.
 MIN_ELEMENTS_PER_THREAD = 1 << 15
+NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,56 @@ def _cpu() -> tuple[ModuleType | None, str]:
     return base, f"baseline build, compiled by {base.compiler}"
 
 
+@lru_cache(maxsize=1)
+def _cuda() -> tuple[ModuleType | None, str]:
+    try:
+        module = _load("_cuda")
+    except ModuleNotFoundError:
+        return None, "not built: nvcc was not found at installation, or DGF_CUDA=OFF"
+    except ImportError as error:
+        return None, f"the compiled module does not load: {error}"
+    if module.table_columns != len(PACKED_COLUMNS):
+        return None, "the compiled module belongs to another version; install the package again"
+    return module, f"built with nvcc {module.compiler} for sm_{', sm_'.join(module.architectures)}"
+
+
+@lru_cache(maxsize=16)
+def _cuda_problem(index: int) -> str:
+    """Why the compiled CUDA module cannot run on a device, or nothing."""
+    module, detail = _cuda()
+    return detail if module is None else str(module.device_problem(index))
+
+
+@lru_cache(maxsize=1)
+def _triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    return True, "compiled on first use" if not interpreting() else "interpreted (TRITON_INTERPRET), for tests only"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot run a call, or nothing."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        return "it runs CPU tensors" if device.type != "cpu" else "" if _cpu()[0] is not None else _cpu()[1]
+    if name == "cuda":
+        if device.type != "cuda" or torch.version.hip is not None:
+            return "it runs tensors of an NVIDIA device"
+        return _cuda_problem(device.index)
+    usable, reason = _triton()
+    if not usable:
+        return reason
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return "it runs tensors of a GPU"
+    return "it computes in float32" if dtype == torch.float64 else ""
+
+
 def cpu_module() -> ModuleType:
     """The compiled CPU module for this processor.
 
@@ -56,37 +109,62 @@ def cpu_module() -> ModuleType:
     return module
 
 
+def cuda_module() -> ModuleType:
+    """The compiled CUDA module.
+
+    Raises:
+        RuntimeError: it is not available; the message says why.
+    """
+    module, detail = _cuda()
+    if module is None:
+        raise RuntimeError(f'backend: "cuda" is not available, {detail}')
+    return module
+
+
 def available() -> list[Backend]:
     """Every backend, with the reason where one cannot be used."""
-    module, detail = _cpu()
+    cpu, cpu_detail = _cpu()
+    cuda, cuda_detail = _cuda()
+    triton, triton_detail = _triton()
+    if not torch.cuda.is_available():
+        if cuda is not None:
+            cuda, cuda_detail = None, f"{cuda_detail}, but torch sees no CUDA device"
+        if triton and not interpreting():
+            triton, triton_detail = False, "installed, but torch sees no GPU"
+    elif cuda is not None and (problem := _cuda_problem(torch.cuda.current_device())):
+        cuda, cuda_detail = None, problem
     return [
-        Backend("cpu", module is not None, detail),
-        Backend("cuda", False, "this version has no CUDA kernels; CUDA tensors use the reference"),
-        Backend("triton", False, "this version has no Triton kernels; CUDA tensors use the reference"),
+        Backend("cpu", cpu is not None, cpu_detail),
+        Backend("cuda", cuda is not None, cuda_detail),
+        Backend("triton", triton, triton_detail),
         Backend("reference", True, f"plain torch {torch.__version__}, any device"),
     ]
 
 
-def pick(backend: str, device: torch.device) -> str:
+def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The implementation that a call on `device` uses.
 
     Args:
-        backend: "auto", "cpu" (compiled C++) or "reference" (plain torch).
+        backend: "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain torch), or "auto": the first of these
+            that can run the call.
+        device: of the tensors.
+        dtype: what the call computes in, float32 or float64.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run tensors of this device.
-        RuntimeError: the compiled module was asked for by name and does not load.
+        ValueError: an unknown name, or a backend that cannot run such a call here; the message says why.
     """
     if backend == "auto":
-        return "cpu" if device.type == "cpu" and _cpu()[0] is not None else "reference"
-    if backend == "reference":
-        return backend
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f'backend: got "cpu" for tensors on {device}, want "auto" or "reference"')
-        cpu_module()
-        return backend
-    raise ValueError(f'backend: got "{backend}", want "auto", "cpu" or "reference"')
+        # The interpreter is for tests, which ask for it by name.
+        order = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+        return next((name for name in order if not _refusal(name, device, dtype)), "reference")
+    if backend not in NAMES:
+        wanted = ", ".join(f'"{name}"' for name in NAMES)
+        raise ValueError(f'backend: got "{backend}", want one of {wanted}')
+    if reason := _refusal(backend, device, dtype):
+        raise ValueError(
+            f'backend: got "{backend}" for {dtype} tensors on {device}, but {reason}; want "auto" or "reference"'
+        )
+    return backend
 
 
 def threads_for(elements: int) -> int:

@@ -7,27 +7,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends
 from ..kernels.policy_loss import reference
-from ..kernels.transition.reference import gradient as transition_gradient
 from ..transitions import TransitionTable
-from . import _native
+from ._call import (
+    SHARED,
+    GradientTerms,
+    LossOutputs,
+    Objective,
+    empty_gradients,
+    gradients_fake,
+    implementation,
+    split,
+)
 from ._checks import check_like, check_per_sample
-from .transition import check_scoring, empty_gradients, gradients_fake, library, rounding_dtype, table_rows
+from .transition import check_scoring, library, save_shared, saved_shared, shared_gradients
+
+_PT2 = (torch.Tag.pt2_compliant_tag,)
 
 library.define(
-    "policy_loss(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output, float guidance_scale,"
-    " Tensor table, Tensor? step, SymInt step_index, Tensor old_log_prob, Tensor advantages, Tensor weight,"
-    " Tensor? reference_output, Tensor? old_output, float clip_range, float advantage_clip, float kl_weight,"
-    " bool ratio_norm, bool reference_rounding, str backend)"
+    f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor weight, Tensor? reference_output,"
+    " Tensor? old_output, float clip_range, float advantage_clip, float kl_weight, bool ratio_norm)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_PT2,
 )
 library.define(
-    "policy_loss_backward(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
-    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, Tensor grad_loss, Tensor step_scale,"
-    " Tensor pull_scale, Tensor? pull, Tensor? mean_output, bool reference_rounding, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"policy_loss_backward({SHARED}, Tensor grad_loss, Tensor step_scale, Tensor pull_scale, Tensor? pull,"
+    " Tensor? mean_output) -> (Tensor, Tensor)",
+    tags=_PT2,
 )
 
 
@@ -57,160 +63,32 @@ class PolicyLoss(NamedTuple):
     has_grad: Tensor
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _loss_impl(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    reference_output: Tensor | None,
-    old_output: Tensor | None,
-    clip_range: float,
-    advantage_clip: float,
-    kl_weight: float,
-    ratio_norm: bool,
-    reference_rounding: bool,
-    backend: str,
-) -> Outputs:
-    if backends.pick(backend, latents.device) == "reference":
-        terms = reference.policy_loss(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table_rows(table, step, step_index, latents.shape[0]),
-            rounding_dtype(model_output, uncond_output, reference_rounding),
-            old_log_prob,
-            advantages,
-            weight,
-            reference_output,
-            old_output,
-            clip_range,
-            advantage_clip,
-            kl_weight,
-            ratio_norm,
-        )
-        has_grad = (terms.step_scale != 0) | (terms.pull_scale != 0)
-        scales = (terms.step_scale, terms.pull_scale)
-        return terms.loss, terms.log_prob, terms.ratio, terms.metrics, has_grad, *scales
-    out = _loss_fake(latents, model_output, next_latents, uncond_output, guidance_scale, table)
-    step = None if step is None else step.contiguous()
-    backends.cpu_module().policy_loss(
-        _native.transition(
-            latents,
-            model_output,
-            uncond_output,
-            next_latents,
-            table,
-            step,
-            step_index,
-            guidance_scale,
-            reference_rounding,
-        ),
-        _native.operand(reference_output),
-        _native.operand(old_output),
-        old_log_prob.data_ptr(),
-        advantages.data_ptr(),
-        weight.data_ptr(),
-        clip_range,
-        advantage_clip,
-        kl_weight,
-        ratio_norm,
-        tuple(t.data_ptr() for t in out),
-        table.dtype == torch.float64,
-    )
+def _loss_impl(*arguments: Any) -> LossOutputs:
+    call, rest = split(arguments)
+    out = _loss_fake(*arguments)
+    implementation(call).policy_loss(call, Objective(*rest), out)
     return out
 
 
-def _loss_fake(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    *rest: Any,
-) -> Outputs:
-    batch = latents.shape[0]
-    return (
-        table.new_empty(()),
-        table.new_empty(batch),
-        table.new_empty(batch),
-        table.new_empty(reference.METRICS),
-        table.new_empty(batch, dtype=torch.bool),
-        table.new_empty(batch, dtype=torch.float64),
-        table.new_empty(batch, dtype=torch.float64),
+def _loss_fake(*arguments: Any) -> LossOutputs:
+    call, _ = split(arguments)
+    table, batch = call.table, call.batch
+    return LossOutputs(
+        loss=table.new_empty(()),
+        log_prob=table.new_empty(batch),
+        ratio=table.new_empty(batch),
+        metrics=table.new_empty(reference.METRICS),
+        has_grad=table.new_empty(batch, dtype=torch.bool),
+        step_scale=table.new_empty(batch),
+        pull_scale=table.new_empty(batch),
     )
 
 
-def _backward_impl(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    grad_loss: Tensor,
-    step_scale: Tensor,
-    pull_scale: Tensor,
-    pull: Tensor | None,
-    mean_output: Tensor | None,
-    reference_rounding: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_output, grad_uncond = empty_gradients(model_output, uncond_output, table)
-    if backends.pick(backend, latents.device) == "reference":
-        grads = transition_gradient(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table_rows(table, step, step_index, latents.shape[0]),
-            rounding_dtype(model_output, uncond_output, reference_rounding),
-            step_scale * grad_loss,
-            pull_scale * grad_loss,
-            pull,
-            mean_output,
-        )
-        grad_output.copy_(grads[0])
-        if grads[1] is not None:
-            grad_uncond.copy_(grads[1])
-        return grad_output, grad_uncond
-    step = None if step is None else step.contiguous()
-    grad_loss = grad_loss.to(table.dtype)
-    backends.cpu_module().policy_loss_gradient(
-        _native.transition(
-            latents,
-            model_output,
-            uncond_output,
-            next_latents,
-            table,
-            step,
-            step_index,
-            guidance_scale,
-            reference_rounding,
-        ),
-        grad_loss.data_ptr(),
-        step_scale.data_ptr(),
-        pull_scale.data_ptr(),
-        _native.operand(pull),
-        _native.operand(mean_output),
-        _native.operand(grad_output),
-        None if uncond_output is None else _native.operand(grad_uncond),
-        table.dtype == torch.float64,
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, rest = split(arguments)
+    grad_output, grad_uncond = empty_gradients(call.model_output, call.uncond_output, call.table)
+    implementation(call).policy_loss_gradient(
+        call, GradientTerms(*rest), grad_output, None if call.uncond_output is None else grad_uncond
     )
     return grad_output, grad_uncond
 
@@ -226,86 +104,20 @@ for _name, _impl, _fake in (
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        model_output: Tensor,
-        uncond_output: Tensor | None,
-        latents: Tensor,
-        next_latents: Tensor,
-        reference_output: Tensor | None,
-        old_output: Tensor | None,
-        table: Tensor,
-        step: Tensor | None,
-        old_log_prob: Tensor,
-        advantages: Tensor,
-        weight: Tensor,
-        step_index: int,
-        guidance_scale: float,
-        clip_range: float,
-        advantage_clip: float,
-        kl_weight: float,
-        ratio_norm: bool,
-        reference_rounding: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        loss, log_prob, ratio, metrics, has_grad, step_scale, pull_scale = torch.ops.dgf.policy_loss(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table,
-            step,
-            step_index,
-            old_log_prob,
-            advantages,
-            weight,
-            reference_output,
-            old_output,
-            clip_range,
-            advantage_clip,
-            kl_weight,
-            ratio_norm,
-            reference_rounding,
-            backend,
-        )
-        ctx.mark_non_differentiable(log_prob, ratio, metrics, has_grad)
-        mean_output = old_output if ratio_norm else None
-        ctx.save_for_backward(
-            model_output,
-            uncond_output,
-            latents,
-            next_latents,
-            table,
-            step,
-            step_scale,
-            pull_scale,
-            reference_output,
-            mean_output,
-        )
-        ctx.settings = (step_index, guidance_scale, reference_rounding, backend)
-        return loss, log_prob, ratio, metrics, has_grad
+    def forward(ctx: Any, shared_count: int, *arguments: Any) -> tuple[Tensor, ...]:
+        shared, objective = arguments[:shared_count], Objective(*arguments[shared_count:])
+        out = LossOutputs(*torch.ops.dgf.policy_loss(*shared, *objective))
+        ctx.mark_non_differentiable(out.log_prob, out.ratio, out.metrics, out.has_grad)
+        mean_output = objective.old_output if objective.ratio_norm else None
+        save_shared(ctx, shared, out.step_scale, out.pull_scale, objective.reference_output, mean_output)
+        return out.loss, out.log_prob, out.ratio, out.metrics, out.has_grad
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        model_output, uncond_output, latents, next_latents, table, step, *scales_and_targets = ctx.saved_tensors
-        step_index, guidance_scale, reference_rounding, backend = ctx.settings
-        grad_output, grad_uncond = torch.ops.dgf.policy_loss_backward(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table,
-            step,
-            step_index,
-            grad,
-            *scales_and_targets,
-            reference_rounding,
-            backend,
-        )
-        return grad_output, None if uncond_output is None else grad_uncond, *(None,) * 17
+        shared, terms = saved_shared(ctx)
+        grads = torch.ops.dgf.policy_loss_backward(*shared, grad, *terms)
+        return None, *shared_gradients(shared, grads), *(None,) * len(Objective._fields)
 
 
 def _non_negative(name: str, value: float) -> float:
@@ -359,8 +171,10 @@ def policy_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    inputs = check_scoring(latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding)
-    dtype = inputs.table.dtype
+    shared = check_scoring(
+        latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
+    )
+    dtype = shared[5].dtype
     floats = (torch.float32, torch.float64)
     check_per_sample("old_log_prob", old_log_prob, latents, floats)
     check_per_sample("advantages", advantages, latents, floats)
@@ -381,24 +195,16 @@ def policy_loss(
     else:
         weight = torch.full((latents.shape[0],), float(weight), dtype=dtype, device=latents.device)
     loss, log_prob, ratio, metrics, has_grad = _PolicyLoss.apply(
-        model_output,
-        uncond_output,
-        latents.detach(),
-        next_latents.detach(),
-        None if reference_output is None else reference_output.detach(),
-        None if old_output is None else old_output.detach(),
-        inputs.table,
-        inputs.step.per_sample,
+        len(shared),
+        *shared,
         old_log_prob.detach().to(dtype).contiguous(),
         advantages.detach().to(dtype).contiguous(),
         weight.detach().to(dtype).contiguous(),
-        inputs.step.for_all,
-        inputs.guidance_scale,
+        None if reference_output is None else reference_output.detach(),
+        None if old_output is None else old_output.detach(),
         _non_negative("clip_range", clip_range),
         _non_negative("advantage_clip", advantage_clip),
         float(kl_weight),
         ratio_norm,
-        inputs.reference_rounding,
-        backend,
     )
     return PolicyLoss(loss, log_prob, ratio, PolicyMetrics(*metrics.unbind()), has_grad)

@@ -1,4 +1,4 @@
-"""One denoising step and its log-probability: checks, registered ops, dispatch, autograd, public functions."""
+"""One denoising step and its log-probability: checks, registered ops, autograd, public functions."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends
 from ..kernels.transition import reference
 from ..transitions import TransitionTable
-from . import _native
+from ._call import SHARED, Noise, empty_gradients, gradients_fake, implementation, split
 from ._checks import (
     FLOATS,
-    StepIndex,
     check_guidance,
     check_latents,
     check_like,
@@ -25,23 +23,12 @@ library = torch.library.Library("dgf", "DEF")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 
 library.define(
-    "transition_step(Tensor(a!) out, Tensor latents, Tensor model_output, Tensor? uncond_output, float guidance_scale,"
-    " Tensor table, Tensor? step, SymInt step_index, Tensor? noise, SymInt? seed, Tensor? sample_ids, bool denoised,"
-    " bool reference_rounding, str backend) -> (Tensor, Tensor)",
+    f"transition_step({SHARED.replace('Tensor next_latents', 'Tensor(a!) next_latents')},"
+    " Tensor? noise, SymInt? seed, Tensor? sample_ids, bool denoised) -> (Tensor, Tensor)",
     tags=_PT2,
 )
-library.define(
-    "transition_log_prob(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
-    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, bool reference_rounding, str backend)"
-    " -> Tensor",
-    tags=_PT2,
-)
-library.define(
-    "transition_log_prob_backward(Tensor latents, Tensor model_output, Tensor next_latents, Tensor? uncond_output,"
-    " float guidance_scale, Tensor table, Tensor? step, SymInt step_index, Tensor grad_log_prob,"
-    " bool reference_rounding, str backend) -> (Tensor, Tensor)",
-    tags=_PT2,
-)
+library.define(f"transition_log_prob({SHARED}) -> Tensor", tags=_PT2)
+library.define(f"transition_log_prob_backward({SHARED}, Tensor grad_log_prob) -> (Tensor, Tensor)", tags=_PT2)
 
 
 class TransitionStep(NamedTuple):
@@ -52,209 +39,45 @@ class TransitionStep(NamedTuple):
     denoised: Tensor | None
 
 
-def rounding_dtype(output: Tensor, uncond: Tensor | None, reference_rounding: bool) -> torch.dtype | None:
-    """The dtype the published code holds its products in: the model's, but float32 once guidance was applied."""
-    return output.dtype if reference_rounding and uncond is None else None if not reference_rounding else torch.float64
-
-
-def table_rows(table: Tensor, step: Tensor | None, step_index: int, batch: int) -> Tensor:
-    """Each sample's row for the reference, refusing indices outside the table where looking costs no host sync."""
-    if step is not None and step.device.type == "cpu":
-        outside = step[(step < 0) | (step >= len(table))]
-        if len(outside):
-            raise ValueError(f"step: got {int(outside[0])}, the table has rows 0 to {len(table) - 1}")
-    return reference.table_rows(table, step, step_index, batch)
-
-
-def _step_impl(
-    out: Tensor,
-    latents: Tensor,
-    model_output: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    noise: Tensor | None,
-    seed: int | None,
-    sample_ids: Tensor | None,
-    denoised: bool,
-    reference_rounding: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    batch = latents.shape[0]
-    inputs = (latents, model_output, uncond_output, noise)
+def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, (given, seed, sample_ids, denoised) = split(arguments)
+    out = call.next_latents
+    inputs = (call.latents, call.model_output, call.uncond_output, given)
     if any(t is not None and t.data_ptr() == out.data_ptr() for t in inputs):
         raise ValueError("out: got the memory of an input, want memory of its own")
-    if backends.pick(backend, latents.device) == "reference":
-        rows = table_rows(table, step, step_index, batch)
-        if seed is not None:
-            ids = torch.arange(batch, device=latents.device) if sample_ids is None else sample_ids
-            steps = step if step is not None else torch.full_like(ids, step_index)
-            noise = reference.normals(seed, ids, steps, latents[0].numel()).reshape(latents.shape)
-        rounded = rounding_dtype(model_output, uncond_output, reference_rounding)
-        stored, log_prob, clean = reference.step(
-            latents, model_output, uncond_output, guidance_scale, rows, noise, out.dtype, rounded
-        )
-        out.copy_(stored)
-        if not denoised:
-            return log_prob, table.new_empty(0)
-        return log_prob, torch.empty(clean.shape, dtype=out.dtype, device=out.device).copy_(clean)
-    module = backends.cpu_module()
-    log_prob = torch.empty(batch, dtype=table.dtype)
-    clean = torch.empty(latents.shape, dtype=out.dtype) if denoised else table.new_empty(0)
-    step = None if step is None else step.contiguous()
-    sample_ids = None if sample_ids is None else sample_ids.contiguous()
-    module.transition_sample(
-        _native.transition(
-            latents, model_output, uncond_output, out, table, step, step_index, guidance_scale, reference_rounding
-        ),
-        _native.operand(noise),
-        seed,
-        _native.address(sample_ids),
-        _native.operand(clean) if denoised else None,
-        log_prob.data_ptr(),
-        table.dtype == torch.float64,
-    )
-    # The write went through a raw pointer, which autograd's version counter does not see.
-    torch.autograd.graph.increment_version(out)
+    log_prob, clean = _step_fake(*arguments)
+    implementation(call).sample(call, Noise(given, seed, sample_ids), log_prob, clean if denoised else None)
     return log_prob, clean
 
 
-def _step_fake(
-    out: Tensor,
-    latents: Tensor,
-    model_output: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    noise: Tensor | None,
-    seed: int | None,
-    sample_ids: Tensor | None,
-    denoised: bool,
-    reference_rounding: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    log_prob = latents.new_empty(latents.shape[0], dtype=table.dtype)
-    clean = latents.new_empty(latents.shape, dtype=out.dtype) if denoised else table.new_empty(0)
-    return log_prob, clean
+def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, rest = split(arguments)
+    log_prob = call.table.new_empty(call.batch)
+    if not rest[-1]:
+        return log_prob, call.table.new_empty(0)
+    shape, dtype = call.latents.shape, call.next_latents.dtype
+    return log_prob, torch.empty(shape, dtype=dtype, device=call.latents.device)
 
 
-def _log_prob_impl(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    reference_rounding: bool,
-    backend: str,
-) -> Tensor:
-    batch = latents.shape[0]
-    if backends.pick(backend, latents.device) == "reference":
-        rows = table_rows(table, step, step_index, batch)
-        rounded = rounding_dtype(model_output, uncond_output, reference_rounding)
-        return reference.score(
-            latents, model_output, next_latents, uncond_output, guidance_scale, rows, rounded
-        ).contiguous()
-    log_prob = torch.empty(batch, dtype=table.dtype)
-    step = None if step is None else step.contiguous()
-    backends.cpu_module().transition_log_prob(
-        _native.transition(
-            latents,
-            model_output,
-            uncond_output,
-            next_latents,
-            table,
-            step,
-            step_index,
-            guidance_scale,
-            reference_rounding,
-        ),
-        log_prob.data_ptr(),
-        table.dtype == torch.float64,
-    )
+def _log_prob_impl(*arguments: Any) -> Tensor:
+    call, _ = split(arguments)
+    log_prob = _log_prob_fake(*arguments)
+    implementation(call).log_prob(call, log_prob)
     return log_prob
 
 
-def _log_prob_fake(latents: Tensor, model_output: Tensor, next_latents: Tensor, *rest: Any) -> Tensor:
-    return latents.new_empty(latents.shape[0], dtype=rest[2].dtype)
+def _log_prob_fake(*arguments: Any) -> Tensor:
+    call, _ = split(arguments)
+    return call.table.new_empty(call.batch)
 
 
-def _backward_impl(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    step: Tensor | None,
-    step_index: int,
-    grad_log_prob: Tensor,
-    reference_rounding: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_output, grad_uncond = empty_gradients(model_output, uncond_output, table)
-    if backends.pick(backend, latents.device) == "reference":
-        rows = table_rows(table, step, step_index, latents.shape[0])
-        numel = latents.numel() // latents.shape[0]
-        grads = reference.gradient(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            rows,
-            rounding_dtype(model_output, uncond_output, reference_rounding),
-            grad_log_prob.double() * reference.log_prob_slope(rows, numel),
-        )
-        grad_output.copy_(grads[0])
-        if grads[1] is not None:
-            grad_uncond.copy_(grads[1])
-        return grad_output, grad_uncond
-    step = None if step is None else step.contiguous()
-    grad_log_prob = grad_log_prob.to(table.dtype).contiguous()
-    backends.cpu_module().transition_log_prob_gradient(
-        _native.transition(
-            latents,
-            model_output,
-            uncond_output,
-            next_latents,
-            table,
-            step,
-            step_index,
-            guidance_scale,
-            reference_rounding,
-        ),
-        grad_log_prob.data_ptr(),
-        _native.operand(grad_output),
-        None if uncond_output is None else _native.operand(grad_uncond),
-        table.dtype == torch.float64,
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, (grad_log_prob,) = split(arguments)
+    grad_output, grad_uncond = empty_gradients(call.model_output, call.uncond_output, call.table)
+    implementation(call).log_prob_gradient(
+        call, grad_log_prob, grad_output, None if call.uncond_output is None else grad_uncond
     )
     return grad_output, grad_uncond
-
-
-def empty_gradients(model_output: Tensor, uncond_output: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of both outputs; without guidance the second is empty."""
-    empty = table.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
-    return torch.empty_like(model_output), empty
-
-
-def gradients_fake(
-    latents: Tensor,
-    model_output: Tensor,
-    next_latents: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    table: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    """Shapes of a backward op's results."""
-    return empty_gradients(model_output, uncond_output, table)
 
 
 for _name, _impl, _fake in (
@@ -267,56 +90,38 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"dgf::{_name}", _fake, lib=library)
 
 
+def save_shared(ctx: Any, shared: tuple[Any, ...], *more: Tensor | None) -> None:
+    """Keeps an op's shared arguments, and further tensors, for the backward."""
+    ctx.tensors = [i for i, value in enumerate(shared) if isinstance(value, Tensor)]
+    ctx.settings = [None if isinstance(value, Tensor) else value for value in shared]
+    ctx.save_for_backward(*(shared[i] for i in ctx.tensors), *more)
+
+
+def saved_shared(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
+    """What `save_shared` kept: the shared arguments, and the further tensors."""
+    shared, saved = list(ctx.settings), ctx.saved_tensors
+    for i, value in zip(ctx.tensors, saved, strict=False):
+        shared[i] = value
+    return shared, saved[len(ctx.tensors) :]
+
+
+def shared_gradients(shared: list[Any], grads: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """A backward op's results in the places of the shared arguments: model_output and uncond_output."""
+    return None, grads[0], None, None if shared[3] is None else grads[1], *(None,) * (len(shared) - 4)
+
+
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        model_output: Tensor,
-        uncond_output: Tensor | None,
-        latents: Tensor,
-        next_latents: Tensor,
-        table: Tensor,
-        step: Tensor | None,
-        step_index: int,
-        guidance_scale: float,
-        reference_rounding: bool,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(model_output, uncond_output, latents, next_latents, table, step)
-        ctx.settings = (step_index, guidance_scale, reference_rounding, backend)
-        log_prob: Tensor = torch.ops.dgf.transition_log_prob(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table,
-            step,
-            step_index,
-            reference_rounding,
-            backend,
-        )
+    def forward(ctx: Any, *shared: Any) -> Tensor:
+        save_shared(ctx, shared)
+        log_prob: Tensor = torch.ops.dgf.transition_log_prob(*shared)
         return log_prob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        model_output, uncond_output, latents, next_latents, table, step = ctx.saved_tensors
-        step_index, guidance_scale, reference_rounding, backend = ctx.settings
-        grad_output, grad_uncond = torch.ops.dgf.transition_log_prob_backward(
-            latents,
-            model_output,
-            next_latents,
-            uncond_output,
-            guidance_scale,
-            table,
-            step,
-            step_index,
-            grad,
-            reference_rounding,
-            backend,
-        )
-        return grad_output, None if uncond_output is None else grad_uncond, *(None,) * 8
+        shared, _ = saved_shared(ctx)
+        return shared_gradients(shared, torch.ops.dgf.transition_log_prob_backward(*shared, grad))
 
 
 def _noise_for(
@@ -374,7 +179,7 @@ def transition_step(
         return_denoised: also give the estimate of x0, in the dtype of the next latents.
         rounding: "exact" computes in float32; "reference" rounds the products with the model output to its dtype, as
             the published implementations do.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" takes the best that can run the call.
 
     Returns:
         `TransitionStep(latents, log_prob, denoised)`: `[B, ...]`, float32 `[B]` (float64 for float64 inputs), and
@@ -413,31 +218,22 @@ def transition_step(
             raise ValueError(f"out_dtype: got {out_dtype} with out of {out.dtype}, want the same")
     packed = table.packed(latents.device, reference.compute_dtype(latents, model_output, uncond_output, out))
     log_prob, denoised = torch.ops.dgf.transition_step(
-        out,
         latents,
         model_output,
+        out,
         uncond_output,
         scale,
         packed,
         index.per_sample,
         index.for_all,
+        reference_rounding,
+        backend,
         given,
         seed,
         sample_ids,
         return_denoised,
-        reference_rounding,
-        backend,
     )
     return TransitionStep(out, log_prob, denoised if return_denoised else None)
-
-
-class ScoringInputs(NamedTuple):
-    """Checked inputs of the differentiable ops."""
-
-    table: Tensor
-    step: StepIndex
-    guidance_scale: float
-    reference_rounding: bool
 
 
 def check_scoring(
@@ -449,8 +245,9 @@ def check_scoring(
     uncond_output: Tensor | None,
     guidance_scale: float | None,
     rounding: str,
-) -> ScoringInputs:
-    """The checks that `transition_log_prob` and `policy_loss` share."""
+    backend: str,
+) -> tuple[Any, ...]:
+    """The shared arguments of `transition_log_prob` and `policy_loss`, checked and detached where not trained."""
     check_latents(latents)
     check_like("model_output", model_output, latents)
     check_like("next_latents", next_latents, latents)
@@ -458,7 +255,18 @@ def check_scoring(
     index = check_step(step, table, latents)
     reference_rounding = check_rounding(rounding, table)
     dtype = reference.compute_dtype(latents, model_output, next_latents, uncond_output)
-    return ScoringInputs(table.packed(latents.device, dtype), index, scale, reference_rounding)
+    return (
+        latents.detach(),
+        model_output,
+        next_latents.detach(),
+        uncond_output,
+        scale,
+        table.packed(latents.device, dtype),
+        index.per_sample,
+        index.for_all,
+        reference_rounding,
+        backend,
+    )
 
 
 def transition_log_prob(
@@ -487,17 +295,9 @@ def transition_log_prob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    inputs = check_scoring(latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding)
     log_prob: Tensor = _LogProb.apply(
-        model_output,
-        uncond_output,
-        latents.detach(),
-        next_latents.detach(),
-        inputs.table,
-        inputs.step.per_sample,
-        inputs.step.for_all,
-        inputs.guidance_scale,
-        inputs.reference_rounding,
-        backend,
+        *check_scoring(
+            latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
+        )
     )
     return log_prob

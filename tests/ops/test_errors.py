@@ -185,7 +185,7 @@ def test_compiled_module_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends, "_cpu", lambda: (None, "the compiled module does not load: no such file"))
     assert backends.pick("auto", torch.device("cpu")) == "reference"
     assert bool(step(backend="auto").log_prob.isfinite().all())
-    with pytest.raises(RuntimeError, match=r"^backend: .*no such file"):
+    with pytest.raises(ValueError, match=r"^backend: .*no such file"):
         step(backend="cpu")
 
 

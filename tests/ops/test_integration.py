@@ -29,24 +29,16 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
     guidance = case.guidance or 1.0
     step = (case.step, 0) if isinstance(case.step, Tensor) else (None, case.step)
     grad = torch.tensor([0.5, -0.25], dtype=compute)
-    scale = grad.double()
-    inputs = (case.latents, case.output)
-    after = (case.uncond, guidance, table, *step)
-    out = torch.zeros_like(case.next_latents)
+    inputs, after = (case.latents, case.output), (case.uncond, guidance, table, *step, rounding, backend)
+    sampled, scored = (*inputs, torch.zeros_like(case.next_latents), *after), (*inputs, case.next_latents, *after)
     per_sample = (case.old_log_prob.to(compute), case.advantages.to(compute), case.weight.to(compute))
-    end = (rounding, backend)
+    targets = (case.reference_output, case.old_output)
     return {
-        "transition_step": (out, *inputs, *after, case.noise, None, None, True, *end),
-        "transition_log_prob": (*inputs, case.next_latents, *after, *end),
-        "transition_log_prob_backward": (*inputs, case.next_latents, *after, grad, *end),
-        "policy_loss": (
-            *(*inputs, case.next_latents, *after, *per_sample, case.reference_output, case.old_output),
-            *(0.1, 5.0, 0.1, True, *end),
-        ),
-        "policy_loss_backward": (
-            *(*inputs, case.next_latents, *after, torch.tensor(0.5, dtype=compute), scale, scale),
-            *(case.reference_output, case.old_output, *end),
-        ),
+        "transition_step": (*sampled, case.noise, None, None, True),
+        "transition_log_prob": scored,
+        "transition_log_prob_backward": (*scored, grad),
+        "policy_loss": (*scored, *per_sample, *targets, 0.1, 5.0, 0.1, True),
+        "policy_loss_backward": (*scored, torch.tensor(0.5, dtype=compute), grad, grad, *targets),
     }
 
 
@@ -74,9 +66,9 @@ def test_opcheck(op: str, dtypes: tuple, cfg: bool, channels_last: bool, backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_the_seeded_step(backend: str) -> None:
     case = make_case((2, 3, 4, 5), TABLES["flow"])
-    out, *rest = op_arguments(case, backend, rounding=False)["transition_step"]
-    rest[7:10] = [None, 5, torch.tensor([4, 9])]
-    torch.library.opcheck(torch.ops.dgf.transition_step, (out, *rest), test_utils=("test_schema", "test_faketensor"))
+    shared = op_arguments(case, backend, rounding=False)["transition_step"][:10]
+    arguments = (*shared, None, 5, torch.tensor([4, 9]), True)
+    torch.library.opcheck(torch.ops.dgf.transition_step, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 class Model(torch.nn.Module):

@@ -76,9 +76,8 @@ def test_samples_without_gradient_are_not_read(cfg: bool, dtype: torch.dtype, ba
     poisoned = case.map(lambda t: torch.where(torch.tensor([False, True, False])[:, None], math.nan, t))
 
     def gradients(c: Case) -> tuple[Tensor, Tensor]:
-        return torch.ops.dgf.transition_log_prob_backward(
-            c.latents, c.output, c.next_latents, c.uncond, c.guidance or 1.0, packed, None, 1, grad, False, backend
-        )
+        step = (c.latents, c.output, c.next_latents, c.uncond, c.guidance or 1.0, packed, None, 1, False, backend)
+        return torch.ops.dgf.transition_log_prob_backward(*step, grad)
 
     for clean, found in zip(gradients(case), gradients(poisoned), strict=True):
         if clean.numel():
