@@ -3,7 +3,7 @@ PYTHON ?= python3
 WERROR ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp') CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*') CMakeLists.txt pyproject.toml constraints.txt
 
 .PHONY: help install demo test lint format bench clean
 
@@ -28,7 +28,8 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 # The compiled modules are linked into the source folder too, so that commands run from the repository find them.
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall --config-settings=cmake.define.DGF_WERROR=$(WERROR) .
-	ln -sf $(CURDIR)/$(VENV)/lib/python3.*/site-packages/dancegrpo_fast/_cpu*.so dancegrpo_fast/
+	rm -f dancegrpo_fast/*.so
+	ln -sf $(CURDIR)/$(VENV)/lib/python3.*/site-packages/dancegrpo_fast/_c*.so dancegrpo_fast/
 	touch $@
 
 install: $(VENV)/.installed
@@ -44,12 +45,12 @@ lint: $(VENV)/.packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find kernels csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find kernels csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 format: $(VENV)/.packages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find kernels csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(shell find kernels csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 bench: install
 	$(BIN)/python -m bench

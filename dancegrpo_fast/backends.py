@@ -57,7 +57,7 @@ def _cuda() -> tuple[ModuleType | None, str]:
         return None, f"the compiled module does not load: {error}"
     if module.table_columns != len(PACKED_COLUMNS):
         return None, "the compiled module belongs to another version; install the package again"
-    return module, f"built with nvcc {module.compiler} for sm_{', sm_'.join(module.architectures)}"
+    return module, f"built with nvcc {module.compiler} for compute capabilities {module.architectures}"
 
 
 @lru_cache(maxsize=16)

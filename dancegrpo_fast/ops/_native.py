@@ -10,9 +10,9 @@ from .. import backends
 from ._call import GradientTerms, LossOutputs, Noise, Objective, Transition
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Per (device, stream): zeroed tickets and room for partial sums. Kernels leave the tickets at zero, and those of one
-# stream follow one another.
-_workspaces: dict[tuple[int, int], Tensor] = {}
+# Per (device, stream): tickets, which the kernels leave at zero, and scratch for partial sums. Launches on one stream
+# follow one another, so they may share them.
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -31,31 +31,37 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _workspace(device: torch.device, stream: int, size: int) -> Tensor:
+def _workspace(device: torch.device, stream: int, tickets: int, scratch: int) -> tuple[Tensor, Tensor]:
+    def make(ticket_count: int, scratch_count: int) -> tuple[Tensor, Tensor]:
+        return (
+            torch.zeros(ticket_count, dtype=torch.int32, device=device),
+            torch.empty(scratch_count, dtype=torch.float64, device=device),
+        )
+
     if torch.cuda.is_current_stream_capturing():
         # A graph may be replayed on any stream: it gets its own, zeroed inside the graph.
-        return torch.zeros(size, dtype=torch.uint8, device=device)
+        return make(tickets, scratch)
     kept = _workspaces.get((device.index, stream))
-    if kept is None or kept.numel() < size:
-        kept = torch.zeros(max(size, 1 << 16), dtype=torch.uint8, device=device)
+    if kept is None or kept[0].numel() < tickets or kept[1].numel() < scratch:
+        kept = make(max(tickets, 1024), max(scratch, 1 << 14))
         _workspaces[device.index, stream] = kept
     return kept
 
 
-def _arguments(call: Transition) -> tuple[ModuleType, tuple[Any, ...], Tensor | None]:
+def _arguments(call: Transition) -> tuple[ModuleType, tuple[Any, ...], tuple[Tensor, ...]]:
     """The module, the argument that every entry point shares, and what must live until the launch."""
     device = call.latents.device
     batch, numel = call.batch, call.numel
-    launch: int | tuple[int, int, int]
-    workspace = None
+    launch: int | tuple[int, ...]
+    workspace: tuple[Tensor, ...] = ()
     if device.type == "cpu":
         module = backends.cpu_module()
         launch = backends.threads_for(batch * numel)
     else:
         module = backends.cuda_module()
         stream = torch.cuda.current_stream(device).cuda_stream
-        workspace = _workspace(device, stream, module.workspace_bytes(batch, numel))
-        launch = (device.index, stream, workspace.data_ptr())
+        workspace = _workspace(device, stream, *module.workspace_size(batch, numel))
+        launch = (device.index, stream, *(t.data_ptr() for t in workspace))
     return (
         module,
         (

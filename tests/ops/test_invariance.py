@@ -113,13 +113,12 @@ def test_the_best_build_is_the_one_in_use() -> None:
     level = importlib.import_module("dancegrpo_fast._cpu").processor_level()
     wanted = {1: "_cpu", 3: "_cpu_v3", 4: "_cpu_v4"}[level]
     assert backends.cpu_module().__name__ == f"dancegrpo_fast.{wanted}"
-    assert {b.name: b.available for b in backends.available()} == {
-        "cpu": True,
-        "cuda": False,
-        "triton": False,
-        "reference": True,
-    }
-    assert all(b.detail for b in backends.available())
+    found = {b.name: b for b in backends.available()}
+    assert list(found) == ["cpu", "cuda", "triton", "reference"]
+    assert found["cpu"].available and found["reference"].available
+    if not torch.cuda.is_available():
+        assert not found["cuda"].available and not found["triton"].available
+    assert all(b.detail for b in found.values())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -1,0 +1,399 @@
+// Runs the GPU kernels' own blocks on the CPU, lanes and blocks as loops, against the CPU kernels: the same buffers,
+// byte for byte. Every tensor is its own heap block of exactly its size, so a sanitizer sees any access beside it.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../kernels/policy_loss/cpu.h"
+#include "../../kernels/policy_loss/cuda.cuh"
+#include "../../kernels/transition/cpu.h"
+#include "../../kernels/transition/cuda.cuh"
+
+using namespace dgf;
+
+namespace {
+
+int failures = 0, checks = 0;
+std::string context;
+
+void expect(bool holds, const char* what) {
+  ++checks;
+  if (holds) return;
+  if (++failures <= 20) std::printf("FAILED %s: %s\n", context.c_str(), what);
+}
+
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+enum Layout { kPacked, kShifted, kPadded, kTransposed, kStretched, kReversedDims, kLayouts };
+const char* const kLayoutNames[] = {"packed", "shifted", "padded", "transposed", "stretched", "reversed"};
+
+// A tensor [batch, numel] in its own memory; numel is factored into up to three dimensions.
+struct Tensor {
+  std::vector<char> bytes;
+  Operand operand;
+
+  Operand on(std::vector<char>& other) const {
+    Operand moved = operand;
+    moved.data = other.data() + (static_cast<char*>(operand.data) - bytes.data());
+    return moved;
+  }
+};
+
+std::vector<int64_t> factored(int64_t numel) {
+  std::vector<int64_t> sizes;
+  for (int64_t f : {2, 3, 5, 7})
+    while (sizes.size() < 2 && numel % f == 0 && numel > f) {
+      sizes.push_back(f);
+      numel /= f;
+    }
+  sizes.push_back(numel);
+  return sizes;
+}
+
+// An operand keeps the address of its tensor's bytes, so tensors are made in place and never copied.
+void make(Tensor& t, int64_t batch, int64_t numel, DType dtype, Layout layout, const std::function<double()>& draw) {
+  Operand& o = t.operand;
+  o = Operand();
+  o.dtype = dtype;
+  const std::vector<int64_t> sizes = factored(numel);
+  o.ndim = static_cast<int>(sizes.size());
+  int64_t stride = layout == kStretched ? 2 : 1;
+  for (int i = 0; i < o.ndim; ++i) {
+    const int d = layout == kTransposed || layout == kReversedDims ? i : o.ndim - 1 - i;
+    o.size[d] = sizes[static_cast<size_t>(d)];
+    o.stride[d] = stride;
+    stride *= o.size[d];
+  }
+  o.batch_stride = layout == kPadded ? (stride + 8) / 8 * 8 : stride;  // aligned samples of any length
+  if (layout == kReversedDims) {                                       // the batch innermost
+    for (int d = 0; d < o.ndim; ++d) o.stride[d] *= batch;
+    o.batch_stride = 1;
+  }
+  const int64_t shift = layout == kShifted ? 1 : 0;
+  int64_t last = shift + (batch - 1) * o.batch_stride;
+  for (int d = 0; d < o.ndim; ++d) last += (o.size[d] - 1) * o.stride[d];
+  const int64_t size = item_size(dtype);
+  t.bytes.assign(static_cast<size_t>((last + 1) * size), char(0x5A));
+  o.data = t.bytes.data() + shift * size;
+  o.collapse();
+  for (int64_t b = 0; b < batch && draw; ++b)
+    for (int64_t i = 0; i < numel; ++i) write_element<double>(o, b, i, draw());
+}
+
+// Blocks run in the order of a linear congruence, each in shared memory full of garbage.
+template <typename Shared, typename Block>
+void run_grid(int64_t units, int64_t order, Block&& block) {
+  lane_order = order % 2 == 0 ? LaneOrder{1, 0} : LaneOrder{97, 31};
+  std::vector<Shared> shared(1);
+  for (int64_t i = 0; i < units; ++i) {
+    std::memset(static_cast<void*>(shared.data()), 0xA5, sizeof(Shared));
+    block(order == 0 ? i : units - 1 - i, shared[0]);
+  }
+}
+
+struct Room {
+  std::vector<uint32_t> ticket;
+  std::vector<double> scratch;
+  Workspace workspace;
+
+  Room(int64_t batch, int64_t numel)
+      : ticket(static_cast<size_t>(batch + 1), 0),
+        scratch(static_cast<size_t>(scratch_size(batch, numel)), std::nan("")) {
+    workspace.ticket = ticket.data();
+    workspace.scratch = scratch.data();
+  }
+
+  bool tickets_are_back() const { return ticket == std::vector<uint32_t>(ticket.size(), 0); }
+};
+
+struct Setting {
+  int64_t batch, numel;
+  DType latents, output, next;
+  Layout layout;
+  bool guidance, rounding, seeded, per_sample;
+  bool exact;  // sums that float holds exactly, so that their order cannot matter
+};
+
+constexpr int64_t kRows = 4;
+
+template <typename S>
+std::vector<S> table(bool exact) {
+  std::vector<S> rows;
+  for (int r = 0; r < kRows; ++r) {
+    const double b = exact ? -0.5 : -0.21 * (r + 1), tau = r == 2 ? 0.0 : exact ? 0.5 : 0.31 + 0.1 * r;
+    const double scale = tau == 0.0 ? 0.0 : -0.5 / (tau * tau), constant = tau == 0.0 ? 0.0 : -std::log(tau) - 0.92;
+    const double drift = exact ? -0.25 : -0.1, weight = 1.0, q = exact ? -0.5 : -0.8;
+    const double denoised_weight = exact ? 0.5 : 0.137 * (r + 1);
+    for (double v : {exact ? 1.0 : 0.97, b, tau, 1.0, q, scale, constant, drift, weight, denoised_weight, 0.125})
+      rows.push_back(static_cast<S>(v));
+  }
+  return rows;
+}
+
+// How far two sums of squares may lie apart: each rounds once for every term that it adds in the compute type.
+template <typename S>
+bool close(const std::vector<S>& a, const std::vector<S>& b) {
+  const double terms = kWidth + kChunk / kLanes + 2;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = static_cast<double>(a[i]), y = static_cast<double>(b[i]);
+    const double scale = 1.0 + std::fabs(x) + 4.0;  // mean(d^2) / (2 tau^2) is below |log_prob| + 4 for these rows
+    if (!(std::fabs(x - y) <= terms * static_cast<double>(std::numeric_limits<S>::epsilon()) * scale)) return false;
+  }
+  return true;
+}
+
+template <typename S>
+void run(const Setting& c, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal;
+  const auto draw = [&]() -> double {
+    return c.exact ? static_cast<double>(static_cast<int>(generator() % 9) - 4) * 0.25 : normal(generator);
+  };
+  Tensor x, v, u, given, next, clean, old_output, reference, grad, grad_uncond;
+  make(x, c.batch, c.numel, c.latents, c.layout, draw);
+  make(v, c.batch, c.numel, c.output, c.layout, draw);
+  make(u, c.batch, c.numel, c.output, c.layout, draw);
+  make(given, c.batch, c.numel, DType::f32, c.layout, draw);
+  make(reference, c.batch, c.numel, c.output, c.layout, draw);
+  make(old_output, c.batch, c.numel, c.output, c.layout, draw);
+  make(next, c.batch, c.numel, c.next, c.layout, nullptr);
+  make(clean, c.batch, c.numel, c.next, c.layout, nullptr);
+  make(grad, c.batch, c.numel, c.output, c.layout, nullptr);
+  make(grad_uncond, c.batch, c.numel, c.output, c.layout, nullptr);
+
+  const std::vector<S> rows = table<S>(c.exact);
+  std::vector<int64_t> steps, ids;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    steps.push_back((b * 3 + 1) % kRows);
+    ids.push_back((b << 33) + 5 * b);
+  }
+  TransitionCall call;
+  call.batch = c.batch;
+  call.numel = c.numel;
+  call.latents = x.operand;
+  call.output = v.operand;
+  if (c.guidance) call.uncond = u.operand;
+  call.next = next.operand;
+  call.table = rows.data();
+  call.table_rows = kRows;
+  call.step = c.per_sample ? steps.data() : nullptr;
+  call.step_index = 1;
+  call.guidance_scale = c.exact ? 2.0 : 3.5;
+  call.reference_rounding = c.rounding;
+  NoiseSource noise;
+  noise.seeded = c.seeded;
+  noise.seed = 0x123456789ABCDEFull;
+  noise.sample_ids = ids.data();
+  if (!c.seeded) noise.given = given.operand;
+
+  const size_t batch = static_cast<size_t>(c.batch);
+  const int64_t units = c.batch * tile_count(c.numel);
+  std::vector<S> log_prob(batch), grid_log_prob(batch);
+  transition_sample(call, noise, clean.operand, 1, log_prob.data());
+  for (int order = 0; order < 2; ++order) {
+    Room room(c.batch, c.numel);
+    std::vector<char> next_bytes(next.bytes.size(), char(0x5A)), clean_bytes(clean.bytes.size(), char(0x5A));
+    TransitionCall grid = call;
+    grid.next = next.on(next_bytes);
+    const Operand grid_clean = clean.on(clean_bytes);
+    const bool packets = std::is_same<S, float>::value && moves_in_packets(grid, noise, grid_clean);
+    const bool aligned = c.layout == kPacked && c.numel % kWidth == 0 && std::is_same<S, float>::value;
+    expect(!aligned || packets, "an aligned launch moves in packets");
+    run_grid<ScoreBlock<S>>(units, order, [&](int64_t unit, ScoreBlock<S>& s) {
+      transition_sample_block(grid, noise, grid_clean, unit, packets, room.workspace, grid_log_prob.data(), s);
+    });
+    expect(same(next_bytes, next.bytes), "next latents");
+    expect(same(clean_bytes, clean.bytes), "denoised");
+    expect(c.exact && !c.seeded ? same(grid_log_prob, log_prob) : close(grid_log_prob, log_prob), "sampled log_prob");
+    expect(room.tickets_are_back(), "tickets after sampling");
+  }
+
+  const std::vector<S> sampled = grid_log_prob;
+  transition_log_prob(call, 1, log_prob.data());
+  for (int order = 0; order < 2; ++order) {
+    Room room(c.batch, c.numel);
+    const bool packets = std::is_same<S, float>::value && step_moves_in_packets(call);
+    run_grid<ScoreBlock<S>>(units, order, [&](int64_t unit, ScoreBlock<S>& s) {
+      transition_log_prob_block(call, unit, packets, room.workspace, grid_log_prob.data(), s);
+    });
+    expect(same(grid_log_prob, sampled), "score of what was sampled, bit for bit");
+    expect(room.tickets_are_back(), "tickets after scoring");
+  }
+
+  std::vector<S> old(batch), advantages(batch), weight(batch), step_scale(batch), pull_scale(batch), ratio(batch);
+  for (size_t b = 0; b < batch; ++b) {
+    old[b] = static_cast<S>(grid_log_prob[b] + static_cast<S>(b % 4 == 0 ? 0.0 : 0.01 * normal(generator)));
+    advantages[b] = static_cast<S>(b == 2 ? 0.0 : 4.0 * normal(generator));
+    weight[b] = static_cast<S>(b % 5 == 4 ? 0.0 : 1.0 + 0.5 * static_cast<double>(b % 3));
+  }
+  for (int option = 0; option < 3; ++option) {
+    PolicyLossCall<S> p;
+    p.transition = call;
+    if (option == 1) p.reference = reference.operand;
+    if (option == 2) p.old_output = old_output.operand;
+    p.ratio_norm = option == 2;
+    p.old_log_prob = old.data();
+    p.advantages = advantages.data();
+    p.weight = weight.data();
+    p.clip_range = 0.005;
+    p.advantage_clip = 5.0;
+    p.kl_weight = option == 1 ? 0.1 : 0.0;
+    S loss[2], metrics[2][kMetrics];
+    std::vector<S> scales[2][4] = {{log_prob, ratio, step_scale, pull_scale},
+                                   {log_prob, ratio, step_scale, pull_scale}};
+    std::vector<char> has_grad[2] = {std::vector<char>(batch), std::vector<char>(batch)};
+    const auto outputs = [&](int k) {
+      return PolicyLossOutputs<S>{&loss[k],
+                                  scales[k][0].data(),
+                                  scales[k][1].data(),
+                                  metrics[k],
+                                  reinterpret_cast<bool*>(has_grad[k].data()),
+                                  scales[k][2].data(),
+                                  scales[k][3].data()};
+    };
+    policy_loss(p, 1, outputs(0));
+    for (int order = 0; order < 2; ++order) {
+      Room room(c.batch, c.numel);
+      const bool packets = std::is_same<S, float>::value && moves_in_packets(p);
+      run_grid<LossBlock<S>>(units, order, [&](int64_t unit, LossBlock<S>& s) {
+        policy_loss_block(p, unit, packets, room.workspace, outputs(1), s);
+      });
+      expect(same(scales[1][0], grid_log_prob), "the loss's log_prob is the scoring kernel's");
+      expect(room.tickets_are_back(), "tickets after the loss");
+      if (!c.exact || c.seeded) continue;
+      for (int k = 0; k < 4; ++k) expect(same(scales[0][k], scales[1][k]), "per-sample outputs of the loss");
+      expect(has_grad[0] == has_grad[1], "has_grad");
+      expect(metrics[0][kSamples] == metrics[1][kSamples], "samples");
+      expect(metrics[0][kRatioMaxDev] == metrics[1][kRatioMaxDev], "largest deviation");
+      // Up to one sample a lane, the batch is summed in the CPU kernel's order too.
+      if (c.batch > kTermLanes) continue;
+      expect(std::memcmp(&loss[0], &loss[1], sizeof(S)) == 0, "loss");
+      expect(std::memcmp(metrics[0], metrics[1], sizeof(metrics[0])) == 0, "metrics");
+    }
+
+    TransitionGradient<S> g;
+    const S incoming = static_cast<S>(0.75);
+    g.grad_output = grad.operand;
+    if (c.guidance) g.grad_uncond = grad_uncond.operand;
+    g.step_scale = scales[1][2].data();
+    g.pull_scale = scales[1][3].data();
+    g.grad_loss = &incoming;
+    g.pull = p.reference;
+    g.mean_output = p.old_output;
+    for (int by_log_prob = 0; by_log_prob < 2; ++by_log_prob) {
+      if (by_log_prob == 1) g.grad_log_prob = advantages.data();
+      transition_gradient(call, g, 1);
+      for (int order = 0; order < 2; ++order) {
+        std::vector<char> grad_bytes(grad.bytes.size(), char(0x5A)), uncond_bytes(grad_uncond.bytes.size(), char(0x5A));
+        TransitionGradient<S> grid = g;
+        grid.grad_output = grad.on(grad_bytes);
+        if (c.guidance) grid.grad_uncond = grad_uncond.on(uncond_bytes);
+        const bool packets = std::is_same<S, float>::value && moves_in_packets(call, grid);
+        struct Row {
+          S value[kColumns];
+        };
+        run_grid<Row>(units, order,
+                      [&](int64_t unit, Row& row) { transition_gradient_block(call, grid, unit, packets, row.value); });
+        expect(same(grad_bytes, grad.bytes), "gradient");
+        expect(same(uncond_bytes, grad_uncond.bytes), "gradient by the unconditional output");
+      }
+    }
+  }
+}
+
+// A row outside the table: NaN in that sample, nothing read beside the table, the other samples untouched.
+void row_outside_the_table() {
+  context = "row outside the table";
+  const int64_t numel = 3000;
+  Tensor x, v, next;
+  make(x, 3, numel, DType::f32, kPacked, [] { return 0.5; });
+  make(v, 3, numel, DType::f32, kPacked, [] { return 0.25; });
+  make(next, 3, numel, DType::f32, kPacked, nullptr);
+  const std::vector<float> rows = table<float>(false);
+  for (const int64_t wrong : {int64_t{-1}, kRows, int64_t{1} << 40}) {
+    const std::vector<int64_t> steps = {0, wrong, 3};
+    TransitionCall call;
+    call.batch = 3;
+    call.numel = numel;
+    call.latents = x.operand;
+    call.output = v.operand;
+    call.next = next.operand;
+    call.table = rows.data();
+    call.table_rows = kRows;
+    call.step = steps.data();
+    NoiseSource noise;
+    noise.seeded = true;
+    Room room(3, numel);
+    std::vector<float> log_prob(3);
+    run_grid<ScoreBlock<float>>(3 * tile_count(numel), 0, [&](int64_t unit, ScoreBlock<float>& s) {
+      transition_sample_block(call, noise, Operand(), unit, true, room.workspace, log_prob.data(), s);
+    });
+    const float* out = reinterpret_cast<const float*>(next.bytes.data());
+    expect(std::isnan(log_prob[1]) && std::isnan(out[numel]) && std::isnan(out[2 * numel - 1]), "NaN in the sample");
+    expect(std::isfinite(log_prob[0]) && std::isfinite(log_prob[2]), "the other samples");
+    expect(std::isfinite(out[numel - 1]) && std::isfinite(out[2 * numel]), "the other samples' latents");
+  }
+}
+
+// Offsets of a batch that passes 2^31 elements, without its memory.
+void offsets_are_wide() {
+  context = "wide offsets";
+  static char base;
+  Operand t;
+  t.data = &base;
+  t.dtype = DType::bf16;
+  t.batch_stride = int64_t{3} << 30;
+  t.ndim = 2;
+  t.size[0] = 3;
+  t.size[1] = int64_t{1} << 30;
+  t.stride[0] = 1;
+  t.stride[1] = 3;
+  const int64_t element = (int64_t{5} << 29) + 1;  // row 2, column 2^29 + 1
+  expect(element_offset(t, element) == 2 + 3 * ((int64_t{1} << 29) + 1), "offset in a sample of 3 x 2^30");
+  const intptr_t at = reinterpret_cast<intptr_t>(&base);
+  expect(reinterpret_cast<intptr_t>(t.address(7, 0)) - at == 7 * (int64_t{3} << 31), "address of sample 7");
+  expect(tile_count(int64_t{1} << 40) == (int64_t{1} << 40) / kTile, "tiles of 2^40 elements");
+}
+
+}  // namespace
+
+int main() {
+  const DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
+  const DType mixes[][3] = {{f32, f32, f32}, {f32, bf16, f32}, {f32, bf16, bf16}, {bf16, f16, f32}, {f16, f32, f16}};
+  const int64_t shapes[][2] = {{3, 1}, {2, 7}, {2, 8}, {3, 9}, {70, 5}, {2, 2047}, {2, 2048}, {3, 2049}, {2, 6160}};
+  uint32_t seed = 1;
+  const auto go = [&](const Setting& c, bool wide) {
+    context = std::to_string(c.batch) + " x " + std::to_string(c.numel) + " dtypes " +
+              std::to_string(static_cast<int>(c.latents)) + std::to_string(static_cast<int>(c.output)) +
+              std::to_string(static_cast<int>(c.next)) + " " + kLayoutNames[c.layout] +
+              (c.guidance ? " guidance" : "") + (c.rounding ? " rounding" : "") + (c.seeded ? " seeded" : "") +
+              (c.per_sample ? " per sample" : "") + (c.exact ? " exact" : "") + (wide ? " double" : "");
+    if (wide)
+      run<double>(c, seed++);
+    else
+      run<float>(c, seed++);
+  };
+  for (const auto& shape : shapes)
+    for (int layout = 0; layout < kLayouts; ++layout)
+      for (const auto& mix : mixes)
+        for (int flags = 0; flags < 4; ++flags)
+          go({shape[0], shape[1], mix[0], mix[1], mix[2], static_cast<Layout>(layout), (flags & 1) != 0,
+              (flags & 2) != 0, seed % 3 != 0, seed % 2 == 0, seed % 4 < 2},
+             false);
+  for (int layout = 0; layout < kLayouts; ++layout)
+    go({2, 4100, f64, bf16, f64, static_cast<Layout>(layout), true, layout % 2 == 0, true, true, false}, true);
+  // More tiles than lanes, for the second stage of the sum.
+  for (const bool exact : {false, true})
+    go({2, kTile * kThreads + 4099, f32, bf16, f32, kPacked, false, false, !exact, true, exact}, false);
+  row_outside_the_table();
+  offsets_are_wide();
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,96 @@
+"""The CUDA module without a GPU: it loads, says why it cannot run, and its machine code keeps to its budget."""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+KERNELS = ("transition_sample", "transition_log_prob", "transition_gradient", "policy_loss")
+# Three blocks of 256 threads on a multiprocessor of 65,536 registers.
+REGISTERS = 65536 // (3 * 256) // 8 * 8
+# Three blocks in the 48 KiB that every GPU has.
+SHARED_BYTES = 48 * 1024 // 3
+# Bytes of a thread's registers that do not fit; everywhere else none.
+SPILLED = {("100", "policy_loss"): 16}
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    try:
+        return importlib.import_module("dancegrpo_fast._cuda")
+    except ModuleNotFoundError:
+        pytest.skip("the CUDA module is not built: no nvcc")
+
+
+def dump(module: ModuleType, *options: str) -> str:
+    """What cuobjdump of the CUDA toolkit, or the one that comes with triton, says about the module."""
+    triton = importlib.util.find_spec("triton")
+    beside = Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin" if triton else Path()
+    path = os.pathsep.join([str(beside), os.environ.get("PATH", "")])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run(
+        [tool, *options, str(module.__file__)], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "no CUDA device" in module.device_problem(0)
+    numbers = (0, 0, 1)
+    call = (numbers, numbers, None, numbers, 1, 1, 0, 1, 0, 0, 1.0, False, False, (0, 0, 0, 0))
+    for run in (
+        lambda: module.transition_log_prob(call, 0),
+        lambda: module.transition_sample(call, None, 1, 0, None, 0),
+        lambda: module.transition_log_prob_gradient(call, 0, numbers, None),
+    ):
+        with pytest.raises(RuntimeError, match="CUDA: no device to run on"):
+            run()
+
+
+def test_resources(module: ModuleType) -> None:
+    """Every kernel for every GPU: (almost) nothing spilled, float32 kernels small enough for three blocks at once."""
+    seen = set()
+    architecture = ""
+    name = ""
+    for line in dump(module, "--dump-resource-usage").splitlines():
+        if found := re.search(r"arch = sm_(\d+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function (\w+)", line):
+            name = found[1]
+        elif (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)) and "_kernelI" in name:
+            registers, stack, shared, local = map(int, found.groups())
+            kernel, scalar = re.search(r"\d+(\w+)_kernelI(\w)E", name).groups()  # type: ignore[union-attr]
+            kernel = next(k for k in KERNELS if kernel.endswith(k))
+            seen.add((architecture, kernel, scalar))
+            assert local == 0 and stack <= SPILLED.get((architecture, kernel), 0), line
+            assert shared <= SHARED_BYTES, line
+            assert scalar == "d" or registers <= REGISTERS, line
+    wanted = {(a, k, s) for a in module.architectures.split(",") for k in KERNELS for s in "fd"}
+    assert seen == wanted
+
+
+def test_float32_kernels_move_16_bytes_at_once(module: ModuleType) -> None:
+    loads: dict[tuple[str, str], int] = {}
+    stores: dict[tuple[str, str], int] = {}
+    kernel = ""
+    code = dump(module, "-sass", "-arch", f"sm_{module.architectures.split(',')[1]}")
+    for line in code.splitlines():
+        if found := re.search(r"Function : \w+?\d+(\w+)_kernelI(\w)E", line):
+            kernel = next(k for k in KERNELS if found[1].endswith(k)) if found[2] == "f" else ""
+        elif kernel and (found := re.search(r"\b(LDG|STG)\.E\.128", line)):
+            counts = loads if found[1] == "LDG" else stores
+            counts["f", kernel] = counts.get(("f", kernel), 0) + 1
+    # Two packets of an operand in float32: latents, output, unconditional output and at least one more.
+    assert all(loads["f", kernel] >= 8 for kernel in KERNELS)
+    assert {kernel for _, kernel in stores} == {"transition_sample", "transition_gradient"}

@@ -1,0 +1,89 @@
+"""One of two gloo processes: a rollout step, two updates of the policy loss. Started by test_distributed.py.
+
+Usage: distributed_worker.py KIND RANK WORLD STORE OUTPUT
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dancegrpo_fast import policy_loss, transition_step
+from dancegrpo_fast.transitions import flow_sde, shifted_sigmas
+
+PER_RANK, SIZE, STEP = 3, 48, 1
+TABLE = flow_sde(shifted_sigmas(4, 3.0), 0.7)
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE), torch.nn.GELU(), torch.nn.Linear(SIZE, SIZE))
+
+
+def update(model: torch.nn.Module, ranks: list[int], world: int) -> dict[str, Tensor]:
+    """Two updates on the samples of `ranks`, one micro-batch each; what the last of them saw."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(world * PER_RANK, SIZE, generator=generator)
+    advantages = torch.randn(world * PER_RANK, generator=generator)
+    ids = torch.arange(world * PER_RANK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    parts = [slice(rank * PER_RANK, (rank + 1) * PER_RANK) for rank in ranks]
+    with torch.no_grad():
+        stepped = [
+            transition_step(latents[p], model(latents[p]), TABLE, STEP, seed=2, sample_ids=ids[p]) for p in parts
+        ]
+    found: dict[str, list[Tensor]] = {"first_ratio": [], "ratio": [], "log_prob": [], "loss": []}
+    for iteration in range(2):
+        optimizer.zero_grad()
+        for part, step in zip(parts, stepped, strict=True):
+            result = policy_loss(
+                latents[part],
+                model(latents[part]),
+                step.latents,
+                TABLE,
+                STEP,
+                step.log_prob,
+                advantages[part],
+                clip_range=0.2,
+            )
+            (result.loss / len(parts)).backward()
+            if iteration == 0:
+                found["first_ratio"].append(result.ratio)
+            else:
+                found["ratio"].append(result.ratio)
+                found["log_prob"].append(result.log_prob)
+                found["loss"].append(result.loss.detach()[None])
+        optimizer.step()
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def main() -> None:
+    kind, rank, world, store, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = make_model()
+    if kind == "ddp":
+        wrapped: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    found = update(wrapped, [rank], world)
+    weights = {name.removeprefix("module."): whole(p) for name, p in wrapped.named_parameters()}
+    torch.save(found | weights, f"{output}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
