@@ -1,14 +1,16 @@
-"""`dancegrpo-fast`: train a recipe, say what is installed."""
+"""`dancegrpo-fast`: train a recipe, run a script of another project, say what is installed."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import Recipe
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
+       dancegrpo-fast run [--rounding exact|reference] [--backend auto|cpu|reference] SCRIPT.py [-- ARGUMENTS]
        dancegrpo-fast info
 
+`run` executes a published training script with its step functions replaced by this library's, and says which.
 Every field of a recipe can be overridden: `dancegrpo-fast train RECIPE.yaml --help` lists them.
 """
 
@@ -64,9 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if given else 2
     command, rest = given[0], given[1:]
+    script: Callable[[], None] | None = None
     try:
         if command == "train" and rest:
             train(rest)
+        elif command == "run" and rest:
+            from .compat.runner import prepare
+
+            script = prepare(rest)
         elif command == "info" and not rest:
             from .info import main as info
 
@@ -80,4 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"dancegrpo-fast {command}: {error}", file=sys.stderr)
         return 1
+    if script is not None:
+        script()  # out here, where its exceptions and its exit status are its own
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

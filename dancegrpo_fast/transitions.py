@@ -10,12 +10,12 @@ Flow samplers follow `z_t = (1 - t) x0 + t eps`, `v = eps - x0`; diffusion sampl
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-LogProbKind = Literal["gaussian", "quadratic", "none"]
+LogProbKind = Literal["gaussian", "unnormalized", "quadratic", "none"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 # Order of the packed columns; kernels/transition/math.h reads them in this order.
@@ -40,8 +40,9 @@ class TransitionTable:
 
     Attributes:
         a, b, tau, p, q: float64 CPU tensors `[T]`, the coefficients above.
-        kind: log-probability of each row: "gaussian" (`-mean(d^2) / (2 tau^2) - log tau - log(2 pi) / 2`), "quadratic"
-            (`-mean(d^2)`) or "none" (0). A row with `tau = 0` scores 0 whatever its kind.
+        kind: log-probability of each row: "gaussian" (`-mean(d^2) / (2 tau^2) - log tau - log(2 pi) / 2`),
+            "unnormalized" (its first term, which is all that a ratio needs), "quadratic" (`-mean(d^2)`) or "none" (0).
+            A row with `tau = 0` scores 0 whatever its kind.
         times: float64 `[T]`, what the model is told at each step: sigma for flows, the training timestep for diffusion.
         step_size: float64 `[T]`, `sigma_i - sigma_{i+1} > 0` for flows, 0 where the sampler has none.
         drift, drift_weight, denoised_weight: float64 `[T]`, how the published implementations split `b v` into two
@@ -88,8 +89,8 @@ class TransitionTable:
             raise ValueError(f"tau: got {self.tau.tolist()}, want no negative noise")
         object.__setattr__(self, "kind", tuple(self.kind))
         for kind in self.kind:
-            if kind not in ("gaussian", "quadratic", "none"):
-                raise ValueError(f'kind: got "{kind}", want "gaussian", "quadratic" or "none"')
+            if kind not in get_args(LogProbKind):
+                raise ValueError(f'kind: got "{kind}", want one of {list(get_args(LogProbKind))}')
         for dtype in (torch.float32, torch.float64):
             self._packed["cpu", dtype] = self._pack().to(dtype)
         scale = self._packed["cpu", torch.float32][:, PACKED_COLUMNS.index("log_prob_scale")]
@@ -113,10 +114,11 @@ class TransitionTable:
     def _pack(self) -> Tensor:
         noisy = self.tau > 0
         gaussian = torch.tensor([k == "gaussian" for k in self.kind]) & noisy
+        weighted = torch.tensor([k in ("gaussian", "unnormalized") for k in self.kind]) & noisy
         quadratic = torch.tensor([k == "quadratic" for k in self.kind]) & noisy
         tau = torch.where(noisy, self.tau, 1.0)
         zero = torch.zeros_like(tau)
-        scale = torch.where(gaussian, -0.5 / tau.square(), torch.where(quadratic, -1.0, zero))
+        scale = torch.where(weighted, -0.5 / tau.square(), torch.where(quadratic, -1.0, zero))
         constant = torch.where(gaussian, -torch.log(tau) - 0.5 * math.log(2 * math.pi), zero)
         named = {"log_prob_scale": scale, "log_prob_constant": constant}
         return torch.stack([named.get(name, getattr(self, name, zero)) for name in PACKED_COLUMNS], dim=1)

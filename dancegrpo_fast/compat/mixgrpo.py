@@ -1,0 +1,86 @@
+"""MixGRPO's steps (Tencent-Hunyuan/MixGRPO, `fastvideo/utils/sampling_utils.py`)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ._grpo import dance_mean, dance_step, flow_step
+
+
+def flow_grpo_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    generator: Any = None,
+    determistic: bool = False,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One Flow-SDE step, or the score of `prev_sample`.
+
+    Args:
+        model_output, latents, eta, sigmas, index, rounding, backend: as for `dancegrpo.flux_step`.
+        prev_sample: next latents to score; None draws noise of the model output's shape and dtype.
+        generator: what to draw it from, with diffusers' `randn_tensor`.
+        determistic: take the Euler step, whatever `prev_sample` is, and score it as a sample of the SDE; without
+            `prev_sample` the noise is drawn all the same.
+
+    Returns:
+        `(prev_sample, x0, log_prob, mean, std)`; `mean` is differentiable in `model_output`, `std` is that of the
+        noise, `sqrt(-dt)` included, without dimensions.
+
+    Raises:
+        ValueError: both `prev_sample` and `generator`, or bad input, by argument.
+    """
+    if prev_sample is not None and generator is not None:
+        raise ValueError("generator: got one together with prev_sample, want one of them")
+    found = flow_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        generator,
+        deterministic=determistic,
+        rounding=rounding,
+        backend=backend,
+    )
+    assert found.mean is not None
+    return found.next_latents, found.denoised, found.log_prob, found.mean, found.statistic("tau")
+
+
+def dance_grpo_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """`dancegrpo.flux_step`, except that without `sde_solver` nothing is drawn: the next latents are the mean."""
+    if not grpo:
+        return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
+    return dance_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        sde_solver,
+        normalized=False,
+        noisy_ode=False,
+        with_mean=False,
+        rounding=rounding,
+        backend=backend,
+    )[:3]

@@ -1,0 +1,94 @@
+"""Pref-GRPO's steps (CodeGoat24/Pref-GRPO, `fastvideo/grpo/steps.py`)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ._grpo import Found, dance_mean, dance_step, flow_step
+
+
+def flow_grpo_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    generator: Any = None,
+    return_stats: bool = False,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """One Flow-SDE step, or the score of `prev_sample`.
+
+    Args:
+        model_output, latents, eta, sigmas, index, prev_sample, rounding, backend: as for `dancegrpo.flux_step`.
+        generator: what to draw the noise from, with diffusers' `randn_tensor`, in the model output's dtype.
+        return_stats: also give the statistics.
+
+    Returns:
+        `(prev_sample, x0, log_prob)`, with statistics `+ (mean, std, dt)`: `mean` is differentiable in
+        `model_output`, `std` includes `sqrt(-dt)`, and `dt` is negative; both without dimensions.
+
+    Raises:
+        ValueError: bad input, by argument.
+    """
+    found = flow_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        generator,
+        deterministic=False,
+        rounding=rounding,
+        backend=backend,
+    )
+    return _tuple(found, -1.0 if return_stats else None)
+
+
+def dance_grpo_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+    return_stats: bool = False,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """`dancegrpo.flux_step` with the Gaussian's constants in the score.
+
+    With `return_stats` and `grpo` it returns `+ (mean, std, -dt)`; this step size is positive, unlike
+    `flow_grpo_step`'s.
+    """
+    if not grpo:
+        return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
+    found = dance_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        sde_solver,
+        normalized=True,
+        noisy_ode=True,
+        with_mean=return_stats,
+        rounding=rounding,
+        backend=backend,
+    )
+    return _tuple(found, 1.0 if return_stats else None)
+
+
+def _tuple(found: Found, sign: float | None) -> tuple[Tensor, ...]:
+    result = (found.next_latents, found.denoised, found.log_prob)
+    if sign is None or found.mean is None:
+        return result
+    return (*result, found.mean, found.statistic("tau"), sign * found.statistic("step_size"))

@@ -1,0 +1,146 @@
+"""verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ._common import advance, noise_like, statistic
+from ._schedule import find_steps, flow_samplers
+
+_KINDS = {"sde": "flow", "cps": "cps", "dance_sde": "dance"}
+
+
+@dataclass
+class FlowMatchSDEDiscreteSchedulerOutput(BaseOutput):  # type: ignore[misc]
+    """What `step` returns: next latents, log-probability `[B]`, mean, and standard deviation."""
+
+    prev_sample: Tensor
+    log_prob: Tensor | None
+    prev_sample_mean: Tensor
+    std_dev_t: Tensor
+
+
+class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' flow-matching scheduler with verl-omni's stochastic steps."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+        noise_level: float = 0.7,
+        prev_sample: Tensor | None = None,
+        sde_type: str = "sde",
+        return_logprobs: bool = True,
+        include_logprob_normalizer: bool = True,
+    ) -> FlowMatchSDEDiscreteSchedulerOutput | tuple[Tensor | None, ...]:
+        """The next step of a denoising loop: `sample_previous_step` at the scheduler's own index, which moves on.
+
+        `timestep` finds the first index; `s_churn` to `s_noise` change nothing. Latents are taken as float32.
+
+        Raises:
+            ValueError: an integer timestep, or bad input.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"timestep: got the integer {timestep}, want one of the scheduler's timesteps")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        result = self.sample_previous_step(
+            sample=sample.float(),
+            model_output=model_output,
+            generator=generator,
+            per_token_timesteps=per_token_timesteps,
+            noise_level=noise_level,
+            prev_sample=None if prev_sample is None else prev_sample.float(),
+            sde_type=sde_type,
+            return_logprobs=return_logprobs,
+            include_logprob_normalizer=include_logprob_normalizer,
+        )
+        self._step_index += 1
+        return FlowMatchSDEDiscreteSchedulerOutput(*result) if return_dict else result
+
+    def sample_previous_step(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        timestep: Tensor | None = None,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        noise_level: float = 0.7,
+        prev_sample: Tensor | None = None,
+        sde_type: str = "sde",
+        return_logprobs: bool = True,
+        return_sqrt_dt: bool = False,
+        include_logprob_normalizer: bool = True,
+        *,
+        rounding: str = "exact",
+        backend: str = "auto",
+    ) -> tuple[Tensor | None, ...]:
+        """One Flow-SDE, CPS or Dance-SDE step, or the score of `prev_sample`.
+
+        Args:
+            sample: float32 `[B, ...]`.
+            model_output: float32 `[B, ...]`; the log-probability and the mean are differentiable in it alone.
+            timestep: `[B]` or `[1]`, some of the scheduler's; None takes the scheduler's own index.
+            generator: what to draw the noise from, with diffusers' `randn_tensor`.
+            per_token_timesteps: not supported, as in verl-omni.
+            noise_level: eta.
+            prev_sample: float32 next latents to score.
+            sde_type: "sde", "cps" or "dance_sde".
+            return_logprobs: False gives None for the log-probability.
+            return_sqrt_dt: also give `sqrt(-dt)`, `[B]` or `[1]`.
+            include_logprob_normalizer: False leaves out the Gaussian's constants.
+            rounding: "exact", or "reference" for the published order of float32 operations.
+            backend: as for `transition_step`.
+
+        Returns:
+            `(prev_sample, log_prob, mean, std_dev_t[, sqrt_dt])`. `std_dev_t` is without `sqrt(-dt)` for "sde" and
+            with it for "dance_sde"; without dimensions, or in the shape of `timestep` followed by ones.
+
+        Raises:
+            ValueError: an unknown `sde_type`, `per_token_timesteps`, another dtype, or a timestep not in the schedule.
+        """
+        if sde_type not in _KINDS:
+            raise ValueError(f'sde_type: got "{sde_type}", want "sde", "cps" or "dance_sde"')
+        if per_token_timesteps is not None:
+            raise ValueError("per_token_timesteps: got a value, want None: a table has one row for each sample")
+        for name, value in (("sample", sample), ("model_output", model_output), ("prev_sample", prev_sample)):
+            if value is not None and value.dtype != torch.float32:
+                raise ValueError(f"{name}: got {value.dtype}, want torch.float32")
+        if timestep is None and self.step_index is None:
+            raise ValueError("timestep: got None before the first step, want the scheduler's timesteps")
+        sampler = flow_samplers(
+            self.sigmas, _KINDS[sde_type], noise_level, rounding, normalized=include_logprob_normalizer
+        )
+        step = self.step_index if timestep is None else find_steps(self, timestep).to(sample.device)
+        found = advance(
+            sample,
+            model_output,
+            sampler,
+            step,
+            prev_sample,
+            lambda: noise_like(model_output, generator, model_output.dtype),
+            out_dtype=torch.float32,
+            rounding=rounding,
+            backend=backend,
+            with_mean=True,
+        )
+        sqrt_dt = torch.sqrt(statistic(sampler.table, "step_size", step, sample))
+        tau = statistic(sampler.table, "tau", step, sample)
+        std = tau / sqrt_dt if sde_type == "sde" else tau
+        result = (found.next_latents, found.log_prob if return_logprobs else None, found.mean, std.float())
+        if not return_sqrt_dt:
+            return result
+        sqrt_dt = sqrt_dt.float()
+        return *result, sqrt_dt.reshape(-1) if sqrt_dt.ndim else sqrt_dt.expand(len(sample)).clone()

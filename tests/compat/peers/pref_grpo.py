@@ -1,0 +1,43 @@
+"""Pref-GRPO's arithmetic, written from MATH.md; the order of products in the Dance step as in `dancegrpo.py`."""
+
+import math
+
+import torch
+from diffusers.utils import torch_utils
+
+
+def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator=None, return_stats=False):
+    device = model_output.device
+    s, n = sigmas[index].to(device), sigmas[index + 1].to(device)
+    dt = n - s
+    level = torch.sqrt(s / (1 - torch.where(s == 1, sigmas[1].to(device), s))) * eta
+    tau = level * torch.sqrt(-dt)
+    mean = latents * (1 + level**2 / (2 * s) * dt) + model_output * (1 + level**2 * (1 - s) / (2 * s)) * dt
+    if prev_sample is None:
+        noise = torch_utils.randn_tensor(
+            model_output.shape, generator=generator, device=device, dtype=model_output.dtype
+        )
+        prev_sample = mean + tau * noise
+    log_prob = -((prev_sample.detach() - mean) ** 2) / (2 * tau**2) - torch.log(tau) - 0.5 * math.log(2 * math.pi)
+    result = (prev_sample, latents - s * model_output, log_prob.flatten(1).mean(dim=1))
+    return (*result, mean, tau, dt) if return_stats else result
+
+
+def dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver, return_stats=False):
+    s, n = sigmas[index], sigmas[index + 1]
+    dt = n - s
+    clean = latents - model_output * s
+    mean = latents + model_output * dt
+    tau = eta * math.sqrt(float(s - n))
+    if sde_solver:
+        score = -(latents - clean * (1 - s)) / s**2
+        mean = mean + -0.5 * eta**2 * score * dt
+    if not grpo:
+        return mean, clean
+    if prev_sample is None:
+        prev_sample = mean + torch.randn_like(mean) * tau
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    off = prev_sample.detach().to(wide) - mean.to(wide)
+    log_prob = -(off**2) / (2 * tau**2) - math.log(tau) - 0.5 * math.log(2 * math.pi)
+    result = (prev_sample, clean, log_prob.flatten(1).mean(dim=1))
+    return (*result, mean, torch.as_tensor(tau, dtype=wide), s - n) if return_stats else result

@@ -1,0 +1,249 @@
+"""Golden values through the shims, and each peer's own conventions: indices, schedules, windows, refusals."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dancegrpo_fast import transitions
+from dancegrpo_fast.compat import _common, dancegrpo, ddpo, flow_factory, flow_grpo, mixgrpo, pref_grpo, verl_omni
+
+from ..test_transitions import GOLDEN, golden_inputs
+from ..tolerances import assert_as_printed, assert_same_formula, assert_within_budget
+from .cases import BF16, F32, F64, PEERS, SIGMAS, TIMES, ddim_scheduler, draw, flow_scheduler, ours
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if not name.startswith("cps")])
+def test_golden_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, (_, _, tau, first, second, mean) = GOLDEN[name]
+    x, v, eps = golden_inputs()
+    sigmas = torch.stack([table.times[0], table.times[0] - table.step_size[0]])
+    if name.startswith("flow"):
+        monkeypatch.setattr("dancegrpo_fast.compat._grpo.noise_like", lambda *_: eps)
+        found = pref_grpo.flow_grpo_step(v, x, 0.7, sigmas, 0, None, None, True)
+    else:
+        monkeypatch.setattr("dancegrpo_fast.compat._grpo.noise_like_sum", lambda *_: eps)
+        found = pref_grpo.dance_grpo_step(v, x, 0.3, sigmas, 0, None, True, True, True)
+        short = dancegrpo.flux_step(v, x, 0.3, sigmas, 0, None, True, True)
+        assert_same_formula(short[2], -eps.square().mean(dim=1) / 2)
+    assert_as_printed(found[2][0], first)
+    assert_as_printed(found[2][1], second)
+    assert_as_printed(found[3][0, 0], mean)
+    assert found[4] == torch.tensor(float(tau))  # float32, as printed
+
+
+@pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([1]), torch.tensor(1, dtype=torch.int32)])
+@pytest.mark.parametrize("step", [dancegrpo.flux_step, mixgrpo.dance_grpo_step, pref_grpo.dance_grpo_step])
+def test_an_index_may_be_a_tensor(step: Callable, index: Tensor) -> None:
+    v, x, after = draw(BF16, 1), draw(F32, 2), draw(F32, 3)
+    for want, got in zip(*(step(v, x, 0.3, SIGMAS, i, after, True, True) for i in (1, index)), strict=True):
+        assert torch.equal(want, got)
+    flow = mixgrpo.flow_grpo_step
+    for want, got in zip(*(flow(v, x, 0.3, SIGMAS, i, after) for i in (1, index)), strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+@pytest.mark.parametrize("given", [True, False])
+def test_nothing_asks_for_the_value_of_an_index(given: bool, rounding: str) -> None:
+    settings = {"rounding": rounding}
+    scheduler = ddim_scheduler()
+    for index in (1, None):  # first with values, so that the tables are there
+        with FakeTensorMode(allow_non_fake_inputs=True) if index is None else nullcontext():
+            v, x, after = torch.ones(2, 3, dtype=BF16, requires_grad=True), torch.ones(2, 3), torch.ones(2, 3)
+            after = after if given else None
+            # A fake tensor without a value raises where one is asked for, as a tensor on a GPU would wait.
+            at = torch.empty((), dtype=torch.int64) if index is None else index
+            found = [dancegrpo.flux_step(v, x, 0.3, SIGMAS, at, after, True, True, **settings)]
+            found += [mixgrpo.dance_grpo_step(v, x, 0.3, SIGMAS, at, after, True, False, **settings)]
+            found += [pref_grpo.dance_grpo_step(v, x, 0.3, SIGMAS, at, after, True, True, True, **settings)]
+            found += [mixgrpo.flow_grpo_step(v, x, 0.7, SIGMAS, at, after, None, True, **settings)]
+            found += [pref_grpo.flow_grpo_step(v, x, 0.7, SIGMAS, at, after, None, True, **settings)]
+            found += [ddpo.ddim_step_with_logprob(scheduler, v, at, x, 1.0, prev_sample=after, **settings)]
+            assert [len(f) for f in found] == [3, 3, 6, 5, 6, 2]
+
+
+@pytest.mark.parametrize("sde_solver", [True, False])
+@pytest.mark.parametrize("module", ["dancegrpo", "mixgrpo", "pref_grpo"])
+def test_without_grpo(module: str, sde_solver: bool) -> None:
+    name = "flux_step" if module == "dancegrpo" else "dance_grpo_step"
+    step, peer = getattr(ours(module), name), getattr(PEERS[module], name)
+    v, x = draw(F32, 1), draw(F32, 2)
+    state = torch.get_rng_state()
+    found = step(v, x, 0.3, SIGMAS, 1, None, False, sde_solver)
+    assert torch.equal(torch.get_rng_state(), state)
+    truth = peer(v.double(), x.double(), 0.3, SIGMAS.double(), 1, None, False, sde_solver)
+    for got, exact, plain in zip(found, truth, peer(v, x, 0.3, SIGMAS, 1, None, False, sde_solver), strict=True):
+        assert_within_budget(got, exact, plain)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Schedules for which a Dance table was built."""
+    calls: list[Tensor] = []
+    original = transitions.dance_sde
+    monkeypatch.setattr(transitions, "dance_sde", lambda s, eta: calls.append(s.clone()) or original(s, eta))
+    return calls
+
+
+def flux(sigmas: Tensor, eta: float = 0.3) -> Tensor:
+    return dancegrpo.flux_step(draw(F32, 1), draw(F32, 2), eta, sigmas, 1, draw(F32, 3), True, True)[2]
+
+
+def test_a_table_is_built_once_and_again_after_a_change(built: list[Tensor]) -> None:
+    sigmas = SIGMAS.clone()
+    first = flux(sigmas)
+    assert torch.equal(flux(sigmas), first) and len(built) == 1
+    sigmas[1:-1] *= 0.9
+    changed = flux(sigmas)
+    assert len(built) == 2 and torch.equal(built[1], sigmas) and not torch.equal(changed, first)
+    assert torch.equal(changed, flux(sigmas.clone()))
+    with torch.inference_mode():
+        without_version = SIGMAS.clone()
+        assert torch.equal(flux(without_version), first)
+
+
+def test_tables_do_not_outlive_their_schedule() -> None:
+    before = len(_common._samplers)
+    for _ in range(3):
+        flux(SIGMAS.clone())
+    assert len(_common._samplers) == before
+    kept = [SIGMAS.clone() for _ in range(2 * _common._MAX_SCHEDULES)]
+    for sigmas in kept:
+        flux(sigmas)
+    assert len(_common._samplers) <= _common._MAX_SCHEDULES
+    for eta in range(2 * _common._MAX_SAMPLERS):
+        flux(kept[-1], 0.1 + eta / 100)
+    assert len(_common._samplers[kept[-1]][1]) <= _common._MAX_SAMPLERS
+
+
+def test_sampling_with_gradients_enabled_scores_with_them() -> None:
+    v = draw(F32, 1).requires_grad_()
+    after, clean, log_prob = dancegrpo.flux_step(v, draw(F32, 2), 0.3, SIGMAS, 1, None, True, True)
+    assert log_prob.requires_grad and clean.requires_grad and not after.requires_grad
+
+
+def test_generators_move_on_as_the_peer_s() -> None:
+    v, x = draw(BF16, 1), draw(F32, 2)
+    for determistic in (False, True):
+        states = []
+        for module in (mixgrpo, PEERS["mixgrpo"]):
+            generator = torch.Generator().manual_seed(5)
+            module.flow_grpo_step(v, x, 0.7, SIGMAS, 1, None, generator, determistic)
+            states.append(generator.get_state())
+        assert torch.equal(*states)
+
+
+def test_ddpo_lands_on_timestep_0_and_rounds_before_it_scores() -> None:
+    v, x, scheduler = draw(BF16, 1), draw(BF16, 2), ddim_scheduler()
+    times = torch.full((len(x),), 301)
+    step = ddpo.ddim_step_with_logprob
+    after, log_prob = step(scheduler, v, times, x, 1.0, generator=torch.Generator().manual_seed(0))
+    assert after.dtype == BF16
+    assert torch.equal(step(scheduler, v, times, x, 1.0, prev_sample=after)[1], log_prob)
+    peer = PEERS["ddpo"].ddim_step_with_logprob
+    plain = peer(scheduler, v, times, x, 1.0, generator=torch.Generator().manual_seed(0))
+    found = step(scheduler, v, times, x, 1.0, generator=torch.Generator().manual_seed(0), rounding="reference")
+    again = step(scheduler, v, times, x, 1.0, prev_sample=found[0], rounding="reference")[1]
+    assert torch.equal(found[0], plain[0]) and not torch.equal(again, found[1])
+    for time in (50, 1):
+        last = torch.full((len(x),), time)
+        exact = peer(ddim_scheduler(F64), v.double(), last, x.double(), 1.0, prev_sample=after.double())
+        plain = peer(scheduler, v.float(), last, x, 1.0, prev_sample=after)
+        assert_within_budget(step(scheduler, v, last, x, 1.0, prev_sample=after)[1], exact[1], plain[1])
+    still = step(scheduler, v.float(), 0, x.float(), 1.0)  # from 0 to 0: nothing moves
+    assert torch.equal(still[0], x.float()) and not still[1].any()
+
+
+def test_verl_omni_s_loop() -> None:
+    scheduler = verl_omni.FlowMatchSDEDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    torch.manual_seed(0)
+    x = draw(F32, 2)
+    for i, t in enumerate(scheduler.timesteps):
+        v = draw(BF16, i).float()
+        before = torch.get_rng_state()
+        out = scheduler.step(v, t, x, sde_type="dance_sde", return_logprobs=i % 2 == 0)
+        torch.set_rng_state(before)
+        wanted = scheduler.sample_previous_step(x, v, t[None], sde_type="dance_sde", return_sqrt_dt=True)
+        assert torch.equal(out.prev_sample, wanted[0]) and torch.equal(out.prev_sample_mean, wanted[2])
+        assert out.std_dev_t.ndim == 0 and wanted[3].shape == (1, 1, 1, 1) and wanted[4].shape == (1,)
+        assert out.log_prob is None if i % 2 else torch.equal(out.log_prob, wanted[1])
+        x = out.prev_sample
+    assert scheduler.step_index == 4
+
+
+def test_flow_factory_s_window_timesteps_and_fields() -> None:
+    scheduler = flow_factory.FlowMatchEulerDiscreteSDEScheduler(shift=3.0, num_sde_steps=1, seed=3)
+    scheduler.set_timesteps(4)
+    v, x, times = draw(F32, 1), draw(F32, 2), scheduler.timesteps
+    window = scheduler.current_sde_steps.tolist()
+    assert len(window) == 1 and window[0] < 3
+    for i, t in enumerate(times):
+        torch.manual_seed(0)
+        out = scheduler.step(v, t, x)
+        drawn = torch.get_rng_state()
+        torch.manual_seed(0)
+        torch.randn(x.shape)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert bool(out.std_dev_t.any()) == bool(out.log_prob.any()) == (i in window)
+        after = times[i + 1] if i < 3 else torch.tensor(0.0)
+        for same in ({"timestep": float(t)}, {"timestep": i}, {"timestep": t, "timestep_next": after}):
+            torch.manual_seed(0)
+            assert torch.equal(scheduler.step(v, same.pop("timestep"), x, **same).next_latents, out.next_latents)
+        only = scheduler.step(v, t, x, compute_log_prob=False, return_kwargs=["log_prob", "dt"])
+        assert only.log_prob is None and only.next_latents is None and only.dt.shape == (len(x), 1, 1, 1)
+    scheduler.eval()
+    assert not scheduler.step(v, times[0], x).std_dev_t.any()
+    scheduler.train()
+    level = torch.full((len(x),), 0.5)
+    torch.manual_seed(0)
+    given = scheduler.step(v, times[1], x, noise_level=level)
+    torch.manual_seed(0)
+    assert torch.equal(given.next_latents, scheduler.step(v, times[1], x, noise_level=0.5).next_latents)
+
+
+V, X = draw(F32, 1), draw(F32, 2)
+FLOW = flow_scheduler()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dancegrpo.flux_step(V, X, 0.3, [1.0, 0.0], 0, None, True, True), "sigmas: got list, want a torch.T"),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS.flip(0), 0, None, True, True), "sigmas: got .* decreasing"),
+        (lambda: dancegrpo.flux_step(V, X, -0.3, SIGMAS, 0, None, True, True), "eta: got -0.3, want"),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 4, None, True, True), "step: got 4, want 0 to 3"),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, True, True, rounding="no"), 'rounding: got "no"'),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, False, True, rounding="no"), 'rounding: got "no"'),
+        (lambda: mixgrpo.flow_grpo_step(V, X, 0.3, SIGMAS, 0, X, torch.Generator()), "generator: got one together"),
+        (lambda: ddpo.ddim_step_with_logprob(FLOW, V, 1, X), "self: got SimpleNamespace, want a diffusers DDIM"),
+        (lambda: ddpo.ddim_step_with_logprob(ddim_scheduler(thresholding=True), V, 1, X), "self: .* thresholding=True"),
+        (lambda: ddpo.ddim_step_with_logprob(ddim_scheduler(), V, 1, X, rounding="no"), 'rounding: got "no"'),
+        (lambda: flow_grpo.sde_step_with_logprob(FLOW, V, TIMES[:1], X, sde_type="x"), 'sde_type: got "x", want "sde"'),
+        (lambda: flow_grpo.sde_step_with_logprob(FLOW, V, TIMES[:1] + 1, X), "timestep: got .*, want some of the"),
+        (lambda: verl_step(sde_type="x"), 'sde_type: got "x", want "sde", "cps" or "dance_sde"'),
+        (lambda: verl_step(per_token_timesteps=X), "per_token_timesteps: got a value, want None"),
+        (lambda: verl_step(model_output=V.bfloat16()), "model_output: got torch.bfloat16, want torch.float32"),
+        (lambda: factory_step(dynamics_type="x"), 'dynamics_type: got "x", want one of'),
+        (lambda: factory_step(timestep_next=TIMES[2]), "timestep_next: got .*, want what follows"),
+        (lambda: factory_step(noise_level=torch.arange(8) / 10), "noise_level: got .*, want one level"),
+        (lambda: factory_step(noise_level=torch.ones(8, device="meta")), "noise_level: got a tensor on meta"),
+        (lambda: factory_step(sigma_max=1.0), "sigma_max: got 1.0, want a number from 0 to below 1"),
+    ],
+)
+def test_refusals(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def verl_step(**settings) -> object:
+    given = {"sample": X, "model_output": V, "timestep": TIMES[:1]} | settings
+    return verl_omni.FlowMatchSDEDiscreteScheduler.sample_previous_step(FLOW, **given)
+
+
+def factory_step(**settings) -> object:
+    return flow_factory.FlowMatchEulerDiscreteSDEScheduler.step(FLOW, V, TIMES[:1], X, **settings)
