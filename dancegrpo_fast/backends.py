@@ -3,8 +3,9 @@
 import importlib
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -60,11 +61,27 @@ def _cuda() -> tuple[ModuleType | None, str]:
     return module, f"built with nvcc {module.compiler} for compute capabilities {module.architectures}"
 
 
-@lru_cache(maxsize=16)
+_cuda_ready: set[int] = set()
+
+
 def _cuda_problem(index: int) -> str:
-    """Why the compiled CUDA module cannot run on a device, or nothing."""
+    """Why the compiled CUDA module cannot run on a device, or nothing, which alone is remembered."""
+    if index in _cuda_ready:
+        return ""
     module, detail = _cuda()
-    return detail if module is None else str(module.device_problem(index))
+    if module is None:
+        return detail
+    with torch.cuda.device(index):
+        problem = str(module.device_problem())
+    if not problem:
+        _cuda_ready.add(index)
+    return problem
+
+
+@cache
+def _warn_of_skipped_cuda(problem: str) -> None:
+    # Another implementation's sums differ in their last bits: a rollout and its replay must not mix them unnoticed.
+    warnings.warn(f'backend: "auto" leaves the CUDA module out, {problem}', RuntimeWarning, stacklevel=2)
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +173,13 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
     if backend == "auto":
         # The interpreter is for tests, which ask for it by name.
         order = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-        return next((name for name in order if not _refusal(name, device, dtype)), "reference")
+        for name in order:
+            reason = _refusal(name, device, dtype)
+            if not reason:
+                return name
+            if name == "cuda" and _cuda()[0] is not None and device.type == "cuda":
+                _warn_of_skipped_cuda(reason)
+        return "reference"
     if backend not in NAMES:
         wanted = ", ".join(f'"{name}"' for name in NAMES)
         raise ValueError(f'backend: got "{backend}", want one of {wanted}')

@@ -1,5 +1,6 @@
 """The arguments that all ops share, and which implementation takes them."""
 
+import functools
 import importlib
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -105,18 +106,26 @@ class Implementation(Protocol):
 _MODULES = {"reference": "_reference", "cpu": "_native", "cuda": "_native", "triton": "_triton"}
 
 
+@functools.cache
+def _module(name: str) -> Implementation:
+    return cast(Implementation, importlib.import_module(f".{name}", __package__))
+
+
 def implementation(call: Transition) -> Implementation:
     """The module that runs this call."""
-    name = backends.pick(call.backend, call.latents.device, call.table.dtype)
-    return cast(Implementation, importlib.import_module(f".{_MODULES[name]}", __package__))
+    return _module(_MODULES[backends.pick(call.backend, call.latents.device, call.table.dtype)])
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
     """An op's arguments as the shared ones and its own; per-sample steps become contiguous."""
     count = len(Transition._fields)
     call = Transition(*arguments[:count])
-    if call.step is not None and not call.step.is_contiguous():
-        call = call._replace(step=call.step.contiguous())
+    step = call.step
+    if step is not None:
+        if step.dtype != torch.int64 or step.shape != call.latents.shape[:1]:
+            raise ValueError(f"step: got {step.dtype} of shape {tuple(step.shape)}, want one int64 for each sample")
+        if not step.is_contiguous():
+            call = call._replace(step=step.contiguous())
     return call, arguments[count:]
 
 

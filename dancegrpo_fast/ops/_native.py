@@ -1,6 +1,5 @@
 """The ops by the compiled modules: addresses, dtype codes, sizes and strides, for C++ on the CPU and CUDA alike."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,9 +9,6 @@ from .. import backends
 from ._call import GradientTerms, LossOutputs, Noise, Objective, Transition
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Per (device, stream): tickets, which the kernels leave at zero, and scratch for partial sums. Launches on one stream
-# follow one another, so they may share them.
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -31,65 +27,72 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _workspace(device: torch.device, stream: int, tickets: int, scratch: int) -> tuple[Tensor, Tensor]:
-    def make(ticket_count: int, scratch_count: int) -> tuple[Tensor, Tensor]:
-        return (
-            torch.zeros(ticket_count, dtype=torch.int32, device=device),
-            torch.empty(scratch_count, dtype=torch.float64, device=device),
-        )
-
-    if torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed on any stream: it gets its own, zeroed inside the graph.
-        return make(tickets, scratch)
-    kept = _workspaces.get((device.index, stream))
-    if kept is None or kept[0].numel() < tickets or kept[1].numel() < scratch:
-        kept = make(max(tickets, 1024), max(scratch, 1 << 14))
-        _workspaces[device.index, stream] = kept
-    return kept
-
-
-def _arguments(call: Transition) -> tuple[ModuleType, tuple[Any, ...], tuple[Tensor, ...]]:
-    """The module, the argument that every entry point shares, and what must live until the launch."""
+def _check_devices(call: Transition, *others: Tensor | None) -> None:
+    """Addresses of another device would be followed all the same."""
     device = call.latents.device
-    batch, numel = call.batch, call.numel
-    launch: int | tuple[int, ...]
-    workspace: tuple[Tensor, ...] = ()
-    if device.type == "cpu":
-        module = backends.cpu_module()
-        launch = backends.threads_for(batch * numel)
-    else:
-        module = backends.cuda_module()
-        stream = torch.cuda.current_stream(device).cuda_stream
-        workspace = _workspace(device, stream, *module.workspace_size(batch, numel))
-        launch = (device.index, stream, *(t.data_ptr() for t in workspace))
+    for name, value in (("table", call.table), ("step", call.step), ("sample_ids", others[0] if others else None)):
+        if value is not None and value.device != device:
+            raise ValueError(f"{name}: got a tensor on {value.device}, want it on latents' device, {device}")
+
+
+def _shared(call: Transition, launch: int | tuple[int, ...]) -> tuple[Any, ...]:
+    """The argument that every entry point takes first."""
     return (
-        module,
-        (
-            operand(call.latents),
-            operand(call.model_output),
-            operand(call.uncond_output),
-            operand(call.next_latents),
-            batch,
-            numel,
-            call.table.data_ptr(),
-            call.table.shape[0],
-            address(call.step),
-            call.step_index,
-            call.guidance_scale,
-            call.reference_rounding,
-            call.table.dtype == torch.float64,
-            launch,
-        ),
-        workspace,
+        operand(call.latents),
+        operand(call.model_output),
+        operand(call.uncond_output),
+        operand(call.next_latents),
+        call.batch,
+        call.numel,
+        call.table.data_ptr(),
+        call.table.shape[0],
+        address(call.step),
+        call.step_index,
+        call.guidance_scale,
+        call.reference_rounding,
+        call.table.dtype == torch.float64,
+        launch,
     )
+
+
+def _run(call: Transition, name: str, *rest: Any, sums: bool = True) -> None:
+    """Calls an entry point of the module for the call's device; `sums`: the kernel needs room for partial sums."""
+    device = call.latents.device
+    if device.type == "cpu":
+        threads = backends.threads_for(call.latents.numel())
+        getattr(backends.cpu_module(), name)(_shared(call, threads), *rest)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(call, name, *rest, sums=sums)
+        return
+    module = backends.cuda_module()
+    # What torch's own compiled code calls: building a Stream object costs more than all else here.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if not sums:
+        getattr(module, name)(_shared(call, (stream, 0, 0)), *rest)
+        return
+    count = call.batch + 1
+    scratch = torch.empty(module.scratch_size(call.batch, call.numel), dtype=torch.float64, device=device)
+    tickets = module.tickets(device.index, stream, count, torch.cuda.is_current_stream_capturing())
+    if not tickets:
+        spare = torch.zeros(count, dtype=torch.int32, device=device)
+        tickets = spare.data_ptr()
+    getattr(module, name)(_shared(call, (stream, tickets, scratch.data_ptr())), *rest)
 
 
 def sample(call: Transition, noise: Noise, log_prob: Tensor, denoised: Tensor | None) -> None:
     """Writes the next latents, their log-probability and, where asked for, the estimate of x0."""
-    module, arguments, _alive = _arguments(call)
     ids = None if noise.sample_ids is None else noise.sample_ids.contiguous()
-    module.transition_sample(
-        arguments, operand(noise.given), noise.seed, address(ids), operand(denoised), log_prob.data_ptr()
+    _check_devices(call, ids)
+    _run(
+        call,
+        "transition_sample",
+        operand(noise.given),
+        noise.seed,
+        address(ids),
+        operand(denoised),
+        log_prob.data_ptr(),
     )
     # The write went through a raw pointer, which autograd's version counter does not see.
     torch.autograd.graph.increment_version(call.next_latents)
@@ -97,22 +100,30 @@ def sample(call: Transition, noise: Noise, log_prob: Tensor, denoised: Tensor | 
 
 def log_prob(call: Transition, log_prob: Tensor) -> None:
     """Writes the log-probability of the next latents."""
-    module, arguments, _alive = _arguments(call)
-    module.transition_log_prob(arguments, log_prob.data_ptr())
+    _check_devices(call)
+    _run(call, "transition_log_prob", log_prob.data_ptr())
 
 
 def log_prob_gradient(call: Transition, grad_log_prob: Tensor, grad_output: Tensor, grad_uncond: Tensor | None) -> None:
     """Writes the gradients of `sum(grad_log_prob log_prob)` by the model outputs."""
-    module, arguments, _alive = _arguments(call)
+    _check_devices(call)
     grad_log_prob = grad_log_prob.to(call.table.dtype).contiguous()
-    module.transition_log_prob_gradient(arguments, grad_log_prob.data_ptr(), operand(grad_output), operand(grad_uncond))
+    _run(
+        call,
+        "transition_log_prob_gradient",
+        grad_log_prob.data_ptr(),
+        operand(grad_output),
+        operand(grad_uncond),
+        sums=False,
+    )
 
 
 def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> None:
     """Writes the loss and everything that comes out of the same pass."""
-    module, arguments, _alive = _arguments(call)
-    module.policy_loss(
-        arguments,
+    _check_devices(call)
+    _run(
+        call,
+        "policy_loss",
         operand(objective.reference_output),
         operand(objective.old_output),
         objective.old_log_prob.data_ptr(),
@@ -130,10 +141,11 @@ def policy_loss_gradient(
     call: Transition, terms: GradientTerms, grad_output: Tensor, grad_uncond: Tensor | None
 ) -> None:
     """Writes the gradients of the loss by the model outputs."""
-    module, arguments, _alive = _arguments(call)
+    _check_devices(call)
     grad_loss = terms.grad_loss.to(call.table.dtype)
-    module.policy_loss_gradient(
-        arguments,
+    _run(
+        call,
+        "policy_loss_gradient",
         grad_loss.data_ptr(),
         terms.step_scale.data_ptr(),
         terms.pull_scale.data_ptr(),
@@ -141,4 +153,5 @@ def policy_loss_gradient(
         operand(terms.mean_output),
         operand(grad_output),
         operand(grad_uncond),
+        sums=False,
     )

@@ -22,7 +22,8 @@ DGF_HD float bf16_to_float(uint16_t bits) { return bits_float(static_cast<uint32
 // Round to nearest even; NaN stays NaN.
 DGF_HD uint16_t float_to_bf16(float value) {
 #if defined(__CUDA_ARCH__)
-  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  // Two at a time is the faster instruction, even for one.
+  return __bfloat16_as_ushort(__floats2bfloat162_rn(value, 0.0f).x);
 #else
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;

@@ -11,13 +11,13 @@ namespace dgf {
 constexpr int kThreads = 256;
 constexpr int kWidth = 8;  // consecutive elements of a lane: 16 bytes of a half-precision operand
 constexpr int kPart = 4;   // of them in registers at once: one Philox block, 16 bytes of float32
+constexpr int kWindows =
+    4;  // such runs of a lane, one after the other: what a block costs beside them is spread thinner
 // Elements of one block. Sums are taken tile by tile, so this must not depend on the batch.
-constexpr int64_t kTile = int64_t{kThreads} * kWidth;
+constexpr int64_t kTile = int64_t{kThreads} * kWidth * kWindows;
 constexpr int kSumRows = 16;
-// Blocks a multiprocessor must have room for: 80 registers a thread in float32, none of them spilled. Twice the
-// registers in float64, which is for checking.
-template <typename S>
-constexpr int kMinBlocks = sizeof(S) == 4 ? 3 : 1;
+// Blocks a multiprocessor must have room for: up to 128 registers a thread, so that none are spilled.
+constexpr int kMinBlocks = 2;
 
 DGF_HD int64_t tile_count(int64_t numel) { return (numel + kTile - 1) / kTile; }
 

@@ -16,13 +16,19 @@ struct Normal4 {
   float x, y, z, w;
 };
 
+DGF_HD uint32_t high_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+#endif
+}
+
 // Philox 4x32-10 (Salmon et al., SC 2011).
 DGF_HD Uint4 philox4x32_10(Uint4 counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(counter.x) * 0xD2511F53u;
-    const uint64_t p1 = static_cast<uint64_t>(counter.z) * 0xCD9E8D57u;
-    const uint32_t hi0 = static_cast<uint32_t>(p0 >> 32), lo0 = counter.x * 0xD2511F53u;
-    const uint32_t hi1 = static_cast<uint32_t>(p1 >> 32), lo1 = counter.z * 0xCD9E8D57u;
+    const uint32_t hi0 = high_product(counter.x, 0xD2511F53u), lo0 = counter.x * 0xD2511F53u;
+    const uint32_t hi1 = high_product(counter.z, 0xCD9E8D57u), lo1 = counter.z * 0xCD9E8D57u;
     counter = Uint4{hi1 ^ counter.y ^ key0, lo1, hi0 ^ counter.w ^ key1, lo0};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;

@@ -25,17 +25,11 @@ inline bool moves_in_packets(const Operand& t, int64_t batch) {
   return reinterpret_cast<uintptr_t>(t.data) % sizeof(Packet) == 0 && step % static_cast<int64_t>(sizeof(Packet)) == 0;
 }
 
-DGF_HD int64_t divide(int64_t value, int64_t by) {
-  // 64-bit division is many times slower on a GPU.
-  if (((value | by) >> 32) == 0) return static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
-  return value / by;
-}
-
 // Offset of a sample's element in logical order, any strides.
 DGF_HD int64_t element_offset(const Operand& t, int64_t element) {
   int64_t offset = 0;
   for (int d = t.ndim - 1; d > 0; --d) {
-    const int64_t above = divide(element, t.size[d]);
+    const int64_t above = element / t.size[d];
     offset += (element - above * t.size[d]) * t.stride[d];
     element = above;
   }
@@ -152,16 +146,19 @@ struct Sink {
 // Runs body(width, begin) over a lane's window of one tile: width is an integral constant, kPart for the whole window
 // in packets, where `packets` allows it, or 1 for each of its elements.
 template <typename S, typename Body>
-DGF_HD void for_window(int64_t numel, int64_t tile, int lane, bool packets, Body&& body) {
-  const int64_t begin = tile * kTile + int64_t{lane} * kWidth, left = numel - begin;
-  if constexpr (std::is_same<S, float>::value) {
-    if (packets && left >= kWidth) {
-      body(std::integral_constant<int, kPart>{}, begin);
-      return;
-    }
-  }
+DGF_HD void for_windows(int64_t numel, int64_t tile, int lane, bool packets, Body&& body) {
   DGF_NO_UNROLL
-  for (int i = 0; i < kWidth && i < left; ++i) body(std::integral_constant<int, 1>{}, begin + i);
+  for (int k = 0; k < kWindows; ++k) {
+    const int64_t begin = tile * kTile + (int64_t{k} * kThreads + lane) * kWidth, left = numel - begin;
+    if constexpr (std::is_same<S, float>::value) {
+      if (packets && left >= kWidth) {
+        body(std::integral_constant<int, kPart>{}, begin);
+        continue;
+      }
+    }
+    DGF_NO_UNROLL
+    for (int i = 0; i < kWidth && i < left; ++i) body(std::integral_constant<int, 1>{}, begin + i);
+  }
 }
 
 }  // namespace dgf

@@ -69,8 +69,8 @@ DGF_HD void policy_loss_block(const PolicyLossCall<S>& p, int64_t unit, bool pac
   share_row(call, b, s.row);
   for_lanes([&](int lane) {
     S sums[3] = {};
-    for_window<S>(call.numel, tile, lane, packets,
-                  [&](auto width, int64_t begin) { loss_window<decltype(width)::value>(p, s.row, b, begin, sums); });
+    for_windows<S>(call.numel, tile, lane, packets,
+                   [&](auto width, int64_t begin) { loss_window<decltype(width)::value>(p, s.row, b, begin, sums); });
     for (int k = 0; k < 3; ++k) s.sum.lane[k][lane] = static_cast<double>(sums[k]);
   });
   if (!sum_sample(s.sum, w, b, tile, tiles)) return;
@@ -115,7 +115,7 @@ bool moves_in_packets(const PolicyLossCall<S>& p) {
 #if defined(__CUDACC__)
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     policy_loss_kernel(const __grid_constant__ PolicyLossCall<S> p, bool packets, const Workspace w,
                        const __grid_constant__ PolicyLossOutputs<S> out) {
   __shared__ LossBlock<S> s;

@@ -28,13 +28,21 @@ struct TransitionCall {
   }
 };
 
+// What the normals of one sample at one step are keyed by.
+struct NoiseKey {
+  uint64_t seed, sample;
+  uint32_t step;
+};
+
 struct NoiseSource {
   Operand given;
   bool seeded = false;
   uint64_t seed = 0;
   const int64_t* sample_ids = nullptr;  // null: 0 .. batch - 1
 
-  DGF_HD uint64_t id(int64_t b) const { return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b); }
+  DGF_HD NoiseKey key(int64_t b, int64_t step) const {
+    return {seed, static_cast<uint64_t>(sample_ids ? sample_ids[b] : b), static_cast<uint32_t>(step)};
+  }
 };
 
 // The gradient of any loss that sees v through the step and, optionally, through a pull towards another output:

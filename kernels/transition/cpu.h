@@ -13,12 +13,11 @@ namespace dgf {
 // Philox normals of elements begin .. begin + n, at most a chunk; begin is a multiple of 4 and `out` has room for a
 // chunk.
 template <typename S>
-void normals(const NoiseSource& noise, int64_t b, int64_t step, int64_t begin, int64_t n, S* out) {
+void normals(const NoiseKey& key, int64_t begin, int64_t n, S* out) {
   alignas(64) uint32_t radius[kChunk / 2], angle[kChunk / 2];
   alignas(64) float first[kChunk / 2], second[kChunk / 2];
   const int blocks = static_cast<int>((n + 3) / 4);
-  philox_pairs(noise.seed, noise.id(b), static_cast<uint32_t>(step), static_cast<uint32_t>(begin / 4), blocks, radius,
-               angle);
+  philox_pairs(key.seed, key.sample, key.step, static_cast<uint32_t>(begin / 4), blocks, radius, angle);
   for (int i = 0; i < 2 * blocks; ++i) box_muller(radius[i], angle[i], &first[i], &second[i]);
   for (int i = 0; i < 2 * blocks; ++i) {
     out[2 * i] = first[i];
@@ -55,6 +54,7 @@ void transition_sample(const TransitionCall& call, const NoiseSource& noise, con
     const int64_t b = unit / blocks;
     const S* row = call.row<S>(b);
     const S tau = row[kTau];
+    const NoiseKey key = noise.key(b, call.row_index(b));
     Scratch<S> s;
     LaneSum<S> sum;
     for_each_chunk(unit % blocks, call.numel, [&](int64_t begin, int64_t n) {
@@ -66,7 +66,7 @@ void transition_sample(const TransitionCall& call, const NoiseSource& noise, con
       } else {
         const S* eps = s.extra;
         if (noise.seeded)
-          normals(noise, b, call.row_index(b), begin, n, s.extra);
+          normals(key, begin, n, s.extra);
         else
           eps = load(noise.given, b, begin, n, s.extra);
         for (int64_t i = 0; i < n; ++i) next[i] = s.mean[i] + tau * eps[i];

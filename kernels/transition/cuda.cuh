@@ -50,8 +50,8 @@ DGF_HD void add_squares(const S* value, S& sum) {
 
 // Philox normals of W elements from `begin` on; where they are no whole block, some of it is thrown away.
 template <int W, typename S>
-DGF_HD void draw(const NoiseSource& noise, int64_t b, int64_t step, int64_t begin, S* eps) {
-  const Normal4 z = normal4(noise.seed, noise.id(b), static_cast<uint32_t>(step), static_cast<uint32_t>(begin / kPart));
+DGF_HD void draw(const NoiseKey& key, int64_t begin, S* eps) {
+  const Normal4 z = normal4(key.seed, key.sample, key.step, static_cast<uint32_t>(begin / kPart));
   const float value[kPart] = {z.x, z.y, z.z, z.w};
   if (W == kPart) {
     for (int i = 0; i < W; ++i) eps[i] = static_cast<S>(value[i]);
@@ -64,7 +64,7 @@ DGF_HD void draw(const NoiseSource& noise, int64_t b, int64_t step, int64_t begi
 // x' and x0 of one window are written; (x' - mean)^2 is added to the sum.
 template <int W, typename S>
 DGF_HD void sample_window(const TransitionCall& call, const NoiseSource& noise, const Operand& clean, const S* row,
-                          int64_t b, int64_t begin, S& sum) {
+                          const NoiseKey& key, int64_t b, int64_t begin, S& sum) {
   const S tau = row[kTau];
   const bool noisy = tau != S(0), given = noisy && !noise.seeded && noise.given.present();
   StepSource<S, W> in;
@@ -83,7 +83,7 @@ DGF_HD void sample_window(const TransitionCall& call, const NoiseSource& noise, 
       // A row with noise, and none came: visible, as nothing can be raised here.
       for (int i = 0; i < W; ++i) eps[i] = static_cast<S>(NAN);
       if (noise.seeded)
-        draw<W>(noise, b, call.row_index(b), begin + part * kPart, eps);
+        draw<W>(key, begin + part * kPart, eps);
       else if (given)
         noise_in.take(noise.given, part, eps);
       for (int i = 0; i < W; ++i) next[i] = mean[i] + tau * eps[i];
@@ -132,8 +132,8 @@ DGF_HD void score_block(const TransitionCall& call, int64_t unit, bool packets, 
   share_row(call, b, s.row);
   for_lanes([&](int lane) {
     S sum = S(0);
-    for_window<S>(call.numel, tile, lane, packets,
-                  [&](auto width, int64_t begin) { window(width, s.row, b, begin, sum); });
+    for_windows<S>(call.numel, tile, lane, packets,
+                   [&](auto width, int64_t begin) { window(width, s.row, b, begin, sum); });
     s.sum.lane[0][lane] = static_cast<double>(sum);
   });
   if (!sum_sample(s.sum, w, b, tile, tiles)) return;
@@ -147,8 +147,10 @@ DGF_HD void score_block(const TransitionCall& call, int64_t unit, bool packets, 
 template <typename S>
 DGF_HD void transition_sample_block(const TransitionCall& call, const NoiseSource& noise, const Operand& clean,
                                     int64_t unit, bool packets, const Workspace& w, S* log_prob, ScoreBlock<S>& s) {
+  const int64_t sample = unit / tile_count(call.numel);
+  const NoiseKey key = noise.key(sample, call.row_index(sample));
   score_block(call, unit, packets, w, log_prob, s, [&](auto width, const S* row, int64_t b, int64_t begin, S& sum) {
-    sample_window<decltype(width)::value>(call, noise, clean, row, b, begin, sum);
+    sample_window<decltype(width)::value>(call, noise, clean, row, key, b, begin, sum);
   });
 }
 
@@ -210,7 +212,7 @@ DGF_HD void transition_gradient_block(const TransitionCall& call, const Transiti
   share_row(call, b, row);
   for_lanes([&](int lane) {
     const S step_scale = g.step_coefficient(b, row, call.numel), pull_scale = g.pull_coefficient(b);
-    for_window<S>(call.numel, tile, lane, packets, [&](auto width, int64_t begin) {
+    for_windows<S>(call.numel, tile, lane, packets, [&](auto width, int64_t begin) {
       gradient_window<decltype(width)::value>(call, g, row, step_scale, pull_scale, b, begin);
     });
   });
@@ -239,7 +241,7 @@ bool moves_in_packets(const TransitionCall& call, const TransitionGradient<S>& g
 #if defined(__CUDACC__)
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     transition_sample_kernel(const __grid_constant__ TransitionCall call, const __grid_constant__ NoiseSource noise,
                              const __grid_constant__ Operand clean, bool packets, const Workspace w, S* log_prob) {
   __shared__ ScoreBlock<S> s;
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     transition_log_prob_kernel(const __grid_constant__ TransitionCall call, bool packets, const Workspace w,
                                S* log_prob) {
   __shared__ ScoreBlock<S> s;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     transition_gradient_kernel(const __grid_constant__ TransitionCall call,
                                const __grid_constant__ TransitionGradient<S> g, bool packets) {
   __shared__ S row[kColumns];

@@ -1,5 +1,6 @@
 // Runs the GPU kernels' own blocks on the CPU, lanes and blocks as loops, against the CPU kernels: the same buffers,
 // byte for byte. Every tensor is its own heap block of exactly its size, so a sanitizer sees any access beside it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -87,30 +88,36 @@ void make(Tensor& t, int64_t batch, int64_t numel, DType dtype, Layout layout, c
     for (int64_t i = 0; i < numel; ++i) write_element<double>(o, b, i, draw());
 }
 
-// Blocks run in the order of a linear congruence, each in shared memory full of garbage.
+// Blocks run in order or shuffled, each in shared memory full of garbage.
 template <typename Shared, typename Block>
-void run_grid(int64_t units, int64_t order, Block&& block) {
-  lane_order = order % 2 == 0 ? LaneOrder{1, 0} : LaneOrder{97, 31};
+void run_grid(int64_t units, int order, Block&& block) {
+  lane_order = order == 0 ? LaneOrder{1, 0} : LaneOrder{97, 31};
+  std::vector<int64_t> sequence(static_cast<size_t>(units));
+  for (int64_t i = 0; i < units; ++i) sequence[static_cast<size_t>(i)] = i;
+  if (order != 0) std::shuffle(sequence.begin(), sequence.end(), std::mt19937(static_cast<uint32_t>(units)));
   std::vector<Shared> shared(1);
-  for (int64_t i = 0; i < units; ++i) {
+  for (const int64_t unit : sequence) {
     std::memset(static_cast<void*>(shared.data()), 0xA5, sizeof(Shared));
-    block(order == 0 ? i : units - 1 - i, shared[0]);
+    block(unit, shared[0]);
   }
 }
 
+// Tickets that all launches share, as those of one stream do, and scratch full of garbage.
 struct Room {
-  std::vector<uint32_t> ticket;
+  static std::vector<uint32_t>& tickets() {
+    static std::vector<uint32_t> shared(128, 0);
+    return shared;
+  }
+
   std::vector<double> scratch;
   Workspace workspace;
 
-  Room(int64_t batch, int64_t numel)
-      : ticket(static_cast<size_t>(batch + 1), 0),
-        scratch(static_cast<size_t>(scratch_size(batch, numel)), std::nan("")) {
-    workspace.ticket = ticket.data();
+  Room(int64_t batch, int64_t numel) : scratch(static_cast<size_t>(scratch_size(batch, numel)), std::nan("")) {
+    workspace.ticket = tickets().data();
     workspace.scratch = scratch.data();
   }
 
-  bool tickets_are_back() const { return ticket == std::vector<uint32_t>(ticket.size(), 0); }
+  bool tickets_are_back() const { return tickets() == std::vector<uint32_t>(tickets().size(), 0); }
 };
 
 struct Setting {
@@ -140,7 +147,7 @@ std::vector<S> table(bool exact) {
 // How far two sums of squares may lie apart: each rounds once for every term that it adds in the compute type.
 template <typename S>
 bool close(const std::vector<S>& a, const std::vector<S>& b) {
-  const double terms = kWidth + kChunk / kLanes + 2;
+  const double terms = kWidth * kWindows + kChunk / kLanes + 2;
   for (size_t i = 0; i < a.size(); ++i) {
     const double x = static_cast<double>(a[i]), y = static_cast<double>(b[i]);
     const double scale = 1.0 + std::fabs(x) + 4.0;  // mean(d^2) / (2 tau^2) is below |log_prob| + 4 for these rows
@@ -339,6 +346,15 @@ void row_outside_the_table() {
     expect(std::isnan(log_prob[1]) && std::isnan(out[numel]) && std::isnan(out[2 * numel - 1]), "NaN in the sample");
     expect(std::isfinite(log_prob[0]) && std::isfinite(log_prob[2]), "the other samples");
     expect(std::isfinite(out[numel - 1]) && std::isfinite(out[2 * numel]), "the other samples' latents");
+
+    const std::vector<int64_t> noiseless = {0, 2, 3};
+    call.step = noiseless.data();
+    noise.seeded = false;
+    run_grid<ScoreBlock<float>>(3 * tile_count(numel), 0, [&](int64_t unit, ScoreBlock<float>& s) {
+      transition_sample_block(call, noise, Operand(), unit, true, room.workspace, log_prob.data(), s);
+    });
+    expect(std::isnan(log_prob[0]) && std::isnan(log_prob[2]), "NaN where noise is missing");
+    expect(log_prob[1] == 0.0f && std::isfinite(out[numel]), "a row without noise needs none");
   }
 }
 
@@ -367,7 +383,7 @@ void offsets_are_wide() {
 int main() {
   const DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
   const DType mixes[][3] = {{f32, f32, f32}, {f32, bf16, f32}, {f32, bf16, bf16}, {bf16, f16, f32}, {f16, f32, f16}};
-  const int64_t shapes[][2] = {{3, 1}, {2, 7}, {2, 8}, {3, 9}, {70, 5}, {2, 2047}, {2, 2048}, {3, 2049}, {2, 6160}};
+  const int64_t shapes[][2] = {{3, 1}, {2, 7}, {2, 8}, {3, 9}, {70, 5}, {2, 8191}, {2, 8192}, {3, 8193}};
   uint32_t seed = 1;
   const auto go = [&](const Setting& c, bool wide) {
     context = std::to_string(c.batch) + " x " + std::to_string(c.numel) + " dtypes " +

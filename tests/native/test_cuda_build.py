@@ -13,12 +13,9 @@ import pytest
 import torch
 
 KERNELS = ("transition_sample", "transition_log_prob", "transition_gradient", "policy_loss")
-# Three blocks of 256 threads on a multiprocessor of 65,536 registers.
-REGISTERS = 65536 // (3 * 256) // 8 * 8
-# Three blocks in the 48 KiB that every GPU has.
-SHARED_BYTES = 48 * 1024 // 3
-# Bytes of a thread's registers that do not fit; everywhere else none.
-SPILLED = {("100", "policy_loss"): 16}
+# Two blocks of 256 threads on a multiprocessor of 65,536 registers and at least 48 KiB.
+REGISTERS = 65536 // (2 * 256)
+SHARED_BYTES = 48 * 1024 // 2
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +43,20 @@ def dump(module: ModuleType, *options: str) -> str:
 def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert "no CUDA device" in module.device_problem(0)
+    assert "the kernels do not load" in module.device_problem()
     numbers = (0, 0, 1)
-    call = (numbers, numbers, None, numbers, 1, 1, 0, 1, 0, 0, 1.0, False, False, (0, 0, 0, 0))
+    call = (numbers, numbers, None, numbers, 1, 1, 0, 1, 0, 0, 1.0, False, False, (0, 0, 0))
     for run in (
         lambda: module.transition_log_prob(call, 0),
         lambda: module.transition_sample(call, None, 1, 0, None, 0),
         lambda: module.transition_log_prob_gradient(call, 0, numbers, None),
     ):
-        with pytest.raises(RuntimeError, match="CUDA: no device to run on"):
+        with pytest.raises(RuntimeError, match="CUDA: transition_"):
             run()
 
 
 def test_resources(module: ModuleType) -> None:
-    """Every kernel for every GPU: (almost) nothing spilled, float32 kernels small enough for three blocks at once."""
+    """Every kernel for every GPU: nothing spilled, small enough for two blocks at once."""
     seen = set()
     architecture = ""
     name = ""
@@ -73,9 +70,9 @@ def test_resources(module: ModuleType) -> None:
             kernel, scalar = re.search(r"\d+(\w+)_kernelI(\w)E", name).groups()  # type: ignore[union-attr]
             kernel = next(k for k in KERNELS if kernel.endswith(k))
             seen.add((architecture, kernel, scalar))
-            assert local == 0 and stack <= SPILLED.get((architecture, kernel), 0), line
+            assert stack == local == 0, line
             assert shared <= SHARED_BYTES, line
-            assert scalar == "d" or registers <= REGISTERS, line
+            assert registers <= REGISTERS, line
     wanted = {(a, k, s) for a in module.architectures.split(",") for k in KERNELS for s in "fd"}
     assert seen == wanted
 
@@ -84,7 +81,7 @@ def test_float32_kernels_move_16_bytes_at_once(module: ModuleType) -> None:
     loads: dict[tuple[str, str], int] = {}
     stores: dict[tuple[str, str], int] = {}
     kernel = ""
-    code = dump(module, "-sass", "-arch", f"sm_{module.architectures.split(',')[1]}")
+    code = dump(module, "-sass", "-arch", f"sm_{module.architectures.split(',')[-1]}")
     for line in code.splitlines():
         if found := re.search(r"Function : \w+?\d+(\w+)_kernelI(\w)E", line):
             kernel = next(k for k in KERNELS if found[1].endswith(k)) if found[2] == "f" else ""
