@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,11 @@ import dancegrpo_fast as dgf
 from dancegrpo_fast.ops import policy_loss as _loaded_now  # noqa: F401  # not in the middle of a run
 
 from . import peers
+from .plan import Plan
 
 STEPS, INDEX, ETA, SHIFT = 20, 6, 0.3, 3.0
 CLIP_RANGE, ADVANTAGE_CLIP, SEED = 1e-4, 5.0, 1234
-# The inputs of all sets together are at least this large, so that no cache holds what the next call reads.
-ROTATION_BYTES = 192 << 20
-ELEMENTS = (16_384, 129_600, 806_400)
 BATCHES = (1, 8)
-OPS = ("step", "step_given_noise", "policy_loss")
 
 Call = Callable[[int], tuple[Tensor, ...]]
 
@@ -40,17 +38,19 @@ class Case:
         """Each input read once by each pass that must read it, each output written once; latents are float32."""
         v, numel = self.output_dtype.itemsize, self.batch * self.elements
         step = 4 + v + 4 + (4 if denoised else 0)
-        return numel * {"step": step, "step_given_noise": step + 4, "policy_loss": 2 * (4 + v + 4) + v}[self.op]
+        score = 4 + v + 4
+        each = {"step": step, "step_given_noise": step + 4, "log_prob": score, "policy_loss": 2 * score + v}
+        return numel * each[self.op]
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, plan: Plan) -> Iterator[Case]:
     """All cases, or the largest and the smallest of each op."""
-    for op in OPS:
-        for elements in ELEMENTS:
+    for op in plan.ops:
+        for elements in plan.elements:
             for batch in BATCHES:
                 for dtype in (torch.float32, torch.bfloat16):
-                    smallest = (batch, elements) == (BATCHES[0], ELEMENTS[0])
-                    largest = (batch, elements) == (BATCHES[-1], ELEMENTS[-1])
+                    smallest = (batch, elements) == (BATCHES[0], plan.elements[0])
+                    largest = (batch, elements) == (BATCHES[-1], plan.elements[-1])
                     if not quick or (dtype == torch.float32 and (smallest or largest)):
                         yield Case(op, batch, elements, dtype)
 
@@ -58,28 +58,31 @@ def cases(quick: bool) -> Iterator[Case]:
 class Inputs:
     """Several sets of inputs of one case, used in turn."""
 
-    def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: Case, plan: Plan) -> None:
+        device = plan.device
+        generator = torch.Generator(device).manual_seed(0)
         self.sigmas = dgf.transitions.shifted_sigmas(STEPS, SHIFT)
         self.table = dgf.transitions.dance_sde(self.sigmas, ETA)
         self.sigmas32 = self.sigmas.float()
+        self.device_sigmas32 = self.sigmas32.to(device)
         per_set = case.batch * case.elements * (12 + case.output_dtype.itemsize)
-        self.sets = max(2, -(-ROTATION_BYTES // per_set))
+        self.sets = max(2, -(-plan.rotation_bytes // per_set))
         rows = self.sets * case.batch
 
         def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-            drawn = torch.randn(rows, case.elements, generator=generator).to(dtype)
+            drawn = torch.randn(rows, case.elements, generator=generator, device=device).to(dtype)
             return torch.split(drawn, case.batch)
 
         self.latents = draw()
         self.outputs = draw(case.output_dtype)
         self.leaves = [v.detach().requires_grad_() for v in self.outputs]
-        self.advantages = torch.randn(case.batch, generator=generator)
+        self.advantages = torch.randn(case.batch, generator=generator, device=device)
+        scored = case.op in ("log_prob", "policy_loss")
         # What sampling would have stored, so that the ratio is 1 and nothing is clipped.
-        self.noise = draw() if case.op != "policy_loss" else ()
+        self.noise = () if scored else draw()
         self.next_latents: tuple[Tensor, ...] = ()
         self.old_log_prob: tuple[Tensor, ...] = ()
-        if case.op == "policy_loss":
+        if scored:
             stepped = [
                 dgf.transition_step(x, v, self.table, INDEX, noise=generator)
                 for x, v in zip(self.latents, self.outputs, strict=True)
@@ -88,20 +91,32 @@ class Inputs:
             self.old_log_prob = tuple(s.log_prob for s in stepped)
 
 
-def _step_contenders(case: Case, inputs: Inputs) -> dict[str, Call]:
+# A peer's function and the sigmas it reads. In eager torch they stay on the host, as in the scripts: arithmetic on them
+# launches nothing. A compiled graph reads them on the device.
+Peer = Callable[..., tuple[Tensor, ...]]
+
+
+def _peers(function: Any, inputs: Inputs) -> dict[str, tuple[Any, Tensor]]:
+    return {
+        "eager": (function, inputs.sigmas32),
+        "compile": (torch.compile(function, fullgraph=True, dynamic=False), inputs.device_sigmas32),
+    }
+
+
+def _step_contenders(case: Case, inputs: Inputs, plan: Plan) -> dict[str, Call]:
     given = case.op == "step_given_noise"
 
-    def peer(step: Callable[..., tuple[Tensor, ...]]) -> Call:
+    def peer(step: Peer, sigmas: Tensor) -> Call:
         def call(i: int) -> tuple[Tensor, ...]:
             i %= inputs.sets
             noise = inputs.noise[i] if given else None
             with torch.no_grad():
-                x, _, log_prob = step(inputs.outputs[i], inputs.latents[i], ETA, inputs.sigmas32, INDEX, None, noise)
+                x, _, log_prob = step(inputs.outputs[i], inputs.latents[i], ETA, sigmas, INDEX, None, noise)
             return x, log_prob
 
         return call
 
-    def ours(source: str, denoised: bool = False) -> Call:
+    def ours(source: str, backend: str, denoised: bool = False) -> Call:
         def call(i: int) -> tuple[Tensor, ...]:
             i %= inputs.sets
             result = dgf.transition_step(
@@ -112,25 +127,44 @@ def _step_contenders(case: Case, inputs: Inputs) -> dict[str, Call]:
                 seed=SEED if source == "seed" else None,
                 noise=inputs.noise[i] if source == "given" else None,
                 return_denoised=denoised,
+                backend=backend,
             )
             return result.latents, result.log_prob
 
         return call
 
-    contenders = {
-        "eager": peer(peers.flux_step),
-        "compile": peer(torch.compile(peers.flux_step, fullgraph=True, dynamic=False)),
-    }
-    if given:
-        return contenders | {"ours": ours("given"), "ours, x0 too": ours("given", denoised=True)}
-    return contenders | {
-        "ours": ours("seed"),
-        "ours, x0 too": ours("seed", denoised=True),
-        "ours, torch noise": ours("torch"),
-    }
+    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs).items()}
+    for name, backend in plan.implementations.items():
+        found[name] = ours("given" if given else "seed", backend)
+        if plan.variants:
+            found[f"{name}, x0 too"] = ours("given" if given else "seed", backend, denoised=True)
+        if plan.variants and not given:
+            found[f"{name}, torch noise"] = ours("torch", backend)
+    return found
 
 
-def _loss_contenders(inputs: Inputs) -> dict[str, Call]:
+def _score_contenders(inputs: Inputs, plan: Plan) -> dict[str, Call]:
+    def peer(step: Peer, sigmas: Tensor) -> Call:
+        def call(i: int) -> tuple[Tensor, ...]:
+            i %= inputs.sets
+            with torch.no_grad():
+                return (step(inputs.outputs[i], inputs.latents[i], ETA, sigmas, INDEX, inputs.next_latents[i])[2],)
+
+        return call
+
+    def ours(backend: str) -> Call:
+        def call(i: int) -> tuple[Tensor, ...]:
+            i %= inputs.sets
+            x, v, x_next = inputs.latents[i], inputs.outputs[i], inputs.next_latents[i]
+            return (dgf.transition_log_prob(x, v, x_next, inputs.table, INDEX, backend=backend),)
+
+        return call
+
+    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs).items()}
+    return found | {name: ours(backend) for name, backend in plan.implementations.items()}
+
+
+def _loss_contenders(inputs: Inputs, plan: Plan) -> dict[str, Call]:
     def differentiate(i: int, loss: Tensor) -> tuple[Tensor, ...]:
         loss.backward()
         leaf = inputs.leaves[i]
@@ -138,14 +172,14 @@ def _loss_contenders(inputs: Inputs) -> dict[str, Call]:
         assert grad is not None
         return loss, grad
 
-    def peer(loss: Callable[..., Tensor]) -> Call:
+    def peer(loss: Callable[..., Tensor], sigmas: Tensor) -> Call:
         def call(i: int) -> tuple[Tensor, ...]:
             i %= inputs.sets
             value = loss(
                 inputs.leaves[i],
                 inputs.latents[i],
                 ETA,
-                inputs.sigmas32,
+                sigmas,
                 INDEX,
                 inputs.next_latents[i],
                 inputs.old_log_prob[i],
@@ -157,28 +191,31 @@ def _loss_contenders(inputs: Inputs) -> dict[str, Call]:
 
         return call
 
-    def ours(i: int) -> tuple[Tensor, ...]:
-        i %= inputs.sets
-        result = dgf.policy_loss(
-            inputs.latents[i],
-            inputs.leaves[i],
-            inputs.next_latents[i],
-            inputs.table,
-            INDEX,
-            inputs.old_log_prob[i],
-            inputs.advantages,
-            clip_range=CLIP_RANGE,
-            advantage_clip=ADVANTAGE_CLIP,
-        )
-        return differentiate(i, result.loss)
+    def ours(backend: str) -> Call:
+        def call(i: int) -> tuple[Tensor, ...]:
+            i %= inputs.sets
+            result = dgf.policy_loss(
+                inputs.latents[i],
+                inputs.leaves[i],
+                inputs.next_latents[i],
+                inputs.table,
+                INDEX,
+                inputs.old_log_prob[i],
+                inputs.advantages,
+                clip_range=CLIP_RANGE,
+                advantage_clip=ADVANTAGE_CLIP,
+                backend=backend,
+            )
+            return differentiate(i, result.loss)
 
-    return {
-        "eager": peer(peers.policy_loss),
-        "compile": peer(torch.compile(peers.policy_loss, fullgraph=True, dynamic=False)),
-        "ours": ours,
-    }
+        return call
+
+    found = {name: peer(*pair) for name, pair in _peers(peers.policy_loss, inputs).items()}
+    return found | {name: ours(backend) for name, backend in plan.implementations.items()}
 
 
-def contenders(case: Case, inputs: Inputs) -> dict[str, Call]:
-    """Name -> call on one input set; a step gives (x', log_prob), a loss gives (loss, gradient)."""
-    return _loss_contenders(inputs) if case.op == "policy_loss" else _step_contenders(case, inputs)
+def contenders(case: Case, inputs: Inputs, plan: Plan) -> dict[str, Call]:
+    """Name -> call on one input set; a step gives (x', log_prob), a score (log_prob), a loss (loss, gradient)."""
+    if case.op == "policy_loss":
+        return _loss_contenders(inputs, plan)
+    return _score_contenders(inputs, plan) if case.op == "log_prob" else _step_contenders(case, inputs, plan)

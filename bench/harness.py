@@ -1,11 +1,12 @@
 """Timing: contenders of one case take turns in every round, and the copy bandwidth is measured among them."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,63 +15,67 @@ import torch
 
 from dancegrpo_fast import backends
 
-Run = Callable[[int], object]
+from .clocks import Clock, Run, Sample, WallClock
 
-COPY_ELEMENTS = 1 << 25
+__all__ = ["Run", "Timing", "copy_contender", "environment", "interleave"]
+
+COPY_BYTES = 1 << 27
+# Well beyond the second-level cache of any GPU.
+DEVICE_COPY_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call over the rounds of one contender."""
+    """Milliseconds a call over the rounds of one contender; `host` where the host's own cost is another number."""
 
     median: float
     low: float
     high: float
     rounds: int
     calls: int
+    host: float | None = None
 
 
-def _calls_for(run: Run, budget_s: float) -> int:
-    start = time.perf_counter()
-    run(0)
-    return max(1, min(500, round(budget_s / max(time.perf_counter() - start, 1e-7))))
+def _timing(samples: list[Sample], calls: int) -> Timing:
+    work = [1e3 * s.work for s in samples]
+    host = [1e3 * s.host for s in samples if s.host is not None]
+    return Timing(
+        statistics.median(work), min(work), max(work), len(work), calls, statistics.median(host) if host else None
+    )
 
 
-def interleave(contenders: Mapping[str, Run], rounds: int, budget_s: float = 0.03) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[str, Run], rounds: int, budget_s: float = 0.03, clock: Clock | None = None
+) -> dict[str, Timing]:
     """Times every contender once a round, starting each round with another one.
 
     Args:
         contenders: name -> call; the call is given a counter, by which it picks one of its input sets.
         rounds: timed rounds, after one that is thrown away.
         budget_s: about how long a contender runs within a round; at least one call.
+        clock: how a contender is timed, default by the wall clock.
     """
+    clock = clock or WallClock()
     names = list(contenders)
     for name in names:
         contenders[name](0)
-    calls = {name: _calls_for(contenders[name], budget_s) for name in names}
+    calls = {name: clock.calls_for(contenders[name], budget_s) for name in names}
     counters = dict.fromkeys(names, 0)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for round_index in range(rounds + 1):
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
-            run, first, count = contenders[name], counters[name], calls[name]
-            start = time.perf_counter()
-            for call in range(first, first + count):
-                run(call)
-            elapsed = time.perf_counter() - start
-            counters[name] += count
+            taken = clock.time(contenders[name], counters[name], calls[name])
+            counters[name] += calls[name]
             if round_index > 0:
-                samples[name].append(1e3 * elapsed / count)
-    return {
-        name: Timing(statistics.median(taken), min(taken), max(taken), rounds, calls[name])
-        for name, taken in samples.items()
-    }
+                samples[name].append(taken)
+    return {name: _timing(taken, calls[name]) for name, taken in samples.items()}
 
 
-def copy_contender() -> tuple[Run, int]:
-    """torch's `copy_` between two preallocated tensors well beyond any cache, and the bytes it reads and writes."""
-    source, target = torch.ones(COPY_ELEMENTS), torch.zeros(COPY_ELEMENTS)
-    return lambda call: target.copy_(source), 8 * COPY_ELEMENTS
+def copy_contender(device: torch.device | str = "cpu", size: int = COPY_BYTES) -> tuple[Run, int]:
+    """torch's `copy_` between two preallocated tensors of `size` bytes, and the bytes it reads and writes."""
+    source, target = torch.ones(size // 4, device=device), torch.zeros(size // 4, device=device)
+    return lambda call: target.copy_(source), 2 * size
 
 
 def _cpu_model() -> str:
@@ -94,12 +99,26 @@ def _git_revision() -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
-    """What every row carries."""
-    native = next(b for b in backends.available() if b.name == "cpu")
+def _gpu(device: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(device)
+    triton = "triton" if importlib.util.find_spec("triton") else None
+    return {
+        "gpu": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "l2_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "triton": triton and importlib.metadata.version(triton),
+    }
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """What every row carries; of the GPU too where one was measured."""
+    gpu = device is not None and device.type == "cuda"
+    native = next(b for b in backends.available() if b.name == ("cuda" if gpu else "cpu"))
     return {
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
+        **(_gpu(device) if gpu and device is not None else {}),
         "torch": torch.__version__,
         "kernels": native.detail,
         "python": platform.python_version(),

@@ -10,10 +10,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"eager": "#9aa5b1", "compile": "#5b7fa6", "ours": "#d9642c"}
+COLOURS = {
+    "eager": "#9aa5b1",
+    "compile": "#5b7fa6",
+    "ours": "#d9642c",
+    "ours, cuda": "#d9642c",
+    "ours, triton": "#e8a87c",
+}
 TITLES = {
     "step": "sampling step, noise drawn",
     "step_given_noise": "sampling step, noise given",
+    "log_prob": "log-probability",
     "policy_loss": "policy loss, forward + backward",
 }
 
@@ -22,12 +29,15 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """A panel per op, a group per shape, a bar per backend from fastest to slowest round, on a log scale."""
     rows = [r for r in rows if r.get("backend") in COLOURS and r["op"] in TITLES]
     ops = [op for op in TITLES if any(r["op"] == op for r in rows)]
+    names = [name for name in COLOURS if any(r["backend"] == name for r in rows)]
+    ours = next(name for name in names if name.startswith("ours"))
+    width = 0.81 / len(names)
     figure, panels = plt.subplots(len(ops), 1, figsize=(13, 3.5 * len(ops)), squeeze=False, layout="constrained")
     for panel, op in zip(panels[:, 0], ops, strict=True):
         mine = [r for r in rows if r["op"] == op]
         shapes = sorted({(r["output_dtype"] != "float32", r["batch"] * r["elements"], r["batch"]) for r in mine})
         ratios = [""] * len(shapes)
-        for place, name in enumerate(COLOURS):
+        for place, name in enumerate(names):
             for x, (low_precision, numel, batch) in enumerate(shapes):
                 dtype = "bfloat16" if low_precision else "float32"
                 found = [
@@ -39,15 +49,15 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 for r in found:
                     spread = [[r["ms_median"] - r["ms_min"]], [r["ms_max"] - r["ms_median"]]]
                     panel.bar(
-                        x + 0.27 * (place - 1),
+                        x + width * (place - (len(names) - 1) / 2),
                         r["ms_median"],
-                        0.25,
+                        0.92 * width,
                         color=COLOURS[name],
                         yerr=spread,
                         ecolor="#33333388",
                         label=name if x == 0 else None,
                     )
-                    if name == "ours":
+                    if name == ours:
                         ratios[x] = f"{r['times_eager']:.3g}x / {r['times_compile']:.3g}x"
         panel.set_yscale("log")
         panel.margins(y=0.12)
@@ -64,12 +74,13 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         panel.grid(axis="y", alpha=0.3)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(frameon=False, ncols=3, loc="upper left")
+    panels[0, 0].legend(frameon=False, ncols=len(names), loc="upper left")
     where = rows[0]["environment"]
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    place_of_work = where["gpu"] if "gpu" in where else f"{where['cpu']}, {threads}"
     figure.suptitle(
-        "Median ms a call, whiskers fastest to slowest round. Below each shape: eager / ours and compile / ours\n"
-        f"{where['cpu']}, {threads}, torch {where['torch']}, kernels {where['kernels']}, {where['date'][:10]}",
+        f"Median ms a call, whiskers fastest to slowest round. Below each shape: eager / {ours} and compile / {ours}\n"
+        f"{place_of_work}, torch {where['torch']}, kernels {where['kernels']}, {where['date'][:10]}",
         fontsize=10,
     )
     figure.savefig(out, dpi=150)

@@ -67,6 +67,7 @@ def case_rows(
                 "ms_median": timing.median,
                 "ms_min": timing.low,
                 "ms_max": timing.high,
+                **({} if timing.host is None else {"host_us_median": 1e3 * timing.host}),
                 "rounds": timing.rounds,
                 "calls_per_round": timing.calls,
                 "input_sets": inputs.sets,
@@ -105,13 +106,19 @@ def table(rows: Iterable[Row]) -> str:
     head = f"{'op':17}{'shape':>13} {'v':5}{'backend':18}{'ms':>10}{'min':>10}{'max':>10}{'GB/s':>8}{'copy':>7}"
     lines = [head + f"{'x eager':>10}{'x compile':>11}"]
     for r in rows:
+        if r["op"] == "launches":
+            counts = f"{r['kernels']} kernels, {r['memory_operations']} copies or fills"
+            lines.append(f"{'launches':17}{'1 x 64':>13} {'fp32':5}{r['backend']:40}{counts}{', waits' * r['waits']}")
+            continue
         if r["op"] == "host":
-            lines.append(f"{'host':17}{'1 x 64':>13} {'fp32':5}{r['backend']:32}{r['us_median']:8.1f} us")
+            lines.append(f"{'host':17}{'1 x 64':>13} {'fp32':5}{r['backend']:40}{r['us_median']:8.1f} us")
             continue
         v = {"float32": "fp32", "bfloat16": "bf16"}[r["output_dtype"]]
         mark = "" if r["within_budget"] else "  off budget"
         if r["backend"].startswith("ours") and min(r["times_eager"], r["times_compile"]) < 1:
             mark += "  slower"
+        if "host_us_median" in r:
+            mark = f"{r['host_us_median']:9.1f} us of the host{mark}"
         lines.append(
             f"{r['op']:17}{r['batch']:>3} x {r['elements']:>7} {v:5}{r['backend']:18}{r['ms_median']:10.3f}"
             f"{r['ms_min']:10.3f}{r['ms_max']:10.3f}{r['gb_per_s']:8.2f}{r['copy_share']:7.0%}"

@@ -18,6 +18,7 @@ from torch import Tensor
 LogProbKind = Literal["gaussian", "unnormalized", "quadratic", "none"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
+_CPU = torch.device("cpu")
 # Order of the packed columns; kernels/transition/math.h reads them in this order.
 PACKED_COLUMNS = (
     "a",
@@ -70,7 +71,7 @@ class TransitionTable:
     is_deterministic: bool = field(init=False)
     has_reference_rounding: bool = field(init=False)
     has_step_size: bool = field(init=False)
-    _packed: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _packed: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows = len(self.kind)
@@ -92,8 +93,8 @@ class TransitionTable:
             if kind not in get_args(LogProbKind):
                 raise ValueError(f'kind: got "{kind}", want one of {list(get_args(LogProbKind))}')
         for dtype in (torch.float32, torch.float64):
-            self._packed["cpu", dtype] = self._pack().to(dtype)
-        scale = self._packed["cpu", torch.float32][:, PACKED_COLUMNS.index("log_prob_scale")]
+            self._packed[_CPU, dtype] = self._pack().to(dtype)
+        scale = self._packed[_CPU, torch.float32][:, PACKED_COLUMNS.index("log_prob_scale")]
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"tau: got {self.tau.tolist()}, want 0 or noise of which float32 holds 1 / tau^2")
         # Read once here: the ops ask in every call, where a tensor's truth would break a compiled graph.
@@ -106,9 +107,9 @@ class TransitionTable:
 
     def packed(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows as one `[T, 11]` tensor on `device`, in the order of `PACKED_COLUMNS`; made once per device."""
-        key = (str(device), dtype)
+        key = (torch.device(device), dtype)
         if key not in self._packed:
-            self._packed[key] = self._packed["cpu", dtype].to(device)
+            self._packed[key] = self._packed[_CPU, dtype].to(device)
         return self._packed[key]
 
     def _pack(self) -> Tensor:

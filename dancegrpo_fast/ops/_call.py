@@ -50,11 +50,14 @@ class Noise(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What the policy loss takes beside the step: `[B]` tensors in the table's dtype, contiguous, and settings."""
+    """What the policy loss takes beside the step: `[B]` tensors in the table's dtype, contiguous, and settings.
+
+    No weight is a weight of 1 for every sample.
+    """
 
     old_log_prob: Tensor
     advantages: Tensor
-    weight: Tensor
+    weight: Tensor | None
     reference_output: Tensor | None
     old_output: Tensor | None
     clip_range: float

@@ -128,7 +128,7 @@ def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> Non
         operand(objective.old_output),
         objective.old_log_prob.data_ptr(),
         objective.advantages.data_ptr(),
-        objective.weight.data_ptr(),
+        address(objective.weight),
         objective.clip_range,
         objective.advantage_clip,
         objective.kl_weight,

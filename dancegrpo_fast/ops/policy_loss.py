@@ -25,7 +25,7 @@ from .transition import check_scoring, library, save_shared, saved_shared, share
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 
 library.define(
-    f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor weight, Tensor? reference_output,"
+    f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor? weight, Tensor? reference_output,"
     " Tensor? old_output, float clip_range, float advantage_clip, float kl_weight, bool ratio_norm)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_PT2,
@@ -105,6 +105,8 @@ for _name, _impl, _fake in (
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shared_count: int, *arguments: Any) -> tuple[Tensor, ...]:
+        # The outputs that are not differentiable would each be given a gradient of zeros.
+        ctx.set_materialize_grads(False)
         shared, objective = arguments[:shared_count], Objective(*arguments[shared_count:])
         out = LossOutputs(*torch.ops.dgf.policy_loss(*shared, *objective))
         ctx.mark_non_differentiable(out.log_prob, out.ratio, out.metrics, out.has_grad)
@@ -114,8 +116,10 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *unused: Tensor) -> tuple[Tensor | None, ...]:
         shared, terms = saved_shared(ctx)
+        if grad is None:
+            return (None,) * (1 + len(shared) + len(Objective._fields))
         grads = torch.ops.dgf.policy_loss_backward(*shared, grad, *terms)
         return None, *shared_gradients(shared, grads), *(None,) * len(Objective._fields)
 
@@ -188,18 +192,20 @@ def policy_loss(
         raise ValueError("old_output: got None with ratio_norm, want the model output of the rollout")
     if ratio_norm and not table.has_step_size:
         raise ValueError("table: got one without flow step sizes with ratio_norm, want a flow sampler")
+    weights: Tensor | None = None
     if isinstance(weight, Tensor):
         check_per_sample("weight", weight, latents, floats)
+        weights = weight.detach().to(dtype).contiguous()
     elif not math.isfinite(weight):
         raise ValueError(f"weight: got {weight}, want a finite number or a tensor [B]")
-    else:
-        weight = torch.full((latents.shape[0],), float(weight), dtype=dtype, device=latents.device)
+    elif weight != 1.0:
+        weights = torch.full((latents.shape[0],), float(weight), dtype=dtype, device=latents.device)
     loss, log_prob, ratio, metrics, has_grad = _PolicyLoss.apply(
         len(shared),
         *shared,
         old_log_prob.detach().to(dtype).contiguous(),
         advantages.detach().to(dtype).contiguous(),
-        weight.detach().to(dtype).contiguous(),
+        weights,
         None if reference_output is None else reference_output.detach(),
         None if old_output is None else old_output.detach(),
         _non_negative("clip_range", clip_range),

@@ -9,7 +9,8 @@ template <typename S>
 struct PolicyLossCall {
   TransitionCall transition;
   Operand reference, old_output;  // guided outputs of the reference model and of the rollout
-  const S *old_log_prob = nullptr, *advantages = nullptr, *weight = nullptr;  // [batch]
+  const S *old_log_prob = nullptr, *advantages = nullptr;  // [batch]
+  const S* weight = nullptr;                               // [batch], or null: 1
   double clip_range = 0.0, advantage_clip = 0.0, kl_weight = 0.0;
   bool ratio_norm = false;
 };
@@ -42,7 +43,7 @@ DGF_HD SampleTerms sample_terms(const PolicyLossCall<S>& p, const S* row, int64_
   const double scale = row[kLogProbScale], coefficient = row[kB];
   const S log_prob = static_cast<S>(log_prob_of(scale, row[kLogProbConstant], mean_square.step));
   double log_ratio = static_cast<double>(log_prob) - static_cast<double>(p.old_log_prob[b]);
-  const double weight = static_cast<double>(p.weight[b]);
+  const double weight = p.weight ? static_cast<double>(p.weight[b]) : 1.0;
   double policy_weight = weight, log_ratio_slope = 1.0;
   if (p.ratio_norm) {
     log_ratio = (log_ratio - scale * mean_square.old) * row[kTau];

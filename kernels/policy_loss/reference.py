@@ -32,7 +32,7 @@ def policy_loss(
     rounding_dtype: torch.dtype | None,
     old_log_prob: Tensor,
     advantages: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     reference_output: Tensor | None,
     old_output: Tensor | None,
     clip_range: float,
@@ -49,7 +49,7 @@ def policy_loss(
     numel, batch = latents[0].numel(), len(latents)
 
     log_ratio = log_prob.double() - old_log_prob.double()
-    weight = weight.double()
+    weight = torch.ones_like(log_ratio) if weight is None else weight.double()
     slope, policy_weight = torch.ones_like(weight), weight
     if ratio_norm and old_output is not None:
         old_mean, _ = transition.mean_and_denoised(latents, old_output.to(dtype), rows, rounding_dtype)

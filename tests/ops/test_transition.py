@@ -73,10 +73,12 @@ def reference_gradient(case: Case, table: TransitionTable, rounding: str, dtype:
     )
 
 
-def assert_matches_reference(case: Case, table: TransitionTable, out: torch.dtype, rounding: str = "exact") -> None:
-    """Sampling, scoring and the gradient of the compiled build within the budget."""
+def assert_matches_reference(
+    case: Case, table: TransitionTable, out: torch.dtype, rounding: str = "exact", backend: str = "cpu"
+) -> None:
+    """Sampling, scoring and the gradient of one backend within the budget."""
     compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
-    step = sample(case, table, rounding=rounding, out_dtype=out, return_denoised=True)
+    step = sample(case, table, rounding=rounding, backend=backend, out_dtype=out, return_denoised=True)
     truth = reference_step(case, table, F64, rounding, F64)
     plain = reference_step(case, table, out, rounding, compute)
     assert_within_budget(step.latents, truth[0], plain[0])
@@ -85,7 +87,7 @@ def assert_matches_reference(case: Case, table: TransitionTable, out: torch.dtyp
     scores = (reference_score(case, table, step.latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(step.log_prob, *scores)
 
-    log_prob, *grads = score(case, table, rounding=rounding)
+    log_prob, *grads = score(case, table, rounding=rounding, backend=backend)
     scores = (reference_score(case, table, case.next_latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(log_prob, *scores)
     # The kernel reads low-precision outputs; only the truth's gradient stays in float64.

@@ -1,0 +1,75 @@
+"""Runs one command of a stage: everything it prints goes to the log, and it ends within its limit."""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Runner:
+    """Where commands run, and until when.
+
+    Attributes:
+        tree: their working directory, the private copy of the repository.
+        log: what all commands print.
+        deadline: of the whole gate, on the monotonic clock.
+        stage_ends: of the stage, on the same clock.
+    """
+
+    tree: Path
+    log: Path
+    deadline: float
+    stage_ends: float = 0.0
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def left(self) -> float:
+        """Seconds that the stage has."""
+        return min(self.stage_ends, self.deadline) - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """To the console and the log."""
+        print(text, flush=True)
+        with self.log.open("a") as file:
+            file.write(text + "\n")
+
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> tuple[int | None, str]:
+        """Exit status, None where the limit ended it, and what was printed."""
+        with self.log.open("a") as file:
+            file.write(f"\n$ {' '.join(command)}\n")
+        begin = self.log.stat().st_size
+        variables = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONUNBUFFERED": "1", **self.extra}
+        variables |= environment or {}
+        status: int | None
+        with self.log.open("ab") as file:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=self.tree,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return 127, str(error)
+            try:
+                status = process.wait(timeout=max(1.0, self.left()))
+            except BaseException as error:
+                # Compilers and test workers too, whatever ended the wait.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                status = None
+        with self.log.open("rb") as log:
+            log.seek(begin)
+            return status, log.read().decode(errors="replace")
+
+
+def last_lines(text: str, count: int) -> str:
+    """The end of what a command printed."""
+    return "\n".join(text.rstrip().splitlines()[-count:])

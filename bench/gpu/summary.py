@@ -1,0 +1,67 @@
+"""What is expected of the CUDA kernels, and whether the rows of a run show it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+MET, MISSED = "met   ", "MISSED"
+LARGEST = (8, 806_400)
+# Share of copy bandwidth, times eager, times compile; and microseconds of the host.
+COPY_SHARE, TIMES_EAGER, TIMES_COMPILE, HOST_US = 0.8, 10.0, 1.3, 8.0
+STEP = "cuda: transition_step(seed=)"
+OP = "cuda: torch.ops.dgf.transition_step"
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _line(met: bool, text: str) -> str:
+    return f"{MET if met else MISSED} {text}"
+
+
+def _speed(rows: list[Row]) -> list[str]:
+    found = []
+    largest = [r for r in rows if r["op"] not in ("host", "launches") and (r["batch"], r["elements"]) == LARGEST]
+    for row in largest:
+        if row["backend"] != "ours, cuda":
+            continue
+        shape = f"{row['op']} at 8 x 806,400, {row['output_dtype']}:"
+        for value, wanted, text in (
+            (row["copy_share"], COPY_SHARE, f"{row['copy_share']:.0%} of copy bandwidth, expected {COPY_SHARE:.0%}"),
+            (row["times_eager"], TIMES_EAGER, f"{row['times_eager']:.2f} x eager, expected {TIMES_EAGER:g}"),
+            (row["times_compile"], TIMES_COMPILE, f"{row['times_compile']:.2f} x compile, expected {TIMES_COMPILE:g}"),
+        ):
+            found.append(_line(value >= wanted, f"{shape} {text}"))
+    return found or [_line(False, "8 x 806,400 was not measured through CUDA")]
+
+
+def _launches(rows: list[Row]) -> list[str]:
+    found = [r for r in rows if r["op"] == "launches" and r["backend"] == STEP]
+    if not found:
+        return [_line(False, "launches of a step were not counted")]
+    row = found[0]
+    once = row["kernels"] == 1 and row["memory_operations"] == 0
+    return [
+        _line(
+            once, f"a step starts {row['kernels']} kernels and {row['memory_operations']} copies or fills, expected 1"
+        ),
+        _line(not row["waits"], f"a step {'waits' if row['waits'] else 'does not wait'} for the device"),
+    ]
+
+
+def _host(rows: list[Row]) -> list[str]:
+    cost = {r["backend"]: r["us_median"] for r in rows if r["op"] == "host"}
+    found = [
+        _line(cost[name] <= HOST_US, f"{name} costs the host {cost[name]:.1f} us, expected at most {HOST_US:g}")
+        for name in (STEP, OP)
+        if name in cost
+    ]
+    return found or [_line(False, "the host's cost was not measured through CUDA")]
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """A line per expectation; one that was not measured is missed."""
+    return _launches(rows) + _speed(rows) + _host(rows)

@@ -1,0 +1,224 @@
+"""The GPU gate without a GPU: its script, its clock, what it reads from tools, and what it says of the numbers."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted((ROOT / "dancegrpo_fast").glob("_cpu*.so"))
+
+
+def load(path: str) -> ModuleType:
+    """A module of bench/, which is not installed."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / "bench" / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def gate(out: Path, *options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [str(ROOT / "bench" / "gpu_gate.sh"), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not MODULES, reason="no compiled modules in the source folder")
+def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
+    found = gate(tmp_path, "--dry", "--only", "environment,bench,expectations,memcheck,ncu")
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 5
+    (rows,) = tmp_path.glob("gpu-dry-*.jsonl")
+    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert all(row["environment"]["dry"] for row in read)
+    assert {row["op"] for row in read} == {"host", "log_prob", "launches"}
+    assert {row["backend"] for row in read if row["op"] == "log_prob"} == {
+        "eager",
+        "compile",
+        "ours, cuda",
+        "ours, triton",
+    }
+    assert (tmp_path / "gpu-gate.log").stat().st_size > 1000
+    assert not (ROOT / "bench" / "results" / rows.name).exists()
+
+
+def test_one_stage_failing_keeps_the_others(tmp_path: Path) -> None:
+    """There is no time for the commands of any stage, and each says so."""
+    found = gate(tmp_path, "--dry", "--only", "environment,expectations", "--seconds", "1")
+    assert found.returncode == 1
+    assert len(re.findall(r"^FAILED .*no time was left", found.stdout, re.MULTILINE)) == 2
+    assert "files in" in found.stdout
+
+
+def test_unknown_stages_are_refused(tmp_path: Path) -> None:
+    found = gate(tmp_path, "--only", "bild")
+    assert found.returncode == 2 and "got bild, want some of build" in found.stderr
+
+
+class FakeCuda:
+    """A device whose calls take `work` seconds after a wait; its queue holds `room` of them."""
+
+    RATE = 1e9
+
+    def __init__(self, work: float, room: int) -> None:
+        self.work, self.room = work, room
+        self.now = 0.0  # of the device, while the host takes no time
+        self.queued, self.asleep, self.sleeps = 0, False, 0
+
+    def Event(self, enable_timing: bool) -> "FakeEvent":  # noqa: N802
+        return FakeEvent(self)
+
+    def _sleep(self, cycles: int) -> None:
+        self.now += cycles / self.RATE
+        self.asleep = cycles > 0
+        self.queued = 0
+        self.sleeps += 1
+
+    def synchronize(self) -> None:
+        self.queued = 0
+
+    def launch(self) -> None:
+        self.now += self.work
+        self.queued += 1
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.at = cuda, 0.0
+
+    def record(self) -> None:
+        self.at = self.cuda.now
+
+    def query(self) -> bool:
+        """Passed, where nothing held the device up, or where a full queue held the host up until it went on."""
+        return not self.cuda.asleep or self.cuda.queued > self.cuda.room
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def run_on(cuda: FakeCuda) -> Callable[[int], object]:
+    def run(call: int) -> object:
+        cuda.launch()
+        return object()
+
+    return run
+
+
+def test_the_device_clock_measures_the_device() -> None:
+    cuda = FakeCuda(work=3e-6, room=1000)
+    clock = load("clocks").DeviceClock(5, cuda)
+    run = run_on(cuda)
+    assert clock.cycles_per_s == pytest.approx(cuda.RATE)
+    assert clock.calls_for(run, 0.03) == clock.MAX_CALLS
+    assert clock.calls_for(run, 10e-6) == 3
+    sample = clock.time(run, 0, 8)
+    assert sample.work == pytest.approx(cuda.work) and sample.host > 0.0
+    # Results stay alive for as long as the inputs take to come round.
+    assert len(clock.kept) == 5 and len(set(map(id, clock.kept))) == 5
+
+
+def test_the_device_clock_never_fills_the_queue() -> None:
+    cuda = FakeCuda(work=3e-6, room=10)
+    clock = load("clocks").DeviceClock(2, cuda)
+    run = run_on(cuda)
+    assert clock.calls_for(run, 0.03) == 8
+    assert clock.time(run, 0, 8).work == pytest.approx(cuda.work)
+    with pytest.raises(RuntimeError, match="11 calls were not queued"):
+        clock.time(run, 0, 11)
+
+
+def speed(op: str, backend: str, **numbers: float) -> dict:
+    shape = {"batch": 8, "elements": 806_400, "output_dtype": "float32"}
+    return {
+        "op": op,
+        "backend": backend,
+        **shape,
+        "copy_share": 0.85,
+        "times_eager": 12.0,
+        "times_compile": 1.4,
+    } | numbers
+
+
+def test_expectations() -> None:
+    summary = load("gpu/summary")
+    launches = {"op": "launches", "backend": summary.STEP, "kernels": 1, "memory_operations": 0, "waits": False}
+    host = [{"op": "host", "backend": name, "us_median": 7.5} for name in (summary.STEP, summary.OP)]
+    good = [launches, *host, speed("step", "ours, cuda"), speed("policy_loss", "ours, cuda")]
+    assert [line for line in summary.lines(good) if line.startswith(summary.MISSED)] == []
+    assert len(summary.lines(good)) == 10
+    for bad, said in (
+        ([{**launches, "kernels": 2}, *good[1:]], "starts 2 kernels"),
+        ([{**launches, "waits": True}, *good[1:]], "a step waits"),
+        ([*good, speed("log_prob", "ours, cuda", copy_share=0.79)], "79% of copy bandwidth"),
+        ([*good, speed("log_prob", "ours, cuda", times_compile=1.2)], "1.20 x compile"),
+        ([launches, {**host[0], "us_median": 9.0}, *good[2:]], "9.0 us"),
+        (good[3:], "not counted"),
+        (good[:3], "8 x 806,400 was not measured"),
+    ):
+        missed = [line for line in summary.lines(bad) if line.startswith(summary.MISSED)]
+        assert any(said in line for line in missed), missed
+    # Triton's rows are printed in the table, and expected of nothing.
+    assert summary.lines([*good, speed("step", "ours, triton", copy_share=0.1)]) == summary.lines(good)
+
+
+NCU = """==PROF== Connected to process 1
+==PROF== Profiling "transition_sample_kernel": 0%
+every op was called
+==PROF== Disconnected from process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","dram__bytes.sum","Mbyte","77.5"
+"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","other","%","1"
+"""
+
+
+def test_what_ncu_prints_is_read() -> None:
+    run = "from bench.gpu.stages import profiled; import sys; print(*profiled(sys.stdin.read()), sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", run], input=NCU, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "void dgf::transition_sample_kernel<float>: dram__bytes.sum 77.5 Mbyte"
+
+
+SANITIZE = """
+import sys, time
+from pathlib import Path
+from bench.gpu import stages
+from bench.gpu.process import Runner
+out, program = Path(sys.argv[1]), sys.argv[2]
+stages._tool = lambda name: program
+runner = Runner(out, out / "log", time.monotonic() + 60, time.monotonic() + 3)
+gate = stages.Gate(out, out, out / "rows", False, "90", 1, runner)
+print("|".join(stages.memcheck(gate)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("prints", "status", "wanted"),
+    [
+        ("every op was called\n========= ERROR SUMMARY: 0 errors", 0, "passed|clean for cuda, triton"),
+        ("========= Invalid __global__ read of size 4 bytes", 86, "FAILED|exit status 86"),
+        ("========= Error: Device not supported", 1, "skipped|nothing checked; cuda: does not work here"),
+        ("nothing that it would say", 0, "skipped|cuda: no verdict"),
+        ("$(sleep 30)", 0, "skipped|nothing checked; cuda: does not work here: out of time"),
+    ],
+    ids=["clean", "an error", "no such device", "no verdict", "slow"],
+)
+def test_what_a_sanitizer_says(tmp_path: Path, prints: str, status: int, wanted: str) -> None:
+    """By a program in its place."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\necho "{prints}"\nexit {status}\n')
+    program.chmod(0o755)
+    command = [sys.executable, "-c", SANITIZE, str(tmp_path), str(program)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1].startswith(wanted), found.stdout
