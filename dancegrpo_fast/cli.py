@@ -7,7 +7,7 @@ from pathlib import Path
 from .config import Recipe
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
-       dancegrpo-fast run [--rounding exact|reference] [--backend auto|cpu|cuda|triton|reference] SCRIPT.py [-- ARGUMENTS]
+       dancegrpo-fast run [--rounding exact|reference] [--backend NAME] SCRIPT.py [-- ARGUMENTS]
        dancegrpo-fast info
 
 `run` executes a published training script with its step functions replaced by this library's, and says which.

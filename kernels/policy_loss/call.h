@@ -8,7 +8,7 @@ namespace dgf {
 template <typename S>
 struct PolicyLossCall {
   TransitionCall transition;
-  Operand reference, old_output;  // guided outputs of the reference model and of the rollout
+  Operand reference, old_output;                           // guided outputs of the reference model and of the rollout
   const S *old_log_prob = nullptr, *advantages = nullptr;  // [batch]
   const S* weight = nullptr;                               // [batch], or null: 1
   double clip_range = 0.0, advantage_clip = 0.0, kl_weight = 0.0;

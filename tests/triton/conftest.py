@@ -1,0 +1,33 @@
+"""Makes Triton's interpreter fast enough to test with."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dancegrpo_fast import backends
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_patched_once() -> Iterator[None]:
+    """The interpreter patches the language again for every call of a device function, half of all its time."""
+    if not backends.interpreting():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original, done = interpreter._patch_lang, set()
+
+    def patch_once(fn: Callable[..., Any]) -> SimpleNamespace:
+        seen = [id(value) for value in fn.__globals__.values()]
+        modules = tuple(module for module in (tl, tl.core) if id(module) in seen)
+        if modules not in done:
+            done.add(modules)
+            original(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield

@@ -1,0 +1,155 @@
+"""Compiles the Triton kernels for a GPU that is not there, through the launcher's own code."""
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from dancegrpo_fast.ops import _triton
+from dancegrpo_fast.ops._call import GradientTerms, LossOutputs, Noise, Objective, Transition
+
+from ..ops.cases import BF16, F16, F32, TABLES
+
+# latents x model output x next latents
+MIXES = ((F32, BF16, F32), (F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, F16, BF16))
+BATCH, SHAPE = 3, (16, 48, 32)
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles; every capability is a device of its own."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch."""
+
+    kernel: str
+    programs: int
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """Lines of PTX with an instruction."""
+        return len(re.findall(rf"\t{re.escape(instruction)}\s", self.ptx))
+
+
+@lru_cache(maxsize=1)
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _inspect(kernel: Any, programs: int, folder: Path) -> Compiled:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage, sass = (
+        subprocess.run([_cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    shared = kernel.metadata.shared
+    return Compiled(kernel.metadata.name, programs, registers, stack + local, shared, kernel.asm["ptx"], sass)
+
+
+@contextlib.contextmanager
+def compiling(capability: int, folder: Path) -> Iterator[list[Compiled]]:
+    """Launches become compilations; the list gets one entry a launch."""
+    found: list[Compiled] = []
+
+    def compile_only(kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        made = kernel.warmup(*arguments, grid=(programs,), **settings)
+        found.append(_inspect(made, programs, folder))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        patch.setattr(_triton, "launch", compile_only)
+        patch.setattr(triton.runtime.driver, "_active", _Driver(capability))
+        yield found
+
+
+def as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Arguments of one call with nothing in them; `layout` is applied to every `[B, ...]` tensor."""
+
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = MIXES[0]
+    cfg: bool = False
+    per_sample: bool = False
+    rounding: bool = False
+    layout: Callable[[Tensor], Tensor] = as_is
+    shape: tuple[int, ...] = (BATCH, *SHAPE)
+    # "meta" has room for any shape.
+    device: str = "cpu"
+
+    def new(self, dtype: torch.dtype) -> Tensor:
+        return self.layout(torch.empty(self.shape, dtype=dtype, device=self.device))
+
+    def like(self, index: int) -> Tensor:
+        return self.new(self.dtypes[index])
+
+    def call(self) -> Transition:
+        step = torch.zeros(BATCH, dtype=torch.int64) if self.per_sample else None
+        table = TABLES["flow"].packed(torch.device("cpu"), F32)
+        shared = (self.like(0), self.like(1), self.like(2), self.like(1) if self.cfg else None)
+        return Transition(*shared, 4.5, table, step, 1, self.rounding, "triton")
+
+
+def numbers() -> Tensor:
+    return torch.empty(BATCH)
+
+
+def sample(t: Tensors, seeded: bool = True, denoised: bool = False) -> None:
+    noise = Noise(None, 7, None) if seeded else Noise(t.new(F32), None, None)
+    _triton.sample(t.call(), noise, numbers(), t.like(2) if denoised else None)
+
+
+def log_prob(t: Tensors) -> None:
+    _triton.log_prob(t.call(), numbers())
+
+
+def log_prob_gradient(t: Tensors) -> None:
+    _triton.log_prob_gradient(t.call(), numbers(), t.like(1), t.like(1) if t.cfg else None)
+
+
+def policy_loss(t: Tensors, options: bool = False) -> None:
+    """With `options`, KL and RatioNorm too."""
+    more = (t.like(1), t.like(1), 1e-4, 5.0, 0.1, True) if options else (None, None, 1e-4, 5.0, 0.0, False)
+    outputs = (torch.empty(()), numbers(), numbers(), torch.empty(8), torch.empty(BATCH, dtype=torch.bool))
+    out = LossOutputs(*outputs, numbers(), numbers())
+    weight = numbers() if options else None
+    _triton.policy_loss(t.call(), Objective(numbers(), numbers(), weight, *more), out)
+
+
+def policy_loss_gradient(t: Tensors, options: bool = False) -> None:
+    pulls = (t.like(1), t.like(1)) if options else (None, None)
+    terms = GradientTerms(torch.empty(()), numbers(), numbers(), *pulls)
+    _triton.policy_loss_gradient(t.call(), terms, t.like(1), t.like(1) if t.cfg else None)

@@ -1,0 +1,82 @@
+"""The launcher's arithmetic: programs, words of the seed, merged dimensions. No kernel runs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dancegrpo_fast.ops import _triton
+from dancegrpo_fast.ops._triton import BLOCK, MAX_DIMS, MAX_PROGRAMS, Operands, merged, programs_for
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70_000])
+@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2**31 - 1, 2**31 + 5])
+def test_programs_cover_every_element_once(batch: int, numel: int) -> None:
+    if batch * -(-numel // BLOCK) > MAX_PROGRAMS:
+        with pytest.raises(ValueError, match=r"latents: got 70000 samples .*, want at most"):
+            programs_for(batch, numel)
+        return
+    programs, blocks = programs_for(batch, numel)
+    assert programs == batch * blocks
+    assert (blocks - 1) * BLOCK < numel <= blocks * BLOCK
+    assert programs <= 2**31 - 1
+
+
+def test_masked_lanes_of_narrow_indices_stay_in_32_bits() -> None:
+    for numel in (1, 2**31 - BLOCK, 2**31 - BLOCK + 1, 2**31, 2**40):
+        _, blocks = programs_for(1, numel)
+        assert _triton.needs_wide(numel) or blocks * BLOCK - 1 < 2**31
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 0xDEADBEEFCAFE])
+def test_words_of_the_seed(seed: int) -> None:
+    """int32 whatever the value, and the seed again as unsigned words."""
+    words = _triton.signed_words(seed)
+    assert all(-(2**31) <= word < 2**31 for word in words)
+    assert (words[0] % 2**32) + (words[1] % 2**32 << 32) == seed
+
+
+def addresses(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    return tensor.as_strided((tensor.shape[0], *sizes), (tensor.stride(0), *strides)).flatten(1)
+
+
+VIEWS = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "crop": lambda t: torch.nn.functional.pad(t, (1, 2, 1, 0))[..., 1:, 1:-2],
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "entry": lambda t: torch.stack([t, t], 1)[:, 1],
+}
+
+
+@pytest.mark.parametrize("first", VIEWS)
+@pytest.mark.parametrize("second", VIEWS)
+def test_merged_dimensions_reach_the_same_elements(first: str, second: str) -> None:
+    values = torch.arange(2 * 4 * 3 * 5.0).reshape(2, 4, 3, 5)
+    tensors = [VIEWS[first](values), VIEWS[second](values)]
+    sizes, strides = merged(tensors)
+    assert len(sizes) <= 3
+    for tensor, own in zip(tensors, strides, strict=True):
+        assert torch.equal(addresses(tensor, sizes, own), tensor.flatten(1))
+
+
+def test_runs_keep_no_strides_and_merge_nothing_apart() -> None:
+    run, entry, strided = (VIEWS[n](torch.zeros(2, 4, 3, 5)) for n in ("crop", "entry", "channels last"))
+    operands = Operands((entry, None, strided), (torch.empty(2, 4, 3, 5),))
+    assert [None if given is None else given[2] for given in operands.given] == [(), None, (1, 4), ()]
+    assert operands.sizes == (4, 15) and operands.given[0][1] == 2 * 60
+    operands = Operands((run, torch.zeros(2, 4, 3, 5).expand(2, 4, 3, 5)))
+    assert operands.sizes == (4, 3, 5) and operands.given[1][2] == ()
+
+
+def test_more_dimensions_than_the_kernel_has_are_copied() -> None:
+    def scattered() -> torch.Tensor:
+        return torch.randn(2, *(3,) * (MAX_DIMS + 1))[(slice(None), *(slice(0, 2),) * (MAX_DIMS + 1))]
+
+    source, out = scattered(), scattered()
+    operands = Operands((source,), (out,))
+    assert operands.sizes == () and all(given[2] == () for given in operands.given)
+    assert torch.equal(operands.given[0][0], source)
+    operands.given[1][0].copy_(source)
+    assert not torch.equal(out, source)
+    operands.finish()
+    assert torch.equal(out, source)
