@@ -53,10 +53,6 @@ class Compiled:
     ptx: str
     sass: str
 
-    def count(self, instruction: str) -> int:
-        """Lines of PTX with an instruction."""
-        return len(re.findall(rf"\t{re.escape(instruction)}\s", self.ptx))
-
 
 @lru_cache(maxsize=1)
 def _cuobjdump() -> str:
@@ -127,9 +123,9 @@ def numbers() -> Tensor:
     return torch.empty(BATCH)
 
 
-def sample(t: Tensors, seeded: bool = True, denoised: bool = False) -> None:
+def sample(t: Tensors, seeded: bool = True) -> None:
     noise = Noise(None, 7, None) if seeded else Noise(t.new(F32), None, None)
-    _triton.sample(t.call(), noise, numbers(), t.like(2) if denoised else None)
+    _triton.sample(t.call(), noise, numbers(), None)
 
 
 def log_prob(t: Tensors) -> None:
