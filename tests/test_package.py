@@ -75,3 +75,19 @@ def test_cuda_option_fails_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = configure(tmp_path, f"-DDGF_CUDA={value}")
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the PATH")
+@pytest.mark.parametrize("value", ["AUTO", "ON"])
+def test_a_broken_cuda_compiler_costs_only_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """AUTO leaves the CUDA kernels out and says so; ON fails."""
+    pybind11 = pytest.importorskip("pybind11")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    options = (f"-DDGF_NVCC={broken}", f"-DDGF_CUDA={value}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (value == "AUTO")
+    assert f"DGF_CUDA={value}: nvcc ({broken}) does not compile here" in " ".join(result.stderr.split())
