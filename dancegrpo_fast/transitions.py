@@ -301,9 +301,9 @@ def _diffusion_schedule(
     if previous.shape != times.shape:
         raise ValueError(f"previous_timesteps: got {tuple(previous.shape)}, want {tuple(times.shape)}")
     if not bool((previous < times).all()):
-        if previous_timesteps is not None:
-            raise ValueError(f"previous_timesteps: got {previous.tolist()}, want each below {times.tolist()}")
-        raise ValueError(f"timesteps: got {times.tolist()}, want strictly decreasing values")
+        if previous_timesteps is None:
+            raise ValueError(f"timesteps: got {times.tolist()}, want strictly decreasing values")
+        raise ValueError(f"previous_timesteps: got {previous.tolist()}, want each below {times.tolist()}")
     if not (0.0 < final_alpha_cumprod <= 1.0):
         raise ValueError(f"final_alpha_cumprod: got {final_alpha_cumprod}, want a number in (0, 1]")
     here = alphas[times]
@@ -481,7 +481,7 @@ def from_scheduler(
         ValueError: another scheduler, a sampler that does not fit it, or a setting that makes its step not affine.
     """
     _check_level("noise_level", noise_level)
-    kinds = {base.__name__ for base in type(scheduler).__mro__}
+    name, kinds = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError("scheduler: got one without timesteps, call set_timesteps first")
     if "FlowMatchEulerDiscreteScheduler" in kinds:
@@ -489,16 +489,12 @@ def from_scheduler(
     elif "DDIMScheduler" in kinds:
         builders = _diffusion_builders(scheduler)
     else:
-        raise ValueError(
-            f"scheduler: got {type(scheduler).__name__}, want FlowMatchEulerDiscreteScheduler or DDIMScheduler"
-        )
+        raise ValueError(f"scheduler: got {name}, want FlowMatchEulerDiscreteScheduler or DDIMScheduler")
     plain = next(iter(builders))
     chosen = plain if sampler is None else sampler
     if chosen not in builders:
-        raise ValueError(f'sampler: got "{sampler}", want one of {list(builders)} for {type(scheduler).__name__}')
+        raise ValueError(f'sampler: got "{sampler}", want one of {list(builders)} for {name}')
     if chosen == "ode" and noise_level > 0:
-        raise ValueError(
-            f'noise_level: got {noise_level} for the ODE, want 0 or sampler="dance_sde", "flow_sde" or "cps"'
-        )
+        raise ValueError(f"noise_level: got {noise_level} for the ODE, want 0 or a sampler of {list(builders)[1:]}")
     table = builders[chosen](noise_level)
     return table if window is None else mixed(table, builders[plain](0.0), window)

@@ -54,7 +54,8 @@ def cached(name: str, schedule: Tensor, key: tuple[Any, ...], build: Callable[[T
         if len(samplers) >= _MAX_SAMPLERS:
             samplers.clear()
         samplers[key] = build(schedule)
-    return samplers[key]  # type: ignore[no-any-return]
+    found: Sampler = samplers[key]
+    return found
 
 
 def unnormalized(table: TransitionTable) -> TransitionTable:

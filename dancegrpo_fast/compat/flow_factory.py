@@ -16,7 +16,7 @@ _KINDS = {"Flow-SDE": "flow", "Dance-SDE": "dance", "CPS": "cps", "ODE": "ode"}
 
 
 @dataclass
-class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]
+class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     """What `step` returns, None where it was not asked for."""
 
     next_latents: Tensor | None = None
@@ -36,7 +36,7 @@ class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
-class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
     """diffusers' flow-matching scheduler with Flow-Factory's stochastic step.
 
     Args:

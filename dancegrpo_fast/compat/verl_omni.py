@@ -15,7 +15,7 @@ _KINDS = {"sde": "flow", "cps": "cps", "dance_sde": "dance"}
 
 
 @dataclass
-class FlowMatchSDEDiscreteSchedulerOutput(BaseOutput):  # type: ignore[misc]
+class FlowMatchSDEDiscreteSchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     """What `step` returns: next latents, log-probability `[B]`, mean, and standard deviation."""
 
     prev_sample: Tensor
@@ -24,7 +24,7 @@ class FlowMatchSDEDiscreteSchedulerOutput(BaseOutput):  # type: ignore[misc]
     std_dev_t: Tensor
 
 
-class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
     """diffusers' flow-matching scheduler with verl-omni's stochastic steps."""
 
     def step(

@@ -74,7 +74,7 @@ class FakeCuda:
         self.now = 0.0  # of the device, while the host takes no time
         self.queued, self.asleep, self.sleeps = 0, False, 0
 
-    def Event(self, enable_timing: bool) -> "FakeEvent":  # noqa: N802
+    def Event(self, enable_timing: bool) -> "FakeEvent":  # noqa: N802  # torch's name
         return FakeEvent(self)
 
     def _sleep(self, cycles: int) -> None:

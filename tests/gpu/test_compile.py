@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from dancegrpo_fast import policy_loss, transition_step
 
 from ..ops.cases import F32, TABLES, Case, assert_same_bits, make_case
-from .targets import GPU_TARGETS, Target, on, on_every_target
+from .targets import GPU_TARGETS, HOST_TARGETS, Target, on, on_every_target
 
 TABLE = TABLES["flow"]
 SIZE = 64
@@ -52,13 +52,19 @@ def case_on(target: Target) -> Case:
     return on(make_case((4, 40, SIZE), TABLE, (F32, F32, F32)), target)
 
 
-@on_every_target
+# The CPU tests of the ops have Inductor.
+COMPILED = [
+    pytest.param(t.values[0], compiler, marks=t.marks, id=f"{t.id}-{compiler}")
+    for targets, compilers in ((HOST_TARGETS, ["aot_eager"]), (GPU_TARGETS, ["aot_eager", "inductor"]))
+    for t in targets
+    for compiler in compilers
+]
+
+
+@pytest.mark.parametrize(("target", "compiler"), COMPILED)
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("part", [rollout, replay])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_model_and_an_op_in_one_graph(target: Target, part, per_sample: bool, compiler: str) -> None:
-    if target.device == "cpu" and compiler == "inductor":
-        pytest.skip("the CPU tests of the ops have it")
     model, case = Model(target), case_on(target)
     step = torch.tensor([2, 0, 1, 3], device=target.device) if per_sample else 1
     wanted = part(model, case, target, step)

@@ -25,7 +25,7 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         noise_level=None,
         compute_log_prob=True,
         return_dict=True,
-        return_kwargs=["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"],  # noqa: B006
+        return_kwargs=["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"],  # noqa: B006  # the published signature
         dynamics_type=None,
         sigma_max=None,
     ):
