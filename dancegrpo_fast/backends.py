@@ -190,6 +190,19 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
     return backend
 
 
+def pick_block(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation of a transformer block op: Triton on a GPU where it can run, else the reference.
+
+    Raises:
+        ValueError: an unknown name, or Triton where it cannot run such a call; the message says why.
+    """
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and not _refusal("triton", device, dtype) else "reference"
+    if backend not in ("triton", "reference"):
+        raise ValueError(f'backend: got "{backend}" for a block op, want "auto", "triton" or "reference"')
+    return pick(backend, device, dtype)
+
+
 def threads_for(elements: int) -> int:
     """Threads for a batch of so many elements: torch's own setting, or fewer where the work is small."""
     return max(1, min(torch.get_num_threads(), elements // MIN_ELEMENTS_PER_THREAD))

@@ -1,0 +1,245 @@
+"""What the ops of transformer blocks share: which implementation runs, gradients of the reference, recomputation."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import backends
+from ._checks import check_float
+
+MODES = ("lossless", "fast")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+class Cost(NamedTuple):
+    """What a call computes, moves and keeps; inputs read once, outputs written once, statistics included."""
+
+    flops_forward: int
+    flops_backward: int
+    bytes_forward: int
+    bytes_backward: int
+    bytes_saved: int
+
+
+@cache
+def _triton_module(op: str) -> ModuleType:
+    return importlib.import_module(f"._triton_{op}", __package__)
+
+
+def triton_module(op: str, backend: str, x: Tensor, *more: Tensor | None) -> Any | None:
+    """The module that launches this op's Triton kernels, or None where the reference runs, as with any float64."""
+    double = any(t is not None and t.dtype == torch.float64 for t in (x, *more))
+    picked = backends.pick_block(backend, x.device, torch.float64 if double else x.dtype)
+    return _triton_module(op) if picked == "triton" else None
+
+
+def check_mode(mode: str) -> None:
+    """One of the two roundings."""
+    if mode not in MODES:
+        raise ValueError(f'mode: got "{mode}", want "lossless" or "fast"')
+
+
+def check_eps(eps: float) -> None:
+    """A positive number."""
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}, want a number above 0")
+
+
+def check_tokens(name: str, value: Tensor) -> None:
+    """A float tensor `[B, S, C]` with elements, contiguous in its last dimension."""
+    check_float(name, value)
+    if value.ndim != 3 or value.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want [B, S, C] with at least one element")
+
+
+def check_tokens_like(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """A float tensor of another's shape on its device."""
+    check_float(name, value)
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want that of {like_name}, {tuple(like.shape)}")
+    check_device(name, value, like, like_name)
+
+
+def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """Both on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, want it on {like_name}'s device, {like.device}")
+
+
+def check_channels(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A float tensor `[C]`, or None."""
+    if value is None:
+        return
+    check_float(name, value)
+    if value.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({x.shape[-1]},)")
+    check_device(name, value, x, "x")
+
+
+def parameter_rows(name: str, value: Tensor | None, x: Tensor, split: int | None) -> Tensor | None:
+    """`[B, C]`, `[B, 1, C]`, `[B, S, C]` or, with `split`, `[B, 2, C]` as three dimensions."""
+    if value is None:
+        return None
+    check_float(name, value)
+    check_device(name, value, x, "x")
+    batch, tokens, channels = x.shape
+    if value.ndim == 2:
+        value = value.unsqueeze(1)
+    rows = (1, tokens) if split is None else (2,)
+    if value.ndim != 3 or (value.shape[0], value.shape[2]) != (batch, channels) or value.shape[1] not in rows:
+        wanted = f"[{batch}, {channels}] or [{batch}, {tokens}, {channels}]"
+        wanted = wanted if split is None else f"[{batch}, 2, {channels}], as split is given"
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted}")
+    return value
+
+
+def check_split(split: int | None, x: Tensor) -> int:
+    """The token from which the second row of parameters counts; -1 for None."""
+    if split is None:
+        return -1
+    if isinstance(split, bool) or not isinstance(split, (int, torch.SymInt)) or not 0 <= split <= x.shape[1]:
+        raise ValueError(f"split: got {split}, want an int from 0 to the {x.shape[1]} tokens")
+    return split
+
+
+def empty_unless(wanted: bool, like: Tensor | None) -> Tensor | None:
+    """Contiguous room for a gradient, or None."""
+    if not wanted or like is None:
+        return None
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def packed(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Registered ops return no None: an empty tensor stands for it."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def unpacked(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The reverse of `packed`."""
+    return [t if keep else None for t, keep in zip(tensors, wanted, strict=True)]
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd where it was left already: an op's implementation runs below it, in compiled graphs without its keys."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with contextlib.ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def reference_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients by the wanted inputs, by eager torch through `function`: its own operations, so its own bits."""
+    with _autograd():
+        leaves = [
+            None if t is None else t.detach().requires_grad_(keep) for t, keep in zip(inputs, wanted, strict=True)
+        ]
+        result = function(*leaves)
+        outputs = result if isinstance(result, tuple) else (result,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], asked, [g for _, g in pairs], allow_unused=True)
+            if pairs and asked
+            else [None] * len(asked)
+        )
+    gradients: list[Tensor | None] = []
+    for leaf, keep in zip(leaves, wanted, strict=True):
+        grad = next(found) if keep and leaf is not None else None
+        if keep and leaf is not None and grad is None:
+            grad = torch.zeros_like(leaf)
+        gradients.append(None if grad is None else grad.contiguous())
+    return gradients
+
+
+def summed(grads: Sequence[Tensor]) -> Tensor:
+    """Gradients of one tensor's consumers in the order autograd adds them: the last consumer's first."""
+    total = grads[-1]
+    for grad in reversed(grads[:-1]):
+        total = total + grad
+    return total
+
+
+def prepare(ctx: Any) -> None:
+    """Called in an op's forward, so that its outputs can be computed again."""
+    ctx.kept = ctx.recomputed = None
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What the forward saved, in the backward; drops what was computed again."""
+    kept, ctx.kept, ctx.recomputed = ctx.kept, None, None
+    return ctx.saved_tensors if kept is None else kept  # type: ignore[no-any-return]  # ctx has no type
+
+
+def _recomputed(node: Any, index: int) -> Tensor:
+    if node.recomputed is None:
+        # Kept until the backward: inside a checkpoint saved tensors can be asked for only once.
+        node.kept = node.saved_tensors
+        with torch.no_grad():
+            node.recomputed = node._forward_cls.recompute(node.kept, node.settings)
+    # Aliases of one output count on behind it.
+    tensor: Tensor = node.recomputed[min(index, len(node.recomputed) - 1)]
+    return tensor
+
+
+@contextlib.contextmanager
+def recomputed(*outputs: Tensor) -> Iterator[None]:
+    """Inside, autograd keeps none of these outputs of block ops: backward computes them again from what the op kept.
+
+    They come back bit for bit, whichever modules (LoRA or quantised layers among them) want them. The second copy
+    lives from the first backward that asks for it until the op's own. An op whose inputs need no gradient keeps nothing
+    to recompute from, so its output is kept as it is.
+    """
+    sources: dict[int, tuple[Any, int]] = {}
+    # A compiled graph decides by itself what it keeps.
+    for tensor in () if torch.compiler.is_compiling() else outputs:
+        node = tensor.grad_fn
+        function = getattr(node, "_forward_cls", None)
+        if hasattr(function, "recompute") and getattr(node, "recomputable", True):
+            sources[tensor.untyped_storage()._cdata] = (node, tensor.output_nr)
+    if not sources:
+        yield
+        return
+
+    def pack(tensor: Tensor) -> Any:
+        source = sources.get(tensor.untyped_storage()._cdata)
+        if source is None or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        return *source, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        node, index, *geometry = saved
+        return _recomputed(node, index).as_strided(*geometry)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any], library: Any) -> None:
+    """CPU and CUDA entries of one op, and its shapes."""
+    library.impl(name, implementation, "CPU")
+    library.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"dgf::{name}", fake, lib=library)
+
+
+def register_flops(name: str, formula: Callable[..., int]) -> None:
+    """Makes torch's FLOP counter count an op; `formula` gets the op's arguments."""
+    register_flop_formula(getattr(torch.ops.dgf, name), get_raw=True)(
+        lambda *arguments, out_val=None, **kwargs: formula(*arguments, **kwargs)
+    )

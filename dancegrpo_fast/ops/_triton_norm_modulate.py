@@ -1,0 +1,154 @@
+"""Norm and modulation by Triton: one launch forward, one or two backward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backends
+from ..kernels.norm_modulate import triton_kernels as kernels
+from . import _triton
+from ._block import summed
+from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, type_of
+
+# Rows longer than this leave the backward no registers for more than what it must hold.
+LONG = 4096
+# Bytes of the next token that the backward may fetch meanwhile: shared memory of the smallest architecture.
+FETCHED = 96 * 1024
+# Gradients that the kernel adds.
+MAX_GRADS = 5
+
+
+def _types(
+    like: Tensor,
+    y: torch.dtype | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """What values are rounded to on their way; float32 leaves them as they are."""
+    names = ("gated_type", "norm_type", "scale_type", "product_type", "sum_type", "grad_type")
+    if mode == "fast":
+        return dict.fromkeys(names, tl.float32)
+    norm = (norm_dtype or like.dtype,)
+    product = norm if scale is None else (*norm, scale.dtype)
+    total = product if shift is None else (*product, shift.dtype)
+    gated = (like.dtype,) if gate is None or y is None else (y, gate.dtype)
+    added = (like.dtype,) if scale is None else (scale.dtype,)
+    kinds = (gated, norm, added, product, total, (like.dtype,))
+    return {name: type_of(name.replace("_", " "), *kind) for name, kind in zip(names, kinds, strict=True)}
+
+
+def _settings(block: int, split: int, warps: int) -> dict[str, Any]:
+    return {
+        "segmented": split >= 0,
+        "interpreted": backends.interpreting(),
+        "block": block,
+        "num_warps": max(1, warps),
+        "enable_fp_fusion": False,
+    }
+
+
+def forward(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    norm: str,
+    eps: float,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
+    batch, tokens, channels = x.shape
+    h, out, mean, rstd = outputs
+    operands = (x, y, gate, scale, shift, weight, bias, None if y is None else h, out)
+    statistics = (mean if norm == "layer" else None, rstd)
+    arguments = (*map(rows_of, operands), *statistics, tokens, channels, split, eps)
+    types = _types(x, None if y is None else y.dtype, gate, scale, shift, mode, norm_dtype)
+    del types["grad_type"]
+    block = triton.next_power_of_2(channels)
+    # 16 elements a thread.
+    settings = _settings(block, split, min(16, block // 512)) | types
+    _triton._launch_on(x.device, kernels.forward_kernel, batch * tokens, arguments, settings)
+
+
+def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize: int) -> list[list[Tensor | None]]:
+    """The outputs of each launch: all in one, unless a row and its sums do not fit the registers."""
+    room = (1 if block > LONG else 2) if itemsize > 2 else 3 if block > LONG else 5
+    if sums <= room or all(t is None for t in outputs[:3]):
+        return [list(outputs)]
+    return [[*outputs[:3], *[None] * 4], [*[None] * 3, *outputs[3:]]]
+
+
+def backward(
+    grad_h: Tensor | None,
+    grads: Sequence[Tensor],
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    norm: str,
+    eps: float,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """Writes the gradients that are asked for: of x, y, gate, scale, shift, weight and bias."""
+    if all(t is None for t in outputs):
+        return
+    _, tokens, channels = h.shape
+    _, dy, dgate, dscale, dshift, *affine = outputs
+    grads = list(grads)
+    if len(grads) > MAX_GRADS:
+        grads = [*grads[: MAX_GRADS - 1], summed(grads[MAX_GRADS - 1 :])]
+    sums = [
+        output is not None and sums_tokens(parameter, tokens, split)
+        for parameter, output in ((gate, dgate), (scale, dscale), (shift, dshift))
+    ]
+    own = [t if keep else None for t, keep in zip((dgate, dscale, dshift), sums, strict=True)]
+    chunks = Chunks(h, split, own, affine)
+    sizes = [t.element_size() for t in (*grads, h, y, grad_h, scale, gate, weight, bias) if t is not None]
+    y_dtype = y.dtype if y is not None else None if dy is None else dy.dtype
+    types = _types(h, y_dtype, gate, scale, shift, mode, norm_dtype)
+    row = triton.next_power_of_2(channels)
+    for part in _launches(outputs, chunks.sums, row, max(sizes)):
+        # What is not a norm's gradient needs no whole row.
+        block = row if any(t is not None for t in part[:3]) else min(row, BLOCK)
+        ahead = chunks.length > 1 and block <= LONG and block * sum(sizes) <= FETCHED
+        # 8 elements a thread; more where there are no sums, or where what every thread needs anyway takes too much.
+        warps = block // 256 if chunks.sums and block <= LONG else min(8, block // 256)
+        names = ("sums_gate", "sums_scale", "sums_shift")
+        settings = {
+            **_settings(block, split, warps),
+            **types,
+            **{name: kept and t is not None for name, kept, t in zip(names, sums, part[2:5], strict=True)},
+            "stages": 2 if ahead else 1,
+        }
+        arguments = (
+            rows_of(grad_h),
+            tuple(rows_of(g) for g in grads),
+            *(rows_of(h), mean if norm == "layer" else None, rstd),
+            *map(rows_of, (y, gate, scale, weight, bias)),
+            *map(chunks.target, part),
+            *chunks.sizes,
+        )
+        programs = chunks.batch * chunks.count * -(-channels // block)
+        _triton._launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
+    chunks.finish()

@@ -1,0 +1,188 @@
+"""Queries and keys by Triton: one launch a stream, and one for the gradients of its weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..kernels.qk_norm_rope import triton_kernels as kernels
+from . import _triton
+
+# Elements of a tile: 8 a thread are one 16-byte access of 16-bit numbers, or two of 8 bytes where halves are paired.
+TILE, THREAD = 1024, 8
+WARPS = 4
+# Registers a thread, for six and four programs of 128 threads a multiprocessor; addresses of single elements take more.
+FORWARD_REGISTERS, BACKWARD_REGISTERS, UNALIGNED_REGISTERS = 80, 128, 255
+# A program of the backward adds up this many tokens at most, fewer where a sample would then have few programs.
+CHUNK, CHUNKS = 16, 1024
+# Partial sums are added by tiles of so many rows and columns.
+SUM_ROWS, SUM_COLUMNS = 128, 16
+
+
+def _tile(heads: int, dim: int) -> dict[str, int]:
+    """Heads and columns of a tile, and the warps for it."""
+    block = max(16, 1 << (dim - 1).bit_length())
+    rows = min(1 << (heads - 1).bit_length(), max(1, TILE // block))
+    return {"rows": rows, "block": block, "num_warps": max(1, min(WARPS, rows * block // (32 * THREAD)))}
+
+
+def _is_aligned(tensors: list[Tensor], dim: int, half_split: bool) -> bool:
+    """Whether each head's halves, and the heads themselves, are whole runs of 8 elements."""
+    if dim % (16 if half_split else 8):
+        return False
+    return all(
+        t.stride(-1) == 1
+        and all(stride % 8 == 0 for size, stride in zip(t.shape[:-1], t.stride(), strict=False) if size > 1)
+        for t in tensors
+    )
+
+
+def _table(table: Tensor | None) -> tuple[Any, ...] | None:
+    return None if table is None else (table, *table.stride())
+
+
+def _vector(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+def _shared(stream: Any, norm: str, rope: str, mode: str, tensors: list[Tensor], registers: int) -> dict[str, Any]:
+    heads, dim = stream.query.shape[2:]
+    half_split = rope == "half" and stream.cos is not None
+    aligned = _is_aligned(tensors, dim, half_split)
+    registers = registers if aligned else UNALIGNED_REGISTERS
+    return {
+        "norm": norm,
+        "lossless": mode == "lossless",
+        "per_pair": stream.cos is not None and stream.cos.shape[1] != dim,
+        "half_split": half_split,
+        "aligned": aligned,
+        "interpreted": backends.interpreting(),
+        "enable_fp_fusion": False,
+        **_tile(heads, dim),
+        **({} if torch.version.hip is not None else {"maxnreg": registers}),
+    }
+
+
+def _width(norm: str, heads: int, dim: int) -> float:
+    """Numbers that a mean square is over."""
+    return float(heads * dim if norm == "token" else dim)
+
+
+def _stepwise(stream: Any, norm: str, rope_gradient: str) -> bool:
+    """Whether real products with a table in half precision are rounded one by one, as torch's promotion has it."""
+    weight = stream.q_weight
+    dtype = weight.dtype if norm == "head_twice" and weight is not None else stream.query.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and rope_gradient == "each" and stream.cos is not None and stream.cos.dtype == dtype
+
+
+def forward(
+    streams: Any, norm: str, eps: float, rope: str, rope_gradient: str, mode: str, outputs: tuple[Tensor, ...]
+) -> None:
+    """Writes joint queries, joint keys and the norm's statistics."""
+    start = 0
+    for stream, rstd in zip(streams, outputs[2:], strict=False):
+        batch, tokens, heads, dim = stream.query.shape
+        operands: list[Any] = [None, None]
+        tensors = []
+        for i, (x, weight) in enumerate(((stream.query, stream.q_weight), (stream.key, stream.k_weight))):
+            if x is not None:
+                out = outputs[i][:, start : start + tokens]
+                operands[i] = (x, *x.stride(), _vector(weight), out, *out.stride()[:2])
+                tensors += [x, out]
+        arguments = (
+            *(*operands, rstd, _table(stream.cos), _table(stream.sin), tokens, batch * tokens, heads, dim),
+            *(_width(norm, heads, dim), eps, 0 if stream.cos is None else len(stream.cos)),
+            1 if norm == "token" else heads,
+        )
+        settings = _shared(stream, norm, rope, mode, tensors, FORWARD_REGISTERS)
+        settings["stepwise"] = mode == "lossless" and _stepwise(stream, norm, rope_gradient)
+        _triton._launch_on(rstd.device, kernels.forward_kernel, batch * tokens, arguments, settings)
+        start += tokens
+
+
+def _backward_stream(
+    stream: Any,
+    grads: tuple[Tensor | None, Tensor | None],
+    rstd: Tensor,
+    norm: str,
+    rope: str,
+    rope_gradient: str,
+    mode: str,
+    outputs: list[Tensor | None],
+) -> None:
+    batch, tokens, heads, dim = stream.query.shape
+    # By the number of tokens alone: a sample's sums do not depend on its batch.
+    chunk = max(1, min(CHUNK, tokens // CHUNKS))
+    chunks = -(-tokens // chunk)
+    width = heads * dim if norm == "token" else dim
+    operands: list[Any] = [None, None]
+    sums: list[Any] = [None, None]
+    tensors = []
+    for i, (x, weight, grad) in enumerate(
+        ((stream.query, stream.q_weight, grads[0]), (stream.key, stream.k_weight, grads[1]))
+    ):
+        wanted, wanted_weight = outputs[i], outputs[i + 2]
+        if grad is None:
+            for output in (wanted, wanted_weight):
+                if output is not None:
+                    output.zero_()
+        elif wanted is not None or wanted_weight is not None:
+            partial = None
+            if wanted_weight is not None:
+                partial = torch.empty(batch * chunks, width, dtype=torch.float32, device=x.device)
+                sums[i] = (partial, wanted_weight)
+            given = (x, *x.stride(), _vector(weight), grad, *grad.stride())
+            operands[i] = (*given, wanted, heads * dim, i, partial)
+            tensors += [t for t in (x, grad, wanted) if t is not None]
+    if not tensors:
+        return
+    arguments = (
+        *(*operands, rstd, _table(stream.cos), _table(stream.sin), tokens, batch * tokens, heads, dim),
+        *(_width(norm, heads, dim), 0 if stream.cos is None else len(stream.cos), 1 if norm == "token" else heads),
+        *(chunk, chunks),
+    )
+    settings = {
+        **_shared(stream, norm, rope, mode, tensors, BACKWARD_REGISTERS),
+        "each": rope_gradient == "each",
+    }
+    device = stream.query.device
+    _triton._launch_on(device, kernels.backward_kernel, batch * chunks, arguments, settings)
+    if any(sums):
+        blocks = -(-width // SUM_COLUMNS)
+        _triton._launch_on(
+            device,
+            kernels.weight_kernel,
+            2 * blocks,
+            (*sums, batch * chunks, width, blocks),
+            {
+                "rows": SUM_ROWS,
+                "columns": SUM_COLUMNS,
+                "interpreted": backends.interpreting(),
+                "num_warps": WARPS,
+                "enable_fp_fusion": False,
+            },
+        )
+
+
+def backward(
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    rstds: tuple[Tensor, Tensor],
+    streams: Any,
+    norm: str,
+    eps: float,
+    rope: str,
+    rope_gradient: str,
+    mode: str,
+    outputs: list[Tensor | None],
+) -> None:
+    """Writes the wanted gradients: per stream by query, key, query weight and key weight."""
+    start = 0
+    for number, stream in enumerate(streams):
+        stop = start + stream.query.shape[1]
+        grads = tuple(None if g is None else g[:, start:stop] for g in (grad_query, grad_key))
+        found = outputs[4 * number : 4 * number + 4]
+        _backward_stream(stream, (grads[0], grads[1]), rstds[number], norm, rope, rope_gradient, mode, found)
+        start = stop

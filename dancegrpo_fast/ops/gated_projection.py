@@ -1,0 +1,150 @@
+"""A gated residual around an output projection whose result is not kept: the gate's gradient from the weight's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import gated_residual as plain
+from . import norm_modulate
+from ._block import check_device, check_tokens
+from ._checks import check_float
+
+
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """`grad^T inputs` of one sample, `[C, K]` in float32 at least, as it is summed once more."""
+    if grad.dtype in (torch.float32, torch.float64):
+        return grad.t() @ inputs
+    if grad.is_cuda:
+        return torch.mm(grad.t(), inputs, out_dtype=torch.float32)
+    return grad.t().float() @ inputs.float()
+
+
+class _Projection(torch.autograd.Function):
+    """`inputs W^T + b`, whose backward is given the gradient of `gate (inputs W^T + b)`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, weight, bias, gate)
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias, gate = ctx.saved_tensors
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_inputs = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        grad_gate = torch.empty(gate.shape, dtype=wide, device=gate.device)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        for sample, (each, x) in enumerate(zip(grad, inputs, strict=True)):
+            row = gate[sample].to(wide)
+            if grad_inputs is not None:
+                # Rows of the weight take the gate, as they are fewer than tokens.
+                torch.mm(each, (row[:, None] * weight).to(weight.dtype), out=grad_inputs[sample])
+            ungated = _weight_gradient(each, x)
+            grad_weight.addcmul_(row[:, None], ungated)
+            grad_gate[sample] = (ungated * weight).sum(1)
+            if bias is not None and grad_bias is not None:
+                total = each.sum(0, dtype=wide)
+                grad_bias.addcmul_(row, total)
+                grad_gate[sample] += bias * total
+        return (
+            grad_inputs,
+            grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            grad_gate.to(gate.dtype),
+        )
+
+
+def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection, and the gate without its gradient, which comes from the projection."""
+    check_tokens("x", x)
+    check_tokens("inputs", inputs)
+    for name, value in (("weight", weight), ("gate", gate), *((("bias", bias),) if bias is not None else ())):
+        check_float(name, value)
+        check_device(name, value, x, "x")
+    batch, tokens, channels = x.shape
+    for name, value, wanted in (
+        ("inputs", inputs, (batch, tokens, inputs.shape[-1])),
+        ("weight", weight, (channels, inputs.shape[-1])),
+        ("gate", gate, (batch, channels)),
+        *((("bias", bias, (channels,)),) if bias is not None else ()),
+    ):
+        dtype = value.dtype if name == "gate" else x.dtype
+        if value.shape != wanted or value.dtype != dtype:
+            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, want {dtype} of {wanted}")
+    return _Projection.apply(inputs, weight, bias, gate), gate.detach()
+
+
+def gated_projection(
+    x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """`x + gate (inputs W^T + b)`, keeping neither the projection nor its gated form.
+
+    With `G = dout^T inputs` of one sample, `dW = sum_b gate_b G_b`, and `dgate_b = rowsum(W G_b) + b sum(dout)`: what
+    the weight's gradient needs anyway gives the gate's too. The weight must need a gradient, or G is extra work.
+
+    Args:
+        x: `[B, S, C]`, the residual stream.
+        inputs: `[B, S, K]` of the projection.
+        weight, bias: `[C, K]` and `[C]` or None.
+        gate: `[B, C]`, of any float dtype.
+        backend: as for `gated_residual`, whose "fast" arithmetic this is.
+
+    Returns:
+        `[B, S, C]` in x's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; all but the gate must be of x's dtype.
+    """
+    y, gate = _projected(x, inputs, weight, bias, gate)
+    return plain.call(x, y, gate, None, "fast", backend, ungated=True)
+
+
+def gated_projection_norm_modulate(
+    x: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`gated_projection` and the modulated LayerNorm of its result, `(h, out)`, in one pass after the projection.
+
+    Args:
+        x, inputs, weight, bias, gate, backend: as for `gated_projection`.
+        scale, shift, eps, norm_dtype: as for `norm_modulate`.
+        norm_weight, norm_bias: `[C]`, of an affine norm.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device.
+    """
+    y, gate = _projected(x, inputs, weight, bias, gate)
+    h, out = norm_modulate.call(
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        norm_weight,
+        norm_bias,
+        "layer",
+        eps,
+        None,
+        "fast",
+        norm_dtype,
+        1,
+        backend,
+        ungated=True,
+    )
+    return h, out

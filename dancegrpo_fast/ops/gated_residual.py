@@ -1,0 +1,163 @@
+"""The gated residual of a transformer block."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..kernels.common import modulation as reference
+from ._block import (
+    TAGS,
+    Cost,
+    check_mode,
+    check_split,
+    check_tokens,
+    check_tokens_like,
+    empty_unless,
+    packed,
+    parameter_rows,
+    reference_gradients,
+    register,
+    register_flops,
+    triton_module,
+    unpacked,
+)
+from .transition import library
+
+library.define(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, SymInt split, str mode, str backend) -> Tensor", tags=TAGS
+)
+library.define(
+    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, SymInt split, str mode, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+def _forward_impl(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, backend: str) -> Tensor:
+    if triton := triton_module("gated_residual", backend, x, y, gate):
+        out = _forward_fake(x)
+        triton.forward(x, y, gate, split, mode, out)
+        return out
+    return reference.gated_residual(x, y, gate, split, mode == "fast").contiguous()
+
+
+def _forward_fake(x: Tensor, *unused: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_outputs(grad: Tensor, gate: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [empty_unless(wanted[0], grad), empty_unless(wanted[1], gate)]
+
+
+def _backward_impl(
+    grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    if triton := triton_module("gated_residual", backend, grad, y, gate):
+        outputs = _backward_outputs(grad, gate, wanted)
+        triton.backward(grad, y, gate, split, mode, outputs)
+        return packed(outputs, grad)
+    zeros = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
+
+    def gated(y: Tensor, gate: Tensor) -> Tensor:
+        return reference.gated_residual(zeros, y, gate, split, mode == "fast")
+
+    return packed(reference_gradients(gated, (grad if y is None else y, gate), wanted, (grad,)), grad)
+
+
+def _backward_fake(grad: Tensor, y: Tensor | None, gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return packed(_backward_outputs(grad, gate, rest[2]), grad)
+
+
+register("gated_residual", _forward_impl, _forward_fake, library)
+register("gated_residual_backward", _backward_impl, _backward_fake, library)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ungated: bool, x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, backend: str
+    ) -> Tensor:
+        ctx.settings = split, mode, backend
+        ctx.ungated = ungated
+        ctx.wanted = [ctx.needs_input_grad[2] and not ungated, ctx.needs_input_grad[3]]
+        # y is needed for the gate's gradient alone.
+        ctx.save_for_backward(y if ctx.wanted[1] else None, gate)
+        out: Tensor = torch.ops.dgf.gated_residual(x, y, gate, split, mode, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        split, mode, backend = ctx.settings
+        grad_y = grad_gate = None
+        if ctx.ungated:
+            grad_y = grad
+        elif any(ctx.wanted):
+            grad_y, grad_gate = unpacked(
+                torch.ops.dgf.gated_residual_backward(grad, *ctx.saved_tensors, split, mode, ctx.wanted, backend),
+                ctx.wanted,
+            )
+        return None, grad, grad_y, grad_gate, None, None, None
+
+
+def gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor, *, split: int | None = None, mode: str = "fast", backend: str = "auto"
+) -> Tensor:
+    """`x + gate y`, keeping y where the gate needs a gradient, and else nothing.
+
+    Args:
+        x, y: `[B, S, C]`, the residual stream and what is added to it; float dtypes, any strides.
+        gate: `[B, C]`, `[B, S, C]`, or `[B, 2, C]` with `split`.
+        split: tokens before it use row 0 of the gate, those from it on row 1.
+        mode: "fast" rounds once; "lossless" rounds the product too, as eager torch does.
+        backend: "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
+
+    Returns:
+        `[B, S, C]` in x's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    return call(x, y, gate, split, mode, backend)
+
+
+def call(
+    x: Tensor, y: Tensor, gate: Tensor, split: int | None, mode: str, backend: str, ungated: bool = False
+) -> Tensor:
+    """The op; `ungated` hands y the gradient of `gate y` instead of its own, and needs a gate without a gradient."""
+    check_tokens("x", x)
+    check_tokens_like("y", y, x, "x")
+    check_mode(mode)
+    start = check_split(split, x)
+    out: Tensor = _GatedResidual.apply(ungated, x, y, parameter_rows("gate", gate, x, split), start, mode, backend)
+    return out
+
+
+def cost(batch: int, tokens: int, channels: int, itemsize: int, *, gate_grad: bool = True) -> Cost:
+    """Cost of a call; the gate's rows are left out. `itemsize` in bytes."""
+    elements = batch * tokens * channels
+    kept = elements * itemsize if gate_grad else 0
+    return Cost(
+        2 * elements,
+        (3 if gate_grad else 1) * elements,
+        3 * elements * itemsize,
+        2 * elements * itemsize + kept,
+        kept,
+    )
+
+
+def _flops(x: Tensor, *unused: Any, **_: Any) -> int:
+    batch, tokens, channels = x.shape
+    return cost(batch, tokens, channels, x.element_size()).flops_forward
+
+
+def _flops_backward(grad: Tensor, y: Tensor | None, *unused: Any, **_: Any) -> int:
+    batch, tokens, channels = grad.shape
+    return cost(batch, tokens, channels, grad.element_size(), gate_grad=y is not None).flops_backward
+
+
+register_flops("gated_residual", _flops)
+register_flops("gated_residual_backward", _flops_backward)

@@ -1,0 +1,140 @@
+"""GELU in its tanh form, alone or written behind the attention output that a single-stream block puts before it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..kernels.gelu_tanh import reference
+from ._block import TAGS, Cost, check_device, check_mode, prepare, register, register_flops, saved, triton_module
+from ._checks import check_float
+from .transition import library
+
+library.define("gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Tensor", tags=TAGS)
+library.define("gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", tags=TAGS)
+
+
+def _out(x: Tensor, prefix: Tensor | None) -> Tensor:
+    width = x.shape[-1] + (0 if prefix is None else prefix.shape[-1])
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _forward_impl(x: Tensor, prefix: Tensor | None, mode: str, backend: str) -> Tensor:
+    out = _out(x, prefix)
+    triton = triton_module("gelu_tanh", backend, x)
+    # torch's kernel is already one pass, and its bits are eager's.
+    if triton and mode == "fast":
+        triton.forward(x, prefix, out)
+    else:
+        reference.gelu_tanh(x, prefix, out)
+    return out
+
+
+def _forward_fake(x: Tensor, prefix: Tensor | None, *unused: Any) -> Tensor:
+    return _out(x, prefix)
+
+
+def _backward_impl(grad: Tensor, x: Tensor, mode: str, backend: str) -> Tensor:
+    triton = triton_module("gelu_tanh", backend, x)
+    if triton and mode == "fast":
+        result = _out(x, None)
+        triton.backward(grad, x, result)
+        return result
+    return reference.gelu_tanh_gradient(grad, x)
+
+
+def _backward_fake(grad: Tensor, x: Tensor, *unused: Any) -> Tensor:
+    return _out(x, None)
+
+
+register("gelu_tanh", _forward_impl, _forward_fake, library)
+register("gelu_tanh_backward", _backward_impl, _backward_fake, library)
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, prefix: Tensor | None, keep_prefix: bool, mode: str, backend: str) -> Tensor:
+        ctx.settings = mode, backend
+        prepare(ctx)
+        ctx.width = 0 if prefix is None else prefix.shape[-1]
+        ctx.save_for_backward(x, prefix if keep_prefix else None)
+        out: Tensor = torch.ops.dgf.gelu_tanh(x, prefix, mode, backend)
+        return out
+
+    @staticmethod
+    def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return (torch.ops.dgf.gelu_tanh(*kept, *settings),)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, _ = saved(ctx)
+        grad_x = grad_prefix = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.dgf.gelu_tanh_backward(grad[..., ctx.width :], x, *ctx.settings)
+        if ctx.needs_input_grad[1]:
+            grad_prefix = grad[..., : ctx.width]
+        return grad_x, grad_prefix, None, None, None
+
+
+def gelu_tanh(
+    x: Tensor, *, prefix: Tensor | None = None, keep_prefix: bool = False, mode: str = "fast", backend: str = "auto"
+) -> Tensor:
+    """`0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` (Hendrycks and Gimpel, arXiv 1606.08415); keeps x.
+
+    Args:
+        x: `[..., N]`, float dtypes, any strides.
+        prefix: `[..., P]` of x's dtype, copied before the result, so that nothing needs to be concatenated.
+        keep_prefix: keep the prefix for the backward too, for `recomputed`; free where attention keeps it anyway.
+        mode: "lossless" is torch's own kernel; "fast" is as exact, and writes both parts in one launch.
+        backend: "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
+
+    Returns:
+        `[..., N]`, or `[..., P + N]`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    check_float("x", x)
+    check_mode(mode)
+    if x.ndim < 1 or x.numel() == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want [..., N] with at least one element")
+    if prefix is not None:
+        check_float("prefix", prefix)
+        check_device("prefix", prefix, x, "x")
+        if prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
+            raise ValueError(
+                f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want {x.dtype} of shape"
+                f" {(*x.shape[:-1], '...')}"
+            )
+    out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
+    return out
+
+
+def cost(rows: int, channels: int, itemsize: int, *, prefix: int = 0) -> Cost:
+    """Cost of a call on `rows` rows of `channels` numbers of `itemsize` bytes, behind `prefix` copied numbers."""
+    elements = rows * channels
+    return Cost(
+        9 * elements,
+        18 * elements,
+        2 * rows * (channels + prefix) * itemsize,
+        3 * elements * itemsize,
+        elements * itemsize,
+    )
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1], x.element_size()
+
+
+def _flops(x: Tensor, *unused: Any, **_: Any) -> int:
+    return cost(*_rows(x)).flops_forward
+
+
+def _flops_backward(grad: Tensor, x: Tensor, *unused: Any, **_: Any) -> int:
+    return cost(*_rows(x)).flops_backward
+
+
+register_flops("gelu_tanh", _flops)
+register_flops("gelu_tanh_backward", _flops_backward)

@@ -1,0 +1,418 @@
+"""LayerNorm or RMSNorm of tokens with modulation, after an optional gated residual: one pass each way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..kernels.common.modulation import compute_dtype, gated_residual
+from ..kernels.norm_modulate import reference
+from ._block import (
+    TAGS,
+    Cost,
+    check_channels,
+    check_eps,
+    check_mode,
+    check_split,
+    check_tokens,
+    check_tokens_like,
+    empty_unless,
+    packed,
+    parameter_rows,
+    prepare,
+    reference_gradients,
+    register,
+    register_flops,
+    saved,
+    summed,
+    triton_module,
+    unpacked,
+)
+from .transition import library
+
+NORMS = ("layer", "rms")
+# Of the parameters: x, y, gate, scale, shift, weight, bias.
+INPUTS = 7
+
+_SETTINGS = "SymInt split, str norm, float eps, str mode, ScalarType? norm_dtype"
+library.define(
+    "norm_modulate(Tensor x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias,"
+    f" {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+library.define(
+    "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor mean, Tensor rstd, Tensor? y,"
+    f" Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, {_SETTINGS}, bool[] wanted,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
+    mean = torch.empty_like(rstd) if norm == "layer" else rstd.new_empty(0)
+    return h, torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
+
+
+def _forward_impl(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    norm: str,
+    eps: float,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = h, out, mean, rstd = _forward_outputs(x, y, norm)
+    if triton := triton_module("norm_modulate", backend, x, y, gate, scale, shift, weight, bias):
+        triton.forward(x, y, gate, scale, shift, weight, bias, split, norm, eps, mode, norm_dtype, outputs)
+        return outputs
+    fast = mode == "fast"
+    if y is not None and gate is not None:
+        h = gated_residual(x, y, gate, split, fast).contiguous()
+    base = x if y is None else h
+    out = reference.norm_modulate(base, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
+    mean, rstd = reference.statistics(base, norm, eps)
+    return h, out.contiguous(), mean, rstd
+
+
+def _forward_fake(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(x, y, rest[6])
+
+
+def _backward_impl(
+    grad_h: Tensor | None,
+    grads: Sequence[Tensor],
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    norm: str,
+    eps: float,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if triton := triton_module("norm_modulate", backend, h, y, gate, scale, shift, weight, bias):
+        outputs = _backward_outputs(h, gate, scale, shift, weight, bias, wanted)
+        saved = (h, mean, rstd, y, gate, scale, shift, weight, bias)
+        triton.backward(grad_h, grads, *saved, split, norm, eps, mode, norm_dtype, outputs)
+        return packed(outputs, h)
+    fast = mode == "fast"
+
+    def modulated(
+        h: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return reference.norm_modulate(h, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
+
+    through_norm = (wanted[0] or wanted[1] or wanted[2], *wanted[3:])
+    total = summed([g.to(compute_dtype(g.dtype)) for g in grads]).to(h.dtype) if fast else summed(grads)
+    grad, *more = reference_gradients(modulated, (h, scale, shift, weight, bias), through_norm, (total,))
+    if grad is not None and grad_h is not None:
+        grad = grad + grad_h
+    grad_y = grad_gate = None
+    if gate is not None and grad is not None:
+
+        def gated(y: Tensor, gate: Tensor) -> Tensor:
+            return gated_residual(torch.zeros_like(h), y, gate, split, fast)
+
+        grad_y, grad_gate = reference_gradients(gated, (h if y is None else y, gate), wanted[1:3], (grad,))
+    return packed([grad if wanted[0] else None, grad_y, grad_gate, *more], h)
+
+
+def _backward_outputs(
+    h: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    likes = (h, None if gate is None else h, gate, scale, shift, weight, bias)
+    return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
+
+
+def _backward_fake(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    h, _, _, _, gate, scale, shift, weight, bias = rest[:9]
+    return packed(_backward_outputs(h, gate, scale, shift, weight, bias, rest[-2]), h)
+
+
+register("norm_modulate", _forward_impl, _forward_fake, library)
+register("norm_modulate_backward", _backward_impl, _backward_fake, library)
+
+
+class _NormModulate(torch.autograd.Function):
+    """Gives the residual stream and the modulated tokens, these once for each consumer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, consumers: int, ungated: bool, x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        h, out, mean, rstd = torch.ops.dgf.norm_modulate(x, y, gate, *arguments)
+        parameters, ctx.settings = arguments[:4], arguments[4:]
+        prepare(ctx)
+        ctx.wanted = list(ctx.needs_input_grad[2 : 2 + INPUTS])
+        ctx.ungated = ungated and ctx.wanted[1]
+        if ctx.ungated:
+            ctx.wanted[:2] = True, False
+        h = x if y is None else h
+        # The gated tensor is needed for the gate's gradient alone.
+        ctx.save_for_backward(h, mean, rstd, y if ctx.wanted[2] else None, gate, *parameters)
+        # An alias, so that the residual's gradient comes here and is added on the way.
+        residual = h.detach()
+        if not any(ctx.wanted[:3]):
+            ctx.mark_non_differentiable(residual)
+        return out, *(out.detach() for _ in range(consumers - 1)), residual
+
+    @staticmethod
+    def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        h, _, _, _, _, *parameters = kept
+        return (torch.ops.dgf.norm_modulate(h, None, None, *parameters, *settings)[1],)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *each, grad_h = gradients
+        grads = [g for g in each if g is not None]
+        rest = (None,) * len(ctx.settings)
+        h, mean, rstd, y, gate, *parameters = saved(ctx)
+        *settings, backend = ctx.settings
+        if grads:
+            found = torch.ops.dgf.norm_modulate_backward(
+                grad_h, grads, h, mean, rstd, y, gate, *parameters, *settings, ctx.wanted, backend
+            )
+            grad_x, grad_y, *more = unpacked(found, ctx.wanted)
+            return None, None, grad_x, grad_x if ctx.ungated else grad_y, *more, *rest
+        if grad_h is None:
+            return (None,) * (2 + INPUTS + len(rest))
+        grad_y = grad_h if ctx.ungated else None
+        grad_gate = None
+        if any(ctx.wanted[1:3]):
+            split, mode = settings[0], settings[3]
+            grad_y, grad_gate = unpacked(
+                torch.ops.dgf.gated_residual_backward(grad_h, y, gate, split, mode, ctx.wanted[1:3], backend),
+                ctx.wanted[1:3],
+            )
+        return None, None, grad_h, grad_y, grad_gate, None, None, None, None, *rest
+
+
+def call(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    split: int | None,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    consumers: int,
+    backend: str,
+    ungated: bool = False,
+) -> tuple[Tensor, ...]:
+    """All forms; `ungated` hands y the gradient of `gate y` instead of its own."""
+    check_tokens("x", x)
+    check_mode(mode)
+    check_eps(eps)
+    if norm not in NORMS:
+        raise ValueError(f'norm: got "{norm}", want "layer" or "rms"')
+    if (scale is None) != (shift is None):
+        missing = "scale" if scale is None else "shift"
+        raise ValueError(f"{missing}: got None, want both scale and shift or neither")
+    if norm_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"norm_dtype: got {norm_dtype}, want float32, bfloat16, float16 or None")
+    if consumers < 1:
+        raise ValueError(f"consumers: got {consumers}, want at least 1")
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
+    start = check_split(split, x)
+    gate, scale, shift = (
+        parameter_rows(name, value, x, split) for name, value in (("gate", gate), ("scale", scale), ("shift", shift))
+    )
+    if y is not None:
+        check_tokens_like("y", y, x, "x")
+    # Compiled graphs fuse what follows by themselves, and aliases would only be in their way.
+    count = 1 if torch.compiler.is_compiling() else consumers
+    *outs, h = _NormModulate.apply(
+        count, ungated, x, y, gate, scale, shift, weight, bias, start, norm, float(eps), mode, norm_dtype, backend
+    )
+    if torch.compiler.is_compiling() and y is None:
+        h = x
+    return h, *outs * (consumers // count)
+
+
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    split: int | None = None,
+    mode: str = "fast",
+    norm_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`norm(x) (1 + scale) + shift`: the adaptive norm of diffusion transformers (DiT, arXiv 2212.09748).
+
+    Keeps x, and mean and reciprocal deviation of each token; nothing else of x's size.
+
+    Args:
+        x: `[B, S, C]`, float32, bfloat16, float16 or float64, any strides.
+        scale, shift: `[B, C]`, `[B, S, C]`, or `[B, 2, C]` with `split`; None leaves the norm as it is.
+        weight, bias: `[C]`, of an affine norm.
+        norm: "layer" (LayerNorm) or "rms" (RMSNorm).
+        eps: added to the variance or the mean square.
+        split: tokens before it use row 0 of the parameters, those from it on row 1.
+        mode: "fast" computes in float32 (float64 for float64 tensors) and rounds once; "lossless" rounds wherever eager
+            torch does.
+        norm_dtype: what the norm's result is rounded to in "lossless" mode; None is x's dtype, as for `LayerNorm(x)`.
+        backend: "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
+
+    Returns:
+        `[B, S, C]` in x's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    return call(x, None, None, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend)[1]
+
+
+def norm_modulate_fanout(
+    x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, consumers: int, **options: Any
+) -> tuple[Tensor, ...]:
+    """`norm_modulate` whose result goes to several layers while x goes on: `(x, out, ..., out)`.
+
+    The outputs share memory; each consumer takes its own, in the order in which they are called, and the residual path
+    takes the returned x. Then the gradients of all of them, and of the residual, are added inside the backward, in the
+    order (and, in "lossless" mode, with the rounding) in which autograd adds them.
+
+    Args:
+        x, scale, shift, options: as for `norm_modulate`.
+        consumers: how many outputs.
+    """
+    settings: dict[str, Any] = {
+        "weight": None,
+        "bias": None,
+        "norm": "layer",
+        "eps": 1e-6,
+        "split": None,
+        "mode": "fast",
+        "norm_dtype": None,
+        "backend": "auto",
+    }
+    if unknown := set(options) - set(settings):
+        raise TypeError(f"norm_modulate_fanout: got unexpected {', '.join(sorted(unknown))}")
+    return call(x, None, None, scale, shift, consumers=consumers, **settings | options)
+
+
+def gated_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    split: int | None = None,
+    mode: str = "fast",
+    norm_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`h = x + gate y` and `norm(h) (1 + scale) + shift`, in one pass; keeps h, y, and two numbers a token.
+
+    y is kept only where the gate needs a gradient.
+
+    Args:
+        x, y: `[B, S, C]`, the residual stream and what is added to it.
+        gate: `[B, C]`, `[B, S, C]`, or `[B, 2, C]` with `split`.
+        scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, backend: as for `norm_modulate`.
+
+    Returns:
+        `(h, out)`, both `[B, S, C]` in x's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    if y is None or gate is None:
+        raise ValueError("y, gate: got None, want tensors; without them it is norm_modulate")
+    h, out = call(x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend)
+    return h, out
+
+
+def cost(
+    batch: int,
+    tokens: int,
+    channels: int,
+    itemsize: int,
+    *,
+    gated: bool = False,
+    consumers: int = 1,
+    modulation_grads: bool = True,
+    norm: str = "layer",
+) -> Cost:
+    """Cost of `norm_modulate`, or of `gated_residual_norm_modulate` with `gated`; rows of parameters are left out.
+
+    Args:
+        batch, tokens, channels, itemsize: of x; `itemsize` in bytes.
+        gated: with a gated residual.
+        consumers: gradients that the backward adds; the residual's is one more.
+        modulation_grads: whether scale and shift (and the gate) need gradients.
+        norm: "layer" or "rms".
+    """
+    rows = batch * tokens
+    elements = rows * channels
+    statistics = rows * 4 * (2 if norm == "layer" else 1)
+    reads, writes = (2, 2) if gated else (1, 1)
+    keeps_y = gated and modulation_grads
+    backward = consumers + 1 + 1 + 1 + (int(keeps_y) + 1 if gated else 0)
+    return Cost(
+        elements * ((8 if norm == "layer" else 6) + (2 if gated else 0)),
+        elements * ((14 if norm == "layer" else 11) + consumers + (3 if gated else 0)),
+        elements * itemsize * (reads + writes) + statistics,
+        elements * itemsize * backward + statistics,
+        elements * itemsize * (1 + int(keeps_y)) + statistics,
+    )
+
+
+def _flops(x: Tensor, y: Tensor | None, *rest: Any, **_: Any) -> int:
+    batch, tokens, channels = x.shape
+    return cost(batch, tokens, channels, x.element_size(), gated=y is not None, norm=rest[6]).flops_forward
+
+
+def _flops_backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: Any, **_: Any) -> int:
+    batch, tokens, channels = h.shape
+    counted = cost(
+        batch, tokens, channels, h.element_size(), gated=rest[3] is not None, consumers=len(grads), norm=rest[9]
+    )
+    return counted.flops_backward
+
+
+register_flops("norm_modulate", _flops)
+register_flops("norm_modulate_backward", _flops_backward)

@@ -1,0 +1,335 @@
+"""RMSNorm and rotary embedding of queries and keys, written into the joint buffers of both streams."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..kernels.common.modulation import compute_dtype
+from ..kernels.qk_norm_rope import reference
+from ._block import (
+    TAGS,
+    Cost,
+    check_device,
+    check_eps,
+    check_mode,
+    empty_unless,
+    packed,
+    prepare,
+    reference_gradients,
+    register,
+    register_flops,
+    saved,
+    triton_module,
+    unpacked,
+)
+from ._checks import check_float
+from .transition import library
+
+NORMS = ("none", "head", "head_twice", "token")
+ROPES = ("interleaved", "half")
+GRADIENTS = ("each", "once")
+# Of one stream: query, key, query weight, key weight, cos, sin.
+STREAM = 6
+
+_STREAM = "Tensor{0} query{1}, Tensor? key{1}, Tensor? q_weight{1}, Tensor? k_weight{1}, Tensor? cos{1}, Tensor? sin{1}"
+_SETTINGS = "str norm, float eps, str rope, str rope_gradient, str mode"
+_STREAMS = f"{_STREAM.format('', '')}, {_STREAM.format('?', '2')}"
+library.define(f"qk_norm_rope({_STREAMS}, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", tags=TAGS)
+library.define(
+    f"qk_norm_rope_backward(Tensor? grad_query, Tensor? grad_key, Tensor rstd, Tensor rstd2, {_STREAMS}, {_SETTINGS},"
+    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+class Stream(NamedTuple):
+    """Queries and keys of one stream of tokens, and what is done to them.
+
+    query, key: `[B, S, H, D]`, any strides; no key where only queries (or only keys, passed as `query`) are processed.
+    q_weight, k_weight: of the norm, `[D]`, or `[H D]` for "token".
+    cos, sin: float32 `[R, D]`, or `[R, D / 2]` with one number a pair, of the first R tokens; None for no rotation.
+    """
+
+    query: Tensor
+    key: Tensor | None = None
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+def _streams(arguments: Sequence[Any]) -> list[Stream]:
+    """One stream or two, from an op's first arguments."""
+    first, second = Stream(*arguments[:STREAM]), arguments[STREAM : 2 * STREAM]
+    return [first] if second[0] is None else [first, Stream(*second)]
+
+
+def _tensors(streams: list[Stream]) -> list[Tensor]:
+    return [t for stream in streams for t in stream if t is not None]
+
+
+def _rstd(stream: Stream | None, norm: str, like: Tensor) -> Tensor:
+    """Room for the reciprocal root mean squares: `[1 or 2, B, S, H]`, one head for "token"."""
+    dtype = compute_dtype(like.dtype)
+    if stream is None or norm == "none":
+        return like.new_empty(0, dtype=dtype)
+    batch, tokens, heads, _ = stream.query.shape
+    return like.new_empty(1 if stream.key is None else 2, batch, tokens, 1 if norm == "token" else heads, dtype=dtype)
+
+
+def _forward_outputs(streams: list[Stream], norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query = streams[0].query
+    batch, _, heads, dim = query.shape
+    joint = query.new_empty(batch, sum(s.query.shape[1] for s in streams), heads, dim)
+    key = query.new_empty(0) if streams[0].key is None else torch.empty_like(joint)
+    second = streams[1] if len(streams) > 1 else None
+    return joint, key, _rstd(streams[0], norm, query), _rstd(second, norm, query)
+
+
+def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    streams, (norm, eps, rope, rope_gradient, mode, backend) = _streams(arguments), arguments[2 * STREAM :]
+    outputs = _forward_outputs(streams, norm)
+    if triton := triton_module("qk_norm_rope", backend, *_tensors(streams)):
+        triton.forward(streams, norm, eps, rope, rope_gradient, mode, outputs)
+        return outputs
+    settings = norm, eps, rope == "half", rope_gradient == "once", mode == "fast"
+    start = 0
+    for stream, rstd in zip(streams, outputs[2:], strict=False):
+        stop = start + stream.query.shape[1]
+        pairs = ((stream.query, stream.q_weight), (stream.key, stream.k_weight))
+        for i, (x, weight) in enumerate(pairs):
+            if x is not None:
+                outputs[i][:, start:stop] = reference.norm_rope(x, weight, stream.cos, stream.sin, *settings)
+                if norm != "none":
+                    rstd[i] = reference.reciprocal_rms(x, norm, eps)
+        start = stop
+    return outputs
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(_streams(arguments), arguments[2 * STREAM])
+
+
+def _backward_outputs(streams: list[Stream], wanted: Sequence[bool]) -> list[Tensor | None]:
+    likes = [like for stream in streams for like in stream[:4]]
+    likes += [None] * (len(wanted) - len(likes))
+    return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
+
+
+def _backward_impl(
+    grad_query: Tensor | None, grad_key: Tensor | None, rstd: Tensor, rstd2: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    streams, rest = _streams(arguments), arguments[2 * STREAM :]
+    norm, eps, rope, rope_gradient, mode, wanted, backend = rest
+    query = streams[0].query
+    if triton := triton_module("qk_norm_rope", backend, *_tensors(streams)):
+        outputs = _backward_outputs(streams, wanted)
+        triton.backward(grad_query, grad_key, (rstd, rstd2), streams, norm, eps, rope, rope_gradient, mode, outputs)
+        return packed(outputs, query)
+    settings = norm, eps, rope == "half", rope_gradient == "once", mode == "fast"
+    found: list[Tensor | None] = []
+    start = 0
+    for number, stream in enumerate(streams):
+        stop = start + stream.query.shape[1]
+        each: list[list[Tensor | None]] = []
+        for i, (x, weight, grad) in enumerate(
+            ((stream.query, stream.q_weight, grad_query), (stream.key, stream.k_weight, grad_key))
+        ):
+            keep = wanted[4 * number + i], wanted[4 * number + i + 2]
+
+            def turned(
+                x: Tensor, weight: Tensor | None, cos: Tensor | None = stream.cos, sin: Any = stream.sin
+            ) -> Tensor:
+                return reference.norm_rope(x, weight, cos, sin, *settings)
+
+            if x is None:
+                each.append([None, None])
+            else:
+                part = None if grad is None else grad[:, start:stop]
+                each.append(reference_gradients(turned, (x, weight), keep, (part,)))
+        found += [each[0][0], each[1][0], each[0][1], each[1][1]]
+        start = stop
+    return packed(found + [None] * (len(wanted) - len(found)), query)
+
+
+def _backward_fake(grad_query: Any, grad_key: Any, rstd: Tensor, rstd2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    streams = _streams(arguments)
+    return packed(_backward_outputs(streams, arguments[-2]), streams[0].query)
+
+
+register("qk_norm_rope", _forward_impl, _forward_fake, library)
+register("qk_norm_rope_backward", _backward_impl, _backward_fake, library)
+
+
+class _QkNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        query, key, rstd, rstd2 = torch.ops.dgf.qk_norm_rope(*arguments)
+        ctx.settings = arguments[2 * STREAM :]
+        prepare(ctx)
+        ctx.wanted = [ctx.needs_input_grad[i * STREAM + j] for i in range(2) for j in range(4)]
+        if key.numel() == 0:
+            ctx.mark_non_differentiable(key)
+        tensors = list(arguments[: 2 * STREAM])
+        ctx.recomputable = ctx.settings[0] != "none"
+        if not ctx.recomputable:
+            # A rotation's gradient needs shapes alone.
+            for i in (0, 1, STREAM, STREAM + 1):
+                tensors[i] = None if tensors[i] is None else tensors[i].new_empty(1).expand(tensors[i].shape)
+        ctx.save_for_backward(rstd, rstd2, *tensors)
+        return query, key
+
+    @staticmethod
+    def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        _, _, *streams = kept
+        query, key, _, _ = torch.ops.dgf.qk_norm_rope(*streams, *settings)
+        return query, key
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_query: Tensor | None, grad_key: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * len(ctx.settings)
+        if grad_query is None and grad_key is None:
+            return *(None,) * (2 * STREAM), *rest
+        rstd, rstd2, *streams = saved(ctx)
+        *settings, backend = ctx.settings
+        found = torch.ops.dgf.qk_norm_rope_backward(
+            grad_query, grad_key, rstd, rstd2, *streams, *settings, ctx.wanted, backend
+        )
+        grads = unpacked(found, ctx.wanted)
+        return *grads[:4], None, None, *grads[4:], None, None, *rest
+
+
+def _check_stream(name: str, stream: Stream, first: Stream, norm: str) -> None:
+    like = first.query
+    for part in ("query", "key"):
+        value = getattr(stream, part)
+        if value is None and part == "key":
+            if first.key is not None:
+                raise ValueError(f"{name}.key: got None, want a tensor as in the first stream")
+            continue
+        label = f"{name}.{part}"
+        check_float(label, value)
+        check_device(label, value, like, "stream.query")
+        if value.ndim != 4 or value.numel() == 0:
+            raise ValueError(f"{label}: got shape {tuple(value.shape)}, want [B, S, H, D] with at least one element")
+        wanted = (like.shape[0], stream.query.shape[1], *like.shape[2:])
+        if value.shape != wanted or value.dtype != like.dtype:
+            raise ValueError(f"{label}: got {value.dtype} of shape {tuple(value.shape)}, want {like.dtype} of {wanted}")
+    if first.key is None and stream.key is not None:
+        raise ValueError(f"{name}.key: got a tensor, want None as in the first stream")
+    heads, dim = like.shape[2:]
+    width = heads * dim if norm == "token" else dim
+    for part in ("q_weight", "k_weight"):
+        value = getattr(stream, part)
+        if value is None:
+            continue
+        check_float(f"{name}.{part}", value)
+        check_device(f"{name}.{part}", value, like, "stream.query")
+        if norm == "none" or value.shape != (width,):
+            wanted_text = "None without a norm" if norm == "none" else f"({width},)"
+            raise ValueError(f"{name}.{part}: got shape {tuple(value.shape)}, want {wanted_text}")
+    if (stream.cos is None) != (stream.sin is None):
+        missing = "cos" if stream.cos is None else "sin"
+        raise ValueError(f"{name}.{missing}: got None, want both cos and sin or neither")
+    for part in ("cos", "sin"):
+        value = getattr(stream, part)
+        if value is None:
+            continue
+        check_float(f"{name}.{part}", value)
+        check_device(f"{name}.{part}", value, like, "stream.query")
+        if dim % 2:
+            raise ValueError(f"{name}.{part}: got a table for heads of {dim} numbers, want an even number")
+        rows = stream.query.shape[1]
+        assert stream.cos is not None
+        if value.ndim != 2 or value.shape[1] not in (dim, dim // 2) or not 1 <= len(value) <= rows:
+            wanted_text = f"[R, {dim}] or [R, {dim // 2}] with R of 1 to {rows}"
+            raise ValueError(f"{name}.{part}: got shape {tuple(value.shape)}, want {wanted_text}")
+        if value.shape != stream.cos.shape:
+            raise ValueError(f"{name}.sin: got shape {tuple(value.shape)}, want that of cos, {tuple(stream.cos.shape)}")
+
+
+def qk_norm_rope(
+    stream: Stream,
+    second: Stream | None = None,
+    *,
+    norm: str = "head",
+    eps: float = 1e-6,
+    rope: str = "interleaved",
+    rope_gradient: str = "each",
+    mode: str = "fast",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864) of queries and keys into `[B, S, H, D]` joint buffers.
+
+    Keeps queries and keys before the norm, and one number for each head (or token).
+
+    Args:
+        stream, second: the streams in their order in the joint sequence.
+        norm: "none"; "head", over D; "head_twice", over D, rounded before the weight too in "lossless" mode, as
+            diffusers' RMSNorm is; "token", over H D.
+        eps: added to the mean square.
+        rope: "interleaved", pairs `(2 i, 2 i + 1)`, or "half", pairs `(i, i + D / 2)`.
+        rope_gradient: in "lossless" mode, whether each term of the rotation's gradient is rounded ("each", real
+            products) or only their sum ("once", a complex product).
+        mode: "fast" computes in float32 and rounds once; "lossless" rounds wherever eager torch does.
+        backend: "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
+
+    Returns:
+        `(query, key)`, `[B, S1 + S2, H, D]`; no key where none was given.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    check_mode(mode)
+    check_eps(eps)
+    for name, value, known in (
+        ("norm", norm, NORMS),
+        ("rope", rope, ROPES),
+        ("rope_gradient", rope_gradient, GRADIENTS),
+    ):
+        if value not in known:
+            raise ValueError(f'{name}: got "{value}", want one of {", ".join(known)}')
+    _check_stream("stream", stream, stream, norm)
+    if second is not None:
+        _check_stream("second", second, stream, norm)
+    both = (*stream, *(second or (None,) * STREAM))
+    query, key = _QkNormRope.apply(*both, norm, float(eps), rope, rope_gradient, mode, backend)
+    return query, None if stream.key is None else key
+
+
+def cost(batch: int, tokens: int, heads: int, dim: int, itemsize: int, *, norm: bool = True, rope: bool = True) -> Cost:
+    """Cost for queries and keys of all streams together; weights and rotary tables are left out."""
+    elements = 2 * batch * tokens * heads * dim
+    statistics = 2 * batch * tokens * heads * 4 if norm else 0
+    return Cost(
+        elements * ((4 if norm else 0) + (3 if rope else 0)),
+        elements * ((8 if norm else 0) + (3 if rope else 0)),
+        2 * elements * itemsize + statistics,
+        (3 if norm else 2) * elements * itemsize + statistics,
+        elements * itemsize + statistics if norm else 0,
+    )
+
+
+def _cost_of(arguments: Sequence[Any]) -> Cost:
+    streams = _streams(arguments)
+    batch, _, heads, dim = streams[0].query.shape
+    tokens = sum(s.query.shape[1] for s in streams)
+    whole = cost(
+        batch,
+        tokens,
+        heads,
+        dim,
+        streams[0].query.element_size(),
+        norm=arguments[2 * STREAM] != "none",
+        rope=any(s.cos is not None for s in streams),
+    )
+    return whole if streams[0].key is not None else Cost(*(n // 2 for n in whole))
+
+
+register_flops("qk_norm_rope", lambda *arguments, **_: _cost_of(arguments).flops_forward)
+register_flops("qk_norm_rope_backward", lambda *arguments, **_: _cost_of(arguments[4:]).flops_backward)

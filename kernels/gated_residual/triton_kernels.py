@@ -1,0 +1,72 @@
+"""The gated residual and its gradients, a row's channels in blocks."""
+
+import triton
+import triton.language as tl
+
+from ..common import triton_rows as rows
+
+
+@triton.jit(do_not_specialize=["tokens", "split"])
+def forward_kernel(
+    x,
+    y,
+    gate,
+    out,
+    tokens,
+    channels,
+    split,
+    segmented: tl.constexpr,
+    product_type: tl.constexpr,
+    interpreted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """`x + gate y` for a block of one token's channels."""
+    index, column, mask = rows.place(channels, block)
+    sample, token = index // tokens, index % tokens
+    row = rows.parameter_row(token, split, segmented)
+    added = rows.load(y, sample, token, column, mask, interpreted)
+    added = rows.rounded(rows.load(gate, sample, row, column, mask, interpreted) * added, product_type, interpreted)
+    value = rows.load(x, sample, token, column, mask, interpreted) + added
+    rows.store(out, sample, token, column, mask, value, interpreted)
+
+
+@triton.jit(do_not_specialize=["tokens", "split", "chunks", "length"])
+def backward_kernel(
+    grad,
+    y,
+    gate,
+    grad_y,
+    grad_gate,
+    tokens,
+    channels,
+    split,
+    chunks,
+    length,
+    segmented: tl.constexpr,
+    sums_gate: tl.constexpr,
+    product_type: tl.constexpr,
+    interpreted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Gradients of y and of the gate for a chunk of tokens; with `sums_gate` the gate's is a partial sum."""
+    index, column, mask = rows.place(channels, block)
+    sample, part = index // chunks, index % chunks
+    first, end = rows.chunk_tokens(part, tokens, split, length)
+    if sums_gate:
+        gate_sum = tl.zeros([block], tl.float32)
+    for token in tl.range(first, end):
+        row = rows.parameter_row(token, split, segmented)
+        g = rows.rounded(rows.load(grad, sample, token, column, mask, interpreted), product_type, interpreted)
+        if grad_y is not None:
+            by_y = g * rows.load(gate, sample, row, column, mask, interpreted)
+            by_y = rows.rounded(by_y, product_type, interpreted)
+            rows.store(grad_y, sample, token, column, mask, by_y, interpreted)
+        if grad_gate is not None:
+            by_gate = g * rows.load(y, sample, token, column, mask, interpreted)
+            by_gate = rows.rounded(by_gate, product_type, interpreted)
+            if sums_gate:
+                gate_sum += by_gate
+            else:
+                rows.store(grad_gate, sample, token, column, mask, by_gate, interpreted)
+    if sums_gate:
+        rows.store(grad_gate, sample, part, column, mask, gate_sum, interpreted)

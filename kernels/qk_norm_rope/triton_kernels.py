@@ -1,0 +1,477 @@
+"""RMSNorm and rotary embedding of one stream's queries and keys: forward, backward, and sums of weight gradients."""
+
+import triton
+import triton.language as tl
+
+from ..common.triton_common import narrow
+from .triton_heads import base, held, load_pair, load_row, load_turn, store_pair
+
+
+@triton.jit
+def token_rstd(
+    operand,
+    start,
+    heads,
+    dim,
+    width,
+    eps,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Reciprocal root mean square over all heads."""
+    total = tl.zeros([rows, block // 2], tl.float32)
+    for above in range(0, heads, rows):
+        head = above + tl.arange(0, rows)[:, None]
+        row = head.to(tl.int64) * operand[3]
+        first, second = load_pair(
+            start, row, head < heads, operand[4], dim, half_split, aligned, rows, block, interpreted
+        )
+        total += first * first + second * second
+    return tl.rsqrt(tl.div_rn(tl.sum(total), width) + eps)
+
+
+@triton.jit
+def norm_rope(
+    operand,
+    sample,
+    token,
+    statistics,
+    turn,
+    heads,
+    dim,
+    width,
+    eps,
+    norm: tl.constexpr,
+    lossless: tl.constexpr,
+    stepwise: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Writes one token's queries or keys, and what the norm divided by."""
+    weight = operand[5]
+    weighted: tl.constexpr = weight is not None
+    twice: tl.constexpr = norm == "head_twice"
+    dtype: tl.constexpr = weight.dtype.element_ty if (twice and weighted) else operand[0].dtype.element_ty
+    start = base(operand[0], sample, token, operand[1], operand[2], aligned)
+    out = base(operand[6], sample, token, operand[7], operand[8], aligned)
+    lane = tl.arange(0, rows)[:, None]
+    if norm == "token":
+        rstd = token_rstd(operand, start, heads, dim, width, eps, half_split, aligned, rows, block, interpreted)
+        tl.store(statistics, rstd)
+    elif weighted:
+        weight_first, weight_second = load_row(weight, True, 1, dim, False, half_split, block, interpreted)
+    for above in range(0, heads, rows):
+        head = above + lane
+        mask = head < heads
+        row = head.to(tl.int64) * operand[3]
+        first, second = load_pair(start, row, mask, operand[4], dim, half_split, aligned, rows, block, interpreted)
+        if norm != "none":
+            if norm != "token":
+                squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+                rstd = tl.rsqrt(tl.div_rn(squares, width) + eps)
+                tl.store(statistics + head, rstd, mask=mask)
+            first, second = first * rstd, second * rstd
+            if weighted:
+                if twice:
+                    first = held(first, dtype, lossless, interpreted)
+                    second = held(second, dtype, lossless, interpreted)
+                if norm == "token":
+                    weight_first, weight_second = load_pair(
+                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                    )
+                first, second = first * weight_first, second * weight_second
+            first, second = held(first, dtype, lossless, interpreted), held(second, dtype, lossless, interpreted)
+        if turn[0] is not None:
+            again: tl.constexpr = lossless and dtype != operand[0].dtype.element_ty
+            turned_first = held(first * turn[1], dtype, stepwise, interpreted)
+            turned_first -= held(second * turn[3], dtype, stepwise, interpreted)
+            turned_second = held(second * turn[2], dtype, stepwise, interpreted)
+            turned_second += held(first * turn[4], dtype, stepwise, interpreted)
+            turned_first = held(turned_first, dtype, again, interpreted)
+            turned_second = held(turned_second, dtype, again, interpreted)
+            first = tl.where(turn[0], turned_first, first)
+            second = tl.where(turn[0], turned_second, second)
+        row = head.to(tl.int64) * dim
+        store_pair(out, row, mask, dim, first, second, half_split, aligned, rows, block, interpreted)
+
+
+@triton.jit(do_not_specialize=["tokens", "count", "heads", "turned", "statistic_heads"])
+def forward_kernel(
+    query,
+    key,
+    rstd,
+    cos,
+    sin,
+    tokens,
+    count,
+    heads,
+    dim,
+    width,
+    eps,
+    turned,
+    statistic_heads,
+    norm: tl.constexpr,
+    lossless: tl.constexpr,
+    stepwise: tl.constexpr,
+    per_pair: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """One token a program; `query` and `key` are `(x, its four strides, weight, out, its batch and token stride)`."""
+    program = tl.program_id(0)
+    sample, token = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
+    turn = load_turn(cos, sin, token, turned, dim, per_pair, half_split, block, interpreted)
+    for index in tl.static_range(2):
+        operand = query if index == 0 else key
+        if operand is not None:
+            statistics = rstd + (count.to(tl.int64) * index + program) * statistic_heads
+            norm_rope(
+                operand,
+                sample,
+                token,
+                statistics,
+                turn,
+                heads,
+                dim,
+                width,
+                eps,
+                norm,
+                lossless,
+                stepwise,
+                half_split,
+                aligned,
+                rows,
+                block,
+                interpreted,
+            )
+
+
+@triton.jit
+def turned_back(
+    start,
+    row,
+    mask,
+    stride,
+    turn,
+    dim,
+    dtype: tl.constexpr,
+    lossless: tl.constexpr,
+    each: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """The gradient by the norm's output, of `dtype`: the output's gradient turned by the opposite angle."""
+    first, second = load_pair(start, row, mask, stride, dim, half_split, aligned, rows, block, interpreted)
+    if turn[0] is not None:
+        again: tl.constexpr = lossless and dtype != start.dtype.element_ty
+        first, second = held(first, dtype, again, interpreted), held(second, dtype, again, interpreted)
+        rounds: tl.constexpr = lossless and each
+        turned_first = held(first * turn[1], dtype, rounds, interpreted)
+        turned_first += held(second * turn[4], dtype, rounds, interpreted)
+        turned_second = held(second * turn[2], dtype, rounds, interpreted)
+        turned_second -= held(first * turn[3], dtype, rounds, interpreted)
+        first = tl.where(turn[0], turned_first, first)
+        second = tl.where(turn[0], turned_second, second)
+    return held(first, dtype, lossless, interpreted), held(second, dtype, lossless, interpreted)
+
+
+@triton.jit
+def differentiate(
+    operand,
+    sample,
+    token,
+    fresh,
+    partial,
+    position,
+    count,
+    statistic_heads,
+    rstds,
+    turn,
+    sum_first,
+    sum_second,
+    heads,
+    dim,
+    width,
+    norm: tl.constexpr,
+    lossless: tl.constexpr,
+    each: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Writes the gradient by one token's queries or keys, and adds to the gradient by the weights."""
+    weight = operand[5]
+    weighted: tl.constexpr = weight is not None
+    # What is rounded before the weight and added up in the storage type, as autograd does.
+    twice: tl.constexpr = lossless and norm == "head_twice"
+    x_type: tl.constexpr = operand[0].dtype.element_ty
+    dtype: tl.constexpr = weight.dtype.element_ty if (norm == "head_twice" and weighted) else x_type
+    per_token: tl.constexpr = norm == "token"
+    start = base(operand[0], sample, token, operand[1], operand[2], aligned)
+    grad = base(operand[6], sample, token, operand[7], operand[8], aligned)
+    statistics = rstds + (count.to(tl.int64) * operand[13] + position) * statistic_heads
+    lane = tl.arange(0, rows)[:, None]
+    if weighted and not per_token:
+        weight_first, weight_second = load_row(weight, True, 1, dim, False, half_split, block, interpreted)
+    if per_token:
+        rstd = tl.load(statistics)
+        total = tl.zeros([rows, block // 2], tl.float32)
+        if operand[11] is not None:
+            for above in range(0, heads, rows):
+                head = above + lane
+                mask = head < heads
+                wide = head.to(tl.int64)
+                first, second = turned_back(
+                    grad,
+                    wide * operand[9],
+                    mask,
+                    operand[10],
+                    turn,
+                    dim,
+                    dtype,
+                    lossless,
+                    each,
+                    half_split,
+                    aligned,
+                    rows,
+                    block,
+                    interpreted,
+                )
+                if weighted:
+                    weight_first, weight_second = load_pair(
+                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                    )
+                    first, second = first * weight_first, second * weight_second
+                x_first, x_second = load_pair(
+                    start, wide * operand[3], mask, operand[4], dim, half_split, aligned, rows, block, interpreted
+                )
+                total += first * (x_first * rstd) + second * (x_second * rstd)
+        projection = tl.div_rn(tl.sum(total), width)
+    for above in range(0, heads, rows):
+        head = above + lane
+        mask = head < heads
+        wide = head.to(tl.int64)
+        first, second = turned_back(
+            grad,
+            wide * operand[9],
+            mask,
+            operand[10],
+            turn,
+            dim,
+            dtype,
+            lossless,
+            each,
+            half_split,
+            aligned,
+            rows,
+            block,
+            interpreted,
+        )
+        if norm != "none":
+            x_first, x_second = load_pair(
+                start, wide * operand[3], mask, operand[4], dim, half_split, aligned, rows, block, interpreted
+            )
+            if not per_token:
+                rstd = tl.load(statistics + head, mask=mask, other=0.0)
+            scaled_first, scaled_second = x_first * rstd, x_second * rstd
+            if partial is not None:
+                used_first = held(scaled_first, dtype, twice, interpreted)
+                used_second = held(scaled_second, dtype, twice, interpreted)
+                add_first = held(first * used_first, dtype, twice, interpreted)
+                add_second = held(second * used_second, dtype, twice, interpreted)
+                if per_token:
+                    # The program's own row, still in the nearest cache; the first token finds nothing there.
+                    old_first, old_second = load_pair(
+                        partial, wide * dim, mask & (fresh == 0), 1, dim, half_split, False, rows, block, interpreted
+                    )
+                    store_pair(
+                        partial,
+                        wide * dim,
+                        mask,
+                        dim,
+                        old_first + add_first,
+                        old_second + add_second,
+                        half_split,
+                        False,
+                        rows,
+                        block,
+                        interpreted,
+                    )
+                else:
+                    sum_first += add_first
+                    sum_second += add_second
+            if weighted:
+                if per_token:
+                    weight_first, weight_second = load_pair(
+                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                    )
+                first = held(first * weight_first, dtype, twice, interpreted)
+                second = held(second * weight_second, dtype, twice, interpreted)
+            if twice:
+                dot = tl.sum(first * x_first + second * x_second, axis=1, keep_dims=True)
+                pull = tl.div_rn((dot * -0.5) * (rstd * rstd * rstd), width)
+                first = held(first * rstd, x_type, True, interpreted)
+                second = held(second * rstd, x_type, True, interpreted)
+                first += held(pull * (x_first * 2.0), x_type, True, interpreted)
+                second += held(pull * (x_second * 2.0), x_type, True, interpreted)
+            else:
+                if not per_token:
+                    dot = tl.sum(first * scaled_first + second * scaled_second, axis=1, keep_dims=True)
+                    projection = tl.div_rn(dot, width)
+                first = rstd * (first - scaled_first * projection)
+                second = rstd * (second - scaled_second * projection)
+        if operand[11] is not None:
+            out = base(operand[11], position, 0, operand[12], 0, aligned)
+            store_pair(out, wide * dim, mask, dim, first, second, half_split, aligned, rows, block, interpreted)
+    return sum_first, sum_second
+
+
+@triton.jit
+def leave(
+    partial,
+    program,
+    dim,
+    first,
+    second,
+    half_split: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Stores a program's sums over its tokens and heads, where they are wanted."""
+    if partial is not None:
+        first, second = tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
+        row = tl.zeros([1, 1], tl.int64)
+        start = partial + program.to(tl.int64) * dim
+        store_pair(start, row, row == 0, dim, first, second, half_split, False, 1, block, interpreted)
+
+
+@triton.jit(do_not_specialize=["tokens", "count", "heads", "turned", "statistic_heads", "chunk", "chunks"])
+def backward_kernel(
+    query,
+    key,
+    rstds,
+    cos,
+    sin,
+    tokens,
+    count,
+    heads,
+    dim,
+    width,
+    turned,
+    statistic_heads,
+    chunk,
+    chunks,
+    norm: tl.constexpr,
+    lossless: tl.constexpr,
+    each: tl.constexpr,
+    per_pair: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """A chunk of tokens a program, which leaves its sums of the weights' gradients.
+
+    `query` and `key` are `(x, its four strides, weight, gradient of the output, its four strides, gradient by x, its
+    token stride, place among the statistics, partial sums)`.
+    """
+    program = tl.program_id(0)
+    sample, part = (program // chunks).to(tl.int64), program % chunks
+    zeros = tl.zeros([rows, block // 2], tl.float32)
+    query_first, query_second, key_first, key_second = zeros, zeros, zeros, zeros
+    begin = part * chunk
+    for place in range(begin, tl.minimum(begin + chunk, tokens)):
+        token = tl.full((), place, tl.int64)
+        position = sample * tokens + token
+        turn = load_turn(cos, sin, token, turned, dim, per_pair, half_split, block, interpreted)
+        for index in tl.static_range(2):
+            operand = query if index == 0 else key
+            if operand is not None:
+                partial = operand[14]
+                if partial is not None and norm == "token":
+                    partial += tl.cast(program, tl.int64) * heads * dim
+                found_first, found_second = differentiate(
+                    operand,
+                    sample,
+                    token,
+                    (place == begin).to(tl.int32),
+                    partial,
+                    position,
+                    count,
+                    statistic_heads,
+                    rstds,
+                    turn,
+                    query_first if index == 0 else key_first,
+                    query_second if index == 0 else key_second,
+                    heads,
+                    dim,
+                    width,
+                    norm,
+                    lossless,
+                    each,
+                    half_split,
+                    aligned,
+                    rows,
+                    block,
+                    interpreted,
+                )
+                if index == 0:
+                    query_first, query_second = found_first, found_second
+                else:
+                    key_first, key_second = found_first, found_second
+        if norm == "token":
+            # What one thread left in the partial sums, another may add to.
+            tl.debug_barrier()
+    if norm != "token":
+        if query is not None:
+            leave(query[14], program, dim, query_first, query_second, half_split, block, interpreted)
+        if key is not None:
+            leave(key[14], program, dim, key_first, key_second, half_split, block, interpreted)
+
+
+@triton.jit
+def add_up(partial, out, program, count, width, rows: tl.constexpr, columns: tl.constexpr, interpreted: tl.constexpr):
+    """Adds partial sums `[count, width]` in a fixed order, for a program's columns."""
+    column = program * columns + tl.arange(0, columns)[None, :]
+    lane = tl.arange(0, rows)[:, None]
+    total = tl.zeros([rows, columns], tl.float32)
+    for above in range(0, count, rows):
+        where = (above + lane).to(tl.int64) * width + column
+        total += tl.load(partial + where, mask=(above + lane < count) & (column < width), other=0.0)
+    value = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out + column, narrow(value, out.dtype.element_ty, interpreted), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["count", "width", "blocks"])
+def weight_kernel(
+    query,
+    key,
+    count,
+    width,
+    blocks,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Gradients of both weights; `query` and `key` are `(partial sums, out)`, the first `blocks` programs query's."""
+    program = tl.program_id(0)
+    if program < blocks:
+        if query is not None:
+            add_up(query[0], query[1], program, count, width, rows, columns, interpreted)
+    elif key is not None:
+        add_up(key[0], key[1], program - blocks, count, width, rows, columns, interpreted)

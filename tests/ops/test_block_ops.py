@@ -1,0 +1,472 @@
+"""The ops of transformer blocks on the CPU: definition, gradients, registration, memory, bad input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from dancegrpo_fast.ops import gated_residual as gated_op
+from dancegrpo_fast.ops import gelu_tanh as gelu_op
+from dancegrpo_fast.ops import norm_modulate as norm_op
+from dancegrpo_fast.ops import qk_norm_rope as rope_op
+from dancegrpo_fast.ops._block import recomputed
+from dancegrpo_fast.ops.gated_projection import gated_projection, gated_projection_norm_modulate
+from dancegrpo_fast.ops.gated_residual import gated_residual
+from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
+from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate, norm_modulate_fanout
+from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
+
+from ..tolerances import assert_same_formula, assert_within_budget
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+B, S, C, H, D = 2, 5, 12, 3, 4
+
+
+def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0, grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype).requires_grad_(grad)
+
+
+def tables(rows: int = S, width: int = D, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(rows * width, dtype=F64).reshape(rows, width) / 7
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def call_norm(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), *(draw(B, C, dtype=dtype, seed=i) for i in (1, 2))]
+    return lambda x, scale, shift: norm_modulate(x, scale, shift, **options), tensors
+
+
+def call_affine(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), draw(C, dtype=dtype), draw(C, dtype=dtype, seed=1)]
+    return lambda x, weight, bias: norm_modulate(x, weight=weight, bias=bias, **options), tensors
+
+
+def call_gated_norm(dtype: torch.dtype, split: bool = False, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    rows = (B, 2, C) if split else (B, C)
+    tensors = [draw(B, S, C, dtype=dtype), draw(B, S, C, dtype=dtype, seed=1)]
+    tensors += [draw(*rows, dtype=dtype, seed=i) for i in (2, 3, 4)]
+    settings = options | ({"split": 2} if split else {})
+    return lambda *t: gated_residual_norm_modulate(*t, **settings), tensors
+
+
+def call_fanout(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), draw(B, S, C, dtype=dtype, seed=1), draw(B, S, C, dtype=dtype, seed=2)]
+
+    def call(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        h, a, b = norm_modulate_fanout(x, scale, shift, consumers=2, **options)
+        return h * 2, a.sin(), b.cos()
+
+    return call, tensors
+
+
+def call_gated(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), draw(B, S, C, dtype=dtype, seed=1), draw(B, C, dtype=dtype, seed=2)]
+    return lambda x, y, gate: gated_residual(x, y, gate, **options), tensors
+
+
+def call_gelu(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), draw(B, S, D, dtype=dtype)]
+    return lambda x, prefix: gelu_tanh(x, prefix=prefix, **options), tensors
+
+
+def call_rope(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    width = H * D if options.get("norm") == "token" else D
+    tensors = [draw(B, S, H, D, dtype=dtype, seed=i) for i in (0, 1)]
+    tensors += [draw(B, 3, H, D, dtype=dtype, seed=i) for i in (2, 3)]
+    tensors += [draw(width, dtype=dtype, seed=i) for i in (4, 5)]
+    cos, sin = tables(dtype=F64 if dtype == F64 else F32)
+
+    def call(q: Tensor, k: Tensor, q2: Tensor, k2: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        weights, others = ((None, None),) * 2 if options.get("norm") == "none" else ((a, b), (a * 1, b * 1))
+        # The second stream is not turned, the first not in all of its tokens.
+        first = Stream(q, k, *weights, cos[:4], sin[:4])
+        query, key = qk_norm_rope(first, Stream(q2, k2, *others), **options)
+        assert key is not None
+        return query, key
+
+    return call, tensors
+
+
+def call_one_rope(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    cos, sin = tables(S, D // 2, F64 if dtype == F64 else F32)
+    return lambda q: qk_norm_rope(Stream(q, cos=cos, sin=sin), **options)[0], [draw(B, S, H, D, dtype=dtype)]
+
+
+def call_projection(dtype: torch.dtype, mode: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = [draw(B, S, C, dtype=dtype), draw(B, S, D, dtype=dtype), draw(C, D, dtype=dtype), draw(C, dtype=dtype)]
+    tensors += [draw(B, C, dtype=dtype, seed=i) for i in (1, 2, 3)]
+    if mode == "lossless":
+
+        def eager(x: Tensor, o: Tensor, w: Tensor, b: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
+            h = x + gate[:, None] * F.linear(o, w, b)
+            return h, F.layer_norm(h, (C,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+        return eager, tensors
+    return gated_projection_norm_modulate, tensors
+
+
+def call_last_projection(dtype: torch.dtype, mode: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    tensors = call_projection(dtype, mode)[1][:5]
+    if mode == "lossless":
+        return lambda x, o, w, b, gate: x + gate[:, None] * F.linear(o, w, b), tensors
+    return gated_projection, tensors
+
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "norm": (call_norm, {}),
+    "rms norm": (call_norm, {"norm": "rms"}),
+    "affine norm": (call_affine, {}),
+    "gated norm": (call_gated_norm, {}),
+    "gated norm in two parts": (call_gated_norm, {"split": True}),
+    "fanout": (call_fanout, {}),
+    "gated": (call_gated, {}),
+    "gelu": (call_gelu, {}),
+    "rope": (call_rope, {}),
+    "rope of diffusers' norm": (call_rope, {"norm": "head_twice", "rope_gradient": "once"}),
+    "rope over tokens": (call_rope, {"norm": "token", "rope": "half"}),
+    "rope without norm": (call_rope, {"norm": "none"}),
+    "rope of queries": (call_one_rope, {}),
+}
+MODES = ("lossless", "fast")
+
+
+def call_of(name: str, dtype: torch.dtype, mode: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    build, options = (CALLS | PROJECTIONS)[name]
+    return build(dtype, mode=mode, **options)
+
+
+# The gate's gradient from the weight's; their "lossless" mode here is eager torch, to compare with.
+PROJECTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "gated projection": (call_projection, {}),
+    "last projection": (call_last_projection, {}),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_gate_gradient_from_the_weights_is_exact(name: str) -> None:
+    call, tensors = PROJECTIONS[name][0](F64, "fast")
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_gradcheck(name: str, mode: str) -> None:
+    call, tensors = call_of(name, F64, mode)
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+class TestDefinitions:
+    """Against the formulas written out in float64."""
+
+    def test_norm_modulate(self) -> None:
+        x, scale, shift = call_norm(F64)[1]
+        centred = x - x.mean(-1, keepdim=True)
+        n = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert_same_formula(norm_modulate(x, scale, shift), n * (1 + scale[:, None]) + shift[:, None])
+        n = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        weight = draw(C)
+        assert_same_formula(norm_modulate(x, norm="rms", weight=weight, eps=1e-5), n * weight)
+
+    def test_gated_residual_in_two_parts(self) -> None:
+        x, y, gate, scale, shift = call_gated_norm(F64, split=True)[1]
+        rows = torch.tensor([0, 0, 1, 1, 1])
+        h, out = gated_residual_norm_modulate(x, y, gate, scale, shift, split=2)
+        assert_same_formula(h, x + gate[:, rows] * y)
+        assert_same_formula(h, gated_residual(x, y, gate, split=2))
+        assert_same_formula(out, norm_modulate(h, scale[:, rows], shift[:, rows]))
+
+    @pytest.mark.parametrize("rope", ["interleaved", "half"])
+    def test_rotation(self, rope: str) -> None:
+        q = draw(1, S, 1, D)
+        angles = torch.arange(S, dtype=F64)[:, None] * torch.tensor([1.0, 0.1], dtype=F64)
+        turned = qk_norm_rope(Stream(q, cos=angles.cos(), sin=angles.sin()), norm="none", rope=rope)[0][0, :, 0]
+        pairs = ((0, 1), (2, 3)) if rope == "interleaved" else ((0, 2), (1, 3))
+        for i, (a, b) in enumerate(pairs):
+            number = torch.complex(q[0, :, 0, a], q[0, :, 0, b]) * torch.exp(1j * angles[:, i])
+            assert_same_formula(turned[:, a], number.real)
+            assert_same_formula(turned[:, b], number.imag)
+
+    def test_joint_order_and_norms(self) -> None:
+        call, (q, k, q2, k2, a, b) = call_rope(F64)
+        query, key = call(q, k, q2, k2, a, b)
+        rms = q2 / (q2.square().mean(-1, keepdim=True) + 1e-6).sqrt() * a
+        assert query.shape == (B, S + 3, H, D)
+        assert_same_formula(query[:, S:], rms)
+        assert_same_formula(key[:, 4:5], F.rms_norm(k, (D,), b, 1e-6)[:, 4:5])
+
+    def test_gelu_behind_a_prefix(self) -> None:
+        x, prefix = call_gelu(F64)[1]
+        out = gelu_tanh(x, prefix=prefix)
+        assert torch.equal(out[..., :D], prefix)
+        u = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+        assert_same_formula(out[..., D:], 0.5 * x * (1 + u.tanh()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("name", [*CALLS, *PROJECTIONS])
+def test_fast_is_no_worse_than_eager_rounding(name: str, dtype: torch.dtype) -> None:
+    """Outputs and gradients of both modes against float64 on the same low-precision inputs."""
+    results = {}
+    for mode, kind in (("fast", dtype), ("lossless", dtype), ("fast", F64)):
+        call, tensors = call_of(name, kind, mode)
+        if kind == F64:
+            tensors = [t.detach().to(dtype).double().requires_grad_() for t in tensors]
+        outputs = call(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seeds = [draw(*o.shape, dtype=dtype, seed=9, grad=False).to(kind) for o in outputs]
+        grads = torch.autograd.grad(outputs, tensors, seeds, allow_unused=True)
+        results[mode, kind] = [t for t in (*outputs, *grads) if t is not None]
+    for fast, plain, truth in zip(
+        results["fast", dtype], results["lossless", dtype], results["fast", F64], strict=True
+    ):
+        assert_within_budget(fast.detach(), truth.detach(), plain.detach())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str, mode: str) -> None:
+    """Schemas, fake tensors and ahead-of-time tracing of every registered call that the op makes, both ways."""
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "dgf":
+                calls.append((func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    call, tensors = call_of(name, F32, mode)
+    with Recorder():
+        outputs = call(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(sum(o.sum() for o in outputs), tensors, allow_unused=True)
+    assert {str(func).endswith("_backward.default") for func, _, _ in calls} == {True, False}
+    for func, args, kwargs in calls:
+        plain = torch.utils._pytree.tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, args)
+        torch.library.opcheck(func, plain, kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(name: str, mode: str) -> None:
+    torch._dynamo.reset()
+    call, tensors = call_of(name, F32, mode)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for function in (call, compiled):
+        outputs = function(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(sum((o * o).sum() for o in outputs), tensors, allow_unused=True)
+        found = [t for t in (*outputs, *grads) if t is not None]
+        if function is call:
+            wanted = found
+    for actual, expected in zip(found, wanted, strict=True):
+        assert_within_budget(actual.detach(), expected.detach().double(), expected.detach())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_samples_do_not_depend_on_each_other(name: str) -> None:
+    """The second sample alone gives the same bits."""
+    call, tensors = call_of(name, BF16, "fast")
+    both = call(*tensors)
+    alone = call(*(t[1:] if t.shape[0] == B and t.ndim > 1 else t for t in tensors))
+    for a, b in zip(
+        both if isinstance(both, tuple) else (both,), alone if isinstance(alone, tuple) else (alone,), strict=True
+    ):
+        assert torch.equal(a[1:], b)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_strides(name: str) -> None:
+    call, tensors = call_of(name, F32, "fast")
+    plain = call(*tensors)
+    truth = call_of(name, F64, "fast")[0](*(t.detach().double() for t in tensors))
+
+    def spread(t: Tensor) -> Tensor:
+        room = torch.zeros(*(2 * n for n in t.shape), dtype=t.dtype)
+        return room[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+    for layout in (spread, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)):
+        found = call(*(layout(t.detach()) for t in tensors))
+        each = (found, truth, plain) if isinstance(found, tuple) else ((found,), (truth,), (plain,))
+        for a, b, c in zip(*each, strict=True):
+            assert a.is_contiguous() or name == "fanout"
+            assert_within_budget(a, b, c.detach())
+
+
+class TestSavedTensors:
+    """What is kept for the backward, and what is computed again."""
+
+    def held(self, call: Callable[[], Any]) -> int:
+        storages: dict[int, Any] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = call()
+        total = sum(s.nbytes() for s in storages.values())
+        del outputs
+        return total
+
+    def test_as_the_cost_formulas_say(self) -> None:
+        size = F32.itemsize
+        x, scale, shift = call_norm(F32)[1]
+        rows = 2 * B * C * size
+        found = self.held(lambda: norm_modulate(x, scale, shift))
+        assert found == norm_op.cost(B, S, C, size).bytes_saved + rows
+        tensors = call_gated_norm(F32)[1]
+        found = self.held(lambda: gated_residual_norm_modulate(*tensors))
+        assert found == norm_op.cost(B, S, C, size, gated=True).bytes_saved + 3 * B * C * size
+        frozen = [t.detach() if i >= 2 else t for i, t in enumerate(tensors)]
+        found = self.held(lambda: gated_residual_norm_modulate(*frozen))
+        formula = norm_op.cost(B, S, C, size, gated=True, modulation_grads=False)
+        assert found == formula.bytes_saved + 3 * B * C * size
+        x, y, gate = call_gated(F32)[1]
+        found = self.held(lambda: gated_residual(x, y, gate))
+        assert found == gated_op.cost(B, S, C, size).bytes_saved + B * C * size
+        x, prefix = call_gelu(F32)[1]
+        found = self.held(lambda: gelu_tanh(x, prefix=prefix))
+        assert found == gelu_op.cost(B * S, C, size, prefix=D).bytes_saved
+        call, tensors = call_rope(F32)
+        found = self.held(lambda: call(*tensors))
+        small = sum(t.untyped_storage().nbytes() for t in (*tables(), *tensors[4:], *tensors[4:]))
+        assert found == rope_op.cost(B, S + 3, H, D, size).bytes_saved + small
+
+    def test_without_a_norm_only_tables_are_kept(self) -> None:
+        call, tensors = call_rope(F32, norm="none")
+        shapes = 4 * F32.itemsize
+        assert self.held(lambda: call(*tensors)) == sum(t.untyped_storage().nbytes() for t in tables()) + shapes
+        assert rope_op.cost(B, S, H, D, 4, norm=False).bytes_saved == 0
+
+    @pytest.mark.parametrize("inside_checkpoint", [False, True])
+    def test_recomputation_gives_the_same_gradients_and_keeps_less(self, inside_checkpoint: bool) -> None:
+        x, scale, shift = call_norm(F32)[1]
+        weight = draw(C, 4 * C, dtype=F32)
+
+        def layer(x: Tensor, again: bool) -> Tensor:
+            out = norm_modulate(x, scale, shift)
+            h = F.linear(out, weight.t())
+            if again:
+                with recomputed(out):
+                    h = F.linear(out, weight.t())
+            a = gelu_tanh(h)
+            if again:
+                with recomputed(a):
+                    return F.linear(a, weight)
+            return F.linear(a, weight)
+
+        def run(again: bool) -> list[Tensor]:
+            out = checkpoint(layer, x, again, use_reentrant=False) if inside_checkpoint else layer(x, again)
+            return list(torch.autograd.grad(out.square().sum(), [x, scale, shift, weight]))
+
+        for a, b in zip(run(True), run(False), strict=True):
+            assert torch.equal(a, b)
+        if not inside_checkpoint:
+            kept, again = self.held(lambda: layer(x, False)), self.held(lambda: layer(x, True))
+            assert kept - again == B * S * 4 * C * 4
+            # The op's own backward frees what was computed again.
+            out = layer(x, True)
+            node = out.grad_fn
+            torch.autograd.grad(out.sum(), [weight], retain_graph=True)
+            assert node is not None
+            for a, b in zip(
+                torch.autograd.grad(out.sum(), [x, weight]),
+                torch.autograd.grad(layer(x, False).sum(), [x, weight]),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+
+    def test_checkpoint_policies_see_the_ops(self) -> None:
+        x, scale, shift = call_norm(F32)[1]
+        seen: list[str] = []
+
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            if op.namespace == "dgf":
+                seen.append(op.name())
+                return CheckpointPolicy.MUST_SAVE
+            return CheckpointPolicy.PREFER_RECOMPUTE
+
+        out = checkpoint(
+            lambda x: gelu_tanh(norm_modulate(x, scale, shift)),
+            x,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        )
+        out.sum().backward()
+        assert "dgf::norm_modulate" in seen and "dgf::gelu_tanh" in seen
+
+    def test_flop_counter_sees_the_ops(self) -> None:
+        for name in CALLS:
+            call, tensors = call_of(name, F32, "fast")
+            with FlopCounterMode(display=False) as counter:
+                outputs = call(*tensors)
+                sum(o.sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+            counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+            assert any(str(op).endswith("_backward") for op in counted), name
+            assert all(n > 0 for n in counted.values()) and all("dgf" in op for op in counted)
+
+
+X = torch.zeros(2, 3, 4)
+ROW = torch.zeros(2, 4)
+HEADS = torch.zeros(2, 3, 1, 4)
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: norm_modulate(X[0], ROW, ROW), r"x: got shape \(3, 4\), want \[B, S, C\]"),
+    (lambda: norm_modulate(X.int()), "x: got torch.int32"),
+    (lambda: norm_modulate(X[:, :0]), "at least one element"),
+    (lambda: norm_modulate(X, ROW), "shift: got None, want both"),
+    (lambda: norm_modulate(X, None, ROW), "scale: got None, want both"),
+    (lambda: norm_modulate(X, ROW[:, :3], ROW), r"scale: got shape \(2, 1, 3\), want \[2, 4\] or \[2, 3, 4\]"),
+    (lambda: norm_modulate(X, ROW, ROW, split=1), r"scale: got shape \(2, 1, 4\), want \[2, 2, 4\], as split is given"),
+    (lambda: norm_modulate(X, split=4), "split: got 4, want an int from 0 to the 3 tokens"),
+    (lambda: norm_modulate(X, split=True), "split: got True"),
+    (lambda: norm_modulate(X, norm="batch"), 'norm: got "batch", want "layer" or "rms"'),
+    (lambda: norm_modulate(X, eps=0.0), "eps: got 0.0, want a number above 0"),
+    (lambda: norm_modulate(X, mode="exact"), 'mode: got "exact"'),
+    (
+        lambda: norm_modulate(X, backend="cuda"),
+        'backend: got "cuda" for a block op, want "auto", "triton" or "reference"',
+    ),
+    (lambda: norm_modulate(X, norm_dtype=torch.int8), "norm_dtype: got torch.int8"),
+    (lambda: norm_modulate(X, weight=torch.zeros(3)), r"weight: got shape \(3,\), want \(4,\)"),
+    (lambda: norm_modulate(X, ROW.to("meta"), ROW), "scale: got a tensor on meta, want it on x's device, cpu"),
+    (lambda: norm_modulate_fanout(X, consumers=0), "consumers: got 0, want at least 1"),
+    (lambda: gated_residual_norm_modulate(X, X[:, :2], ROW), r"y: got shape \(2, 2, 4\), want that of x, \(2, 3, 4\)"),
+    (lambda: gated_residual_norm_modulate(X, X, None), "y, gate: got None"),  # type: ignore[arg-type]
+    (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 1, 4\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of shape \(4, 3\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of shape \(2, 3, 4\)"),
+    (lambda: gelu_tanh(torch.zeros(())), r"x: got shape \(\), want \[\.\.\., N\]"),
+    (lambda: gelu_tanh(X, prefix=X.double()), "prefix: got torch.float64 of shape"),
+    (lambda: gelu_tanh(X, prefix=X[:, :2]), r"prefix: got torch.float32 of shape \(2, 2, 4\)"),
+    (lambda: qk_norm_rope(Stream(X)), r"stream.query: got shape \(2, 3, 4\), want \[B, S, H, D\]"),
+    (lambda: qk_norm_rope(Stream(HEADS, HEADS.double())), "stream.key: got torch.float64"),
+    (lambda: qk_norm_rope(Stream(HEADS, HEADS), Stream(HEADS)), "second.key: got None"),
+    (lambda: qk_norm_rope(Stream(HEADS), Stream(HEADS, HEADS)), "second.key: got a tensor"),
+    (lambda: qk_norm_rope(Stream(HEADS, q_weight=torch.zeros(3))), r"stream.q_weight: got shape \(3,\), want \(4,\)"),
+    (lambda: qk_norm_rope(Stream(HEADS, q_weight=torch.zeros(4)), norm="none"), "want None without a norm"),
+    (lambda: qk_norm_rope(Stream(HEADS, cos=torch.zeros(3, 4))), "stream.sin: got None, want both"),
+    (lambda: qk_norm_rope(Stream(HEADS, cos=torch.zeros(4, 4), sin=torch.zeros(4, 4))), "with R of 1 to 3"),
+    (lambda: qk_norm_rope(Stream(HEADS, cos=torch.zeros(3, 4), sin=torch.zeros(3, 2))), "stream.sin: got shape"),
+    (lambda: qk_norm_rope(Stream(HEADS[..., :3], cos=torch.zeros(3, 3), sin=torch.zeros(3, 3))), "want an even number"),
+    (lambda: qk_norm_rope(Stream(HEADS), norm="layer"), 'norm: got "layer", want one of none, head, head_twice, token'),
+    (lambda: qk_norm_rope(Stream(HEADS), rope="full"), 'rope: got "full"'),
+    (lambda: qk_norm_rope(Stream(HEADS), rope_gradient="twice"), 'rope_gradient: got "twice"'),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input(case: int) -> None:
+    call, match = BAD[case]
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_unknown_option_of_the_fanout() -> None:
+    with pytest.raises(TypeError, match="unexpected nrom"):
+        norm_modulate_fanout(X, consumers=1, nrom="rms")

@@ -1,0 +1,227 @@
+"""Norm, modulation and gated residual compiled offline, through their launchers, for every architecture."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dancegrpo_fast import backends
+from dancegrpo_fast.kernels.common import triton_rows
+from dancegrpo_fast.kernels.gated_residual import triton_kernels as residual_kernels
+from dancegrpo_fast.kernels.norm_modulate import triton_kernels as kernels
+from dancegrpo_fast.ops import _triton_gated_residual as residual
+from dancegrpo_fast.ops import _triton_norm_modulate as norm_modulate
+
+from ..ops.cases import BF16, F16, F32
+from . import offline
+from .offline import Compiled
+
+pytestmark = pytest.mark.skipif(backends.interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled")
+
+CAPABILITIES = (80, 90, 100, 120)
+# The forward at 64 a thread leaves room for several tokens on a multiprocessor. The backward holds a row and its sums:
+# where it runs 16 warps they may use 128, else 255.
+FORWARD_REGISTERS, BACKWARD_REGISTERS, OTHER_BACKWARD_REGISTERS, RESIDUAL_REGISTERS = 64, 128, 255, 64
+# What the smallest architecture gives a program.
+SHARED = 99 * 1024
+BATCH, TOKENS = 2, 4096
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def forward(
+    channels: int = 3072,
+    dtype: torch.dtype = BF16,
+    *,
+    mode: str = "fast",
+    norm: str = "layer",
+    split: int = -1,
+    gated: bool = True,
+    affine: bool = False,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
+) -> None:
+    x = empty(batch, tokens, channels, dtype=dtype)
+    row = empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
+    weight = empty(channels, dtype=dtype) if affine else None
+    numbers = empty(batch, tokens, dtype=F32)
+    y, gate = (x, row) if gated else (None, None)
+    outputs = (x, x, numbers, numbers)
+    norm_modulate.forward(x, y, gate, row, row, weight, weight, split, norm, 1e-6, mode, None, outputs)
+
+
+def backward(
+    channels: int = 3072,
+    dtype: torch.dtype = BF16,
+    *,
+    mode: str = "fast",
+    norm: str = "layer",
+    split: int = -1,
+    gated: bool = True,
+    affine: bool = False,
+    frozen: bool = False,
+    grads: int = 1,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
+) -> None:
+    def x() -> Tensor:
+        return empty(batch, tokens, channels, dtype=dtype)
+
+    def row() -> Tensor:
+        return empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
+
+    weight, bias = (empty(channels, dtype=dtype) if affine else None for _ in range(2))
+    numbers = empty(batch, tokens, dtype=F32)
+    y, gate = (x(), row()) if gated else (None, None)
+    scale, shift = row(), row()
+    outputs = [x(), x() if gated else None, row() if gated else None, row(), row(), weight, bias]
+    if frozen:
+        y, outputs = None, [*outputs[:2], *[None] * 5]
+    given = (y, gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None, outputs)
+    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, *given)
+
+
+def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS) -> None:
+    x, gate = empty(BATCH, tokens, channels, dtype=dtype), empty(BATCH, 1, channels, dtype=dtype)
+    residual.forward(x, x, gate, -1, mode, x)
+
+
+def residual_backward(
+    channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS
+) -> None:
+    x, gate = empty(BATCH, tokens, channels, dtype=dtype), empty(BATCH, 1, channels, dtype=dtype)
+    residual.backward(x, x, gate, -1, mode, [empty(*x.shape, dtype=dtype), empty(*gate.shape, dtype=dtype)])
+
+
+RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
+    "norm": (forward, {"gated": False}),
+    "gated norm": (forward, {"affine": True}),
+    "norm gradient": (backward, {"gated": False}),
+    "gated norm gradient": (backward, {}),
+    "gated affine norm gradient": (backward, {"affine": True}),
+    "three consumers": (backward, {"gated": False, "grads": 3}),
+    "five consumers": (backward, {"gated": False, "grads": 5}),
+    "segments": (backward, {"split": 100, "norm": "rms"}),
+    "frozen modulation": (backward, {"frozen": True}),
+    "residual": (residual_forward, {}),
+    "residual gradient": (residual_backward, {}),
+}
+
+
+def compile_all(
+    capability: int, folder: Path, run: Callable[..., None], *shape: object, **how: object
+) -> list[Compiled]:
+    with offline.compiling(capability, folder) as launches:
+        run(*shape, **how)
+    return launches
+
+
+def registers_for(run: Callable[..., None], found: Compiled, channels: int) -> int:
+    if found.kernel == "sum_chunks_kernel" or run in (residual_forward, residual_backward):
+        return RESIDUAL_REGISTERS
+    if run is forward:
+        return FORWARD_REGISTERS
+    return BACKWARD_REGISTERS if 2048 < channels <= norm_modulate.LONG else OTHER_BACKWARD_REGISTERS
+
+
+def assert_lean(run: Callable[..., None], found: Compiled, channels: int) -> None:
+    assert found.spilled == 0, f"{found.kernel}: {found.spilled} bytes of local memory"
+    budget = registers_for(run, found, channels)
+    assert found.registers <= budget, f"{found.kernel}: {found.registers} registers, budget {budget}"
+    assert found.shared <= SHARED
+    # sm_80 multiplies bfloat16 by fma(a, b, -0), a product rounded once.
+    assert not re.search(r"\.f64|\bfma\.rn(\.ftz)?\.f32|\.approx|\.full\.", found.ptx)
+
+
+def assert_wide_accesses(found: Compiled) -> None:
+    """Rows move 16 bytes at a time, past registers or through them; only a token's two numbers are single."""
+    kinds = Counter(re.findall(r"\b(?:ld|st)\.global\S*", found.ptx))
+    ahead = Counter(re.findall(r"\bcp\.async\.c[ag]\b", found.ptx))
+    assert set(kinds) <= {"ld.global.v4.b32", "st.global.v4.b32", "ld.global.b32", "st.global.b32"}
+    assert kinds["ld.global.b32"] <= 2 and kinds["st.global.b32"] <= 2
+    # cp.async.cg has 16 bytes always; the two numbers are fetched before the loop and in it.
+    assert ahead["cp.async.ca"] <= 4
+    assert kinds["st.global.v4.b32"] and (kinds["ld.global.v4.b32"] or ahead["cp.async.cg"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
+    """No spills, narrow accesses or contracted products, from 3072 to 8192 channels."""
+    run, how = RUNS[name]
+    cases = ((3072, BF16, "lossless"), (3072, F32, "fast"), (5120, BF16, "fast"), (8192, F32, "fast"))
+    for channels, dtype, mode in cases:
+        for found in compile_all(capability, tmp_path, run, channels, dtype, mode=mode, **how):
+            assert_lean(run, found, channels)
+            if found.kernel != "sum_chunks_kernel":
+                assert_wide_accesses(found)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    run, how = RUNS[name]
+    for channels, mode in ((1536, "lossless"), (8192, "fast")):
+        for found in compile_all(90, tmp_path, run, channels, F16, mode=mode, **how):
+            assert_lean(run, found, channels)
+
+
+def test_lossless_rounds_in_hardware(tmp_path: Path) -> None:
+    for run in (forward, backward, residual_forward, residual_backward):
+        assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", compile_all(90, tmp_path, run, mode="lossless")[0].ptx)
+
+
+@pytest.mark.parametrize("channels", [72, 100, 64, 1])
+def test_small_and_odd_rows(channels: int, tmp_path: Path) -> None:
+    for run, how in RUNS.values():
+        for found in compile_all(90, tmp_path, run, channels, **how):
+            assert found.spilled == 0 and ".f64" not in found.ptx
+
+
+def test_launches(tmp_path: Path) -> None:
+    """One launch forward; backward one, and one for all sums; two before it where sums do not fit the registers."""
+    names = {
+        forward: ["forward_kernel"],
+        backward: ["backward_kernel", "sum_chunks_kernel"],
+        residual_forward: ["forward_kernel"],
+        residual_backward: ["backward_kernel", "sum_chunks_kernel"],
+    }
+    for run, wanted in names.items():
+        assert [found.kernel for found in compile_all(90, tmp_path, run)] == wanted
+    assert [found.kernel for found in compile_all(90, tmp_path, backward, frozen=True)] == ["backward_kernel"]
+    found = compile_all(90, tmp_path, backward, 8192, affine=True)
+    assert [launch.kernel for launch in found] == ["backward_kernel", "backward_kernel", "sum_chunks_kernel"]
+
+
+@pytest.mark.parametrize(("tokens", "programs"), [(512, 128), (4096, 512), (16_900, 498), (75_600, 511)])
+def test_chunks(tokens: int, programs: int, tmp_path: Path) -> None:
+    """Enough of them for a GPU from a few hundred tokens on, and never many."""
+    assert compile_all(90, tmp_path, backward, 64, tokens=tokens, batch=1)[0].programs == programs
+
+
+def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
+    """Neither batch, tokens nor split is part of what is compiled."""
+    made = (
+        *(kernels.forward_kernel, kernels.backward_kernel),
+        *(residual_kernels.forward_kernel, residual_kernels.backward_kernel, triton_rows.sum_chunks_kernel),
+    )
+
+    def keys() -> list[set]:
+        return [{key for caches in kernel.device_caches.values() for key in caches[0]} for kernel in made]
+
+    known: list[set] = []
+    with offline.compiling(90, tmp_path):
+        for batch, tokens, split in ((2, 4096, 512), (1, 17, 0), (3, 4099, 4099), (2, 75_600, 16)):
+            forward(tokens=tokens, batch=batch, split=split)
+            backward(tokens=tokens, batch=batch, split=split)
+            residual_forward(tokens=tokens)
+            residual_backward(tokens=tokens)
+            known = known or keys()
+            assert keys() == known
