@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .ops.transition import TransitionStep as TransitionStep
     from .ops.transition import transition_log_prob as transition_log_prob
     from .ops.transition import transition_step as transition_step
+    from .patch import accelerate as accelerate
     from .transitions import TransitionTable as TransitionTable
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "accelerate": "patch",
     "group_advantages": "advantages",
     "PolicyLoss": "ops.policy_loss",
     "PolicyMetrics": "ops.policy_loss",
@@ -32,7 +34,7 @@ _HOMES = {
     "transition_step": "ops.transition",
     "TransitionTable": "transitions",
 }
-_MODULES = ("advantages", "backends", "transitions")
+_MODULES = ("advantages", "backends", "patch", "transitions")
 
 __all__ = [*_HOMES, *_MODULES]
 

@@ -1,0 +1,350 @@
+"""What the patches of all families share: settings, recognition, replacing forwards and undoing it."""
+
+import contextlib
+import hashlib
+import inspect
+import io
+import tokenize
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._block import recomputed
+from ..ops.gated_projection import gated_projection, gated_projection_norm_modulate
+from ..ops.gated_residual import gated_residual
+from ..ops.gelu_tanh import gelu_tanh
+from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
+
+NORMALIZATION = "diffusers.models.normalization"
+EMBEDDINGS = "diffusers.models.embeddings"
+ATTENTION = "diffusers.models.attention"
+ACTIVATIONS = "diffusers.models.activations"
+RECOMPUTE = ("none", "gelu", "all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the patched blocks compute, and which of their ops' outputs the backward computes again."""
+
+    mode: str
+    recompute: str
+    trim_text: bool
+    gates_from_weights: bool
+    backend: str
+
+    def unsaved(self, level: str, *outputs: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Inside, these outputs are not kept for the backward if the setting says so."""
+        wanted = self.recompute == "all" or (self.recompute == "gelu" and level == "gelu")
+        return recomputed(*outputs) if wanted else contextlib.nullcontext()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that every block op takes."""
+        return {"mode": self.mode, "backend": self.backend}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: what it replaces, and the sources that it was written for.
+
+    `sources` maps "module:qualified name" to the fingerprint of the code that the patch stands in for. `check` raises
+    for a model that cannot be patched; `forwards` gives each module's new forward.
+    """
+
+    name: str
+    sources: dict[str, str]
+    check: Callable[[nn.Module], None]
+    forwards: Callable[[nn.Module, Settings], Iterable[tuple[nn.Module, Callable[..., Any]]]]
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """Hash of a function's source without comments, layout and docstrings."""
+    source = inspect.getsource(inspect.unwrap(function))
+    parts: list[str] = []
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    at_start = True
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc("\n" + source)).readline):
+        if token.type in layout:
+            at_start = at_start or token.type == tokenize.NEWLINE
+            continue
+        if not (token.type == tokenize.STRING and at_start):
+            parts.append("".join(token.string.split()))
+        at_start = False
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def resolve(path: str) -> Callable[..., Any] | None:
+    """The function at "module:qualified name", or None where there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found: Any = __import__(module, fromlist=["_"])
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return cast(Callable[..., Any], found)
+
+
+def check_sources(family: Family) -> None:
+    """Refuses code that differs from what the patch was written for."""
+    import diffusers
+
+    for path, known in family.sources.items():
+        function = resolve(path)
+        if function is None or fingerprint(function) != known:
+            state = "is missing" if function is None else "differs from the code that this patch replaces"
+            raise ValueError(
+                f"transformer: got a {family.name} of diffusers {diffusers.__version__}, whose {path.replace(':', '.')}"
+                f" {state}; want a version with the code of diffusers 0.42.1"
+            )
+
+
+def want(condition: bool, where: str, got: Any, wanted: str) -> None:
+    """Refuses a module that differs from what the replacement computes."""
+    if not condition:
+        raise ValueError(f"transformer.{where}: got {got}, want {wanted}")
+
+
+def check_plain_layer_norm(module: nn.Module, where: str) -> None:
+    """A LayerNorm over one dimension without weights."""
+    plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and not module.elementwise_affine
+    want(plain, where, module, "a LayerNorm without weights")
+
+
+def check_feed_forward(module: nn.Module, where: str) -> None:
+    """Linear, GELU in its tanh form, dropout, linear."""
+    layers: Any = getattr(module, "net", ())
+    fits = len(layers) == 3 and type(layers[0]).__name__ == "GELU" and layers[0].approximate == "tanh"
+    want(fits, where, module, "a FeedForward with a tanh GELU and three layers")
+
+
+def check_processor(module: nn.Module, where: str, name: str) -> None:
+    """The attention processor that the patch computes the same as."""
+    processor = getattr(module, "processor", None)
+    want(type(processor).__name__ == name, f"{where}.processor", type(processor).__name__, name)
+
+
+def check_rms_norms(attn: nn.Module, where: str, names: tuple[str, ...]) -> None:
+    """diffusers' RMSNorm without a bias on all of these, or on none, with one epsilon."""
+    norms = [getattr(attn, name) for name in names]
+    if all(norm is None for norm in norms):
+        return
+    for name, norm in zip(names, norms, strict=True):
+        fits = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None and norm.eps == norms[0].eps
+        want(fits, f"{where}.{name}", norm, "an RMSNorm without bias, with the epsilon of the others")
+        module = type(norm).__module__
+        want(module == "diffusers.models.normalization", f"{where}.{name}", f"one of {module}", "diffusers' RMSNorm")
+
+
+class Accelerated:
+    """The forwards put into a model, and how to take them out again. Calling it undoes the patch."""
+
+    def __init__(self, transformer: nn.Module, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]):
+        self.transformer = transformer
+        self._placed: list[tuple[nn.Module, MethodType]] = []
+        prepared = list(replacements)
+        for module, _ in prepared:
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"transformer: got a {type(module).__name__} whose forward is wrapped already, by a hook or another"
+                    " patch; want it as diffusers made it (accelerate first, then add hooks)"
+                )
+        for module, function in prepared:
+            method = MethodType(function, module)
+            # On the instance: the class stays as it is.
+            module.forward = method
+            self._placed.append((module, method))
+
+    def __call__(self) -> None:
+        """Restores every forward.
+
+        Raises:
+            RuntimeError: something wrapped one of them since; nothing is changed then.
+        """
+        for module, method in self._placed:
+            if vars(module).get("forward") is not method:
+                raise RuntimeError(
+                    f"undo: the forward of a {type(module).__name__} was wrapped after accelerate(); remove that first"
+                )
+        for module, _ in self._placed:
+            del module.forward
+        self._placed.clear()
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """`cat([first, second], dim=1)`, without a copy where both are the two parts of one tensor."""
+    base = first._base if not torch.compiler.is_compiling() else None
+    if base is None or second._base is not base or base.ndim != 3:
+        return torch.cat([first, second], dim=1)
+    batch, tokens, channels = first.shape
+    whole = (batch, tokens + second.shape[1], channels)
+    in_order = first.storage_offset() == base.storage_offset() and (
+        second.storage_offset() == base.storage_offset() + tokens * base.stride(1)
+    )
+    same_steps = first.stride() == second.stride() == base.stride()
+    # A view that was cut off from the graph must get its own gradient.
+    same_graph = first.requires_grad == second.requires_grad == base.requires_grad and (
+        not base.requires_grad or not (first.is_leaf or second.is_leaf)
+    )
+    if base.shape == whole and in_order and same_steps and same_graph and first.dtype == base.dtype:
+        return base
+    return torch.cat([first, second], dim=1)
+
+
+def modulation(norm: nn.Module, temb: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """`linear(silu(temb))` of an adaptive norm, in its parts `[B, C]`."""
+    found: tuple[Tensor, ...] = cast(Any, norm).linear(cast(Any, norm).silu(temb)).chunk(chunks, dim=1)
+    return found
+
+
+def _norm_dtype(x: Tensor) -> torch.dtype | None:
+    """CUDA's autocast normalises in float32 and hands that on; the CPU's does not."""
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+
+
+def fanout(
+    settings: Settings, norm: Any, x: Tensor, scale: Any, shift: Any, layers: Iterable[Any], **more: Any
+) -> tuple[Tensor, ...]:
+    """A LayerNorm with modulation for the layers that take it: `(x, out, ..., out)`."""
+    layers = tuple(layers)
+    options = settings.options | {"norm_dtype": _norm_dtype(x)} | more
+    # A layer of several products, as under LoRA, gives several gradients, which autograd adds one by one.
+    one_each = settings.mode == "fast" or all(type(layer) is nn.Linear for layer in layers)
+    consumers = len(layers) if one_each else 1
+    x, *outs = norm_modulate_fanout(x, scale, shift, consumers=consumers, eps=norm.eps, **options)
+    return x, *outs * (len(layers) // consumers)
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """An output projection that is left to the op which adds its result, and does not keep it."""
+
+    layer: nn.Linear
+    inputs: Tensor
+
+
+def projected(
+    settings: Settings, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
+) -> Tensor | Unprojected:
+    """What the layers (a projection, then dropout) make of `inputs`, or the projection itself where it can be left."""
+    first, *rest = layers
+    if settings.gates_from_weights and split is None and (gate.ndim == 2 or gate.shape[1] == 1):
+        plain = type(first) is nn.Linear and not any(layer.p > 0 and layer.training for layer in rest)
+        trained = plain and torch.is_grad_enabled() and gate.requires_grad and first.weight.requires_grad
+        if trained and first.weight.dtype == inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
+            return Unprojected(first, inputs)
+    for layer in (first, *rest):
+        inputs = layer(inputs)
+    return inputs
+
+
+def gated_norm(
+    settings: Settings,
+    norm: Any,
+    x: Tensor,
+    y: Tensor | Unprojected,
+    gate: Tensor,
+    scale: Any,
+    shift: Any,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """Gated residual, LayerNorm and modulation: `(h, out)`."""
+    options = settings.options | {"norm_dtype": _norm_dtype(x)} | more
+    if not isinstance(y, Unprojected):
+        return gated_residual_norm_modulate(x, y, gate, scale, shift, eps=norm.eps, **options)
+    layer = y.layer
+    rows = gate if gate.ndim == 2 else gate.squeeze(1)
+    return gated_projection_norm_modulate(
+        x,
+        y.inputs,
+        layer.weight,
+        layer.bias,
+        rows,
+        scale,
+        shift,
+        norm_weight=options.get("weight"),
+        norm_bias=options.get("bias"),
+        eps=norm.eps,
+        norm_dtype=options["norm_dtype"],
+        backend=settings.backend,
+    )
+
+
+def gated(settings: Settings, x: Tensor, y: Tensor | Unprojected, gate: Tensor, **more: Any) -> Tensor:
+    """`x + gate y`."""
+    if not isinstance(y, Unprojected):
+        return gated_residual(x, y, gate, **settings.options, **more)
+    rows = gate if gate.ndim == 2 else gate.squeeze(1)
+    with settings.unsaved("gelu", y.inputs):
+        return gated_projection(x, y.inputs, y.layer.weight, y.layer.bias, rows, backend=settings.backend)
+
+
+def heads_of(attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Projections of each consumer's tokens as `[B, S, H, D]`."""
+    dim = attn.inner_dim // attn.heads
+    return (layer(out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
+
+
+def feed_forward(
+    settings: Settings, module: Any, x: Tensor, gate: Tensor, split: int | None = None
+) -> Tensor | Unprojected:
+    """Linear, GELU, linear; x must be an output of a block op, and `gate` is what gates the result."""
+    first, dropout, last = module.net
+    with settings.unsaved("norm", x):
+        hidden = first.proj(x)
+    activated = dropout(gelu_tanh(hidden, **settings.options))
+    with settings.unsaved("gelu", activated):
+        return projected(settings, (last,), activated, gate, split)
+
+
+def attend(
+    settings: Settings,
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    parallel: bool = True,
+) -> Tensor:
+    """Attention by the backend that the model's processor was told to use, as `[B, S, H D]`."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    processor = attn.processor
+    with settings.unsaved("attention", query, key):
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config if parallel else None,
+        )
+    return cast(Tensor, out.flatten(2, 3).to(query.dtype))
+
+
+def stream_of(attended: Tensor, start: int, stop: int | None, norm: Any) -> Tensor:
+    """One stream's tokens of the attention output, laid out as diffusers' processors hand them to the projection.
+
+    Layout decides between the fused and the unfused bias of a linear layer. A float32 norm promotes bfloat16 queries
+    (under autocast), the output is cast to their dtype and back, and so becomes contiguous.
+    """
+    part = attended[:, start:stop]
+    promoted = norm is not None and norm.weight is not None and norm.weight.dtype != attended.dtype
+    return part.contiguous() if promoted else part
+
+
+def clipped(x: Tensor) -> Tensor:
+    """Float16 within its finite range, as diffusers' blocks do."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def no_arguments(name: str, given: Any) -> None:
+    """Refuses arguments that the replaced processor would have used."""
+    if given:
+        raise ValueError(f"{name}: got {sorted(given)}, want none with an accelerated transformer; undo() it first")

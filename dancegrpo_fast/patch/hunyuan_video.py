@@ -1,0 +1,278 @@
+"""HunyuanVideoTransformer3DModel on the block ops: text to video, SkyReels' 32 channels, and image to video with its
+first frame's tokens modulated apart (token replace)."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.gelu_tanh import gelu_tanh
+from ..ops.qk_norm_rope import Stream, qk_norm_rope
+from ._common import (
+    ACTIVATIONS,
+    ATTENTION,
+    EMBEDDINGS,
+    NORMALIZATION,
+    Family,
+    Settings,
+    attend,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
+    check_rms_norms,
+    fanout,
+    feed_forward,
+    gated,
+    gated_norm,
+    heads_of,
+    joined,
+    modulation,
+    projected,
+    stream_of,
+    want,
+)
+
+_MODULE = "diffusers.models.transformers.transformer_hunyuan_video"
+SOURCES = {
+    f"{_MODULE}:HunyuanVideoAttnProcessor2_0.__call__": "90a316904132b688",
+    f"{_MODULE}:HunyuanVideoTransformerBlock.forward": "0ffec006ec98cf21",
+    f"{_MODULE}:HunyuanVideoSingleTransformerBlock.forward": "390eb97d3b61e148",
+    f"{_MODULE}:HunyuanVideoTokenReplaceTransformerBlock.forward": "63f040855980e373",
+    f"{_MODULE}:HunyuanVideoTokenReplaceSingleTransformerBlock.forward": "a7d4385d8bda98ff",
+    f"{_MODULE}:HunyuanVideoTokenReplaceAdaLayerNormZero.forward": "c1d73c7e8dbc0dc3",
+    f"{_MODULE}:HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": "89b7ae3d1797431e",
+    f"{_MODULE}:HunyuanVideoTransformer3DModel.forward": "2458a0dff2b932f3",
+    f"{NORMALIZATION}:AdaLayerNormZero.forward": "7f6150eaa21e8087",
+    f"{NORMALIZATION}:AdaLayerNormZeroSingle.forward": "93c8a4f060a42a98",
+    f"{NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
+    f"{EMBEDDINGS}:apply_rotary_emb": "0c8ce05b3e63ea69",
+    f"{ATTENTION}:FeedForward.forward": "70a2270098142318",
+    f"{ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
+}
+Rotary = tuple[Tensor, Tensor] | None
+
+
+def _modulation(
+    norm: Any, temb: Tensor, token_replace_emb: Tensor | None, chunks: int, replaced: bool
+) -> tuple[Tensor, ...]:
+    """Parameters `[B, C]`, or `[B, 2, C]` with those of the first frame's tokens before the others'."""
+    rest = modulation(norm, temb, chunks)
+    if not replaced:
+        return rest
+    assert token_replace_emb is not None
+    first = modulation(norm, token_replace_emb, chunks)
+    return tuple(torch.stack(pair, dim=1) for pair in zip(first, rest, strict=True))
+
+
+def _tables(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
+    # The tables [S, D] hold every angle twice.
+    return (None, None) if rotary is None else (rotary[0][:, ::2], rotary[1][:, ::2])
+
+
+def _norm_rope(settings: Settings, attn: Any, first: Stream, second: Stream | None = None) -> tuple[Tensor, Tensor]:
+    norm, eps = ("none", 1e-6) if attn.norm_q is None else ("head_twice", attn.norm_q.eps)
+    query, key = qk_norm_rope(first, second, norm=norm, eps=eps, **settings.options)
+    assert key is not None
+    return query, key
+
+
+def double_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of HunyuanVideoTransformerBlock, or of HunyuanVideoTokenReplaceTransformerBlock."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Rotary = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
+        attn, split = self.attn, num_tokens if replaced else None
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(
+            self.norm1, temb, token_replace_emb, 6, replaced
+        )
+        c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = modulation(self.norm1_context, temb, 6)
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        c_layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        x, *outs = fanout(settings, self.norm1.norm, hidden_states, scale, shift, layers, split=split)
+        text, *c_outs = fanout(settings, self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
+
+        with settings.unsaved("norm", *outs, *c_outs):
+            query, key, value = heads_of(attn, layers, outs)
+            c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
+        query, key = _norm_rope(
+            settings,
+            attn,
+            Stream(query, key, _weight(attn.norm_q), _weight(attn.norm_k), *_tables(freqs_cis)),
+            Stream(c_query, c_key, _weight(attn.norm_added_q), _weight(attn.norm_added_k)),
+        )
+        attended = attend(settings, attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
+        tokens = x.shape[1]
+        y = projected(settings, attn.to_out, stream_of(attended, 0, tokens, attn.norm_q), gate, split)
+        c_y = projected(settings, (attn.to_add_out,), stream_of(attended, tokens, None, attn.norm_q), c_gate)
+
+        x, out = gated_norm(settings, self.norm2, x, y, gate, mlp_scale, mlp_shift, split=split)
+        text, c_out = gated_norm(settings, self.norm2_context, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
+        x = gated(settings, x, feed_forward(settings, self.ff, out, mlp_gate, split), mlp_gate, split=split)
+        text = gated(settings, text, feed_forward(settings, self.ff_context, c_out, c_mlp_gate), c_mlp_gate)
+        return x, text
+
+    return forward
+
+
+def single_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of HunyuanVideoSingleTransformerBlock, or of HunyuanVideoTokenReplaceSingleTransformerBlock."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
+        attn, split = self.attn, num_tokens if replaced else None
+        tokens = hidden_states.shape[1]
+        x = joined(hidden_states, encoder_hidden_states)
+        shift, scale, gate = _modulation(self.norm, temb, token_replace_emb, 3, replaced)
+        layers = (self.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
+        x, mlp_out, *outs = fanout(settings, self.norm.norm, x, scale, shift, layers, split=split)
+
+        with settings.unsaved("norm", mlp_out):
+            hidden = self.proj_mlp(mlp_out)
+            query, key, value = heads_of(attn, layers[1:], outs)
+        stream = Stream(query, key, _weight(attn.norm_q), _weight(attn.norm_k), *_tables(image_rotary_emb))
+        query, key = _norm_rope(settings, attn, stream)
+        attended = attend(settings, attn, query, key, value, attention_mask)
+        buffer = gelu_tanh(hidden, prefix=attended, keep_prefix=settings.recompute != "none", **settings.options)
+        with settings.unsaved("gelu", buffer):
+            y = projected(settings, (self.proj_out,), buffer, gate, split)
+        x = gated(settings, x, y, gate, split=split)
+        return x[:, :tokens], x[:, tokens:]
+
+    return forward
+
+
+def _weight(norm: Any) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+class _Lengths:
+    """The one length that all prompts of the last mask have, read from the device once for each mask."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._length: int | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
+    def common(self, mask: Tensor) -> int | None:
+        """The number of leading tokens that are valid in every sample, or None where samples differ."""
+        if self._mask is None or self._mask() is not mask or self._version != mask._version:
+            host = mask.detach().cpu().bool()
+            counts = host.sum(dim=1)
+            length = int(counts[0])
+            same = length > 0 and bool((counts == length).all()) and bool(host[:, :length].all())
+            self._mask, self._version, self._length = weakref.ref(mask), mask._version, length if same else None
+        return self._length
+
+
+def trimmed_forward() -> Callable[..., Any]:
+    """The forward of a model whose batches of equally long prompts go without padding and without a mask."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import apply_lora_scale
+
+    lengths = _Lengths()
+
+    @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]  # diffusers has no types
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        length = lengths.common(encoder_attention_mask)
+        if length is None:
+            # The LoRA scale is applied already, and left out of the arguments by the decorator.
+            return type(self).forward(
+                self,
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                pooled_projections,
+                guidance,
+                attention_kwargs,
+                return_dict,
+            )
+        text = encoder_hidden_states[:, :length]
+        batch, _, frames, height, width = hidden_states.shape
+        p, p_t = self.config.patch_size, self.config.patch_size_t
+        grid = frames // p_t, height // p, width // p
+        rotary = self.rope(hidden_states)
+        temb, token_replace_emb = self.time_text_embed(timestep, pooled_projections, guidance)
+        x = self.x_embedder(hidden_states)
+        text = self.context_embedder(text, timestep, encoder_attention_mask[:, :length])
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            arguments = (x, text, temb, None, rotary, token_replace_emb, grid[1] * grid[2])
+            x, text = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+        x = self.proj_out(self.norm_out(x, temb))
+        x = x.reshape(batch, *grid, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    return cast(Callable[..., Any], forward)
+
+
+_DOUBLE = {"HunyuanVideoTransformerBlock": False, "HunyuanVideoTokenReplaceTransformerBlock": True}
+_SINGLE = {"HunyuanVideoSingleTransformerBlock": False, "HunyuanVideoTokenReplaceSingleTransformerBlock": True}
+
+
+def check(transformer: nn.Module) -> None:
+    """Refuses a model whose blocks differ from what the replacements compute."""
+    model: Any = transformer
+    for i, block in enumerate(model.transformer_blocks):
+        where = f"transformer_blocks.{i}"
+        want(type(block).__name__ in _DOUBLE, where, type(block).__name__, " or ".join(_DOUBLE))
+        check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
+        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        for name in ("norm1", "norm1_context"):
+            check_plain_layer_norm(getattr(block, name).norm, f"{where}.{name}.norm")
+        for name in ("norm2", "norm2_context"):
+            check_plain_layer_norm(getattr(block, name), f"{where}.{name}")
+        for name in ("ff", "ff_context"):
+            check_feed_forward(getattr(block, name), f"{where}.{name}")
+    for i, block in enumerate(model.single_transformer_blocks):
+        where = f"single_transformer_blocks.{i}"
+        want(type(block).__name__ in _SINGLE, where, type(block).__name__, " or ".join(_SINGLE))
+        check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
+        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k"))
+        check_plain_layer_norm(block.norm.norm, f"{where}.norm.norm")
+
+
+def forwards(transformer: nn.Module, settings: Settings) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Every block with its new forward, and the model's own where text is trimmed."""
+    model: Any = transformer
+    for block in model.transformer_blocks:
+        yield block, double_block(settings, _DOUBLE[type(block).__name__])
+    for block in model.single_transformer_blocks:
+        yield block, single_block(settings, _SINGLE[type(block).__name__])
+    if settings.trim_text:
+        yield transformer, trimmed_forward()
+
+
+FAMILY = Family("HunyuanVideoTransformer3DModel", SOURCES, check, forwards)

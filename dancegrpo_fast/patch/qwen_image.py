@@ -1,0 +1,158 @@
+"""QwenImageTransformer2DModel on the block ops."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.qk_norm_rope import Stream, qk_norm_rope
+from ._common import (
+    ACTIVATIONS,
+    ATTENTION,
+    NORMALIZATION,
+    Family,
+    Settings,
+    attend,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
+    check_rms_norms,
+    clipped,
+    fanout,
+    feed_forward,
+    gated,
+    gated_norm,
+    heads_of,
+    no_arguments,
+    projected,
+    want,
+)
+
+_MODULE = "diffusers.models.transformers.transformer_qwenimage"
+SOURCES = {
+    f"{_MODULE}:QwenDoubleStreamAttnProcessor2_0.__call__": "f386fc5c29fcb666",
+    f"{_MODULE}:QwenImageTransformerBlock.forward": "6c3c772ab10baba8",
+    f"{_MODULE}:QwenImageTransformerBlock._modulate": "e81a9f67fc18c02d",
+    f"{_MODULE}:apply_rotary_emb_qwen": "a25dd2eba1c395b4",
+    f"{NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
+    f"{ATTENTION}:FeedForward.forward": "70a2270098142318",
+    f"{ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
+}
+
+
+def _rows(parameters: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of a sample, or of each token where `index` says which of two conditions it has."""
+    parts = parameters.chunk(3, dim=-1)
+    if index is None:
+        return parts
+    first, second = zip(*(part.chunk(2) for part in parts), strict=True)
+    return tuple(
+        torch.where(index.unsqueeze(-1) == 0, a.unsqueeze(1), b.unsqueeze(1))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _tables(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, one a pair, from complex numbers of length 1."""
+    return freqs.real, freqs.imag
+
+
+def _mask(text_mask: Tensor | None, tokens: int) -> Tensor | None:
+    if text_mask is None:
+        return None
+    image = torch.ones((len(text_mask), tokens), dtype=torch.bool, device=text_mask.device)
+    return torch.cat([text_mask, image], dim=1)[:, None, None, :]
+
+
+def block_forward(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of QwenImageTransformerBlock."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        check_processor(self.attn, "attn", "QwenDoubleStreamAttnProcessor2_0")
+        no_arguments("joint_attention_kwargs", joint_attention_kwargs)
+        attn = self.attn
+        image_parameters = self.img_mod(temb)
+        text_parameters = self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb)
+        first, second = image_parameters.chunk(2, dim=-1)
+        shift, scale, gate = _rows(first, modulate_index)
+        mlp_shift, mlp_scale, mlp_gate = _rows(second, modulate_index)
+        first, second = text_parameters.chunk(2, dim=-1)
+        c_shift, c_scale, c_gate = _rows(first, None)
+        c_mlp_shift, c_mlp_scale, c_mlp_gate = _rows(second, None)
+
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        c_layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        x, *outs = fanout(settings, self.img_norm1, hidden_states, scale, shift, layers)
+        text, *c_outs = fanout(settings, self.txt_norm1, encoder_hidden_states, c_scale, c_shift, c_layers)
+        with settings.unsaved("norm", *outs, *c_outs):
+            query, key, value = heads_of(attn, layers, outs)
+            c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
+        image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
+        none = (None, None)
+        weights = [None if norm is None else norm.weight for norm in _norms(attn)]
+        norm, eps = ("none", 1e-6) if attn.norm_q is None else ("head_twice", attn.norm_q.eps)
+        joint_query, joint_key = qk_norm_rope(
+            Stream(c_query, c_key, *weights[2:], *(none if text_freqs is None else _tables(text_freqs))),
+            Stream(query, key, *weights[:2], *(none if image_freqs is None else _tables(image_freqs))),
+            norm=norm,
+            eps=eps,
+            rope_gradient="once",
+            **settings.options,
+        )
+        assert joint_key is not None
+        mask = _mask(encoder_hidden_states_mask, x.shape[1])
+        attended = attend(settings, attn, joint_query, joint_key, torch.cat([c_value, value], dim=1), mask)
+        c_attended, attended = attended.split_with_sizes([text.shape[1], x.shape[1]], dim=1)
+        y = projected(settings, attn.to_out, attended.contiguous(), gate)
+        c_y = projected(settings, (attn.to_add_out,), c_attended.contiguous(), c_gate)
+
+        x, out = gated_norm(settings, self.img_norm2, x, y, gate, mlp_scale, mlp_shift)
+        x = gated(settings, x, feed_forward(settings, self.img_mlp, out, mlp_gate), mlp_gate)
+        text, c_out = gated_norm(settings, self.txt_norm2, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
+        text = gated(settings, text, feed_forward(settings, self.txt_mlp, c_out, c_mlp_gate), c_mlp_gate)
+        return clipped(text), clipped(x)
+
+    return forward
+
+
+def _norms(attn: Any) -> list[Any]:
+    return [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
+
+
+def check(transformer: nn.Module) -> None:
+    """Refuses a model whose blocks differ from what the replacements compute."""
+    model: Any = transformer
+    for i, block in enumerate(model.transformer_blocks):
+        where = f"transformer_blocks.{i}"
+        want(
+            type(block).__name__ == "QwenImageTransformerBlock",
+            where,
+            type(block).__name__,
+            "QwenImageTransformerBlock",
+        )
+        check_processor(block.attn, f"{where}.attn", "QwenDoubleStreamAttnProcessor2_0")
+        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
+            check_plain_layer_norm(getattr(block, name), f"{where}.{name}")
+        for name in ("img_mlp", "txt_mlp"):
+            check_feed_forward(getattr(block, name), f"{where}.{name}")
+
+
+def forwards(transformer: nn.Module, settings: Settings) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Every block with its new forward."""
+    model: Any = transformer
+    forward = block_forward(settings)
+    yield from ((block, forward) for block in model.transformer_blocks)
+
+
+FAMILY = Family("QwenImageTransformer2DModel", SOURCES, check, forwards)

@@ -1,0 +1,371 @@
+"""What keeps working on an accelerated transformer, and what is refused."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers import transformer_flux
+from torch import nn
+from torch.nn import functional as F
+
+import dancegrpo_fast as dgf
+from dancegrpo_fast.patch import SUPPORTED, _common
+
+from ..tolerances import assert_within_budget
+from .models import (
+    FAMILIES,
+    TINY,
+    assert_gradients_within_budget,
+    assert_same_bits,
+    doubled,
+    hunyuan_inputs,
+    run,
+)
+
+BF16, F32 = torch.bfloat16, torch.float32
+LORA = {
+    "flux": ["to_q", "to_v", "add_k_proj", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out", "norm1.linear"],
+    "hunyuan": ["to_q", "to_v", "add_k_proj", "net.0.proj", "net.2", "proj_mlp", "proj_out"],
+    "sd3.5": ["to_q", "to_out.0", "add_v_proj", "net.2"],
+    "qwen": ["to_q", "to_out.0", "add_v_proj", "net.2", "img_mod.1"],
+    "wan": ["to_q", "to_k", "to_out.0", "net.2"],
+}
+
+
+def _lora(model: Any, name: str) -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(2)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=LORA[name], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["LoRA first", "LoRA after"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_before_and_after(name: str, first: bool) -> None:
+    """Frozen weights under trained adapters: other tensors need gradients, and other tensors are kept."""
+    model, inputs = TINY[name].model(BF16), TINY[name].inputs(BF16)
+    plain = copy.deepcopy(model)
+    _lora(plain, name)
+    wanted = run(plain, inputs)
+    if first:
+        _lora(model, name)
+    dgf.accelerate(model, "lossless", recompute="all")
+    if not first:
+        _lora(model, name)
+    assert_same_bits(run(model, inputs), wanted)
+    assert wanted[1] and all("lora" in key for key in wanted[1])
+
+
+def test_model_inside_a_peft_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = TINY["flux"].model(F32), TINY["flux"].inputs(F32)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    wanted = run(wrapped, inputs)
+    undo = dgf.accelerate(wrapped)
+    assert "forward" in vars(model.transformer_blocks[0])
+    assert_same_bits(run(wrapped, inputs), wanted)
+    undo()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_keys_and_copies(name: str, tmp_path: Path) -> None:
+    model, inputs = TINY[name].model(F32), TINY[name].inputs(F32)
+    keys = list(model.state_dict())
+    dgf.accelerate(model, "fast")
+    wanted = run(model, inputs)
+    assert list(model.state_dict()) == keys
+    twin = copy.deepcopy(model)
+    assert twin.config == model.config
+    assert_same_bits(run(twin, inputs), wanted)
+    with torch.no_grad():
+        next(iter(twin.parameters())).add_(1.0)
+    assert not torch.equal(run(twin, inputs)[0], wanted[0])
+    assert_same_bits(run(model, inputs), wanted)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    dgf.accelerate(loaded, "fast")
+    assert torch.equal(run(loaded.eval(), inputs)[0], wanted[0])
+
+
+def _assert_lossless(actual: Any, wanted: Any, truth: Any) -> None:
+    """Output to the bit; gradients within the budget, as torch's products depend on the layout of their operands."""
+    assert torch.equal(actual[0], wanted[0])
+    assert_gradients_within_budget(actual[1], truth[1], wanted[1])
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan", "qwen", "wan"])
+def test_attention_backend_of_the_model_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = TINY[name].model(F32), TINY[name].inputs(F32)
+    flash: list[bool] = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # What diffusers' "_native_math" asks torch for.
+        flash.append(torch.backends.cuda.flash_sdp_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model.set_attention_backend("_native_math")
+    wanted = run(model, inputs)
+    dgf.accelerate(model, "lossless")
+    truth = run(TINY[name].model(F32).double(), doubled(inputs))
+    flash.clear()
+    _assert_lossless(run(model, inputs), wanted, truth)
+    # HunyuanVideo's refiner has no backend.
+    assert flash and flash.count(False) >= len(flash) - 1
+    model.reset_attention_backend()
+    flash.clear()
+    with attention_backend("native"):
+        run(model, inputs)
+    assert all(flash)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_fused_projections(name: str) -> None:
+    model, inputs = TINY[name].model(BF16), TINY[name].inputs(BF16)
+    model.fuse_qkv_projections()
+    wanted = run(model, inputs)
+    double = TINY[name].model(BF16).double()
+    double.fuse_qkv_projections()
+    dgf.accelerate(model, "lossless", recompute="all")
+    _assert_lossless(run(model, inputs), wanted, run(double, doubled(inputs)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_blocks(name: str) -> None:
+    """Whole blocks without a graph break; the ops stay opaque, so the budget is that of eager torch."""
+    torch._dynamo.reset()
+    model, inputs = TINY[name].model(F32), TINY[name].inputs(F32)
+    plain, _ = run(model, inputs)
+    truth, _ = run(TINY[name].model(F32).double(), doubled(inputs))
+    dgf.accelerate(model, "fast")
+    wanted = run(model, inputs)
+    for block in [m for m in model.modules() if "forward" in vars(m) and m is not model]:
+        block.compile(fullgraph=True, backend="aot_eager")
+    output, grads = run(model, inputs)
+    assert_within_budget(output, truth, plain)
+    # A compiled backward gives zeros where nothing leads to a parameter.
+    for key, grad in wanted[1].items():
+        assert grads[key].isfinite().all() if grad is not None else grads[key] is None or not grads[key].any()
+    torch._dynamo.reset()
+
+
+def _saved_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Storage that autograd holds after a forward."""
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model(**inputs, return_dict=False)
+    total = sum(storage.nbytes() for key, storage in held.items() if key not in own)
+    del kept
+    return total
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_less_is_kept_for_the_backward(name: str) -> None:
+    model, inputs = TINY[name].model(BF16), TINY[name].inputs(BF16)
+    kept = [_saved_bytes(model, inputs)]
+    for recompute in ("none", "gelu", "all"):
+        undo = dgf.accelerate(model, "fast", recompute=recompute)
+        kept.append(_saved_bytes(model, inputs))
+        undo()
+    dgf.accelerate(model, "fast", recompute="all", gates_from_weights=True)
+    kept.append(_saved_bytes(model, inputs))
+    assert sorted(kept, reverse=True) == kept and len(set(kept)) == len(kept)
+
+
+class TestTrimmedText:
+    """HunyuanVideo without padding and mask."""
+
+    def run(self, lengths: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        model = TINY["hunyuan"].model(F32)
+        torch.manual_seed(1)
+        inputs = hunyuan_inputs(F32, 2, lengths=lengths)
+        dgf.accelerate(model, "fast", **options)
+        masks: list[torch.Tensor | None] = []
+        original = F.scaled_dot_product_attention
+
+        def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+            masks.append(kwargs.get("attn_mask"))
+            return original(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", spy)
+            output = model(**inputs, return_dict=False)[0]
+        # The refiner's two attentions keep theirs.
+        return output, masks[-4:]
+
+    @pytest.mark.parametrize("lengths", [(5, 5), (7, 7), (1, 1)])
+    def test_equal_lengths_go_without_a_mask(self, lengths: tuple[int, ...]) -> None:
+        trimmed, masks = self.run(lengths)
+        padded, with_masks = self.run(lengths, trim_text=False)
+        assert masks == [None] * 4 and all(m is not None for m in with_masks)
+        model = TINY["hunyuan"].model(F32)
+        torch.manual_seed(1)
+        inputs = hunyuan_inputs(F32, 2, lengths=lengths)
+        truth = model.double()(**doubled(inputs), return_dict=False)[0].detach()
+        assert_within_budget(trimmed.detach(), truth, padded.detach())
+
+    def test_different_lengths_keep_the_mask(self) -> None:
+        trimmed, masks = self.run((5, 3))
+        padded, _ = self.run((5, 3), trim_text=False)
+        assert all(m is not None for m in masks) and torch.equal(trimmed, padded)
+
+    def test_lengths_are_read_again_after_a_change(self) -> None:
+        model = TINY["hunyuan"].model(F32)
+        torch.manual_seed(1)
+        inputs = hunyuan_inputs(F32, 2, lengths=(5, 5))
+        dgf.accelerate(model, "fast")
+        first = model(**inputs, return_dict=False)[0]
+        inputs["encoder_attention_mask"][:, 3:] = 0
+        second = model(**inputs, return_dict=False)[0]
+        inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].clone()
+        assert torch.equal(model(**inputs, return_dict=False)[0], second) and not torch.equal(first, second)
+
+    def test_gradients_through_checkpoints(self) -> None:
+        model = TINY["hunyuan"].model(F32)
+        torch.manual_seed(1)
+        inputs = hunyuan_inputs(F32, 2, lengths=(5, 5))
+        dgf.accelerate(model, "fast", recompute="all")
+        wanted = run(model, inputs)
+        model.enable_gradient_checkpointing()
+        assert_same_bits(run(model, inputs), wanted)
+
+
+class TestRefusals:
+    """Nothing is half patched."""
+
+    def refused(self, model: Any, match: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            dgf.accelerate(model, **options)
+        assert not any("forward" in vars(m) and m is not model for m in model.modules())
+
+    def test_unknown_architecture_lists_the_known(self) -> None:
+        self.refused(nn.Linear(2, 2), "Linear, want one of diffusers' " + ", ".join(SUPPORTED))
+
+    def test_block_of_another_diffusers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+        monkeypatch.setattr(transformer_flux.FluxSingleTransformerBlock, "forward", forward)
+        match = r"FluxSingleTransformerBlock.forward differs from the code that this patch replaces"
+        self.refused(TINY["flux"].model(), match)
+
+    def test_missing_source(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(transformer_flux, "_get_fused_projections")
+        self.refused(TINY["flux"].model(), "_get_fused_projections is missing")
+
+    def test_second_patch(self) -> None:
+        model = TINY["wan"].model()
+        undo = dgf.accelerate(model)
+        with pytest.raises(ValueError, match="wrapped already"):
+            dgf.accelerate(model)
+        undo()
+        dgf.accelerate(model)()
+
+    def test_other_processor(self) -> None:
+        class Other:
+            def __call__(self, *unused: Any) -> None: ...
+
+        model = TINY["hunyuan"].model()
+        model.single_transformer_blocks[1].attn.processor = Other()
+        self.refused(model, r"single_transformer_blocks.1.attn.processor: got Other, want HunyuanVideoAttnProcessor2_0")
+
+    def test_processor_changed_afterwards(self) -> None:
+        model, inputs = TINY["flux"].model(), TINY["flux"].inputs()
+        dgf.accelerate(model)
+        model.transformer_blocks[0].attn.processor = object()
+        with pytest.raises(ValueError, match=r"attn\.processor: got object, want FluxAttnProcessor"):
+            model(**inputs)
+
+    def test_other_layers(self) -> None:
+        model = TINY["flux"].model()
+        model.transformer_blocks[1].norm2 = nn.LayerNorm(64)
+        self.refused(model, r"transformer_blocks.1.norm2: got LayerNorm.*want a LayerNorm without weights")
+        model = TINY["wan"].model()
+        model.blocks[0].ffn.net[0].approximate = "none"
+        self.refused(model, r"blocks.0.ffn: got FeedForward")
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"mode": "exact"}, 'mode: got "exact", want "lossless" or "fast"'),
+            ({"recompute": "most"}, 'recompute: got "most", want one of none, gelu, all'),
+            ({"backend": "cuda"}, 'backend: got "cuda"'),
+            ({"gates_from_weights": True}, 'gates_from_weights: got True with mode "lossless"'),
+            ({"trim_text": True}, "trim_text: got True for FluxTransformer2DModel"),
+        ],
+    )
+    def test_settings(self, options: dict[str, Any], match: str) -> None:
+        self.refused(TINY["flux"].model(), match, **options)
+
+    def test_arguments_of_the_replaced_processor(self) -> None:
+        model, inputs = TINY["flux"].model(), TINY["flux"].inputs()
+        dgf.accelerate(model)
+        with pytest.raises(ValueError, match=r"joint_attention_kwargs: got \['ip_hidden_states'\]"):
+            model(**inputs, joint_attention_kwargs={"ip_hidden_states": []})
+
+    def test_undo_under_a_later_wrapper(self) -> None:
+        model = TINY["flux"].model()
+        undo = dgf.accelerate(model)
+        block = model.transformer_blocks[0]
+        ours = block.forward
+        block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+        with pytest.raises(RuntimeError, match="wrapped after accelerate"):
+            undo()
+        assert vars(model.transformer_blocks[1])["forward"]
+        block.forward = ours
+        undo()
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_every_source_is_known() -> None:
+    from dancegrpo_fast.patch.__main__ import main
+
+    assert main() == 0
+
+
+def test_fingerprints_see_code_and_not_layout() -> None:
+    def first(a: int) -> int:
+        """Text."""
+        # A remark.
+        return a + 1
+
+    def second(a: int) -> int:
+        return (
+            a + 1
+        )  # fmt: skip
+
+    def third(a: int) -> int:
+        return a + 2
+
+    def renamed(function: Any, name: str) -> str:
+        import inspect
+
+        return inspect.getsource(function).replace(f"def {name}", "def f")
+
+    assert _common.fingerprint(first) != _common.fingerprint(third)
+    assert renamed(first, "first") != renamed(third, "third")
+
+
+def test_joined_views() -> None:
+    whole = torch.randn(2, 5, 4, requires_grad=True) * 1.0
+    first, second = whole[:, :2], whole[:, 2:]
+    assert _common.joined(first, second) is whole
+    assert _common.joined(second, first) is not whole
+    assert _common.joined(first, second[:, 1:]) is not whole
+    assert torch.equal(_common.joined(first, second + 0), whole)
+    # A part that was cut off from the graph keeps its own gradient.
+    leaf = first.detach().requires_grad_()
+    joined = _common.joined(leaf, second)
+    joined.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
