@@ -45,6 +45,7 @@ class ModelSettings:
         dtype: of the weights.
         lora: train LoRA layers instead of the whole denoiser.
         gradient_checkpointing: recompute the denoiser's blocks in the backward.
+        block_ops: put the block ops into the denoiser, "lossless" or "fast" (`dancegrpo_fast.accelerate`).
     """
 
     family: str
@@ -52,6 +53,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
+    block_ops: Literal["off", "lossless", "fast"] = "off"
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""

@@ -71,8 +71,11 @@ def _norm_rope(settings: Settings, attn: Any, first: Stream, second: Stream | No
 
 
 def _tables(rotary: tuple[Tensor, Tensor] | None, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
-    # The tables [S, D] hold every angle twice.
-    return (None, None) if rotary is None else (rotary[0][start:stop, ::2], rotary[1][start:stop, ::2])
+    if rotary is None:
+        return None, None
+    # The tables [S, D] hold every angle twice, and meet float32 queries.
+    cos, sin = (table[start:stop, ::2].float() for table in rotary)
+    return cos, sin
 
 
 def double_block(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:

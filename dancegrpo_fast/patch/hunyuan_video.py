@@ -67,8 +67,11 @@ def _modulation(
 
 
 def _tables(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
-    # The tables [S, D] hold every angle twice.
-    return (None, None) if rotary is None else (rotary[0][:, ::2], rotary[1][:, ::2])
+    if rotary is None:
+        return None, None
+    # The tables [S, D] hold every angle twice, and meet float32 queries.
+    cos, sin = (table[:, ::2].float() for table in rotary)
+    return cos, sin
 
 
 def _norm_rope(settings: Settings, attn: Any, first: Stream, second: Stream | None = None) -> tuple[Tensor, Tensor]:

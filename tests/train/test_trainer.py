@@ -46,6 +46,8 @@ def test_first_update_has_ratio_one(base: Path, tmp_path: Path, micro_batch: int
         {"ratio_norm": True},
         {"gradient_checkpointing": True},
         {"lora": LoraSettings(rank=2, alpha=4)},
+        {"block_ops": "fast", "mixed_precision": "bf16"},
+        {"block_ops": "lossless", "lora": LoraSettings(rank=2, alpha=4), "gradient_checkpointing": True},
     ],
     ids=lambda c: next(iter(c)) + "-" + str(next(iter(c.values())))[:9],
 )
@@ -53,6 +55,18 @@ def test_ratio_one_for_flows(flux: Path, tmp_path: Path, changes: dict[str, Any]
     for row in train(flux, tmp_path / "run", **changes):
         assert row["ratio_first_update_max_dev"] == 0.0
         assert row["grad_norm"] > 0.0
+
+
+def test_lossless_block_ops_train_to_the_same_bits(flux: Path, tmp_path: Path) -> None:
+    for name in ("off", "lossless"):
+        train(flux, tmp_path / name, block_ops=name)
+    plain, ours = (weights(tmp_path / name) for name in ("off", "lossless"))
+    assert all(torch.equal(ours[key], value) for key, value in plain.items())
+
+
+def test_block_ops_for_another_denoiser_are_refused(diffusion: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'model.block_ops: got "fast", transformer: got .*UNet2DConditionModel, want'):
+        train(diffusion, tmp_path / "run", block_ops="fast")
 
 
 @pytest.mark.parametrize(

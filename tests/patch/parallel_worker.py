@@ -1,0 +1,62 @@
+"""One of two gloo processes: FLUX split by tokens, or its blocks' weights split. Started by test_parallel.py.
+
+Usage: parallel_worker.py KIND RANK STORE OUTPUT
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+WORLD = 2
+
+
+def split_by_tokens(model: Any) -> None:
+    from diffusers import ContextParallelConfig
+
+    # diffusers numbers devices of an accelerator, which a CPU is not.
+    torch.accelerator.device_count = lambda: WORLD
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+
+
+def split_weights(model: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def main(kind: str, rank: int, store: str, output: str) -> None:
+    sys.path.append(str(Path(__file__).parents[2]))
+    from dancegrpo_fast import accelerate
+    from tests.patch.models import TINY
+
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=dist.FileStore(store, WORLD))
+    inputs = TINY["flux"].inputs()
+    # Both processes get equally many tokens of each stream.
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :6].contiguous()
+    inputs["txt_ids"] = inputs["txt_ids"][:6]
+    found = {}
+    for name in ("eager", "lossless"):
+        model = TINY["flux"].model()
+        if name != "eager":
+            accelerate(model, name, recompute="all")
+        (split_by_tokens if kind == "tokens" else split_weights)(model)
+        out = model(**inputs, return_dict=False)[0]
+        out.square().mean().backward()
+        grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        local = {key: getattr(grad, "_local_tensor", grad) for key, grad in grads.items()}
+        found[name] = {"output": out.detach()} | local
+    torch.save(found, f"{output}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
