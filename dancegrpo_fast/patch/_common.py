@@ -328,15 +328,16 @@ def attend(
     return cast(Tensor, out.flatten(2, 3).to(query.dtype))
 
 
-def stream_of(attended: Tensor, start: int, stop: int | None, norm: Any) -> Tensor:
-    """One stream's tokens of the attention output, laid out as diffusers' processors hand them to the projection.
+def streams_of(attended: Tensor, tokens: int, norm: Any) -> tuple[Tensor, Tensor]:
+    """Both streams' parts of the attention output, laid out as diffusers' processors hand them to the projections.
 
     Layout decides between the fused and the unfused bias of a linear layer. A float32 norm promotes bfloat16 queries
     (under autocast), the output is cast to their dtype and back, and so becomes contiguous.
     """
-    part = attended[:, start:stop]
+    # One split has one gradient, two slices have two that are padded and added.
+    first, rest = attended.split_with_sizes([tokens, attended.shape[1] - tokens], dim=1)
     promoted = norm is not None and norm.weight is not None and norm.weight.dtype != attended.dtype
-    return part.contiguous() if promoted else part
+    return (first.contiguous(), rest.contiguous()) if promoted else (first, rest)
 
 
 def clipped(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ._common import (
     joined,
     modulation,
     projected,
-    stream_of,
+    streams_of,
     want,
 )
 
@@ -115,9 +115,9 @@ def double_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
             Stream(c_query, c_key, _weight(attn.norm_added_q), _weight(attn.norm_added_k)),
         )
         attended = attend(settings, attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
-        tokens = x.shape[1]
-        y = projected(settings, attn.to_out, stream_of(attended, 0, tokens, attn.norm_q), gate, split)
-        c_y = projected(settings, (attn.to_add_out,), stream_of(attended, tokens, None, attn.norm_q), c_gate)
+        attended, c_attended = streams_of(attended, x.shape[1], attn.norm_q)
+        y = projected(settings, attn.to_out, attended, gate, split)
+        c_y = projected(settings, (attn.to_add_out,), c_attended, c_gate)
 
         x, out = gated_norm(settings, self.norm2, x, y, gate, mlp_scale, mlp_shift, split=split)
         text, c_out = gated_norm(settings, self.norm2_context, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)

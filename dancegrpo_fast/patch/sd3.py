@@ -27,7 +27,7 @@ from ._common import (
     modulation,
     no_arguments,
     projected,
-    stream_of,
+    streams_of,
     want,
 )
 
@@ -140,8 +140,8 @@ def block_forward(settings: Settings) -> Callable[..., tuple[Tensor | None, Tens
             Stream(c_query, c_key, *_weights(attn.norm_added_q, attn.norm_added_k)),
         )
         attended = _attend(settings, query, key, torch.cat([value, c_value], dim=1))
-        c_attended = stream_of(attended, tokens, None, attn.norm_q)
-        y = projected(settings, attn.to_out, stream_of(attended, 0, tokens, attn.norm_q), gate)
+        attended, c_attended = streams_of(attended, tokens, attn.norm_q)
+        y = projected(settings, attn.to_out, attended, gate)
 
         if outs2 is not None:
             x = gated(settings, x, y, gate)
