@@ -1,0 +1,161 @@
+"""The counts of bench.blocks on tiny HunyuanVideo blocks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from bench.blocks.configurations import CONFIGURATIONS, Sizes
+from bench.blocks.count import count, stored_bytes
+from dancegrpo_fast.ops import gated_residual, gelu_tanh, norm_modulate, qk_norm_rope
+
+TINY = Sizes(
+    2,
+    16,
+    60,
+    7,
+    frame=12,
+    extra={
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_embed_dim": 12,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+    },
+)
+BLOCKS = [replace(c, sizes=TINY) for c in CONFIGURATIONS if c.model.startswith("HunyuanVideo")]
+IDS = [f"{c.model} {c.block}" for c in BLOCKS]
+
+
+def _small(*tensors):
+    return sum(stored_bytes(t) for t in tensors if t is not None)
+
+
+def _rows(*tensors):
+    """What a backward reads of parameters, and writes as their gradients."""
+    return 2 * _small(*tensors)
+
+
+def _norm_modulate(x, y, gate, *rest):
+    cost = norm_modulate.cost(*x.shape, x.element_size(), gated=y is not None)
+    return cost.bytes_forward + _small(gate, *rest[:4])
+
+
+def _norm_modulate_backward(grad_h, grads, h, mean, rstd, y, gate, *rest):
+    assert grad_h is not None
+    cost = norm_modulate.cost(*h.shape, h.element_size(), gated=y is not None, consumers=len(grads))
+    return cost.bytes_backward + _rows(gate, *rest[:4])
+
+
+def _streams(arguments):
+    query, _, *parameters = arguments[:6]
+    query2, _, *more = arguments[6:12]
+    tokens = query.shape[1] + (0 if query2 is None else query2.shape[1])
+    cost = qk_norm_rope.cost(query.shape[0], tokens, *query.shape[2:], query.element_size())
+    return cost, [*parameters[:2], *more[:2]], [*parameters[2:], *more[2:]]
+
+
+def _qk_norm_rope(*arguments):
+    cost, weights, tables = _streams(arguments)
+    return cost.bytes_forward + _small(*weights, *tables)
+
+
+def _qk_norm_rope_backward(grad_query, grad_key, rstd, rstd2, *arguments):
+    cost, weights, tables = _streams(arguments)
+    return cost.bytes_backward + _rows(*weights) + _small(*tables)
+
+
+def _gelu_tanh(x, prefix, *rest):
+    width = 0 if prefix is None else prefix.shape[-1]
+    return gelu_tanh.cost(x.numel() // x.shape[-1], x.shape[-1], x.element_size(), prefix=width).bytes_forward
+
+
+def _gelu_tanh_backward(grad, x, *rest):
+    return gelu_tanh.cost(x.numel() // x.shape[-1], x.shape[-1], x.element_size()).bytes_backward
+
+
+def _gated_residual(x, y, gate, *rest):
+    return gated_residual.cost(*x.shape, x.element_size()).bytes_forward + _small(gate)
+
+
+def _gated_residual_backward(grad, y, gate, *rest):
+    cost = gated_residual.cost(*grad.shape, grad.element_size(), gate_grad=y is not None)
+    return cost.bytes_backward + _rows(gate)
+
+
+EXPECTED = {
+    "norm_modulate": _norm_modulate,
+    "norm_modulate_backward": _norm_modulate_backward,
+    "qk_norm_rope": _qk_norm_rope,
+    "qk_norm_rope_backward": _qk_norm_rope_backward,
+    "gelu_tanh": _gelu_tanh,
+    "gelu_tanh_backward": _gelu_tanh_backward,
+    "gated_residual": _gated_residual,
+    "gated_residual_backward": _gated_residual_backward,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=IDS)
+def test_each_op_moves_what_its_cost_says(block):
+    seen = set()
+
+    def observe(name, moved, arguments):
+        space, _, op = name.partition(".")
+        if space == "dgf":
+            # Formulas leave parameters and rotary tables out; they are added here.
+            assert moved == EXPECTED[op](*arguments), op
+            seen.add(op)
+
+    with FakeTensorMode():
+        count(block, "all", observer=observe)
+    assert seen == set(EXPECTED)
+
+
+@pytest.mark.parametrize(("block", "frozen"), [(0, False), (1, False), (1, True)], ids=["double", "single", "frozen"])
+def test_patched_moves_and_saves_less_than_eager(block, frozen):
+    with FakeTensorMode():
+        eager = count(BLOCKS[block], frozen=frozen)
+        patched = {recompute: count(BLOCKS[block], recompute, frozen) for recompute in ("none", "gelu", "all")}
+    for counts in patched.values():
+        assert counts.forward.bytes < eager.forward.bytes / 3
+        assert counts.backward.bytes < eager.backward.bytes / 2
+        assert counts.forward.launches < eager.forward.launches
+        assert counts.backward.launches < eager.backward.launches
+    saved = [patched[recompute].saved for recompute in ("all", "gelu", "none")]
+    assert saved == sorted(saved) and saved[-1] < eager.saved
+    assert frozen or len(set(saved)) == 3
+
+
+def test_saved_bytes_are_those_of_the_tensors_a_double_block_keeps():
+    block = BLOCKS[IDS.index("HunyuanVideo double")]
+    with FakeTensorMode():
+        kept = count(block, "all").kept
+    rows = [shape for shape, dtype in kept if dtype == torch.bfloat16 and TINY.image in shape]
+    numbers = sum(torch.Size(shape).numel() for shape in rows) / (TINY.image * TINY.channels)
+    # Of the image: queries and keys before the norm, what each of two gates multiplies, the residual, 4 C before GELU.
+    assert numbers == 2 + 2 + 1 + 4
+
+
+def test_compiled_saves_and_moves_between():
+    pytest.importorskip("triton")
+    from bench.blocks.compiled import count_compiled
+
+    block = BLOCKS[IDS.index("HunyuanVideo single")]
+    with FakeTensorMode():
+        eager, compiled = count(block), count_compiled(block)
+        patched = count(block, "all")
+    assert patched.saved < compiled.saved < eager.saved
+    assert 0 < compiled.forward.bytes < eager.forward.bytes / 3
+    assert 0 < compiled.backward.bytes < eager.backward.bytes / 2
+    assert compiled.backward.launches < eager.backward.launches
+
+
+def test_an_expanded_tensor_is_what_it_stores():
+    assert stored_bytes(torch.empty(3, 1).expand(3, 1000)) == 12
+    assert stored_bytes(torch.empty(4, 10)[:, :5]) == 80
+    assert all(stored_bytes(t) == 0 for t in tree_leaves([torch.empty(0), torch.empty(0, 5)]))
