@@ -83,12 +83,12 @@ def main() -> None:
     try:
         copy_sources(REPOSITORY, tree)
         runner = Runner(tree, log, begin + options.seconds)
-        gate = Gate(REPOSITORY, out, rows, options.dry, capability, options.jobs, runner)
+        gate = Gate(REPOSITORY, out, rows, options.dry, capability, options.jobs, runner, tuple(names))
         runner.say(
             f"commit {git_commit()}, Python {sys.version.split()[0]}, device {name}, compute capability {capability}"
         )
         outcomes = {stage: run_stage(gate, stage) for stage in names}
-        if rows.exists() and not options.dry and "bench" in names:
+        if rows.exists() and not options.dry and {"bench", "blocks"} & set(names):
             shutil.copy2(rows, REPOSITORY / "bench" / "results" / rows.name)
         runner.say("")
         for stage, ((verdict, detail), seconds) in outcomes.items():

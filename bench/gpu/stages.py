@@ -17,6 +17,10 @@ from .process import Runner, last_lines
 SOURCES = ("bench", "dancegrpo_fast", "kernels", "tests", "pyproject.toml")
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 Outcome = tuple[str, str]
+# Tests that need much of the memory, so they run one after the other.
+LARGE = ("tests/gpu/test_large.py", "tests/gpu/test_block_ops.py::TestMoreThan32Bits")
+# Rows, the table and the stages behind need these seconds of what is left.
+RESERVE = 20.0
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Gate:
         capability: of the GPU, as "90".
         jobs: processes at once.
         runner: runs commands in the private copy.
+        asked: the stages of this run.
     """
 
     repository: Path
@@ -40,6 +45,7 @@ class Gate:
     capability: str
     jobs: int
     runner: Runner
+    asked: tuple[str, ...] = ()
 
     def python(self, *arguments: str, **environment: str) -> tuple[int | None, str]:
         """Runs this interpreter in the private copy."""
@@ -126,10 +132,9 @@ def tests(gate: Gate) -> Outcome:
         counted = collected[1] if collected else "no"
         return gate.judged(status, text, f"{counted} gpu tests collected; without a GPU: {last_lines(text, 1)}")
     outcomes = []
-    # The large ones need much of the memory, so they run one after the other.
-    large = "tests/gpu/test_large.py"
     workers = ["-n", str(min(12, gate.jobs))] if gate.jobs > 1 else []
-    for name, chosen in (("tests", [*files, f"--ignore={large}", *workers]), ("large-tests", [large])):
+    others = [f"--deselect={name}" for name in LARGE]
+    for name, chosen in (("tests", [*files, *others, *workers]), ("large-tests", [*LARGE])):
         report = gate.out / f"gpu-{name}.xml"
         status, text = gate.python(*options, *chosen, "-m", "gpu", f"--junitxml={report}")
         if report.exists():
@@ -172,11 +177,31 @@ def bench(gate: Gate) -> Outcome:
     return PASSED, next((line for line in text.splitlines() if " rows in " in line), "no rows")
 
 
+def blocks(gate: Gate) -> Outcome:
+    """The ops of transformer blocks, and blocks, at real sizes; their rows join the others."""
+    device = "dry" if gate.dry else "cuda"
+    seconds = gate.runner.left() - RESERVE
+    options = ["--device", device, "--seconds", f"{seconds:.0f}", "--out", str(gate.rows)]
+    if gate.dry:
+        options += ["--rounds", "1", "--only", "HunyuanVideo"]
+    status, text = gate.python("-m", "bench.gpu.blocks", *options)
+    gate.runner.say(text[text.find("op  ") :] if "op  " in text else last_lines(text, 25))
+    if status is None:
+        return FAILED, "out of time; the rows so far are kept"
+    if status != 0:
+        return FAILED, f"exit status {status}, {last_lines(text, 1)}"
+    return PASSED, next((line for line in text.splitlines() if " rows in " in line), "no rows")
+
+
 def expectations(gate: Gate) -> Outcome:
     """What was expected of the numbers, and whether it is so."""
     if not gate.rows.exists():
         return SKIPPED, "there are no rows"
-    lines = summary.lines(summary.read(gate.rows))
+    rows = summary.read(gate.rows)
+    judged = {"bench": summary.transition_lines, "blocks": summary.block_lines}
+    # A run of some stages is not to be blamed for what another one measures.
+    measured = [name for name in judged if name in gate.asked] or list(judged)
+    lines = [line for name in measured for line in judged[name](rows)]
     gate.runner.say("\n".join(lines))
     missed = [line for line in lines if line.startswith(summary.MISSED)]
     if gate.dry:
@@ -286,6 +311,7 @@ STAGES = {
     "environment": Stage(environment, 30),
     "tests": Stage(tests, 180),
     "bench": Stage(bench, 220),
+    "blocks": Stage(blocks, 150),
     "expectations": Stage(expectations, 5),
     "memcheck": Stage(memcheck, 50),
     "racecheck": Stage(racecheck, 50),

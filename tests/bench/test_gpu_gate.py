@@ -32,15 +32,35 @@ def gate(out: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+def assert_block_rows(rows: list[dict]) -> None:
+    """Every contender of every HunyuanVideo case, each way, and nothing of ours that is wrong."""
+    summary = load("gpu/summary")
+    assert {row["model"] for row in rows} == {summary.BLOCK_MODEL}
+    found = {(row["op"], row["form"]) for row in rows}
+    assert found == {*summary.BLOCK_FORMS, ("blocks", "double, single"), ("blocks", "patched and compiled")}
+    for form in found:
+        mine = [row for row in rows if (row["op"], row["form"]) == form]
+        names = {"eager", "compile", "ours, lossless", "ours, fast"}
+        if form[0] == "blocks":
+            assert all("no mask" in row["attention"] and "peak_bytes" in row for row in mine)
+            names = {row["backend"] for row in mine}
+            assert len(names) == (5 if form[1] == "double, single" else 3)
+        pairs = [(row["backend"], row["pass"]) for row in mine]
+        assert sorted(pairs) == sorted((name, p) for name in names for p in ("forward", "forward + backward"))
+        ours = [row for row in mine if row["backend"].startswith(("ours", "patched"))]
+        assert all(row["within_budget"] and row["source"] == "measured" for row in ours)
+
+
 @pytest.mark.skipif(not MODULES, reason="no compiled modules in the source folder")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
-    found = gate(tmp_path, "--dry", "--only", "environment,bench,expectations,memcheck,ncu")
+    found = gate(tmp_path, "--dry", "--only", "environment,bench,blocks,expectations,memcheck,ncu")
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
-    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 5
+    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 6
     (rows,) = tmp_path.glob("gpu-dry-*.jsonl")
     read = [json.loads(line) for line in rows.read_text().splitlines()]
     assert all(row["environment"]["dry"] for row in read)
-    assert {row["op"] for row in read} == {"host", "log_prob", "launches"}
+    assert_block_rows([row for row in read if "pass" in row])
+    assert {row["op"] for row in read if "pass" not in row} == {"host", "log_prob", "launches"}
     assert {row["backend"] for row in read if row["op"] == "log_prob"} == {
         "eager",
         "compile",
@@ -154,11 +174,12 @@ def speed(op: str, backend: str, **numbers: float) -> dict:
 
 def test_expectations() -> None:
     summary = load("gpu/summary")
+    lines = summary.transition_lines
     launches = {"op": "launches", "backend": summary.STEP, "kernels": 1, "memory_operations": 0, "waits": False}
     host = [{"op": "host", "backend": name, "us_median": 7.5} for name in (summary.STEP, summary.OP)]
     good = [launches, *host, speed("step", "ours, cuda"), speed("policy_loss", "ours, cuda")]
-    assert [line for line in summary.lines(good) if line.startswith(summary.MISSED)] == []
-    assert len(summary.lines(good)) == 10
+    assert [line for line in lines(good) if line.startswith(summary.MISSED)] == []
+    assert len(lines(good)) == 10
     for bad, said in (
         ([{**launches, "kernels": 2}, *good[1:]], "starts 2 kernels"),
         ([{**launches, "waits": True}, *good[1:]], "a step waits"),
@@ -168,10 +189,70 @@ def test_expectations() -> None:
         (good[3:], "not counted"),
         (good[:3], "8 x 806,400 was not measured"),
     ):
-        missed = [line for line in summary.lines(bad) if line.startswith(summary.MISSED)]
+        missed = [line for line in lines(bad) if line.startswith(summary.MISSED)]
         assert any(said in line for line in missed), missed
-    # Triton's rows are printed in the table, and expected of nothing.
-    assert summary.lines([*good, speed("step", "ours, triton", copy_share=0.1)]) == summary.lines(good)
+    # Rows of Triton and of blocks are expected of nothing here.
+    assert lines([*good, *block_rows(summary)]) == lines(good)
+    assert lines([*good, speed("step", "ours, triton", copy_share=0.1)]) == lines(good)
+
+
+def block_rows(summary: ModuleType) -> list[dict]:
+    """A run that meets everything."""
+    passes, shared = ("forward", "forward + backward"), {"model": summary.BLOCK_MODEL, "batch": 1}
+    numbers = {"copy_share": 0.75, "times_eager": 2.0, "times_compile": 0.95}
+    rows = [
+        {"op": op, "form": form, "backend": "ours, fast", "pass": p, **shared, **numbers}
+        for op, form in summary.BLOCK_FORMS
+        for p in passes
+    ]
+    peaks = {"eager": 9, "compile": 7, "patched, lossless": 6, "patched, fast": 5, "patched, fast, compile": 8}
+    block = {"op": "blocks", "form": "double, single", **shared}
+    return [
+        *rows,
+        *(
+            {**block, "backend": name, "pass": p, "peak_bytes": peak << 30}
+            for name, peak in peaks.items()
+            for p in passes
+        ),
+    ]
+
+
+def test_expectations_of_blocks() -> None:
+    summary = load("gpu/summary")
+    good = block_rows(summary)
+    assert len(summary.block_lines(good)) == 2 * 3 * 7 + 2
+    assert [line for line in summary.block_lines(good) if line.startswith(summary.MISSED)] == []
+    fast = next(i for i, row in enumerate(good) if row["backend"] == "patched, fast" and "backward" in row["pass"])
+    for place, change, said in (
+        (0, {"copy_share": 0.69}, "norm_modulate, 3 consumers, forward: 69% of copy bandwidth"),
+        (0, {"times_eager": 0.98}, "0.98 x eager"),
+        (0, {"times_compile": 0.89}, "0.89 x compile"),
+        (0, {"model": "FLUX.1-dev"}, ""),
+        (fast, {"peak_bytes": 8 << 30}, "patched, fast: peak 8.00 GiB, expected below eager's 9.00 and compile's 7.00"),
+    ):
+        rows = [*good[:place], {**good[place], **change}, *good[place + 1 :]]
+        missed = [line for line in summary.block_lines(rows) if line.startswith(summary.MISSED)]
+        assert any(said in line for line in missed) if said else missed == []
+    assert all("not measured" in line for line in summary.block_lines([])) and len(summary.block_lines([])) == 8
+
+
+JUDGE = """
+import json, sys, time
+from pathlib import Path
+from bench.gpu import stages
+from bench.gpu.process import Runner
+out, asked = Path(sys.argv[1]), tuple(sys.argv[2].split(","))
+(out / "rows").write_text(json.dumps({"op": "host", "backend": "eager", "us_median": 1.0}))
+runner = Runner(out, out / "log", time.monotonic() + 60)
+print("|".join(stages.expectations(stages.Gate(out, out, out / "rows", False, "90", 1, runner, asked))))
+"""
+
+
+@pytest.mark.parametrize(("asked", "count"), [("bench", 3), ("blocks", 8), ("bench,blocks", 11), ("expectations", 11)])
+def test_only_what_a_run_measures_is_judged(tmp_path: Path, asked: str, count: int) -> None:
+    command = [sys.executable, "-c", JUDGE, str(tmp_path), asked]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == f"FAILED|0 of {count} met"
 
 
 NCU = """==PROF== Connected to process 1
