@@ -6,6 +6,10 @@ from typing import Any
 import torch
 
 import dancegrpo_fast as dgf
+from dancegrpo_fast.ops.gated_residual import gated_residual
+from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
+from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
+from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 
 
 def call_every_op(device: str, backend: str, batch: int, elements: int, dtype: torch.dtype, shift: int) -> None:
@@ -44,14 +48,50 @@ def call_every_op(device: str, backend: str, batch: int, elements: int, dtype: t
         loss.loss.backward(weight[0])
 
 
+def call_block_ops(device: str, backend: str, dtype: torch.dtype, channels: int, mode: str) -> None:
+    """Every op of transformer blocks with all gradients, on few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batch, tokens, text, heads, dim = 2, 11, 3, 3, 10
+    options: dict[str, Any] = {"mode": mode, "backend": backend}
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_()
+
+    def differentiate(outputs: Any, leaves: list[torch.Tensor]) -> None:
+        torch.autograd.grad(outputs, leaves, [out.detach() for out in outputs])
+
+    x, y = (draw(batch, tokens, channels) for _ in range(2))
+    for rows, split in ((1, None), (2, 4), (tokens, None)):
+        gate, scale, shift = (draw(batch, rows, channels) for _ in range(3))
+        more = {**options, "split": split}
+        differentiate(norm_modulate_fanout(x, scale, shift, consumers=2, **more), [x, scale, shift])
+        leaves = [x, y, gate, scale, shift]
+        differentiate(gated_residual_norm_modulate(*leaves, **more), leaves)
+        differentiate([gated_residual(x, y, gate, **more)], [x, y, gate])
+    angles = torch.randn(tokens - 1, dim, generator=generator).to(device)
+    streams = [draw(batch, length, heads, dim) for length in (tokens, tokens, text, text)]
+    for norm in ("head", "head_twice", "token"):
+        weights = [draw(heads * dim if norm == "token" else dim) for _ in streams]
+        first = Stream(streams[0], streams[1], weights[0], weights[1], angles.cos(), angles.sin())
+        second = Stream(streams[2], streams[3], weights[2], weights[3])
+        differentiate(qk_norm_rope(first, second, norm=norm, **options), [*streams, *weights])
+    prefix = draw(batch, tokens, 5)
+    differentiate([gelu_tanh(x, prefix=prefix, **options)], [x, prefix])
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("device")
     parser.add_argument("backend")
     parser.add_argument("--size", type=int, help="one shape of so many elements, aligned, instead of many small ones")
+    parser.add_argument("--blocks", action="store_true", help="the ops of transformer blocks instead")
     options = parser.parse_args()
-    if options.size:
+    if options.blocks:
+        for channels in (5, 261):
+            for dtype, mode in ((torch.float32, "fast"), (torch.bfloat16, "lossless")):
+                call_block_ops(options.device, options.backend, dtype, channels, mode)
+    elif options.size:
         call_every_op(options.device, options.backend, 8, options.size, torch.float32, 0)
     else:
         # One element, around a lane's window and the blocks of the kernels, several blocks, odd offsets.

@@ -40,7 +40,9 @@ class Runner:
         with self.log.open("a") as file:
             file.write(f"\n$ {' '.join(command)}\n")
         begin = self.log.stat().st_size
-        variables = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONUNBUFFERED": "1", **self.extra}
+        # Packages may have been brought along in a folder of their own.
+        path = os.pathsep.join(filter(None, (str(self.tree), os.environ.get("PYTHONPATH"))))
+        variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.extra}
         variables |= environment or {}
         status: int | None
         with self.log.open("ab") as file:

@@ -1,6 +1,7 @@
 """The gate's stages. Each says whether it passed, and a line about it; none depends on another's success."""
 
 import csv
+import importlib.util
 import io
 import re
 import shutil
@@ -179,6 +180,8 @@ def bench(gate: Gate) -> Outcome:
 
 def blocks(gate: Gate) -> Outcome:
     """The ops of transformer blocks, and blocks, at real sizes; their rows join the others."""
+    if importlib.util.find_spec("diffusers") is None:
+        return SKIPPED, "diffusers is not installed, whose blocks are measured"
     device = "dry" if gate.dry else "cuda"
     seconds = gate.runner.left() - RESERVE
     options = ["--device", device, "--seconds", f"{seconds:.0f}", "--out", str(gate.rows)]
@@ -217,32 +220,41 @@ def _tool(name: str) -> str | None:
 
 def _sanitizer(gate: Gate, tool: str) -> Outcome:
     if gate.dry:
-        status, text = gate.python("-m", "bench.gpu.driver", "cpu", "cpu")
+        for backend, more in (("cpu", []), ("reference", ["--blocks"])):
+            status, text = gate.python("-m", "bench.gpu.driver", "cpu", backend, *more)
+            if status != 0:
+                break
         return gate.judged(status, text, "only the driver program ran, on the CPU")
     program = _tool("compute-sanitizer")
     if program is None:
         return SKIPPED, "compute-sanitizer is not installed"
     done: list[str] = []
-    for backend, only in (("cuda", ["--kernel-regex", "kns=dgf"]), ("triton", [])):
+    ours = ["--kernel-regex", "kns=dgf"]
+    # The newest last: what runs out of time costs nothing before it.
+    for name, only, called in (
+        ("cuda", ours, ["cuda"]),
+        ("triton", [], ["triton"]),
+        ("block ops", [], ["triton", "--blocks"]),
+    ):
         options = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", *only]
         # Each tensor in an allocation of its own, so that an access beside it is seen.
         status, text = gate.runner.run(
             *options,
-            *(sys.executable, "-m", "bench.gpu.driver", "cuda", backend),
+            *(sys.executable, "-m", "bench.gpu.driver", "cuda", *called),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         if status == 86:
             return gate.judged(status, text, "")
         if status is None and done:
-            return SKIPPED, f"clean for {', '.join(done)}; out of time for {backend}"
+            return SKIPPED, f"clean for {', '.join(done)}; out of time for {name}"
         if status != 0:
             reason = "out of time" if status is None else last_lines(text, 3)
             if "every op was called" in text or "Invalid" in text or "Race reported" in text:
                 return gate.judged(status, text, "")
-            return SKIPPED, f"{', '.join(done) or 'nothing'} checked; {backend}: does not work here: {reason}"
+            return SKIPPED, f"{', '.join(done) or 'nothing'} checked; {name}: does not work here: {reason}"
         if "0 errors" not in text and "0 hazards" not in text:
-            return SKIPPED, f"{backend}: no verdict: {last_lines(text, 1)}"
-        done.append(backend)
+            return SKIPPED, f"{name}: no verdict: {last_lines(text, 1)}"
+        done.append(name)
     return PASSED, f"clean for {', '.join(done)}"
 
 
