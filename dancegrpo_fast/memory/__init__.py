@@ -1,0 +1,1 @@
+"""Predicts, chooses and measures memory: real diffusers models on fake tensors."""
