@@ -167,7 +167,7 @@ def count(
     configuration: Configuration,
     recompute: str | None = None,
     frozen: bool = False,
-    mode: str = "lossless",
+    mode: str = "fast",
     observer: Observer | None = None,
 ) -> Counts:
     """Runs one block forward and backward on fake tensors; inside a FakeTensorMode.

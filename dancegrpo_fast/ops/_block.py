@@ -202,7 +202,7 @@ def recomputed(*outputs: Tensor) -> Iterator[None]:
 
     They come back bit for bit, whichever modules (LoRA or quantised layers among them) want them. The second copy
     lives from the first backward that asks for it until the op's own. An op whose inputs need no gradient keeps nothing
-    to recompute from, so its output is kept as it is.
+    to recompute from, so its output is kept as it is. Everything else goes where it went before, to a checkpoint say.
     """
     sources: dict[int, tuple[Any, int]] = {}
     # A compiled graph decides by itself what it keeps.
@@ -215,16 +215,20 @@ def recomputed(*outputs: Tensor) -> Iterator[None]:
         yield
         return
 
+    # Hooks hide those around them, and torch has no public way to ask for these.
+    around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
     def pack(tensor: Tensor) -> Any:
         source = sources.get(tensor.untyped_storage()._cdata)
         if source is None or isinstance(tensor, torch.nn.Parameter):
-            return tensor
+            return None, tensor if around is None else around[0](tensor)
         return *source, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
         node, index, *geometry = saved
+        if node is None:
+            tensor: Tensor = index if around is None else around[1](index)
+            return tensor
         return _recomputed(node, index).as_strided(*geometry)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

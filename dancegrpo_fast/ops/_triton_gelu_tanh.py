@@ -1,4 +1,4 @@
-"""GELU by Triton: one launch a call."""
+"""GELU by Triton: one launch a call, and a small one for sums over tokens."""
 
 from typing import Any
 
@@ -7,9 +7,13 @@ from torch import Tensor
 from .. import backends
 from ..kernels.gelu_tanh import triton_kernels as kernels
 from . import _triton
+from ._triton_gated_residual import Chunks
+from ._triton_gated_residual import rows_of as operand
 
 # 16 elements a thread: two 16-byte accesses of 16-bit numbers under way.
 BLOCK, THREAD = 2048, 16
+# Of the pass that writes two tensors, whose programs take several rows: 8 elements a thread.
+ROWS_BLOCK, ROWS_THREAD = 1024, 8
 
 
 def _rows(x: Tensor, whole: bool) -> Tensor:
@@ -17,12 +21,12 @@ def _rows(x: Tensor, whole: bool) -> Tensor:
     return x.reshape(1, -1) if whole else x.reshape(-1, x.shape[-1])
 
 
-def _settings(width: int) -> dict[str, Any]:
-    block = min(BLOCK, max(32, 1 << (width - 1).bit_length()))
+def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, Any]:
+    block = min(most, max(32, 1 << (width - 1).bit_length()))
     return {
         "interpreted": backends.interpreting(),
         "block": block,
-        "num_warps": max(1, block // (32 * THREAD)),
+        "num_warps": max(1, block // (32 * thread)),
         "enable_fp_fusion": False,
     }
 
@@ -50,3 +54,24 @@ def backward(grad: Tensor, x: Tensor, grad_x: Tensor) -> None:
     parts = -(-rows.shape[1] // settings["block"])
     arguments = (given, *given.stride(), rows, *rows.stride(), rows.shape[1], grad_x, parts)
     _triton._launch_on(x.device, kernels.backward_kernel, len(rows) * parts, arguments, settings)
+
+
+def gradients(
+    grad: Tensor, x: Tensor, prefix: Tensor | None, activation: Tensor, grad_x: Tensor, bias_sum: Tensor | None
+) -> None:
+    """Writes the prefix and `gelu(x)` behind it, the gradient by x and, where asked for, its sum over all rows."""
+    width = 0 if prefix is None else prefix.shape[-1]
+    given, rows, results, by_x = (_rows(t, False).unsqueeze(0) for t in (grad, x, activation, grad_x))
+    copied = None if prefix is None or width == 0 else _rows(prefix, False).unsqueeze(0)
+    settings = _settings(max(rows.shape[-1], width), ROWS_BLOCK, ROWS_THREAD)
+    before, parts = (-(-n // settings["block"]) for n in (width, rows.shape[-1]))
+    chunks = Chunks(rows, -1, [], [bias_sum])
+    arguments = (
+        *(operand(given), operand(rows), operand(copied)),
+        *(None if copied is None else operand(results[..., :width]), operand(results[..., width:]), operand(by_x)),
+        *(None if bias_sum is None else chunks.target(bias_sum), chunks.tokens, chunks.channels, width),
+        *(chunks.length, before + parts, before),
+    )
+    programs = chunks.count * (before + parts)
+    _triton._launch_on(x.device, kernels.gradients_kernel, programs, arguments, settings)
+    chunks.finish()

@@ -15,13 +15,14 @@ library.define("gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Te
 library.define("gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", tags=TAGS)
 
 
-def _out(x: Tensor, prefix: Tensor | None) -> Tensor:
+def joint_out(x: Tensor, prefix: Tensor | None) -> Tensor:
+    """Room for the prefix and, behind it, numbers like x's."""
     width = x.shape[-1] + (0 if prefix is None else prefix.shape[-1])
     return x.new_empty((*x.shape[:-1], width))
 
 
 def _forward_impl(x: Tensor, prefix: Tensor | None, mode: str, backend: str) -> Tensor:
-    out = _out(x, prefix)
+    out = joint_out(x, prefix)
     triton = triton_module("gelu_tanh", backend, x)
     # torch's kernel is already one pass, and its bits are eager's.
     if triton and mode == "fast":
@@ -32,20 +33,20 @@ def _forward_impl(x: Tensor, prefix: Tensor | None, mode: str, backend: str) -> 
 
 
 def _forward_fake(x: Tensor, prefix: Tensor | None, *unused: Any) -> Tensor:
-    return _out(x, prefix)
+    return joint_out(x, prefix)
 
 
 def _backward_impl(grad: Tensor, x: Tensor, mode: str, backend: str) -> Tensor:
     triton = triton_module("gelu_tanh", backend, x)
     if triton and mode == "fast":
-        result = _out(x, None)
+        result = joint_out(x, None)
         triton.backward(grad, x, result)
         return result
     return reference.gelu_tanh_gradient(grad, x)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, *unused: Any) -> Tensor:
-    return _out(x, None)
+    return joint_out(x, None)
 
 
 register("gelu_tanh", _forward_impl, _forward_fake, library)
@@ -78,6 +79,22 @@ class _GeluTanh(torch.autograd.Function):
         return grad_x, grad_prefix, None, None, None
 
 
+def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, name: str) -> None:
+    """What GELU reads, under the name that the caller knows it by, and the prefix that fits."""
+    check_float(name, x)
+    check_mode(mode)
+    if x.ndim < 1 or x.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., N] with at least one element")
+    if prefix is not None:
+        check_float("prefix", prefix)
+        check_device("prefix", prefix, x, name)
+        if prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
+            raise ValueError(
+                f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want {x.dtype} of shape"
+                f" {(*x.shape[:-1], '...')}"
+            )
+
+
 def gelu_tanh(
     x: Tensor, *, prefix: Tensor | None = None, keep_prefix: bool = False, mode: str = "fast", backend: str = "auto"
 ) -> Tensor:
@@ -96,18 +113,7 @@ def gelu_tanh(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    check_float("x", x)
-    check_mode(mode)
-    if x.ndim < 1 or x.numel() == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want [..., N] with at least one element")
-    if prefix is not None:
-        check_float("prefix", prefix)
-        check_device("prefix", prefix, x, "x")
-        if prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
-            raise ValueError(
-                f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want {x.dtype} of shape"
-                f" {(*x.shape[:-1], '...')}"
-            )
+    check_arguments(x, prefix, mode, "x")
     out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
     return out
 
@@ -124,16 +130,17 @@ def cost(rows: int, channels: int, itemsize: int, *, prefix: int = 0) -> Cost:
     )
 
 
-def _rows(x: Tensor) -> tuple[int, int, int]:
+def rows_of(x: Tensor) -> tuple[int, int, int]:
+    """Rows, channels and itemsize, as `cost` takes them."""
     return x.numel() // x.shape[-1], x.shape[-1], x.element_size()
 
 
 def _flops(x: Tensor, *unused: Any, **_: Any) -> int:
-    return cost(*_rows(x)).flops_forward
+    return cost(*rows_of(x)).flops_forward
 
 
 def _flops_backward(grad: Tensor, x: Tensor, *unused: Any, **_: Any) -> int:
-    return cost(*_rows(x)).flops_backward
+    return cost(*rows_of(x)).flops_backward
 
 
 register_flops("gelu_tanh", _flops)

@@ -12,10 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
 
 from ..ops._block import recomputed
 from ..ops.gated_projection import gated_projection, gated_projection_norm_modulate
 from ..ops.gated_residual import gated_residual
+from ..ops.gelu_linear import gelu_linear
 from ..ops.gelu_tanh import gelu_tanh
 from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
 
@@ -227,16 +231,24 @@ class Unprojected:
     inputs: Tensor
 
 
+def _left_unprojected(
+    settings: Settings, layer: Any, dropouts: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None
+) -> bool:
+    if not settings.gates_from_weights or split is not None or not (gate.ndim == 2 or gate.shape[1] == 1):
+        return False
+    plain = type(layer) is nn.Linear and not any(each.p > 0 and each.training for each in dropouts)
+    trained = plain and torch.is_grad_enabled() and gate.requires_grad and layer.weight.requires_grad
+    same = trained and layer.weight.dtype == inputs.dtype
+    return same and not torch.is_autocast_enabled(inputs.device.type)
+
+
 def projected(
     settings: Settings, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
 ) -> Tensor | Unprojected:
     """What the layers (a projection, then dropout) make of `inputs`, or the projection itself where it can be left."""
     first, *rest = layers
-    if settings.gates_from_weights and split is None and (gate.ndim == 2 or gate.shape[1] == 1):
-        plain = type(first) is nn.Linear and not any(layer.p > 0 and layer.training for layer in rest)
-        trained = plain and torch.is_grad_enabled() and gate.requires_grad and first.weight.requires_grad
-        if trained and first.weight.dtype == inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
-            return Unprojected(first, inputs)
+    if _left_unprojected(settings, first, rest, inputs, gate, split):
+        return Unprojected(first, inputs)
     for layer in (first, *rest):
         inputs = layer(inputs)
     return inputs
@@ -289,16 +301,75 @@ def heads_of(attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> 
     return (layer(out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
 
 
+def _unhooked(module: nn.Module) -> bool:
+    """Whether calling a module is no more than its class's forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+
+
+def _is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer's product may be computed without calling it."""
+    if type(layer) is not nn.Linear or not _unhooked(layer):
+        return False
+    # Quantised and distributed weights are other classes; fake ones stand for plain ones.
+    known = nn.Parameter, Tensor, FakeTensor
+    return all(type(p) in known and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
+
+
+class FeedForward:
+    """Linear, GELU, dropout, linear; where both layers are plain ones, the backward has GELU's part in one pass."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        layers: tuple[Any, Any],
+        x: Tensor,
+        gate: Tensor,
+        split: int | None = None,
+        dropout: Any = None,
+    ):
+        self.settings, self.gate, self.split, self.dropout = settings, gate, split, dropout
+        self.first, self.last = layers
+        self.fused = (
+            settings.recompute != "none"
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+            and (dropout is None or (_unhooked(dropout) and not (dropout.p > 0 and dropout.training)))
+            and not nn_module._has_any_global_hook()
+            and all(_is_plain_linear(layer, x.dtype) for layer in layers)
+            and not _left_unprojected(settings, self.last, (), x, gate, split)
+        )
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What GELU reads."""
+        if not self.fused:
+            return cast(Tensor, self.first(x))
+        bias = self.first.bias
+        return F.linear(x, self.first.weight, None if bias is None else bias.detach())
+
+    def project(self, hidden: Tensor, prefix: Tensor | None = None) -> Tensor | Unprojected:
+        """What the last layer makes of GELU's result behind the prefix, or that layer itself where it can be left."""
+        settings, last = self.settings, self.last
+        if self.fused:
+            more = {"prefix": prefix, "h_bias": self.first.bias}
+            return gelu_linear(hidden, last.weight, last.bias, **more, **settings.options)
+        keep = settings.recompute != "none"
+        activated = gelu_tanh(hidden, prefix=prefix, keep_prefix=keep, **settings.options)
+        activated = activated if self.dropout is None else self.dropout(activated)
+        with settings.unsaved("gelu", activated):
+            return projected(settings, (last,), activated, self.gate, self.split)
+
+
 def feed_forward(
     settings: Settings, module: Any, x: Tensor, gate: Tensor, split: int | None = None
 ) -> Tensor | Unprojected:
-    """Linear, GELU, linear; x must be an output of a block op, and `gate` is what gates the result."""
+    """A module's whole feed-forward; x must be an output of a block op, and `gate` is what gates the result."""
     first, dropout, last = module.net
+    mlp = FeedForward(settings, (first.proj, last), x, gate, split, dropout)
     with settings.unsaved("norm", x):
-        hidden = first.proj(x)
-    activated = dropout(gelu_tanh(hidden, **settings.options))
-    with settings.unsaved("gelu", activated):
-        return projected(settings, (last,), activated, gate, split)
+        hidden = mlp.hidden(x)
+    return mlp.project(hidden)
 
 
 def attend(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.gelu_tanh import gelu_tanh
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
     ACTIVATIONS,
@@ -14,6 +13,7 @@ from ._common import (
     EMBEDDINGS,
     NORMALIZATION,
     Family,
+    FeedForward,
     Settings,
     attend,
     check_feed_forward,
@@ -152,16 +152,14 @@ def single_block(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
         layers = _layers(attn)
         shift, scale, gate = modulation(self.norm, temb, 3)
         x, mlp_out, *outs = fanout(settings, self.norm.norm, x, scale, shift, (self.proj_mlp, *layers))
+        mlp = FeedForward(settings, (self.proj_mlp, self.proj_out), mlp_out, gate)
         with settings.unsaved("norm", mlp_out):
-            hidden = self.proj_mlp(mlp_out)
+            hidden = mlp.hidden(mlp_out)
             query, key, value = _projections(attn, layers, outs)
         tables = _tables(image_rotary_emb, 0, x.shape[1])
         query, key = _norm_rope(settings, attn, Stream(query, key, attn.norm_q.weight, attn.norm_k.weight, *tables))
         attended = attend(settings, attn, query, key, value, mask)
-        buffer = gelu_tanh(hidden, prefix=attended, keep_prefix=settings.recompute != "none", **settings.options)
-        with settings.unsaved("gelu", buffer):
-            y = projected(settings, (self.proj_out,), buffer, gate)
-        x = clipped(gated(settings, x, y, gate))
+        x = clipped(gated(settings, x, mlp.project(hidden, attended), gate))
         return x[:, :text_length], x[:, text_length:]
 
     return forward

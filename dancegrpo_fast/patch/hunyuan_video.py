@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.gelu_tanh import gelu_tanh
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
     ACTIVATIONS,
@@ -16,6 +15,7 @@ from ._common import (
     EMBEDDINGS,
     NORMALIZATION,
     Family,
+    FeedForward,
     Settings,
     attend,
     check_feed_forward,
@@ -149,16 +149,14 @@ def single_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
         layers = (self.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
         x, mlp_out, *outs = fanout(settings, self.norm.norm, x, scale, shift, layers, split=split)
 
+        mlp = FeedForward(settings, (self.proj_mlp, self.proj_out), mlp_out, gate, split)
         with settings.unsaved("norm", mlp_out):
-            hidden = self.proj_mlp(mlp_out)
+            hidden = mlp.hidden(mlp_out)
             query, key, value = heads_of(attn, layers[1:], outs)
         stream = Stream(query, key, _weight(attn.norm_q), _weight(attn.norm_k), *_tables(image_rotary_emb))
         query, key = _norm_rope(settings, attn, stream)
         attended = attend(settings, attn, query, key, value, attention_mask)
-        buffer = gelu_tanh(hidden, prefix=attended, keep_prefix=settings.recompute != "none", **settings.options)
-        with settings.unsaved("gelu", buffer):
-            y = projected(settings, (self.proj_out,), buffer, gate, split)
-        x = gated(settings, x, y, gate, split=split)
+        x = gated(settings, x, mlp.project(hidden, attended), gate, split=split)
         return x[:, :tokens], x[:, tokens:]
 
     return forward

@@ -10,13 +10,22 @@ def gelu_tanh(x: Tensor, prefix: Tensor | None, out: Tensor) -> None:
     width = 0 if prefix is None else prefix.shape[-1]
     if prefix is not None:
         out[..., :width].copy_(prefix)
-    torch.ops.aten.gelu.out(x, approximate="tanh", out=out[..., width:])
+    if x.is_cuda or prefix is None:
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out[..., width:])
+    else:
+        # On a CPU the ends of strided rows are computed by other instructions, to other bits.
+        out[..., width:].copy_(F.gelu(x, approximate="tanh"))
 
 
 def gelu_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient by x, given the gradient of `gelu(x)`."""
     result: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     return result.contiguous()
+
+
+def token_sum(grad: Tensor) -> Tensor:
+    """Sum over all but the last dimension, as a linear layer's bias gets its gradient."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 def definition(x: Tensor, prefix: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""GELU in its tanh form behind a copied prefix, and its gradient."""
+"""GELU in its tanh form behind a copied prefix, its gradient, and both in one pass."""
 
 import triton
 import triton.language as tl
 
+from ..common import triton_rows as rows
 from ..common.triton_common import narrow, widen
 
 
@@ -16,6 +17,14 @@ def sigmoid_parts(x):
     small = tl.exp(-tl.abs(twice))
     large = 1.0 / (1.0 + small)
     return tl.where(twice >= 0.0, large, small * large), small * large * large
+
+
+@triton.jit
+def gradient(pull, value, sigmoid, slope):
+    """Gradient by x, given that of `gelu(x)` and the parts of the sigmoid."""
+    inner = 1.5957691216057308 * (1.0 + 0.134145 * (value * value))
+    # In this order a slope of 0 meets no infinity before torch's does.
+    return pull * (sigmoid + slope * value * inner)
 
 
 @triton.jit
@@ -79,7 +88,52 @@ def backward_kernel(
     value = widen(tl.load(x + row * x_stride + column * x_step, mask=mask, other=0.0), interpreted)
     pull = widen(tl.load(grad + row * grad_stride + column * grad_step, mask=mask, other=0.0), interpreted)
     sigmoid, slope = sigmoid_parts(value)
-    inner = 1.5957691216057308 * (1.0 + 0.134145 * (value * value))
-    # In this order a slope of 0 meets no infinity before torch's does.
-    result = pull * (sigmoid + slope * value * inner)
+    result = gradient(pull, value, sigmoid, slope)
     tl.store(grad_x + row * count + column, narrow(result, grad_x.dtype.element_ty, interpreted), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "length", "parts", "copied"])
+def gradients_kernel(
+    grad,
+    x,
+    prefix,
+    head,
+    activation,
+    grad_x,
+    partials,
+    tokens,
+    count,
+    prefix_count,
+    length,
+    parts,
+    copied,
+    interpreted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A block of columns of a chunk of rows a program; the first `copied` of a chunk's `parts` copy the prefix.
+
+    Writes `gelu(x)`, the gradient by x and, where asked for, its sum over the chunk.
+    """
+    program = tl.program_id(0)
+    chunk, part = program // parts, program % parts
+    first = chunk * length
+    end = tl.minimum(first + length, tokens)
+    if part < copied:
+        if prefix is not None:
+            place, there = where_in_row(part, prefix_count, block)
+            for token in tl.range(first, end):
+                copy = tl.load(rows.addresses(prefix, 0, token, place), mask=there)
+                tl.store(rows.addresses(head, 0, token, place), copy, mask=there)
+    else:
+        column, mask = where_in_row(part - copied, count, block)
+        total = tl.zeros([block], tl.float32)
+        for token in tl.range(first, end):
+            value = rows.load(x, 0, token, column, mask, interpreted)
+            pull = rows.load(grad, 0, token, column, mask, interpreted)
+            sigmoid, slope = sigmoid_parts(value)
+            rows.store(activation, 0, token, column, mask, value * sigmoid, interpreted)
+            by_x = gradient(pull, value, sigmoid, slope)
+            rows.store(grad_x, 0, token, column, mask, by_x, interpreted)
+            total += by_x
+        if partials is not None:
+            rows.store(partials, 0, chunk, column, mask, total, interpreted)

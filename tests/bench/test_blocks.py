@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.blocks.configurations import CONFIGURATIONS, Sizes
 from bench.blocks.count import count, stored_bytes
-from dancegrpo_fast.ops import gated_residual, gelu_tanh, norm_modulate, qk_norm_rope
+from dancegrpo_fast.ops import gated_residual, gelu_linear, gelu_tanh, norm_modulate, qk_norm_rope
 
 TINY = Sizes(
     2,
@@ -36,9 +36,9 @@ def _small(*tensors):
     return sum(stored_bytes(t) for t in tensors if t is not None)
 
 
-def _rows(*tensors):
+def _rows(parameters, wanted):
     """What a backward reads of parameters, and writes as their gradients."""
-    return 2 * _small(*tensors)
+    return _small(*parameters) + _small(*(p for p, keep in zip(parameters, wanted, strict=True) if keep))
 
 
 def _norm_modulate(x, y, gate, *rest):
@@ -48,8 +48,10 @@ def _norm_modulate(x, y, gate, *rest):
 
 def _norm_modulate_backward(grad_h, grads, h, mean, rstd, y, gate, *rest):
     assert grad_h is not None
-    cost = norm_modulate.cost(*h.shape, h.element_size(), gated=y is not None, consumers=len(grads))
-    return cost.bytes_backward + _rows(gate, *rest[:4])
+    cost = norm_modulate.cost(
+        *h.shape, h.element_size(), gated=gate is not None, consumers=len(grads), modulation_grads=y is not None
+    )
+    return cost.bytes_backward + _rows((gate, *rest[:4]), rest[-2][2:])
 
 
 def _streams(arguments):
@@ -67,7 +69,9 @@ def _qk_norm_rope(*arguments):
 
 def _qk_norm_rope_backward(grad_query, grad_key, rstd, rstd2, *arguments):
     cost, weights, tables = _streams(arguments)
-    return cost.bytes_backward + _rows(*weights) + _small(*tables)
+    # Of both streams; queries and keys come before their weights.
+    wanted = [arguments[-2][4 * i + j] for i in range(len(weights) // 2) for j in (2, 3)]
+    return cost.bytes_backward + _rows(weights, wanted) + _small(*tables)
 
 
 def _gelu_tanh(x, prefix, *rest):
@@ -85,10 +89,19 @@ def _gated_residual(x, y, gate, *rest):
 
 def _gated_residual_backward(grad, y, gate, *rest):
     cost = gated_residual.cost(*grad.shape, grad.element_size(), gate_grad=y is not None)
-    return cost.bytes_backward + _rows(gate)
+    return cost.bytes_backward + _rows((gate,), rest[2][1:])
+
+
+def _gelu_tanh_gradients(grad, x, prefix, bias, mode, *_):
+    width = 0 if prefix is None else prefix.shape[-1]
+    formula = gelu_linear.cost(
+        x.numel() // x.shape[-1], x.shape[-1], x.element_size(), prefix=width, h_bias=bias, mode=mode
+    )
+    return formula.bytes_backward
 
 
 EXPECTED = {
+    "gelu_tanh_gradients": _gelu_tanh_gradients,
     "norm_modulate": _norm_modulate,
     "norm_modulate_backward": _norm_modulate_backward,
     "qk_norm_rope": _qk_norm_rope,
@@ -112,7 +125,8 @@ def test_each_op_moves_what_its_cost_says(block):
             seen.add(op)
 
     with FakeTensorMode():
-        count(block, "all", observer=observe)
+        for frozen in (False, True):
+            count(block, "all", frozen, observer=observe)
     assert seen == set(EXPECTED)
 
 

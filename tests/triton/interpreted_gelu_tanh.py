@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.kernels.gelu_tanh import reference
+from dancegrpo_fast.ops import _triton_gated_residual
 from dancegrpo_fast.ops import _triton_gelu_tanh as launcher
+from dancegrpo_fast.ops.gelu_linear import gelu_linear
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
 
 from ..ops.cases import BF16, F16, F32, F64, bits
@@ -18,6 +21,8 @@ BLOCK = launcher.BLOCK
 # One element, primes, around a block.
 SHAPES = ((1,), (7, 13), (3, BLOCK - 1), (1, BLOCK), (2, 3, BLOCK + 1), (2, 5, 72))
 FAR = 2**31
+WIDE = launcher.ROWS_BLOCK
+GRADIENT_SHAPES = ((1,), (7, 13), (2, WIDE - 1), (3, WIDE + 1), (2, 5, 72))
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -97,3 +102,91 @@ def test_far_rows() -> None:
     x = numbers((2, 24), BF16)
     far = torch.empty(FAR + 24, dtype=BF16).as_strided((2, 24), (FAR, 1)).copy_(x)
     assert_same_bits(run(far, None, "triton"), run(x, None, "triton"))
+
+
+def gradients(grad: Tensor, x: Tensor, prefix: Tensor | None, bias: bool, backend: str) -> list[Tensor]:
+    """Activation, gradient and its sum over rows."""
+    return list(torch.ops.dgf.gelu_tanh_gradients(grad, x, prefix, bias, "fast", backend))[: 3 if bias else 2]
+
+
+def assert_gradients_match(grad: Tensor, x: Tensor, prefix: Tensor | None) -> None:
+    found, plain = (gradients(grad, x, prefix, True, backend) for backend in ("triton", "reference"))
+    truth = gradients(grad.double(), x.double(), None if prefix is None else prefix.double(), True, "reference")
+    for actual, like, right in zip(found, plain, truth, strict=True):
+        assert_within_budget(actual, right, like)
+    # What the forward and the plain gradient give, bit for bit.
+    assert_same_bits(found[:1], [torch.ops.dgf.gelu_tanh(x, prefix, "fast", "triton")])
+    assert_same_bits(found[1:2], [torch.ops.dgf.gelu_tanh_backward(grad, x, "fast", "triton")])
+    assert_same_bits(gradients(grad, x, prefix, False, "triton"), found[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES, ids=str)
+def test_gradients_match_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = numbers(shape, dtype)
+    assert_gradients_match(numbers(shape, dtype, 1), x, None)
+    joint = numbers((*shape[:-1], shape[-1] + 40), dtype, 1)
+    assert_gradients_match(joint[..., 40:], x, numbers((*shape[:-1], 40), dtype, 2))
+
+
+@pytest.mark.parametrize("rows", [11, 12, 13])
+def test_gradients_of_longer_chunks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton_gated_residual, "CHUNKS", 2)
+    assert_gradients_match(numbers((rows, 3), BF16, 1), numbers((rows, 3), BF16), numbers((rows, 2), BF16, 2))
+
+
+def test_gradients_of_views() -> None:
+    wide, grad = numbers((2, 3, 2, 3 * 8), BF16), numbers((2, 3, 2, 3 * 8), BF16, 1)
+    for view in (
+        lambda t: t.chunk(3, -1)[1],
+        lambda t: t.transpose(0, 2),
+        lambda t: t[:1].expand_as(t),
+        lambda t: t[..., ::3],
+    ):
+        x, given = view(wide), view(grad)
+        prefix = numbers((*x.shape[:-1], 2 * 5), BF16, 3)[..., ::2]
+        assert_gradients_match(given, x, prefix)
+        whole = gradients(given.contiguous(), x.contiguous(), prefix.contiguous(), True, "triton")
+        assert_same_bits(gradients(given, x, prefix, True, "triton"), whole)
+    x, given = numbers((2, 24), BF16), numbers((2, 24), BF16, 1)
+    far = torch.empty(FAR + 24, dtype=BF16).as_strided((2, 24), (FAR, 1)).copy_(x)
+    assert_same_bits(gradients(given, far, None, True, "triton"), gradients(given, x, None, True, "triton"))
+
+
+@pytest.mark.parametrize("width", [0, 5])
+def test_gradients_write_everything_and_nothing_else(width: int) -> None:
+    x, grad = numbers((9, 7), BF16), numbers((9, 7), BF16, 1)
+    prefix = numbers((9, width), BF16, 2) if width else None
+    rooms, insides = [], []
+    for shape in ((9, width + 7), (9, 7), (7,)):
+        room = torch.full((torch.Size(shape).numel() + 64,), float("nan"), dtype=BF16)
+        rooms.append(room)
+        insides.append(room[32:-32].view(shape))
+    launcher.gradients(grad, x, prefix, *insides)
+    for room, inside in zip(rooms, insides, strict=True):
+        assert bool(room[:32].isnan().all() and room[-32:].isnan().all()) and not bool(inside.isnan().any())
+
+
+@pytest.mark.parametrize("mode", ["fast", "lossless"])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_projection_end_to_end(dtype: torch.dtype, mode: str) -> None:
+    """Through autograd, against eager torch; lossless to the bit, in rows of whole vectors of the CPU."""
+    shapes = ((2, 5, 64), (2, 5, 32), (6, 96), (6,), (64,))
+    given = [numbers(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    grad = numbers((2, 5, 6), dtype, 9)
+
+    def run_projection(by: str, kind: torch.dtype) -> list[Tensor]:
+        x, prefix, weight, bias, h_bias = leaves = [t.detach().to(kind).requires_grad_() for t in given]
+        if by == "eager":
+            h = x + h_bias
+            out = torch.nn.functional.linear(reference.definition(h, prefix), weight, bias)
+        else:
+            h = x + h_bias.detach()
+            out = gelu_linear(h, weight, bias, prefix=prefix, h_bias=h_bias, mode=mode, backend=by)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))]
+
+    found, plain, truth = run_projection("triton", dtype), run_projection("eager", dtype), run_projection("eager", F64)
+    for actual, right, like in zip(found, truth, plain, strict=True):
+        assert_within_budget(actual, right, like)
+    if mode == "lossless":
+        assert_same_bits(found, plain)

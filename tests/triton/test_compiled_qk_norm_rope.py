@@ -1,4 +1,4 @@
-"""Queries and keys, and GELU, compiled offline through their launchers for every architecture that matters."""
+"""Queries and keys compiled offline through their launchers for every architecture that matters."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from dancegrpo_fast import backends
 from dancegrpo_fast.kernels.qk_norm_rope import triton_kernels as kernels
-from dancegrpo_fast.ops import _triton_gelu_tanh as gelu
 from dancegrpo_fast.ops import _triton_qk_norm_rope as launcher
 from dancegrpo_fast.ops.qk_norm_rope import Stream, _backward_outputs, _forward_outputs
 
@@ -29,7 +28,6 @@ REGISTERS = {
     "backward_kernel": launcher.BACKWARD_REGISTERS,
     "weight_kernel": 64,
 }
-GELU_REGISTERS = 48
 # The scratch of a reduction.
 SHARED = 8 * 1024
 
@@ -168,25 +166,3 @@ def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
             run(Shape("head", "interleaved", True, "fast", batch=batch, tokens=tokens))
             known = known or keys()
             assert keys() == known
-
-
-GELU = {"prefix": 3072, "alone": 0}
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_gelu(capability: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    def new(width: int) -> Tensor:
-        return torch.empty(2, 1000, width, dtype=dtype, device="meta")
-
-    with offline.compiling(capability, tmp_path) as launches:
-        gelu.forward(new(12288), new(3072), new(15360))
-        gelu.forward(new(12288), None, new(12288))
-        gelu.backward(new(15360)[..., 3072:], new(12288), new(12288))
-    # 16-byte accesses of a thread's part of one tensor.
-    each = gelu.THREAD * dtype.itemsize // 16
-    for found, reads, writes in zip(launches, (2, 1, 2), (2, 1, 1), strict=True):
-        assert_lean(found, GELU_REGISTERS)
-        assert found.shared == 0
-        assert count(r"\bld\.global\.v4\.b32", found) == count(r"\bld\.global", found) == reads * each
-        assert count(r"\bst\.global\.v4\.b32", found) == count(r"\bst\.global", found) == writes * each
