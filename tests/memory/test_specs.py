@@ -1,0 +1,223 @@
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast.memory import specs
+from dancegrpo_fast.memory.trace import trace
+
+from ..tolerances import assert_as_printed
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+# Billions of parameters, as published.
+PARAMETERS = {
+    "sd14": "0.86",
+    "flux-dev": "11.9",
+    "hunyuan-video": "12.8",
+    "skyreels-i2v": "12.8",
+    "sd35-medium": "2.24",
+    "sd35-large": "8.06",
+    "qwen-image": "20.4",
+    "wan21-1.3b": "1.42",
+    "wan21-14b": "14.3",
+}
+# Frames, height, width, and the shape of the denoiser's output.
+SIZES = {
+    "sd14": (1, 512, 512, (2, 4, 64, 64)),
+    "flux-dev": (1, 720, 720, (2, 2025, 64)),
+    "hunyuan-video": (53, 480, 640, (2, 16, 14, 60, 80)),
+    "skyreels-i2v": (5, 544, 960, (2, 16, 2, 68, 120)),
+    "sd35-medium": (1, 512, 768, (2, 16, 64, 96)),
+    "sd35-large": (1, 1024, 1024, (2, 16, 128, 128)),
+    "qwen-image": (1, 512, 768, (2, 1536, 64)),
+    "wan21-1.3b": (81, 480, 832, (2, 16, 21, 60, 104)),
+    "wan21-14b": (1, 480, 832, (2, 16, 1, 60, 104)),
+}
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_shipped_models_are_those_listed() -> None:
+    assert specs.names() == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    spec = specs.resolve(name)
+    model = specs.build(spec)
+    assert_as_printed(count(model) / 1e9, PARAMETERS[name])
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert all(p.requires_grad for p in model.parameters())
+    vae = specs.build_vae(spec)
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_inputs_are_what_the_model_takes(name: str) -> None:
+    frames, height, width, shape = SIZES[name]
+    spec = specs.resolve(name)
+    fewer = {key: 2 for key in ("num_layers", "num_single_layers") if key in spec.config}
+    spec = dataclasses.replace(spec, config=spec.config | fewer)
+    seen = []
+
+    def call(**inputs: Any) -> Any:
+        seen.append(model(**inputs)[0].shape)
+        return seen
+
+    model = specs.build(spec)
+    trace(model, specs.inputs(spec, frames, height, width, batch=2), train=False, call=call)
+    assert seen == [shape]
+
+
+def test_wan_keeps_in_float32_what_diffusers_keeps() -> None:
+    spec = specs.resolve("wan21-1.3b")
+    model = specs.build(spec, torch.bfloat16)
+    single = {
+        name.split(".")[-1] if "table" in name else name.split(".")[-2]
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float32
+    }
+    assert single == {"scale_shift_table", "norm2", "linear_1", "linear_2"}
+    assert model.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_positions_of_sd35_are_loaded_in_the_models_dtype() -> None:
+    model = specs.build(specs.resolve("sd35-medium"))
+    table = model.pos_embed.pos_embed
+    assert table.dtype == torch.bfloat16 and table.shape == (1, 384 * 384, 1536)
+
+
+def test_text_encoders_have_the_parameters_stated() -> None:
+    t5 = {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "d_kv": 64,
+        "feed_forward_proj": "gated-gelu",
+    }
+    qwen = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+    )
+    llama = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128320,
+    )
+    large = transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    )
+    big = transformers.CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+    with torch.device("meta"):
+        built = {
+            "google/t5-v1_1-xxl": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **t5)),
+            "google/umt5-xxl": transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5)),
+            "CLIPTextModel with": transformers.CLIPTextModel(large),
+            "Projection with the configuration of openai": transformers.CLIPTextModelWithProjection(large),
+            "bigG": transformers.CLIPTextModelWithProjection(big),
+            "LlamaModel": transformers.LlamaModel(llama),
+            "Qwen2.5-VL": transformers.Qwen2_5_VLForConditionalGeneration(qwen),
+        }
+    counts = {key: count(model) for key, model in built.items()}
+    for name in specs.names():
+        encoders = specs.resolve(name).text_encoders
+        assert encoders
+        for encoder in encoders:
+            [wanted] = [number for key, number in counts.items() if key in encoder.source]
+            assert encoder.parameters == wanted, encoder
+
+
+def test_local_folder_and_its_vae_are_read(tmp_path: Any) -> None:
+    settings = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    model = diffusers.FluxTransformer2DModel(
+        axes_dims_rope=(4, 6, 6), in_channels=16, joint_attention_dim=24, **settings
+    )
+    model.save_config(tmp_path / "transformer")
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae))
+    spec = specs.resolve(tmp_path)
+    assert (spec.denoiser, spec.vae, spec.latent_channels) == ("FluxTransformer2DModel", "AutoencoderKL", 4)
+    assert spec.compression == (1, 2, 2) and specs.tokens(spec, 1, 16, 32) == 32
+    assert count(specs.build(spec)) == count(model)
+
+
+def test_bad_models_are_refused(tmp_path: Any, monkeypatch: Any) -> None:
+    with pytest.raises(ValueError, match=r'model: got "flux", want one of flux-dev, .*, a diffusers folder'):
+        specs.resolve("flux")
+    with pytest.raises(ValueError, match=r"model: got the folder .*, want transformer/config.json"):
+        specs.resolve(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet1DModel"}))
+    with pytest.raises(ValueError, match=r'model: got a "UNet1DModel" in .*, want one of UNet2DConditionModel'):
+        specs.resolve(tmp_path)
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
+    with pytest.raises(ValueError, match=r'model: got "some/model".*can be reached \(OSError: no network\)'):
+        specs.resolve("some/model")
+
+
+def test_hub_configurations_are_read(monkeypatch: Any) -> None:
+    def load(name: str, subfolder: str) -> dict[str, Any]:
+        if subfolder == "unet":
+            raise OSError("no such file")
+        kinds = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
+        return (
+            {"_class_name": kinds[subfolder], "num_layers": 2}
+            if subfolder == "transformer"
+            else {"_class_name": kinds[subfolder], "z_dim": 16, "temperal_downsample": [False, True, True]}
+        )
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", load)
+    spec = specs.resolve("some/wan")
+    assert spec.config["num_layers"] == 2 and spec.compression == (4, 8, 8) and spec.vae == "AutoencoderKLWan"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("hunyuan-video", (52, 480, 640), "frames: got 52, want 4 n \\+ 1 for hunyuan-video"),
+        ("hunyuan-video", (0, 480, 640), "frames: got 0"),
+        ("flux-dev", (5, 512, 512), "frames: got 5, want 1 for the image model flux-dev"),
+        ("hunyuan-video", (53, 488, 640), "height: got 488, want a multiple of 16"),
+        ("sd14", (1, 512, 500), "width: got 500, want a multiple of 8"),
+    ],
+)
+def test_sizes_the_model_cannot_have_are_refused(name: str, sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        specs.inputs(specs.resolve(name), *sizes)
+
+
+def test_empty_batches_and_texts_are_refused() -> None:
+    spec = specs.resolve("sd14")
+    with pytest.raises(ValueError, match="batch: got 0, want at least 1"):
+        specs.inputs(spec, 1, 512, 512, batch=0)
+    with pytest.raises(ValueError, match="text_tokens: got 0, want at least 1"):
+        specs.inputs(spec, 1, 512, 512, text_tokens=0)

@@ -1,0 +1,106 @@
+"""Predictions against real runs on the CPU, and those against what torch's allocator tells."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from dancegrpo_fast.memory.result import Trace
+from dancegrpo_fast.memory.trace import measure, trace
+from dancegrpo_fast.models.base import add_lora
+from dancegrpo_fast.patch import accelerate
+
+from .small import tiny
+
+
+def assert_same_books(predicted: Trace, measured: Trace) -> None:
+    assert predicted.peak == measured.peak
+    assert predicted.saved_by_group == measured.saved_by_group
+    assert predicted.saved_by_module == measured.saved_by_module
+    assert predicted.flops_by_group == measured.flops_by_group
+    for phase in measured.phases:
+        assert predicted.live(phase) == measured.live(phase)
+        assert predicted.peak_of(phase).by_category == measured.peak_of(phase).by_category
+
+
+@pytest.mark.parametrize("family", ["flux", "hunyuan", "sd3.5", "qwen", "wan", "unet"])
+@pytest.mark.parametrize(("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_prediction_is_what_a_real_run_takes(family: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    model, inputs = tiny(family, dtype)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    predicted = trace(model, inputs, attention="cpu", optimizer="foreach")
+    assert_same_books(predicted, measure(model, inputs, optimizer="foreach"))
+    assert bool(predicted.live("forward").get("block_inputs")) == checkpointing
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prediction_with_lora_is_what_a_real_run_takes(checkpointing: bool) -> None:
+    pytest.importorskip("peft")
+    model, inputs = tiny("hunyuan")
+    add_lora(model, 4, 4, ["to_q", "to_k", "to_v", "to_out.0"])
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    predicted = trace(model, inputs, attention="cpu", optimizer="fused")
+    assert_same_books(predicted, measure(model, inputs, optimizer="fused"))
+    assert predicted.live("load")["gradients"] < predicted.live("load")["parameters"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
+def test_prediction_with_block_ops_is_what_a_real_run_takes(recompute: str) -> None:
+    model, inputs = tiny("flux")
+    accelerate(model, recompute=recompute)
+    predicted = trace(model, inputs, attention="cpu")
+    assert_same_books(predicted, measure(model, inputs))
+
+
+def test_rollout_keeps_nothing() -> None:
+    model, inputs = tiny("flux")
+    predicted = trace(model, inputs, attention="cpu", train=False)
+    assert_same_books(predicted, measure(model, inputs, train=False))
+    assert predicted.kept == [] and set(predicted.phases) == {"load", "rollout"}
+
+
+def _allocator(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
+    """Bytes after the forward and at the peak, by what torch's allocator tells its profiler."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        output = model(**inputs)[0]
+        with torch.profiler.record_function("forward is over"):
+            pass
+        torch.autograd.backward([output], [torch.ones_like(output)])
+    events = sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = peak = kept = 0
+    for event in events:
+        if event.name() == "forward is over":
+            kept = live
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return kept, peak
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3.5", "wan"])
+def test_prediction_is_what_the_allocator_tells(family: str) -> None:
+    model, inputs = tiny(family)
+    predicted = trace(model, inputs, attention="cpu")
+    kept, peak = _allocator(model, inputs)
+    assert sum(predicted.live("forward").values()) - sum(predicted.live("load").values()) == kept
+    assert predicted.peak.bytes - sum(predicted.live("load").values()) == peak
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3.5", "wan"])
+def test_kept_bytes_of_bfloat16_under_checkpointing_are_what_the_allocator_tells(family: str) -> None:
+    model, inputs = tiny(family, torch.bfloat16)
+    model.enable_gradient_checkpointing()
+    predicted = trace(model, inputs, attention="cpu")
+    kept, _ = _allocator(model, inputs)
+    # Each checkpoint also keeps the state of the CPU's random numbers, which is no tensor of the model's.
+    blocks = sum(type(m).__name__.endswith("TransformerBlock") for m in model.modules())
+    states = blocks * torch.get_rng_state().nbytes
+    assert sum(predicted.live("forward").values()) - sum(predicted.live("load").values()) + states == kept
