@@ -34,7 +34,7 @@ _HOMES = {
     "transition_step": "ops.transition",
     "TransitionTable": "transitions",
 }
-_MODULES = ("advantages", "backends", "patch", "transitions")
+_MODULES = ("advantages", "backends", "memory", "patch", "transitions")
 
 __all__ = [*_HOMES, *_MODULES]
 

@@ -20,6 +20,7 @@ from . import checkpoint
 from .advantages import best_and_worst, group_advantages
 from .config import Recipe
 from .evaluation import Evaluator, decode
+from .memory._phases import phase
 from .models import load_model
 from .ops.noise import gaussian_noise
 from .ops.policy_loss import PolicyMetrics
@@ -282,7 +283,7 @@ class Trainer:
         data, frames = self._sample(iteration, prompts)
         clock.append(time.perf_counter())
         repeated = [prompt for prompt in prompts for _ in range(train.group_size)]
-        rewards = self.rewards(
+        rewards = phase("rewards")(self.rewards)(
             RewardInput(
                 frames=frames,
                 prompts=[prompt.text for prompt in repeated],
@@ -302,7 +303,7 @@ class Trainer:
         train, sampler, seed = self.recipe.train, self.recipe.sampler, self.recipe.seed
         batch = len(prompts) * train.group_size
         ids = torch.arange(batch, device=self.device) + (iteration - 1) * batch
-        conditioning = self.model.encode([prompt.text for prompt in prompts])
+        conditioning = phase("text encoding")(self.model.encode)([prompt.text for prompt in prompts])
         starts = ids[:: train.group_size] if sampler.shared_noise else ids
         noise = gaussian_noise(
             self.model.latent_shape,
@@ -310,7 +311,7 @@ class Trainer:
             sample_ids=starts,
             dtype=sampler.torch_dtype(),
         )
-        trajectory = rollout(
+        trajectory = phase("rollout")(rollout)(
             self.policy,
             self.table,
             noise,
@@ -326,7 +327,7 @@ class Trainer:
             order = torch.randperm(len(self.trainable_steps), generator=generator(seed, "timesteps", sample))
             steps.append([self.trainable_steps[i] for i in order[: self.steps_per_sample].tolist()])
         data = {"trajectory": trajectory, "conditioning": conditioning, "steps": steps}
-        return data, decode(self.model, trajectory.denoised, train.micro_batch)
+        return data, phase("decode")(decode)(self.model, trajectory.denoised, train.micro_batch)
 
     def _update(self, iteration: int, data: dict[str, Any], advantages: Tensor) -> Tally:
         train = self.recipe.train
@@ -348,7 +349,7 @@ class Trainer:
             dealt = sorted((samples[i] for i in order.tolist()), key=lambda sample: sample % train.micro_batch)
             for update in range(train.updates_per_rollout):
                 chosen = sorted(dealt[update :: train.updates_per_rollout])
-                changed = backward_update(
+                changed = phase("replay forward")(backward_update)(
                     self.policy,
                     self.denoiser,
                     self.table,
@@ -363,9 +364,10 @@ class Trainer:
                     # Skipping work must not skip the optimiser: its momentum moves on with a gradient of zero.
                     for parameter in self.names:
                         parameter.grad = torch.zeros_like(parameter)
-                tally.grad_norms.append(self.accelerator.clip_grad_norm_(list(self.names), train.max_grad_norm))
-                self.prepared_optimizer.step()
-                self.prepared_optimizer.zero_grad(set_to_none=True)
+                with phase("optimizer"):
+                    tally.grad_norms.append(self.accelerator.clip_grad_norm_(list(self.names), train.max_grad_norm))
+                    self.prepared_optimizer.step()
+                    self.prepared_optimizer.zero_grad(set_to_none=True)
                 first = False
         return tally
 

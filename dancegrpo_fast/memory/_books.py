@@ -1,0 +1,299 @@
+"""The profiler's books: `Recorder` on a real run of any length, with categories settled phase by phase."""
+
+import contextlib
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
+
+from .budget import CATEGORIES
+from .recorder import Recorder, tensors_in
+from .result import Storage
+
+# Storages on the books before dead ones are dropped.
+COMPACT = 50_000
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One uninterrupted piece of a phase: what lived at its peak, and what ran then."""
+
+    name: str
+    seconds: float
+    budget: dict[str, int]
+    saved_by_group: dict[str, int]
+    op: str
+    module: str
+    start_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """At the peak."""
+        return sum(self.budget.values())
+
+
+def sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Totals by key, those of `CATEGORIES` in their order."""
+    found: Counter[str] = Counter()
+    for key, size in pairs:
+        found[key] += size
+    order = [key for key in CATEGORIES if key in found]
+    return {key: found[key] for key in [*order, *(key for key in found if key not in CATEGORIES)]}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor."""
+    found: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
+
+
+class Books(Recorder):
+    """Follows all tensor storages of one kind of device, from those that are there to those that are made.
+
+    Args:
+        device: of the storages.
+        boundary: called where a segment starts (with None) and ends, outside of its time.
+        wait: called at the end of a segment's time, for a device that works behind python's back.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        boundary: Callable[[Segment | None], None],
+        wait: Callable[[], None] | None = None,
+    ) -> None:
+        self.module_names: dict[int, str] = {}
+        super().__init__(self.module_names, contextlib.nullcontext)
+        self.device, self.boundary, self.wait = device, boundary, wait
+        self.names: list[str] = []
+        self._parameters: dict[int, Tensor] = {}
+        self._bytes = self._peak = self._peak_at = self._start_bytes = 0
+        self._peak_op = self._peak_module = ""
+        self._limit = COMPACT
+        self._graph = False
+        self._began = 0.0
+
+    # Storages.
+
+    def note(self, tensor: Tensor, op: str, module: str, category: str = "") -> None:
+        if tensor.device.type != self.device.type or tensor.layout != torch.strided:
+            return
+        count = len(self.storages)
+        super().note(tensor, op, module, "trajectories" if category == "inputs" else category)
+        if len(self.storages) == count:
+            return
+        self._bytes += self.storages[-1].size
+        if self._bytes > self._peak:
+            self._peak, self._peak_at, self._peak_op, self._peak_module = self._bytes, self._clock, op, module
+        if count > self._limit:
+            self._compact()
+
+    def _die(self, key: int, storage: Storage) -> None:
+        super()._die(key, storage)
+        self._bytes -= storage.size
+
+    def _workspace(self, size: int, op: str, module: str) -> None:
+        """An estimate, which is not measured."""
+
+    def _at_peak(self) -> list[Storage]:
+        return [s for s in self.storages if s.born < self._peak_at and (s.died is None or s.died >= self._peak_at)]
+
+    def _compact(self) -> None:
+        """Drops what is dead and did not live at the peak so far."""
+        peak = {id(s) for s in self._at_peak()}
+        self.storages = [s for s in self.storages if s.died is None or id(s) in peak]
+        self._checkpointed &= {id(s) for s in self.storages}
+        self._limit = COMPACT + 2 * len(self.storages)
+
+    # What is there already.
+
+    def census(self) -> None:
+        """Notes every tensor that python's garbage collector knows: of models, their gradients, optimisers, others."""
+        gc.collect()
+        objects = gc.get_objects()
+        modules = [m for m in objects if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
+        inner = {id(child) for module in modules for child in module._modules.values()}
+        roots = [module for module in modules if id(module) not in inner]
+        trained = [root for root in roots if any(p.requires_grad for p in root.parameters())]
+        for root in trained:
+            self.note_model(root, "parameters")
+        for optimizer in (o for o in objects if issubclass(type(o), Optimizer) and "state" in vars(o)):
+            self.note_optimizer(optimizer)
+        for root in roots:
+            self.note_model(root, "other models")
+        for tensor in objects:
+            if type(tensor) in (Tensor, nn.Parameter):
+                self.note(tensor, "existing", "", "trajectories")
+
+    def note_model(self, root: nn.Module, category: str) -> None:
+        """Notes parameters, buffers, other tensors and gradients of a model, and the names of its modules."""
+        for path, module in root.named_modules():
+            self.module_names.setdefault(id(module), path)
+            # Some models keep tables as plain attributes.
+            held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+            for tensor in tensors_in(held):
+                self.note(_local(tensor), "load", path, category)
+        self._note_parameters(root.parameters())
+
+    def _note_parameters(self, parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
+            self._parameters[id(p)] = p
+            if p.grad is not None:
+                self.note(_local(p.grad), "load", "", "gradients")
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """Notes an optimiser's state, also where it is noted as something else."""
+        for group in optimizer.param_groups:
+            self._note_parameters(group["params"])
+        for state in list(optimizer.state.values()):
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    self.note(_local(tensor), "load", "", "optimizer")
+                    if found := self.storage_of(_local(tensor)):
+                        found.category = "optimizer"
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if not self._modules and id(module) not in self.module_names:
+            trained = any(p.requires_grad for p in module.parameters())
+            self.note_model(module, "parameters" if trained else "other models")
+        super()._enter_module(module, args)
+
+    # Operators.
+
+    def _module(self) -> str:
+        # Autograd makes no nodes here, so that there is nothing to number.
+        if self._phase != "backward" and not torch.is_grad_enabled():
+            return self._modules[-1] if self._modules else ""
+        return super()._module()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+            # Tensors with operators of their own, DTensors among them, come back as plain ones.
+            return NotImplemented
+        if not self._graph and torch.is_grad_enabled():
+            self._graph = any(t.requires_grad for t in args if isinstance(t, Tensor))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    # Phases.
+
+    def open(self) -> None:
+        """A segment of the innermost phase begins."""
+        name = self.names[-1]
+        self._phase = "backward" if name.endswith("backward") else "optimizer" if name == "optimizer" else "forward"
+        self.storages = [s for s in self.storages if s.died is None]
+        self._checkpointed &= {id(s) for s in self.storages}
+        self._limit = COMPACT + 2 * len(self.storages)
+        self._graph = False
+        self.boundary(None)
+        self._peak = self._start_bytes = self._bytes
+        self._peak_at, self._peak_op, self._peak_module = self._clock, "", ""
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """It ends: what was made in it gets its category."""
+        if self.wait is not None:
+            self.wait()
+        seconds = time.perf_counter() - self._began
+        grads = {id(self.storage_of(_local(p.grad))) for p in self._parameters.values() if p.grad is not None}
+        for storage in self.storages:
+            if not storage.category:
+                storage.category = self._category(storage, id(storage) in grads)
+        peak = self._at_peak()
+        self.boundary(
+            Segment(
+                self.names[-1],
+                seconds,
+                sums((s.category, s.size) for s in peak),
+                sums((s.group, s.size) for s in peak if s.category == "saved"),
+                self._peak_op,
+                self._peak_module,
+                self._start_bytes,
+            )
+        )
+
+    def _category(self, storage: Storage, is_gradient: bool) -> str:
+        if is_gradient:
+            return "gradients"
+        if self._phase == "backward" or storage.died is not None:
+            return "recomputation" if storage.recomputed else "temporaries"
+        if self._phase == "optimizer":
+            return "temporaries"
+        if not self._graph:
+            # Kept without a graph: what a rollout leaves behind.
+            return "trajectories"
+        return "block inputs" if id(storage) in self._checkpointed else "saved"
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """A phase; the one around it rests."""
+        depth = len(self.names)
+        if self.names:
+            self.close()
+        self.names.append(name)
+        self.open()
+        try:
+            yield
+        finally:
+            self.close()
+            del self.names[depth:]
+            if self.names:
+                self.open()
+
+    def addresses(self) -> dict[int, str]:
+        """Categories of living storages, by address."""
+        alive = [(s, s.reference()) for s in self.storages if s.died is None and s.reference is not None]
+        return {kept.data_ptr(): s.category for s, kept in alive if kept is not None}
+
+    @contextlib.contextmanager
+    def keeping(self, before: dict[str, int]) -> Iterator[None]:
+        """Keeps the books of what runs inside; backward and optimiser steps become phases by themselves.
+
+        Args:
+            before: gets the bytes by category that are there already.
+        """
+        original = torch.autograd.backward
+
+        def backward(*args: Any, **kwargs: Any) -> None:
+            if self._phase == "backward":
+                return original(*args, **kwargs)
+            with self.inside("replay backward" if self.names[-1] == "replay forward" else "backward"):
+                return original(*args, **kwargs)
+
+        steps = contextlib.ExitStack()
+
+        def step_begins(optimizer: Optimizer, *_: Any) -> None:
+            self.note_optimizer(optimizer)
+            if self._phase != "optimizer":
+                steps.enter_context(self.inside("optimizer"))
+
+        def step_ends(optimizer: Optimizer, *_: Any) -> None:
+            self.note_optimizer(optimizer)
+            steps.close()
+
+        with contextlib.ExitStack() as stack:
+            self.census()
+            before.update(sums((s.category, s.size) for s in self.storages))
+            stack.enter_context(mock.patch.object(torch.autograd, "backward", backward))
+            stack.callback(optimizer_hooks.register_optimizer_step_pre_hook(step_begins).remove)
+            stack.callback(optimizer_hooks.register_optimizer_step_post_hook(step_ends).remove)
+            stack.callback(self.release)
+            stack.enter_context(self.watching())
+            stack.enter_context(self.inside("other"))
+            # A step that failed leaves its phase open.
+            stack.enter_context(steps)
+            yield
+
+    def release(self) -> None:
+        """Follows nothing any longer."""
+        for storage in self.storages:
+            storage.reference = None
+        self.storages, self._live = [], {}
+        self._parameters = {}

@@ -1,0 +1,138 @@
+"""What a trainer's rollout and replay will take: the trainer's own code, on fake tensors."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import Conditioning
+from ..replay import Experience, Item, Tally, _losses
+from ..rollout import Policy, rollout
+from ..trajectory import Trajectory
+from ._books import sums
+from .result import Peak, Trace
+from .trace import trace
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+# Of a trace's categories, those with other names in a budget.
+_NAMES = {"inputs": "trajectories", "block_inputs": "block inputs"}
+
+
+@dataclass(frozen=True)
+class _Brief(Policy):
+    """Calls the model twice for every number of samples; every later call would only do the same again."""
+
+    calls: dict[int, list[tuple[torch.Size | None, torch.dtype]]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def __call__(
+        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        count = len(latents)
+        self.counts[count] = self.counts.get(count, 0) + 1
+        if self.counts[count] <= 2:
+            output, uncond = super().__call__(denoiser, latents, times, conditioning)
+            self.calls[count] = [(None if t is None else t.shape[1:], output.dtype) for t in (output, uncond)]
+            return output, uncond
+        made = [
+            None if shape is None else latents.new_empty(self.rows, *shape, dtype=dtype)[:count]
+            for shape, dtype in self.calls[count]
+        ]
+        assert made[0] is not None
+        return made[0], made[1]
+
+
+def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -> dict[str, int]:
+    """A traced peak, and what is there before that the trace did not see."""
+    seen = sum(s.size for s in found.storages if s.op == "existing")
+    names = _NAMES | {"outputs": outputs}
+    pairs = [(names.get(name, name), size) for name, size in peak.by_category.items()]
+    pairs += [(name, before.get(name, 0)) for name in ("other models", "trajectories")]
+    return sums([*pairs, ("trajectories", -seen)])
+
+
+def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bytes by category at the peaks of "rollout", "replay forward" and "replay backward".
+
+    Args:
+        trainer: on the CPU.
+        before: bytes by category before the iteration; other models and data of it are taken as they are.
+        rows: of iterations that ran, for how many model calls an update has.
+    """
+    recipe, train, sampler = trainer.recipe, trainer.recipe.train, trainer.recipe.sampler
+    batch, shape = train.prompts_per_iteration * train.group_size, trainer.model.latent_shape
+    texts = [prompt.text for prompt in trainer.prompts]
+    texts = (texts * train.prompts_per_iteration)[: train.prompts_per_iteration]
+    conditioning = dict(trainer.model.encode(texts))
+    starts = len(texts) if sampler.shared_noise else batch
+    noise = torch.empty(starts, *shape, dtype=sampler.torch_dtype(), device="meta")
+    ids = torch.empty(batch, dtype=torch.int64, device="meta")
+    brief = _Brief(**{f.name: getattr(trainer.policy, f.name) for f in fields(Policy)})
+
+    def sample(noise: Tensor, conditioning: Conditioning, ids: Tensor) -> Trajectory:
+        return rollout(
+            brief,
+            trainer.table,
+            noise,
+            train.group_size,
+            conditioning,
+            seed=recipe.seed,
+            sample_ids=ids,
+            shared_first_step=sampler.shared_noise,
+            keep_outputs=train.ratio_norm,
+        )
+
+    inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
+    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=sample)
+    left = Trajectory.allocate(
+        batch,
+        len(trainer.table),
+        shape,
+        dtype=noise.dtype,
+        device=noise.device,
+        output_dtype=torch.float32 if train.ratio_norm else None,
+    )
+
+    def losses(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
+        steps = [trainer.trainable_steps[-1:]] * batch
+        data = Experience(
+            Trajectory(**trajectory), conditioning, advantages, [1.0] * batch, train.group_size, steps, False
+        )
+        items = [(row, Item((row,), steps[row][0])) for row in range(train.micro_batch)]
+        calls: Iterator[Any] = _losses(
+            trainer.policy, trainer.denoiser, trainer.table, data, items, trainer.objective, Tally(), 1 / batch
+        )
+        # The iterator keeps the call's inputs, as it does while the trainer runs backward.
+        return calls, next(calls)
+
+    replay = trace(
+        trainer.denoiser,
+        {
+            "trajectory": vars(left),
+            "conditioning": conditioning,
+            "advantages": torch.empty(batch, device="meta"),
+            "ids": ids,
+            "frames": torch.empty(batch, 3 * sampler.height * sampler.width, device="meta"),
+        },
+        attention="cpu",
+        grads=_calls_per_update(trainer, rows) > 1,
+        optimizer="fused",
+        loss=lambda found: torch.stack([one.loss for one in found[1]]).sum(),
+        call=losses,
+    )
+    return {
+        "rollout": _budget(sampled, sampled.peak_of("rollout"), before, "trajectories"),
+        "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
+        "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),
+    }
+
+
+def _calls_per_update(trainer: "Trainer", rows: Sequence[Mapping[str, Any]]) -> float:
+    train = trainer.recipe.train
+    updates = train.updates_per_rollout * train.inner_epochs * len(rows)
+    model_rows: int = sum(row["skipped"]["model_rows"] for row in rows)
+    return model_rows / train.micro_batch / updates

@@ -1,0 +1,299 @@
+"""Figures of one model call, from traces of the same model with few blocks.
+
+Bytes and FLOPs are linear in the number of blocks of each kind, so that the smallest model and one with a block more
+of each kind say what all blocks do, under any mixture of checkpoint policies.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import checkpointing, specs
+from .result import Storage, Trace
+from .trace import trace
+
+Vector = dict[str, float]
+
+# The trace's names for the planner's.
+_CATEGORIES = {"block_inputs": "block inputs", "inputs": "temporaries", "outputs": "temporaries"}
+
+
+def added(*parts: tuple[float, Mapping[str, float]]) -> Vector:
+    """The weighted sum of vectors by category."""
+    found: Vector = {}
+    for weight, vector in parts:
+        for key, value in vector.items():
+            found[key] = found.get(key, 0) + weight * value
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a trace of a denoiser depends on, beside its policy and its number of blocks."""
+
+    spec: str
+    frames: int
+    height: int
+    width: int
+    rows: int
+    text_tokens: int | None
+    dtype: str
+    lora: int
+    lora_targets: tuple[str, ...]
+    lora_dtype: str
+    kernel: str
+    block_ops: str
+    recompute: str
+    train: bool
+    optimizer: str | None = None
+
+
+class Kind(NamedTuple):
+    """Blocks of one kind: the list that holds them, the first and how many, and how many a small model has."""
+
+    path: str
+    start: int
+    blocks: int
+    least: int
+
+
+@lru_cache(maxsize=16)
+def resolved(model: str) -> specs.Spec:
+    """`specs.resolve`, once."""
+    return specs.resolve(model)
+
+
+def kinds_of(spec: specs.Spec) -> tuple[Kind, ...]:
+    """The kinds of blocks, in the order in which the model runs them; () where all of it is traced."""
+    config = spec.config
+    if spec.denoiser == "UNet2DConditionModel":
+        return ()
+    if "num_single_layers" in config:
+        return (
+            Kind("transformer_blocks", 0, config["num_layers"], 1),
+            Kind("single_transformer_blocks", 0, config["num_single_layers"], 1),
+        )
+    if spec.denoiser == "SD3Transformer2DModel":
+        dual = len(config.get("dual_attention_layers") or ())
+        # The last block is another: it has no text to hand on.
+        plain = Kind("transformer_blocks", dual, config["num_layers"] - dual, 2)
+        return (Kind("transformer_blocks", 0, dual, 1), plain) if dual else (plain,)
+    path = "blocks" if spec.denoiser == "WanTransformer3DModel" else "transformer_blocks"
+    return (Kind(path, 0, config["num_layers"], 1),)
+
+
+def _sized(spec: specs.Spec, counts: Sequence[int]) -> specs.Spec:
+    """The same model with so many blocks of each kind."""
+    if not counts:
+        return spec
+    config = dict(spec.config)
+    if "num_single_layers" in config:
+        config["num_layers"], config["num_single_layers"] = counts
+    else:
+        config["num_layers"] = sum(counts)
+        if len(counts) == 2:
+            config["dual_attention_layers"] = tuple(range(counts[0]))
+    return replace(spec, config=config)
+
+
+def build(case: Case, counts: Sequence[int]) -> nn.Module:
+    """The denoiser on `meta` with LoRA layers and block ops.
+
+    Raises:
+        ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
+    """
+    from ..models.base import add_lora
+    from ..patch import accelerate
+
+    spec = _sized(resolved(case.spec), counts)
+    model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
+    if case.lora:
+        try:
+            with torch.device("meta"):
+                add_lora(model, case.lora, case.lora, case.lora_targets)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_targets: got {', '.join(case.lora_targets)}, want endings of names in it"
+            ) from error
+        if case.lora_dtype == "bf16":
+            for p in model.parameters():
+                p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.block_ops != "off":
+        accelerate(model, case.block_ops, recompute=case.recompute)
+    return model
+
+
+def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> Trace:
+    spec = resolved(case.spec)
+    model = build(case, counts)
+    if policy != "none":
+        checkpointing.apply(model, policy)
+    inputs = specs.inputs(spec, case.frames, case.height, case.width, case.rows, case.text_tokens)
+    autocast = torch.bfloat16 if case.dtype == "fp32_master" else None
+    return trace(
+        model,
+        inputs,
+        train=case.train,
+        attention=case.kernel,
+        optimizer=case.optimizer,
+        autocast=autocast,
+    )
+
+
+class Moment(NamedTuple):
+    """A peak: bytes by category, and what ran."""
+
+    bytes: Vector
+    op: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one trace: a peak for each region (phase, and kind of block or what is before or after all blocks)."""
+
+    regions: dict[tuple[str, str], Moment]
+    static: Vector
+    flops: dict[str, Vector]
+    traffic: dict[str, Vector]
+    saved: Vector
+    # Of each kind's last block: what solve's figures are made of.
+    made: dict[str, dict[str, tuple[int, int]]]
+
+
+def _category(storage: Storage, autocast: dict[str, set[int]]) -> str:
+    if not autocast:
+        return _CATEGORIES.get(storage.category, storage.category)
+    if storage.category == "parameters":
+        return "master weights"
+    if storage.op == "aten._to_copy" and storage.size in autocast.get(storage.module, ()):
+        return "parameters"
+    return _CATEGORIES.get(storage.category, storage.category)
+
+
+def _casts(found: Trace) -> dict[str, set[int]]:
+    """By module, the sizes of its float32 parameters' copies in bf16."""
+    sizes: dict[str, set[int]] = {}
+    for storage in found.storages:
+        if storage.category == "parameters":
+            sizes.setdefault(storage.module, set()).add(storage.size // 2)
+    return sizes
+
+
+def _block(module: str, kinds: Sequence[Kind], counts: Sequence[int]) -> tuple[int, int] | None:
+    """Which kind a module belongs to, and which block of it."""
+    path, _, rest = module.partition(".")
+    first = re.match(r"\d+", rest)
+    if first is None:
+        return None
+    index = int(first[0])
+    start = 0
+    for i, kind in enumerate(kinds):
+        if kind.path != path:
+            continue
+        if index < start + counts[i]:
+            return i, index - start
+        start += counts[i]
+    return None
+
+
+def _regions(found: Trace, kinds: Sequence[Kind], counts: Sequence[int]) -> list[tuple[str, str] | None]:
+    """Of each event of the trace."""
+    regions: list[tuple[str, str] | None] = [None] * len(found.events)
+    for phase, (start, stop) in found.phases.items():
+        if phase == "load":
+            continue
+        names = ("after", "before") if phase == "backward" else ("before", "after")
+        blocks = [
+            _block(event.module, kinds, counts) if event.size > 0 and kinds else None
+            for event in found.events[start:stop]
+        ]
+        inside = [i for i, block in enumerate(blocks) if block is not None]
+        current = names[0]
+        for i, block in enumerate(blocks):
+            if inside and i > inside[-1] and found.events[start + i].size > 0:
+                current = names[1]
+            elif block is not None:
+                current = str(block[0])
+            regions[start + i] = phase, current
+    return regions
+
+
+def _summary(found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int]) -> Summary:
+    casts = _casts(found) if case.dtype == "fp32_master" else {}
+    regions = _regions(found, kinds, counts)
+    best: dict[tuple[str, str], int] = {}
+    for i, region in enumerate(regions):
+        if region is not None and (region not in best or found.timeline[i] > found.timeline[best[region]]):
+            best[region] = i
+    wanted = {i: region for region, i in best.items()}
+    live: Counter[str] = Counter()
+    moments: dict[tuple[str, str], Moment] = {}
+    static: Vector = {}
+    end = found.phases["load"][1]
+    for i, (sign, storage) in enumerate(found._changes):
+        if i == end:
+            static = dict(live)
+        live[_category(storage, casts)] += sign * storage.size
+        if i in wanted:
+            moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
+    return Summary(
+        moments,
+        static,
+        {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
+        {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        dict(found.saved_by_group),
+        _made(found, kinds, counts),
+    )
+
+
+def _made(found: Trace, kinds: Sequence[Kind], counts: Sequence[int]) -> dict[str, dict[str, tuple[int, int]]]:
+    """For the first block of each kind: bytes that its forward made and that are kept, by checkpointing's groups."""
+    kept = {id(storage) for storage in found.kept}
+    figures: dict[str, dict[str, tuple[int, int]]] = {}
+    for storage in found.storages:
+        if storage.phase != "forward":
+            continue
+        block = _block(storage.module, kinds, counts)
+        if block is None or block[1] != 0:
+            continue
+        groups = figures.setdefault(str(block[0]), {})
+        name = checkpointing.group_of(storage.op)
+        made, saved = groups.get(name, (0, 0))
+        groups[name] = made + storage.size, saved + (storage.size if id(storage) in kept else 0)
+    return figures
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Under one policy: the smallest model, and what one more block of each kind adds."""
+
+    least: tuple[int, ...]
+    base: Summary
+    more: tuple[Summary, ...]
+
+    def slope(self, of: Callable[[Summary], Mapping[str, float]]) -> list[Vector]:
+        """By kind."""
+        return [added((1, of(grown)), (-1, of(self.base))) for grown in self.more]
+
+
+@lru_cache(maxsize=64)
+def ladder(case: Case, policy: Hashable) -> Ladder:
+    """Traces; `policy` is one of `checkpointing`'s, the same for all blocks unless the model has no kinds of blocks."""
+    spec = resolved(case.spec)
+    kinds = kinds_of(spec)
+    least = tuple(min(kind.least, kind.blocks) for kind in kinds)
+    grown = [tuple(n + (i == j) for j, n in enumerate(least)) for i in range(len(kinds))]
+    found = [_summary(_traced(case, policy, counts), case, kinds, counts) for counts in (least, *grown)]  # type: ignore[arg-type]  # hashable, for the cache
+    return Ladder(least, found[0], tuple(found[1:]))
+
+
+def numbers(vector: Mapping[str, Any]) -> dict[str, int]:
+    """Whole bytes, without what is not there."""
+    return {key: round(value) for key, value in vector.items() if round(value) > 0}

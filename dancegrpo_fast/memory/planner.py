@@ -1,0 +1,361 @@
+"""Bytes and seconds of every phase of one GRPO iteration, before there is a GPU."""
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import policy as policies
+from . import specs
+from .blocks import Blocks, compose
+from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
+from .decode import Decode, decode
+from .phases import Case, Moment, Vector, added, build, kinds_of, numbers, resolved
+from .settings import GIB, KERNELS, Settings
+from .sharding import Rest, rest, weights_of, without
+
+__all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
+
+# Guesses, in GiB: they are shown apart and never added to exact bytes.
+CONTEXT, WORKSPACES, NCCL, UNTRACED = 0.5, 0.25, 1.0, 0.5
+FRAGMENTATION = 0.02
+KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
+
+
+@lru_cache(maxsize=32)
+def kernel(settings: Settings, rows: int) -> tuple[str, str]:
+    """The attention kernel as traces name it, and why.
+
+    Raises:
+        ValueError: a backend that cannot be used, or is unknown.
+    """
+    from . import attention
+
+    if settings.attention in KERNELS:
+        return settings.attention, f"attention {settings.attention}: as asked"
+    spec = resolved(settings.model)
+    small = _case(settings, rows, "flash", train=True)
+    model = build(small, tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec)))
+    tokens = specs.tokens(spec, settings.frames, settings.height, settings.width)
+    if "num_single_layers" in spec.config or spec.denoiser in ("SD3Transformer2DModel", "QwenImageTransformer2DModel"):
+        tokens += settings.text_tokens or spec.text_tokens
+    shapes = attention.Shapes(rows, tokens, torch.bfloat16, equal_text=settings.cfg == 1 or _embeds(spec))
+    if settings.attention == "auto":
+        found = attention.choose(model, shapes, settings.device, True)
+    else:
+        found = attention.check(model, settings.attention, shapes, settings.device, True)
+    return KERNEL_OF.get(found.kernel, "flash"), f"attention {found.reasons[0]}"
+
+
+def _embeds(spec: specs.Spec) -> bool:
+    """Whether guidance is an input of the model, and needs no second row."""
+    return bool(spec.config.get("guidance_embeds"))
+
+
+def _rows(settings: Settings, batch: int) -> int:
+    return batch * (1 if settings.cfg == 1 or _embeds(resolved(settings.model)) else 2)
+
+
+def _case(settings: Settings, rows: int, name: str, *, train: bool, dtype: str = "") -> Case:
+    # Under FSDP the gathered weights are bf16 and no autocast makes copies.
+    kept = "bf16" if settings.is_sharded else settings.dtype
+    return Case(
+        settings.model,
+        settings.frames,
+        settings.height,
+        settings.width,
+        rows,
+        settings.text_tokens,
+        dtype or kept,
+        settings.lora,
+        settings.lora_targets if settings.lora else (),
+        settings.lora_dtype if settings.lora and kept == "bf16" else "fp32",
+        name,
+        settings.block_ops,
+        settings.recompute if settings.block_ops != "off" else "gelu",
+        train,
+    )
+
+
+class _Iteration:
+    """The pieces of one plan."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.spec = resolved(settings.model)
+        self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
+        rows = _rows(settings, settings.micro_batch)
+        name, why = kernel(settings, rows)
+        self.reasons = [why]
+        self.replay = _case(settings, rows, name, train=True)
+        self.rest: Rest = rest(settings, self.replay)
+        self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
+        self.rewards = sum(reward.parameters * reward.bytes_per_parameter for reward in settings.rewards)
+        self.decode: Decode | None = None
+        if self.spec.vae is not None:
+            self.decode = decode(
+                settings.model,
+                settings.frames,
+                settings.height,
+                settings.width,
+                settings.rollout_batch,
+                settings.vae_tiling,
+            )
+        else:
+            self.reasons.append("the VAE is not known: decode is not in it")
+        latents = math.prod(self.grid) * self.spec.latent_channels
+        self.embeddings = settings.prompts * _conditioning(self.spec, settings)
+        self.latents = settings.samples * (settings.steps + 1) * latents * 4
+        self.trajectories = self.latents + self.embeddings
+        self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+
+    def others(self, *running: str) -> Vector:
+        """Weights of other models on the device."""
+        s = self.settings
+        sizes = {
+            "vae": self.decode.weights if self.decode else 0,
+            "rewards": self.rewards,
+            "text_encoders": self.encoders,
+        }
+        if s.text_encoders == "precomputed":
+            sizes["text_encoders"] = 0
+        away = {*s.offload, *(["text_encoders"] if s.text_encoders == "freed" else [])}
+        return {"other models": sum(size for name, size in sizes.items() if name in running or name not in away)}
+
+    def resting(self, *, denoiser: bool, gradients: bool = False) -> Vector:
+        """Weights and states of the denoiser between its calls."""
+        if not denoiser and "denoiser" in self.settings.offload:
+            return {}
+        return added((1, self.rest.weights), (1, self.rest.optimizer), (1, self.rest.gradients if gradients else {}))
+
+    def margins(self) -> dict[str, int]:
+        """Guesses."""
+        found = {
+            "CUDA context": round(CONTEXT * GIB),
+            "cuBLAS and cuDNN workspace": round(WORKSPACES * GIB),
+            "fragmentation": round(FRAGMENTATION * self.settings.gpu_gib * GIB),
+        }
+        return found | ({"NCCL": round(NCCL * GIB)} if self.settings.fsdp > 1 else {})
+
+    def _carried(self, *names: str, denoiser: bool = False) -> float:
+        """Seconds to bring what waits on the host, and to take the denoiser's trained part there and back."""
+        s = self.settings
+        sizes = {
+            "vae": self.decode.weights if self.decode else 0,
+            "rewards": self.rewards,
+            "text_encoders": self.encoders,
+        }
+        moved = sum(float(sizes[name]) for name in names if name in s.offload)
+        if denoiser and "denoiser" in s.offload:
+            trained = weights_of(self.replay).trainable_bytes + sum(self.rest.optimizer.values())
+            moved += sum(self.rest.weights.values()) + sum(self.rest.optimizer.values()) + trained
+        return moved / (s.rates.pcie_gb_s * 1e9)
+
+    # Phases.
+
+    def _phase(self, name: str, moments: list[Moment], fixed: Vector, seconds: float) -> Phase:
+        whole = [Moment(added((1, m.bytes), (1, fixed)), m.op, m.module) for m in moments]
+        top = max(whole, key=lambda moment: sum(moment.bytes.values()))
+        places = sorted({round(i * (len(whole) - 1) / 40) for i in range(41)} | {whole.index(top)})
+        line = tuple(((i + 0.5) / len(whole), _ordered(whole[i].bytes)) for i in places)
+        return Phase(name, _ordered(top.bytes), seconds, top.op, top.module, line)
+
+    def _call(self, name: str, phase: str, blocks: Blocks, fixed: Vector, seconds: float) -> Phase:
+        static = blocks.static()
+        moments = [Moment(without(m.bytes, static), m.op, m.module) for m in blocks.moments(phase)]
+        return self._phase(name, moments, fixed, seconds)
+
+    def weights(self) -> Phase:
+        """Everything that rests, before anything runs."""
+        there = added((1, self.resting(denoiser=True)), (1, self.others()))
+        return self._phase("weights", [Moment(there, "load", "")], {}, 0.0)
+
+    def encoding(self) -> Phase:
+        """The text encoders; freed ones run before the denoiser is loaded."""
+        freed = self.settings.text_encoders == "freed"
+        there = {"other models": float(self.encoders)} if freed else self.others("text_encoders")
+        if not freed:
+            there = added((1, there), (1, self.resting(denoiser=False)))
+        tokens = self.settings.prompts * (self.settings.text_tokens or self.spec.text_tokens)
+        seconds = self.encoders * tokens / (self.settings.rates.tflops * 1e12)
+        seconds += self._carried("text_encoders", denoiser=not freed)
+        return self._phase("text encoding", [Moment(there, "load", "text_encoder")], {}, seconds)
+
+    def rollout(self) -> Phase:
+        """All sampling steps."""
+        s = self.settings
+        case = replace(self.replay, rows=_rows(s, s.rollout_batch), train=False)
+        if s.replica:
+            case = replace(case, dtype="bf16")
+        blocks = compose(case, "none")
+        fixed = added(
+            (1, self.resting(denoiser=True)),
+            (1, self.rest.rollout),
+            (1, self.others()),
+            (1, {"trajectories": self.trajectories}),
+        )
+        calls = math.ceil(s.samples / s.rollout_batch) * s.steps
+        each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
+        each = max(each, 0.0 if s.replica else self._gather_seconds(1))
+        return self._call("rollout", "rollout", blocks, fixed, calls * each)
+
+    def decoding(self) -> Phase | None:
+        """The VAE."""
+        if self.decode is None:
+            return None
+        fixed = added(
+            (1, self.resting(denoiser=False)), (1, self.others("vae")), (1, {"trajectories": self.trajectories})
+        )
+        calls = math.ceil(self.settings.samples / self.settings.rollout_batch)
+        seconds = calls * policies.seconds(self.settings, self.decode.flops, self.decode.traffic)
+        seconds += self._carried("vae", denoiser=True)
+        moments = [
+            Moment({}, "load", "vae"),
+            Moment(self.decode.peak, self.decode.op, f"vae.{self.decode.module}"),
+            Moment({"temporaries": self.pixels / 2}, "load", "vae"),
+        ]
+        return self._phase("decode", moments, fixed, seconds)
+
+    def rewarding(self) -> Phase:
+        """Reward models and the pixels in float32."""
+        fixed = added(
+            (1, self.resting(denoiser=False)),
+            (1, self.others("rewards")),
+            (1, {"trajectories": self.trajectories, "temporaries": self.pixels}),
+        )
+        return self._phase("rewards", [Moment({}, "load", "rewards")], fixed, self._carried("rewards"))
+
+    def _replay_fixed(self) -> Vector:
+        return added(
+            (1, self.resting(denoiser=True, gradients=True)),
+            (1, self.others()),
+            (1, {"trajectories": self.latents * self.settings.trajectory_copies + self.embeddings}),
+        )
+
+    def training(self, blocks: Blocks) -> tuple[Phase, Phase]:
+        """One micro-step's bytes, and the seconds of all."""
+        s = self.settings
+        calls = math.ceil(s.samples * max(1, round(s.steps * s.train_fraction)) / s.micro_batch)
+        forward = policies.seconds(s, blocks.flops("forward"), blocks.traffic("forward"))
+        backward = sum(
+            policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in ("backward", "recompute")
+        )
+        moved = 0.0
+        if blocks.host_inputs:
+            moved = sum(blocks.input_bytes(kind) for kind in blocks.order) / (s.rates.pcie_gb_s * 1e9)
+        sharded = self._gather_seconds(1), self._gather_seconds(2 if s.strategy == "full_shard" else 1)
+        forward, backward = max(forward, moved, sharded[0]), max(backward, moved, sharded[1])
+        fixed = self._replay_fixed()
+        return (
+            self._call("replay forward", "forward", blocks, added((1, fixed), (1, self.rest.forward)), calls * forward),
+            self._call(
+                "replay backward", "backward", blocks, added((1, fixed), (1, self.rest.backward)), calls * backward
+            ),
+        )
+
+    def _gather_seconds(self, times: int) -> float:
+        """Of gathering (or reducing) all weights so often, which overlaps with computing."""
+        s = self.settings
+        if not s.is_sharded:
+            return 0.0
+        numbers_ = weights_of(self.replay).numbers
+        return times * 2 * numbers_ * (s.fsdp - 1) / s.fsdp / (s.rates.link_gb_s * 1e9)
+
+    def step(self) -> Phase:
+        """The optimiser."""
+        s = self.settings
+        fixed = self._replay_fixed()
+        rates = s.rates
+        seconds = self.rest.step_traffic / (rates.bandwidth_gb_s * 1e9)
+        if "optimizer" in s.offload:
+            moved = 2 * sum(self.rest.gradients.values())
+            seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
+        return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
+
+    def pick(self) -> policies.Picked:
+        """The policy; `auto` solves for what the device has left."""
+        s = self.settings
+        if s.policy != "auto":
+            return policies.named(s, self.replay)
+        limit = s.gpu_gib * GIB - sum(self.margins().values())
+        least = sum(self._replay_fixed().values())
+        if least > limit:
+            raise ValueError(
+                f"gpu_gib: got {s.gpu_gib:g}, want more than {(s.gpu_gib * GIB - limit + least) / GIB:.1f}: weights,"
+                f" gradients, states and margins alone; or smaller ones (lora, base, fsdp, offload, adamw_8bit)"
+            )
+
+        def peak(blocks: Blocks) -> float:
+            return max(phase.bytes for phase in self.training(blocks))
+
+        return policies.automatic(s, self.replay, peak, limit)
+
+
+def _ordered(vector: Vector) -> dict[str, int]:
+    whole = numbers(vector)
+    return {name: whole[name] for name in CATEGORIES if name in whole}
+
+
+def _conditioning(spec: specs.Spec, settings: Settings) -> int:
+    """Bytes that one prompt is encoded to."""
+    given = specs.inputs(spec, settings.frames, settings.height, settings.width, 1, settings.text_tokens)
+    kept = [
+        value for key, value in given.items() if isinstance(value, Tensor) and ("encoder" in key or "pooled" in key)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> Plan:
+    """Predicts one GRPO iteration on one GPU.
+
+    Args:
+        settings: what is run.
+        advise: also recompute the plan with each knob changed.
+        thorough: also with knobs that need other traces, which takes longer.
+
+    Raises:
+        ValueError: settings that the model cannot have, or with policy "auto" a capacity below the weights.
+    """
+    iteration = _Iteration(settings)
+    picked = iteration.pick()
+    found = _plan(iteration, picked)
+    if not advise:
+        return found
+    from .advice import advice
+
+    def again(changed: Settings, same_policy: bool) -> Plan:
+        other = _Iteration(changed)
+        if not same_policy:
+            return _plan(other, policies.named(changed, other.replay))
+        chosen = list(picked.blocks.policies) if picked.blocks.kinds else picked.blocks.policies[0]
+        host = picked.blocks.host_inputs or "block_inputs" in changed.offload
+        return _plan(other, replace(picked, blocks=compose(other.replay, chosen, host_inputs=host)))
+
+    return replace(found, advice=advice(found, again, thorough=thorough))
+
+
+def _plan(iteration: _Iteration, picked: policies.Picked) -> Plan:
+    settings = iteration.settings
+    phases: list[Phase | None] = [iteration.weights()]
+    if settings.text_encoders != "precomputed" and iteration.encoders:
+        phases.insert(0 if settings.text_encoders == "freed" else 1, iteration.encoding())
+    phases += [iteration.rollout(), iteration.decoding()]
+    if settings.rewards:
+        phases.append(iteration.rewarding())
+    phases += [*iteration.training(picked.blocks), iteration.step()]
+    there = tuple(phase for phase in phases if phase is not None)
+    margins = iteration.margins()
+    top = max(phase.bytes for phase in there)
+    untraced = [p.bytes + round(UNTRACED * GIB) - top for p in there if p.name in ("text encoding", "rewards")]
+    if max(untraced, default=0) > 0:
+        margins["activations of models that are not traced"] = max(untraced)
+    return Plan(
+        settings,
+        there,
+        margins,
+        {name.replace("_", " "): size for name, size in numbers(picked.blocks.saved()).items()},
+        picked.name,
+        (*picked.reasons, *iteration.reasons),
+    )

@@ -1,0 +1,245 @@
+"""What a plan is asked for: one frozen dataclass, checked as a whole."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+GIB = 2**30
+
+DTYPES = ("bf16", "fp32_master")
+LORA_DTYPES = ("fp32", "bf16")
+BASES = ("none", "int8", "nf4", "fp8")
+POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
+KERNELS = ("flash", "efficient", "cudnn", "math")
+BLOCK_OPS = ("off", "lossless", "fast")
+RECOMPUTE = ("none", "gelu", "all")
+STRATEGIES = ("full_shard", "shard_grad_op", "none")
+OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
+OPTIMIZERS = ("adamw_fused", "adamw_foreach", "adamw_8bit")
+TEXT_ENCODERS = ("resident", "freed", "precomputed")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward model: how many parameters, bytes of each, and where the number comes from."""
+
+    name: str
+    parameters: int
+    source: str
+    bytes_per_parameter: int = 2
+
+
+_CLIP_H = "transformers.CLIPModel with the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_CLIP_L = "transformers.CLIPModel with the configuration of openai/clip-vit-large-patch14"
+REWARDS = {
+    reward.name: reward
+    for reward in (
+        Reward("hps-v2.1", 986_109_441, _CLIP_H),
+        Reward("pickscore", 986_109_441, _CLIP_H),
+        Reward("clip", 427_616_513, _CLIP_L),
+        Reward(
+            "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device is assumed to do; seconds are counted work over these, not timings.
+
+    Attributes:
+        tflops: of bfloat16 matrix products and convolutions, TFLOP/s.
+        attention_tflops: of attention.
+        bandwidth_gb_s: of device memory, 10^9 bytes a second.
+        pcie_gb_s: to and from host memory, one way.
+        link_gb_s: between devices, one way.
+        host_gb_s: of host memory, for an optimiser that steps there.
+    """
+
+    tflops: float = 798.0
+    attention_tflops: float = 500.0
+    bandwidth_gb_s: float = 3000.0
+    pcie_gb_s: float = 25.0
+    link_gb_s: float = 300.0
+    host_gb_s: float = 100.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One GPU's share of a GRPO run.
+
+    Attributes:
+        model: a shipped name, a diffusers folder, or a name on the hub.
+        frames, height, width: in pixels.
+        group_size: samples of each prompt.
+        prompts: of one iteration on this GPU.
+        micro_batch: samples of one training call.
+        rollout_batch: samples of one rollout, decode and reward call.
+        steps: of the sampler.
+        train_fraction: share of the steps that is trained on.
+        cfg: guidance scale. Other than 1 it doubles the rows of a call, unless the model has embedded guidance.
+        text_tokens: of one prompt; None: as the model's pipeline pads it.
+        dtype: "bf16": weights, gradients and states; "fp32_master": all in float32 and bf16 autocast; under FSDP
+            float32 shards, gathered in bf16.
+        lora: rank, or 0 for full fine-tuning.
+        lora_targets: endings of the module names that get LoRA layers.
+        lora_dtype: of the LoRA layers of a bf16 model: "fp32", as peft makes them, or "bf16". Each float32 layer keeps
+            a float32 copy of its input for the backward.
+        base: how the frozen weights of the blocks' linear layers are stored: "none" (as is), "int8", "nf4", "fp8".
+        policy: of checkpointing: "none", "full", "attention", "matmul", "first:k" (full for the first k), "auto".
+        attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
+        device: that attention is chosen for.
+        block_ops: `accelerate` mode of the blocks, or "off".
+        recompute: its argument of that name.
+        fsdp: how many GPUs share the weights.
+        strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
+        replica: a bf16 copy of all weights stays on the device for rollouts.
+        offload: what waits in host memory while it is not used: some of `OFFLOAD`.
+        vae_tiling: decode in tiles.
+        optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA) or "adamw_8bit" (bitsandbytes').
+        rewards: reward models.
+        text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
+        trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
+        gpu_gib: capacity.
+        rates: assumed speeds.
+    """
+
+    model: str
+    frames: int = 1
+    height: int = 512
+    width: int = 512
+    group_size: int = 12
+    prompts: int = 1
+    micro_batch: int = 1
+    rollout_batch: int = 1
+    steps: int = 16
+    train_fraction: float = 0.6
+    cfg: float = 1.0
+    text_tokens: int | None = None
+    dtype: str = "bf16"
+    lora: int = 0
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_dtype: str = "fp32"
+    base: str = "none"
+    policy: str = "auto"
+    attention: str = "auto"
+    device: str = "cuda:sm90"
+    block_ops: str = "off"
+    recompute: str = "gelu"
+    fsdp: int = 1
+    strategy: str = "full_shard"
+    replica: bool = False
+    offload: tuple[str, ...] = ()
+    vae_tiling: bool = False
+    optimizer: str = "adamw_fused"
+    rewards: tuple[Reward, ...] = ()
+    text_encoders: str = "freed"
+    trajectory_copies: int = 1
+    gpu_gib: float = 80.0
+    rates: Rates = Rates()
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "steps"):
+            _integer(name, getattr(self, name), 1)
+        _integer("fsdp", self.fsdp, 1)
+        _integer("lora", self.lora, 0)
+        _integer("trajectory_copies", self.trajectory_copies, 1)
+        if self.text_tokens is not None:
+            _integer("text_tokens", self.text_tokens, 1)
+        for name, known in (
+            ("dtype", DTYPES),
+            ("lora_dtype", LORA_DTYPES),
+            ("base", BASES),
+            ("block_ops", BLOCK_OPS),
+            ("recompute", RECOMPUTE),
+            ("strategy", STRATEGIES),
+            ("optimizer", OPTIMIZERS),
+            ("text_encoders", TEXT_ENCODERS),
+        ):
+            _one_of(name, getattr(self, name), known)
+        for what in self.offload:
+            _one_of("offload", what, OFFLOAD)
+        _number("gpu_gib", self.gpu_gib)
+        _number("cfg", self.cfg)
+        for field in fields(Rates):
+            _number(f"rates.{field.name}", getattr(self.rates, field.name))
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction: got {self.train_fraction}, want more than 0 and at most 1")
+        self.first_blocks()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        samples = self.group_size * self.prompts
+        for name in ("micro_batch", "rollout_batch"):
+            if getattr(self, name) > samples:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at most group_size * prompts = {samples}")
+        if self.base != "none" and not self.lora:
+            raise ValueError(f'base: got "{self.base}" with full fine-tuning, want "none", or a LoRA rank')
+        if self.base != "none" and self.fsdp > 1 and self.strategy != "none":
+            raise ValueError(f'base: got "{self.base}" with fsdp {self.fsdp}, want "none" or fsdp 1')
+        if self.base != "none" and self.dtype != "bf16":
+            raise ValueError(f'base: got "{self.base}" with dtype "{self.dtype}", want dtype "bf16"')
+        if self.lora and not self.lora_targets:
+            raise ValueError(f"lora_targets: got none with rank {self.lora}, want endings of module names")
+        if self.replica and self.lora:
+            raise ValueError("replica: got True with LoRA, want it for full fine-tuning (merging is not planned)")
+        if self.replica and not self.is_sharded and self.dtype == "bf16":
+            raise ValueError("replica: got True with whole bf16 weights, want fsdp above 1 or float32 masters")
+        if "block_inputs" in self.offload and self.policy == "none":
+            raise ValueError('offload: got block_inputs with policy "none", want a policy that checkpoints')
+        if "denoiser" in self.offload and self.is_sharded:
+            raise ValueError(f"offload: got denoiser with fsdp {self.fsdp}, want fsdp 1")
+        if self.text_encoders == "precomputed" and "text_encoders" in self.offload:
+            raise ValueError('offload: got text_encoders with text_encoders "precomputed", want one of them')
+
+    def first_blocks(self) -> int | None:
+        """k of the policy "first:k", else None.
+
+        Raises:
+            ValueError: an unknown policy.
+        """
+        start, _, count = self.policy.partition(":")
+        if start == "first" and count.isdecimal():
+            return int(count)
+        if self.policy not in POLICIES or start == "first":
+            raise ValueError(f'policy: got "{self.policy}", want one of {", ".join(POLICIES)} with k an integer')
+        return None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are shared among GPUs."""
+        return self.fsdp > 1 and self.strategy != "none"
+
+    @property
+    def samples(self) -> int:
+        """Of one iteration on this GPU."""
+        return self.group_size * self.prompts
+
+    def changed(self, **changes: Any) -> "Settings":
+        """The same with other values.
+
+        Raises:
+            ValueError: they contradict.
+        """
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}")
+
+
+def _number(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]  # is a number
+        raise ValueError(f"{name}: got {value!r}, want a finite number above 0")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f'{name}: got "{value}", want one of {", ".join(known)}')

@@ -1,0 +1,52 @@
+"""`dancegrpo-fast memory`: what it prints, writes and exits with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.memory.planner import CATEGORIES
+
+pytest.importorskip("diffusers")
+pytest.importorskip("jsonargparse")
+
+FLUX = ["memory", "flux-dev", "--height", "256", "--width", "256", "--lora", "16"]
+
+
+def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*FLUX, "--gpu", "80", "--json", str(file), "--rewards", "hps-v2.1,clip"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("replay backward", "peak:", "margins (guesses)", "80 GiB yes", "policy none", "one change at a time"):
+        assert part in shown
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["settings"]["lora"] == 16 and found["fits"]["80"] is True
+    assert [reward["name"] for reward in found["settings"]["rewards"]] == ["hps-v2.1", "clip"]
+    for phase in found["phases"]:
+        assert phase["bytes"] == sum(phase["budget"].values()) and set(phase["budget"]) <= set(CATEGORIES)
+    assert found["peak"]["bytes"] == max(phase["bytes"] for phase in found["phases"])
+
+
+def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLUX, "--gpu", "20", "--policy", "full"]) == 1
+    shown = capsys.readouterr().out
+    assert "20 GiB no" in shown and "missing:" in shown
+    assert "nf4" in shown and "fits then" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--frames", "2"], "frames: got 2"),
+        (["--gpu", "5"], "gpu_gib: got 5, want more than"),
+        (["--rewards", "beauty"], "rewards: got beauty"),
+        (["--offload", "everything"], 'offload: got "everything"'),
+        (["--steps", "many"], "steps"),
+        (["--no_such_setting", "1"], "no_such_setting"),
+    ],
+)
+def test_bad_input(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLUX, *given]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and not shown.out

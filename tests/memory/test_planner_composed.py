@@ -1,0 +1,73 @@
+"""Composed of few blocks, the planner's figures are those of the whole model."""
+
+import pytest
+import torch
+
+from dancegrpo_fast.memory import checkpointing, specs
+from dancegrpo_fast.memory.blocks import Blocks, compose
+from dancegrpo_fast.memory.decode import decode
+from dancegrpo_fast.memory.phases import Case, build, kinds_of, resolved
+from dancegrpo_fast.memory.trace import trace
+
+from .planner_bounds import COMPOSED
+
+pytest.importorskip("diffusers")
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def case_of(model: str, frames: int, height: int, width: int, lora: int = 0, train: bool = True) -> Case:
+    targets = TARGETS if lora else ()
+    return Case(model, frames, height, width, 1, None, "bf16", lora, targets, "fp32", "flash", "off", "gelu", train)
+
+
+def whole_trace(case: Case, policy: checkpointing.Policy) -> dict[str, float]:
+    """Peaks and work of the whole model, traced block by block."""
+    spec = resolved(case.spec)
+    model = build(case, tuple(kind.blocks for kind in kinds_of(spec)))
+    if policy != "none":
+        checkpointing.apply(model, policy)
+    inputs = specs.inputs(spec, case.frames, case.height, case.width)
+    found = trace(model, inputs, train=case.train, attention=case.kernel)
+    phases = ("forward", "backward") if case.train else ("rollout",)
+    peaks = {phase: float(found.peak_of(phase).bytes) for phase in phases}
+    return peaks | {f"flops {phase}": float(sum(found.flops_by_group[phase].values())) for phase in phases}
+
+
+def composed(blocks: Blocks, train: bool = True) -> dict[str, float]:
+    phases = ("forward", "backward") if train else ("rollout",)
+    peaks = {phase: float(sum(blocks.peak(phase).bytes.values())) for phase in phases}
+    return peaks | {f"flops {phase}": float(sum(blocks.flops(phase).values())) for phase in phases}
+
+
+@pytest.mark.parametrize("model", ["flux-dev", "sd35-medium", "wan21-1.3b"])
+def test_few_blocks_say_what_all_do(model: str) -> None:
+    frames = 5 if specs.resolve(model).is_video else 1
+    case = case_of(model, frames, 512, 512)
+    assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
+
+
+def test_mixed_policies_are_composed_of_their_ladders() -> None:
+    case = case_of("flux-dev", 1, 512, 512, lora=16)
+    policies = ["full"] * 10 + ["none"] * 20 + ["attention"] * 27
+    found = composed(compose(case, list(policies)))
+    assert found == pytest.approx(whole_trace(case, checkpointing.PerBlock(tuple(policies))), rel=COMPOSED)
+
+
+def test_rollout_is_composed_too() -> None:
+    case = case_of("flux-dev", 1, 512, 512, train=False)
+    assert composed(compose(case, "none"), False) == pytest.approx(whole_trace(case, "none"), rel=COMPOSED)
+
+
+def test_tiles_are_traced_once() -> None:
+    """Against the decode that runs every tile."""
+    case = ("flux-dev", 1, 1536, 1536, 1, True)
+    found = decode(*case)
+    spec = specs.resolve("flux-dev")
+    vae = specs.build_vae(spec)
+    vae.enable_tiling()
+    z = torch.empty(1, 16, 192, 192, dtype=torch.bfloat16, device="meta")
+    whole = trace(vae, {"z": z, "return_dict": False}, train=False, call=vae.decode)
+    assert found.weights + sum(found.peak.values()) == pytest.approx(whole.peak.bytes, rel=COMPOSED)
+    untiled = decode("flux-dev", 1, 1536, 1536, 1, False)
+    assert sum(found.peak.values()) < sum(untiled.peak.values())

@@ -1,0 +1,341 @@
+import gc
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import optimizer as optimizer_hooks
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.memory import _phases
+from dancegrpo_fast.memory._cuda import Counters
+from dancegrpo_fast.memory.budget import CATEGORIES
+from dancegrpo_fast.memory.profiler import Report, phase, profile, profile_recipe
+from dancegrpo_fast.trainer import Trainer
+
+from ..train import tiny
+from .bounds import PREDICTED_BYTES
+
+TRAINED = ("text encoding", "rollout", "decode", "rewards", "replay forward", "replay backward", "optimizer")
+PREDICTED = ("rollout", "replay forward", "replay backward")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_flux(tmp_path_factory.mktemp("flux") / "base")
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")
+
+
+def recipe_file(base: Path, folder: Path, **changes: Any) -> Path:
+    small = {"prompts_per_iteration": 2, "group_size": 3, "micro_batch": 2, "num_steps": 3}
+    recipe = tiny.make_recipe(base, folder / "run", **small | changes)
+    path = folder / "recipe.yaml"
+    # JSON is YAML.
+    path.write_text(json.dumps(recipe.as_dict()))
+    return path
+
+
+def check_sums(report: Report) -> None:
+    for row in report.rows.values():
+        assert set(row.budget) <= set(CATEGORIES)
+        assert row.bytes == sum(row.budget.values()) > 0
+        assert sum(row.saved_by_group.values()) == row.budget.get("saved", 0)
+        assert min(row.budget.values()) >= 0
+
+
+LORA = tiny.LoraSettings(rank=2)
+RUNS: dict[str, dict[str, Any]] = {
+    "full float32": {},
+    "full bfloat16, reference model": {"dtype": "bfloat16", "kl_weight": 0.1},
+    "full float32 checkpointing": {"gradient_checkpointing": True},
+    "full bfloat16 checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    # One model call an update: no gradients are there before it.
+    "full float32, one call": {"updates_per_rollout": 3, "timestep_fraction": 0.5},
+    "full float32 autocast": {"mixed_precision": "bf16"},
+    "lora float32": {"lora": LORA},
+    "lora bfloat16, reference without adapters": {"lora": LORA, "dtype": "bfloat16", "kl_weight": 0.1},
+    "lora float32 checkpointing": {"lora": LORA, "gradient_checkpointing": True},
+    "lora bfloat16 checkpointing": {"lora": LORA, "gradient_checkpointing": True, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rollout_and_replay_are_predicted(flux: Path, tmp_path: Path, name: str) -> None:
+    path = recipe_file(flux, tmp_path, shared_noise=False, **RUNS[name])
+    report = profile_recipe(path)
+    assert set(TRAINED) <= set(report.rows)
+    check_sums(report)
+    for phase_name in PREDICTED:
+        assert report.deviation(phase_name) == pytest.approx(0, abs=PREDICTED_BYTES), (phase_name, report.table())
+    # The recipe's own folder stays as it was.
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe_file(flux, tmp_path)
+    assert main(["profile", str(path), "--train.micro_batch", "2", "--iterations", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in TRAINED)
+    assert main(["profile", str(path), "--iterations", "none"]) == 1
+    assert "iterations: got none, want a whole number" in capsys.readouterr().err
+
+
+def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: Path) -> None:
+    report = profile_recipe(recipe_file(diffusion, tmp_path))
+    for phase_name in PREDICTED:
+        assert report.deviation(phase_name) == pytest.approx(0, abs=PREDICTED_BYTES), (phase_name, report.table())
+    # Every float32 operator of this run returns what it allocates, but for attention's and convolution's buffers.
+    rollout = report.rows["rollout"]
+    assert rollout.allocator == pytest.approx(rollout.bytes, rel=PREDICTED_BYTES)
+    assert "CPU allocator" in report.table()
+
+
+def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
+    recipe = tiny.make_recipe(flux, tmp_path / "run", gradient_checkpointing=True, shared_noise=False)
+    trainer = Trainer(recipe)
+    trainer.iteration(1)
+    with profile(device="cpu") as report:
+        trainer.iteration(2)
+    parameters = sum(p.nbytes for p in trainer.model.denoiser.parameters())
+    state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values())
+    vae: Any = trainer.model
+    forward, backward = report.rows["replay forward"].budget, report.rows["replay backward"].budget
+    # Models of other tests may still be there.
+    for budget in (forward, backward):
+        assert budget["parameters"] >= parameters and budget["gradients"] >= parameters
+        assert budget["optimizer"] >= state and budget["block inputs"] > 0
+        assert budget["other models"] >= sum(p.nbytes for p in vae._vae.parameters())
+    assert backward["recomputation"] > 0 and "recomputation" not in forward
+    rollout = report.rows["rollout"].budget
+    assert "gradients" not in rollout or rollout["gradients"] < parameters
+    batch, steps = 12, len(trainer.table)
+    latents = 4 * batch * (steps + 1) * torch.Size(trainer.model.latent_shape).numel()
+    assert rollout["trajectories"] - report.before["trajectories"] >= latents
+    assert "saved" not in rollout and report.rows["rollout"].module
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    model(x).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_code_without_marks_has_its_backward_and_its_step_apart() -> None:
+    model, x = Net(), torch.ones(512, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with profile(device="cpu") as report:
+        step(model, optimizer, x)
+        assert phase("x") is not _phases.UNMARKED
+        with report.phase("second"):
+            step(model, optimizer, x)
+    check_sums(report)
+    assert list(report.rows) == ["other", "backward", "optimizer", "second"]
+    assert report.rows["backward"].pieces == report.rows["optimizer"].pieces == 2
+    weights = sum(p.nbytes for p in model.parameters())
+    # Each tanh keeps its result for its own backward, and the last layer for its weight's: one storage.
+    assert report.rows["second"].saved_by_group["activation"] == 512 * 256 * 4
+    assert report.rows["second"].budget["optimizer"] - report.before.get("optimizer", 0) == 2 * weights + 4 * 4
+    assert report.rows["backward"].budget["gradients"] - report.before.get("gradients", 0) <= weights
+    assert report.peak.bytes == max(row.bytes for row in report.rows.values())
+
+
+def test_long_runs_forget_what_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = []
+    for limit in (10, 100_000):
+        monkeypatch.setattr("dancegrpo_fast.memory._books.COMPACT", limit)
+        gc.collect()
+        with profile(device="cpu") as report, report.phase("rollout"):
+            x = torch.zeros(1000)
+            for _ in range(50):
+                y = x + 1
+                x = torch.cat([x, x])[:1000] + y
+            books: Any = _phases.running[0]
+            kept = len(books.books.storages)
+        totals.append((report.rows["rollout"].bytes, report.rows["rollout"].op, kept))
+        del x, y
+    assert totals[0][:2] == totals[1][:2]
+    assert totals[0][2] < totals[1][2]
+
+
+def hooks() -> tuple[Any, ...]:
+    return (
+        torch.autograd.backward,
+        checkpoint._checkpoint_without_reentrant_generator,
+        len(module_hooks._global_forward_pre_hooks),
+        len(module_hooks._global_forward_hooks),
+        len(optimizer_hooks._global_optimizer_pre_hooks),
+        len(optimizer_hooks._global_optimizer_post_hooks),
+        len(_get_current_dispatch_mode_stack()),
+        len(_phases.running),
+    )
+
+
+class FailingStep(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # never returns
+        raise KeyError("no step")
+
+
+@pytest.mark.parametrize("place", ["body", "phase", "forward", "step"])
+def test_an_exception_leaves_no_hooks_behind(place: str) -> None:
+    model, before = Net(), hooks()
+    with pytest.raises((KeyError, RuntimeError)), profile(device="cpu", allocator=True) as report:
+        assert hooks() != before
+        if place == "forward":
+            model(torch.ones(1, 3))
+        if place == "step":
+            step(model, FailingStep(model.parameters(), 0.1), torch.ones(1, 64))
+        with report.phase("rollout"):
+            if place == "phase":
+                raise KeyError(place)
+        raise KeyError(place)
+    assert hooks() == before
+    # And the next one works.
+    with profile(device="cpu") as again:
+        model(torch.ones(1, 64))
+    assert list(again.rows) == ["other"] and again.rows["other"].op
+    assert hooks() == before
+
+
+def test_a_profile_inside_another_is_refused() -> None:
+    with profile(device="cpu"):
+        with pytest.raises(RuntimeError, match="profile: got one inside another, want one at a time"), profile():
+            pass
+        assert len(_phases.running) == 1
+    assert not _phases.running
+
+
+def test_marks_cost_nothing_without_a_profile() -> None:
+    def work() -> int:
+        return 1
+
+    assert phase("rollout") is phase("decode") is _phases.UNMARKED
+    assert phase("rollout")(work) is work
+    with phase("rollout"):
+        pass
+
+
+def test_a_plan_is_compared_and_shown() -> None:
+    planned = types.SimpleNamespace(
+        phases=[types.SimpleNamespace(name="rollout", budget={"parameters": 4 * 2**20, "temporaries": 2**20})]
+    )
+    with profile(planned, device="cpu") as report, report.phase("rollout"):
+        torch.zeros(2**20)
+    assert report.predicted == {"rollout": {"parameters": 4 * 2**20, "temporaries": 2**20}}
+    row = report.rows["rollout"]
+    assert report.deviation("rollout") == 5 * 2**20 / row.bytes - 1
+    assert report.deviation("other") is None
+    lines = {line.split("  ")[0]: line for line in report.table().splitlines()}
+    assert "5.000" in lines["rollout"] and f"{report.deviation('rollout'):+.1%}" in lines["rollout"]
+    assert "predicted" in lines["phase"] and "aten.zeros" in lines["rollout"]
+    plain = json.loads(json.dumps(report.as_dict()))
+    found = {one["name"]: one for one in plain["phases"]}
+    assert found["rollout"]["bytes"] == row.bytes and found["other"]["predicted"] is None
+
+
+def test_bad_arguments_are_named() -> None:
+    for arguments, message in (
+        ({"device": "meta"}, 'device: got "meta", want cpu or cuda'),
+        ({"device": "cpu", "snapshot": True}, "snapshot: got True on cpu, want a profile of cuda"),
+        ({"device": "cuda", "allocator": True}, "allocator: got True on cuda, want a profile of cpu"),
+    ):
+        with pytest.raises(ValueError, match=message), profile(**arguments):  # type: ignore[arg-type]  # on purpose
+            pass
+    with pytest.raises(ValueError, match="iterations: got 0, want at least 1"):
+        profile_recipe("recipe.yaml", 0)
+    with pytest.raises(ValueError, match="report: got one before its profile ended"):
+        Report("cpu").table()
+
+
+class FakeCuda:
+    """Stands for torch.cuda's counters where there is no GPU; says which were read, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.blocks: list[dict[str, Any]] = []
+        answers = {
+            "synchronize": None,
+            "reset_peak_memory_stats": None,
+            "max_memory_allocated": 3 * 2**30,
+            "max_memory_reserved": 4 * 2**30,
+            "current_device": 0,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, self._function(name, answer))
+        segments = {"segments": [{"device": 0, "blocks": self.blocks}, {"device": 1, "blocks": [{}]}]}
+        monkeypatch.setattr(torch.cuda.memory, "_snapshot", self._function("snapshot", segments))
+
+    def _function(self, name: str, answer: Any) -> Any:
+        def call(*_: Any) -> Any:
+            self.calls.append(name)
+            return answer
+
+        return call
+
+
+def test_cuda_counters_are_read_at_phase_boundaries_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for torch.cuda."""
+    fake = FakeCuda(monkeypatch)
+    with profile(device="cuda") as report, report.phase("rollout"):
+        inside = len(fake.calls)
+        torch.zeros(3)
+        assert len(fake.calls) == inside
+    begins = ["synchronize", "reset_peak_memory_stats"]
+    ends = ["synchronize", "max_memory_allocated", "max_memory_reserved"]
+    # "other", "rollout", "other".
+    assert fake.calls == (begins + ends) * 3
+    row = report.rows["rollout"]
+    assert (row.allocated, row.reserved, row.allocator) == (3 * 2**30, 4 * 2**30, None)
+
+
+def test_cuda_blocks_are_told_apart_by_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for torch.cuda."""
+    fake = FakeCuda(monkeypatch)
+    fake.blocks += [
+        {"address": 512, "size": 100, "state": "active_allocated"},
+        {"address": 1024, "size": 30, "state": "active_allocated"},
+        {"address": 2048, "size": 7, "state": "inactive"},
+    ]
+    found = Counters(torch.device("cuda"), snapshot=True).stop(lambda: {512: "saved"})
+    assert found.resident == {"saved": 100, "workspace": 30}
+
+
+def test_living_storages_are_known_by_address() -> None:
+    x = torch.ones(5)
+    with profile(device="cpu"):
+        y = x + 1
+        profiler: Any = _phases.running[0]
+        with phase("next"):
+            found = profiler.books.addresses()
+    assert found[x.data_ptr()] == found[y.data_ptr()] == "trajectories"
