@@ -69,8 +69,8 @@ def train(arguments: Sequence[str]) -> None:
     print(closing_line(root, recipe.name))
 
 
-def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, bool]:
-    """What `memory` plans, the JSON file, and whether advice is thorough.
+def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, str | None, bool]:
+    """What `memory` plans, the JSON file, the folder for pictures, and whether advice is thorough.
 
     Raises:
         ValueError: an unknown setting, or a value of the wrong type or range.
@@ -88,6 +88,7 @@ def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, boo
     parser.add_argument("--offload", type=str, default="", help="comma-separated")
     parser.add_argument("--rewards", type=str, default="", help=f"comma-separated: {', '.join(REWARDS)}")
     parser.add_argument("--json", type=str | None, default=None, help="writes the plan to this file")
+    parser.add_argument("--figures", type=str | None, default=None, help="draws four pictures into this folder")
     parser.add_argument("--thorough", type=bool, default=False, help="more advice, which takes longer")
     try:
         found = vars(parser.instantiate(parser.parse_args(list(arguments))))
@@ -98,20 +99,25 @@ def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, boo
     if unknown:
         raise ValueError(f"rewards: got {', '.join(unknown)}, want some of {', '.join(REWARDS)}")
     rewards = tuple(REWARDS[name] for name in given.pop("rewards"))
-    file, thorough, gpu = found.pop("json"), found.pop("thorough"), found.pop("gpu")
-    return Settings(**found | given | {"gpu_gib": gpu, "rewards": rewards}), file, thorough
+    file, folder, thorough, gpu = (found.pop(name) for name in ("json", "figures", "thorough", "gpu"))
+    return Settings(**found | given | {"gpu_gib": gpu, "rewards": rewards}), file, folder, thorough
 
 
 def memory(arguments: Sequence[str]) -> int:
     """Prints a plan; 0 if the device holds it, 1 if not, 2 for bad input."""
     try:
-        settings, file, thorough = load_settings(arguments)
+        settings, file, folder, thorough = load_settings(arguments)
         from .memory.planner import plan
 
         found = plan(settings, thorough=thorough)
         print(found.table())
         if file is not None:
             Path(file).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+        if folder is not None:
+            from .memory.figures import draw
+
+            for drawn in draw(found, folder):
+                print(drawn)
     except (ValueError, OSError) as error:
         print(f"dancegrpo-fast memory: {error}", file=sys.stderr)
         return 2

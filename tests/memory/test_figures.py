@@ -1,0 +1,143 @@
+"""Pictures of plans, and the further plans behind them."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from dancegrpo_fast.memory import _comparisons, figures
+from dancegrpo_fast.memory._comparisons import Point
+from dancegrpo_fast.memory.planner import Plan, plan
+from dancegrpo_fast.memory.settings import Settings
+
+from ..patch.models import TINY
+from .bounds import PREDICTED_BYTES
+
+pytest.importorskip("matplotlib")
+PILImage = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Blocks of one kind, which keep some MiB."""
+    folder = tmp_path_factory.mktemp("model")
+    TINY["qwen"].model(torch.float32).save_config(folder / "transformer")
+    return plan(
+        Settings(str(folder), height=512, width=512, group_size=4, text_tokens=64, lora=2, gpu_gib=24), advise=False
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(small: Plan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return figures.draw(small, tmp_path_factory.mktemp("figures") / "made")
+
+
+def _texts(file: Path) -> list[str]:
+    return ["".join(e.itertext()) for e in ElementTree.parse(file).iter() if e.tag.endswith("}text")]
+
+
+def test_every_picture_is_a_png_of_the_stated_width_and_an_svg(drawn: list[Path]) -> None:
+    names = ("timeline", "policies", "saved", "sizes")
+    assert [file.name for file in drawn] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    for file in drawn[::2]:
+        with PILImage.open(file) as image:
+            assert image.width == round(figures.WIDTH * figures.DPI)
+            assert len(image.convert("L").getcolors()) > 10
+    for file in drawn[1::2]:
+        assert ElementTree.parse(file).getroot().tag.endswith("}svg")
+
+
+def test_labels_name_phases_peak_policies_groups_and_sizes(small: Plan, drawn: list[Path]) -> None:
+    texts = {file.stem: _texts(file) for file in drawn[1::2]}
+    for phase in small.phases:
+        assert any(text.startswith(phase.name) for text in texts["timeline"])
+    assert any(small.peak.op in text for text in texts["timeline"])
+    policies = {label for text in texts["policies"] for label in text.split(", ")}
+    assert {"none", "full", "attention", "matmul"} <= policies
+    assert any("24 GiB are given" in text for text in texts["policies"])
+    assert {name for name, size in small.saved_by_group.items() if size >> 20} <= set(texts["saved"])
+    assert {"512 x 512", "micro-batch", "none"} <= set(texts["sizes"])
+
+
+def test_timeline_reaches_the_peak_and_wider_phases_take_longer(small: Plan) -> None:
+    places, budgets, ends = figures._line(small.phases)
+    assert places == sorted(places)
+    assert ends[0] == 0
+    assert ends[-1] == pytest.approx(1)
+    assert max(sum(budget.values()) for budget in budgets) == small.peak_bytes
+    widths = [b - a for a, b in itertools.pairwise(ends)]
+    ranked = sorted(zip((phase.seconds for phase in small.phases), widths, strict=True))
+    assert all(a[1] <= b[1] or a[1] == pytest.approx(b[1]) for a, b in itertools.pairwise(ranked))
+
+
+def test_labels_of_policies_lie_on_no_other(small: Plan) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.policies(small)
+    figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in figure.axes[0].texts if note.get_text() and note.get_zorder() == 5]
+    assert len(boxes) >= 4
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+
+
+def test_front_is_what_none_beats() -> None:
+    points = [Point("a", 1, 9.0), Point("b", 2, 9.0), Point("c", 2, 5.0), Point("d", 3, 6.0), Point("e", 4, 1.0)]
+    assert [point.label for point in _comparisons.front(points)] == ["a", "c", "e"]
+
+
+def test_policy_names_are_counted_once() -> None:
+    assert figures._short("15 x attention, 5 x none, 25 x attention") == "40 x attention + 5 x none"
+    assert figures._short("full + block inputs on the host") == "full + block inputs on the host"
+
+
+def test_sizes_are_ones_the_models_can_have() -> None:
+    for settings in (
+        Settings("hunyuan-video", frames=53, height=480, width=640),
+        Settings("sd14", height=512, width=512),
+        Settings("wan21-1.3b", frames=17, height=240, width=416),
+    ):
+        columns, rows = _comparisons.axes_of(settings)
+        for column, row in itertools.product(columns, rows):
+            assert math.prod(map(int, _comparisons._extent(settings.changed(**column, **row)))) > 0
+
+
+def _corners(small: Plan, names: Sequence[str] = ("none", "attention", "full")) -> tuple[Any, list[Any]]:
+    columns, rows = _comparisons.axes_of(small.settings)
+    ends = [small.settings.changed(**rows[i], **columns[i]) for i in (0, -1)]
+    ends.insert(1, small.settings)
+    return small.settings, [_comparisons._corner(at, names) for at in ends]
+
+
+def test_bytes_between_planned_sizes_are_those_of_a_plan(small: Plan) -> None:
+    settings, corners = _corners(small)
+    middle = settings.changed(micro_batch=2)
+    for name in ("none", "full"):
+        between = _comparisons._between(corners, middle, name)
+        exact = plan(middle.changed(policy=name), advise=False)
+        assert {phase.name for phase in exact.phases} == set(between)
+        for phase in exact.phases:
+            assert between[phase.name] == pytest.approx(phase.bytes, rel=PREDICTED_BYTES), phase.name
+
+
+def test_less_memory_never_gets_a_cheaper_policy(small: Plan) -> None:
+    names = _comparisons.LADDER
+    settings, corners = _corners(small, names)
+    most = max(_comparisons._between(corners, settings, "none").values())
+    least = max(_comparisons._between(corners, settings, "full").values())
+    limits = [most - (most - least) * i / 8 for i in range(9)]
+    cells = [_comparisons.cell(corners, settings, limit, names) for limit in limits]
+    assert cells[0].label == "none"
+    assert [cell.level for cell in cells] == sorted(cell.level for cell in cells)
+    assert all(cell.bytes <= limit for cell, limit in zip(cells, limits, strict=True))
+    assert cells[-1].level >= 2
+    assert _comparisons.cell(corners, settings, 0, names).level == math.inf
