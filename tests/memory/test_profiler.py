@@ -178,7 +178,7 @@ def test_long_runs_forget_what_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
         gc.collect()
         with profile(device="cpu") as report, report.phase("rollout"):
             x = torch.zeros(1000)
-            for _ in range(50):
+            for _ in range(2000):
                 y = x + 1
                 x = torch.cat([x, x])[:1000] + y
             books: Any = _phases.running[0]
