@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dancegrpo_fast.memory.fake import CudaOperators
+
 from .configurations import Configuration, Setup
-from .fakes import CudaOperators
 
 EXCLUDED = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
 ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")

@@ -81,10 +81,10 @@ def attend(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (t.to(dtype) if t.is_floating_point() else t for t in (query, key, value))
     if backend == "math":
-        found = aten._scaled_dot_product_attention_math(
+        outputs = aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        return found[0]  # type: ignore[no-any-return]  # torch.ops has no types
+        return outputs[0]  # type: ignore[no-any-return]  # torch.ops has no types
     if enable_gqa and query.shape[-3] != key.shape[-3] and backend != "flash":
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -95,14 +95,16 @@ def attend(
         if width % 8:
             query, key, value = (F.pad(t, (0, 8 - width % 8)) for t in (query, key, value))
         out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        return out[..., :width] if width % 8 else out  # type: ignore[no-any-return]
+        found: Tensor = out[..., :width] if width % 8 else out
+        return found
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
     operator = (
         aten._scaled_dot_product_cudnn_attention
         if backend == "cudnn" and query.dtype in HALF
         else aten._scaled_dot_product_efficient_attention
     )
-    return operator(query, key, value, bias, keeps, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+    attended: Tensor = operator(query, key, value, bias, keeps, dropout_p, is_causal, scale=scale)[0]
+    return attended
 
 
 # What CUDA's autocast computes in float32 and the CPU's does not, as far as denoisers and VAEs call it.
@@ -116,13 +118,14 @@ FLOAT32 = {
 
 
 class CudaOperators(TorchFunctionMode):
-    """Inside, attention, RMSNorm and what autocast computes in float32 are as on CUDA."""
+    """Inside, attention, what autocast computes in float32 and (with `fused_norm`) RMSNorm are as on CUDA."""
 
-    def __init__(self, attention: str = "flash") -> None:
+    def __init__(self, attention: str = "flash", fused_norm: bool = True) -> None:
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f'attention: got "{attention}", want one of {", ".join(ATTENTION)}')
         self.attention = attention
+        self.fused_norm = fused_norm
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,7 +135,7 @@ class CudaOperators(TorchFunctionMode):
             args, kwargs = tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, (args, kwargs))
         if func is F.scaled_dot_product_attention:
             return attend(self.attention, *args, **kwargs)
-        if func is F.rms_norm:
+        if func is F.rms_norm and self.fused_norm:
             x, _, *rest = args
             return _RMSNorm.apply(x, rest[0] if rest else kwargs.get("weight"))
         return func(*args, **kwargs)
