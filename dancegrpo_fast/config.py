@@ -40,20 +40,42 @@ class ModelSettings:
     """The generator.
 
     Args:
-        family: "flux" or "stable_diffusion".
-        path: a diffusers folder with prompt embeddings beside the model.
+        family: "flux", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image" or "wan".
+        path: a diffusers folder, or a name on the hub.
         dtype: of the weights.
         lora: train LoRA layers instead of the whole denoiser.
-        gradient_checkpointing: recompute the denoiser's blocks in the backward.
+        checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:K" (the first K
+            blocks), or "auto": as little as `memory_gib` allows.
+        memory_gib: what "auto" may use; null: the device's memory.
         block_ops: put the block ops into the denoiser, "lossless" or "fast" (`dancegrpo_fast.accelerate`).
+        attention: a diffusers attention backend by name, or "auto" (`dancegrpo_fast.memory.attention.choose`); null
+            leaves the model as it is.
+        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
+        prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
+        max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
     """
 
     family: str
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
-    gradient_checkpointing: bool = False
+    checkpointing: str = "none"
+    memory_gib: float | None = None
     block_ops: Literal["off", "lossless", "fast"] = "off"
+    attention: str | None = None
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    prompt_cache: str = "runs/prompt_cache"
+    max_text_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        known = ("none", "full", "attention", "matmul", "auto")
+        first, _, count = self.checkpointing.partition(":")
+        if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):
+            raise ValueError(f'model.checkpointing: got "{self.checkpointing}", want one of {known} or "first:K"')
+        for name in ("memory_gib", "max_text_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(f"model.{name}", value)
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""
@@ -72,6 +94,9 @@ class SamplerSettings:
         guidance_scale: classifier-free guidance, or the guidance embedding where the model has one; 1 is off.
         height: of the images, in pixels.
         width: of the images, in pixels.
+        frames: of a video, in the pixels of its VAE; 1 is an image.
+        fps: frames per second, which rewards of videos need.
+        negative_prompt: what classifier-free guidance leads away from.
         shared_noise: all samples of a prompt start from the same noise, and step 0 is computed once per prompt.
         window: steps that stay stochastic, the others follow the ODE; null: all.
         latents_dtype: in which trajectories are stored.
@@ -84,6 +109,9 @@ class SamplerSettings:
     width: int
     shift: float | None = None
     guidance_scale: float = 1.0
+    frames: int = 1
+    fps: float | None = None
+    negative_prompt: str = ""
     shared_noise: bool = True
     window: list[int] | None = None
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -93,6 +121,9 @@ class SamplerSettings:
         _at_least("sampler.eta", self.eta, 0)
         _positive("sampler.height", self.height)
         _positive("sampler.width", self.width)
+        _at_least("sampler.frames", self.frames, 1)
+        if self.fps is not None:
+            _positive("sampler.fps", self.fps)
 
     def torch_dtype(self) -> torch.dtype:
         """`latents_dtype` as torch names it."""

@@ -59,6 +59,7 @@ class Evaluator:
         self._rewards = RewardSet(settings.rewards)
         self._seed = derive_seed(seed, "evaluation")
         self._dtype = sampler.torch_dtype()
+        self._fps = sampler.fps
         self._ids = torch.arange(len(prompts) * settings.samples_per_prompt, device=device)
         self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
 
@@ -75,7 +76,7 @@ class Evaluator:
             self._tables[sampler],
             noise,
             samples,
-            self._model.encode(texts),
+            self._model.encode(self.prompts),
             seed=derive_seed(self._seed, "steps"),
             sample_ids=self._ids,
             shared_first_step=False,
@@ -88,6 +89,7 @@ class Evaluator:
                 prompts=[prompt.text for prompt in repeated],
                 group=torch.arange(len(texts)).repeat_interleave(samples),
                 meta=[prompt.meta for prompt in repeated],
+                fps=self._fps,
             )
         )
         grouped = frames.reshape(len(texts), samples, *frames.shape[1:])

@@ -102,10 +102,12 @@ class Trainer:
         self.prompts = load_prompts(recipe.prompts)
         self.rewards = RewardSet(recipe.rewards)
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
-        self.model = load_model(recipe.model, recipe.sampler, device)
+        evaluation = recipe.evaluation
+        evaluated = self.prompts
+        if evaluation is not None and evaluation.prompts is not None:
+            evaluated = load_prompts(evaluation.prompts, "test")
+        self.model = load_model(recipe.model, recipe.sampler, device, [*self.prompts, *evaluated])
         denoiser = self.model.denoiser.eval()
-        if recipe.model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
         self.table = self.model.table(recipe.sampler)
         self.trainable_steps = [t for t in range(len(self.table) - 1) if self.table.tau[t] > 0]
         self.steps_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps) + 1e-9)
@@ -122,11 +124,9 @@ class Trainer:
             fused=device.type == "cuda",
         )
         self.objective = self._objective(denoiser)
-        evaluation = recipe.evaluation
         self.evaluator = None
         if evaluation is not None:
-            prompts = self.prompts if evaluation.prompts is None else load_prompts(evaluation.prompts, "test")
-            self.evaluator = Evaluator(evaluation, recipe.sampler, prompts, self.model, recipe.seed, device)
+            self.evaluator = Evaluator(evaluation, recipe.sampler, evaluated, self.model, recipe.seed, device)
         state = {} if found is None else self._restore(found)
         self.start = int(state.get("iteration", 0))
         self.directory.keep_until(self.start if found else -1)
@@ -136,7 +136,7 @@ class Trainer:
         policy = Policy(self.model, recipe.train.micro_batch, scale, self.model.unconditional(scale))
         equal = state.get("rows_are_equal")
         if equal is None:
-            probe = self.model.encode([prompt.text for prompt in self.prompts[: recipe.train.micro_batch]])
+            probe = self.model.encode(self.prompts[: recipe.train.micro_batch])
             equal = rows_are_equal(policy, self.table, probe)
         self.policy = replace(policy, rows_are_equal=equal)
         self.directory.root.mkdir(parents=True, exist_ok=True)
@@ -289,6 +289,7 @@ class Trainer:
                 prompts=[prompt.text for prompt in repeated],
                 group=torch.arange(len(prompts)).repeat_interleave(train.group_size),
                 meta=[prompt.meta for prompt in repeated],
+                fps=self.recipe.sampler.fps,
             )
         )
         clock.append(time.perf_counter())
@@ -303,7 +304,7 @@ class Trainer:
         train, sampler, seed = self.recipe.train, self.recipe.sampler, self.recipe.seed
         batch = len(prompts) * train.group_size
         ids = torch.arange(batch, device=self.device) + (iteration - 1) * batch
-        conditioning = phase("text encoding")(self.model.encode)([prompt.text for prompt in prompts])
+        conditioning = phase("text encoding")(self.model.encode)(prompts)
         starts = ids[:: train.group_size] if sampler.shared_noise else ids
         noise = gaussian_noise(
             self.model.latent_shape,

@@ -65,10 +65,9 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     """
     recipe, train, sampler = trainer.recipe, trainer.recipe.train, trainer.recipe.sampler
     batch, shape = train.prompts_per_iteration * train.group_size, trainer.model.latent_shape
-    texts = [prompt.text for prompt in trainer.prompts]
-    texts = (texts * train.prompts_per_iteration)[: train.prompts_per_iteration]
-    conditioning = dict(trainer.model.encode(texts))
-    starts = len(texts) if sampler.shared_noise else batch
+    prompts = (list(trainer.prompts) * train.prompts_per_iteration)[: train.prompts_per_iteration]
+    conditioning = dict(trainer.model.encode(prompts))
+    starts = len(prompts) if sampler.shared_noise else batch
     noise = torch.empty(starts, *shape, dtype=sampler.torch_dtype(), device="meta")
     ids = torch.empty(batch, dtype=torch.int64, device="meta")
     brief = _Brief(**{f.name: getattr(trainer.policy, f.name) for f in fields(Policy)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SamplerSettings
+from ..prompts import Prompt
 from ..transitions import TransitionTable
 
 Conditioning = Mapping[str, Tensor]
@@ -25,8 +26,8 @@ class GeneratorModel(Protocol):
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning tensors, one row per prompt."""
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Conditioning tensors, one row per prompt of those the model was loaded for; rows do not depend on others."""
         ...
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
 from ..transitions import TransitionTable, shifted_sigmas
 from .base import Conditioning, PromptStore, add_lora, check_folder, save_denoiser, to_frames
 from .flow import flow_table
@@ -15,7 +16,9 @@ from .flow import flow_table
 class Flux:
     """`FluxTransformer2DModel` with its `AutoencoderKL`, as `FluxPipeline` calls them."""
 
-    def __init__(self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
         folder = check_folder(settings.path)
@@ -41,8 +44,8 @@ class Flux:
         if settings.lora is not None:
             add_lora(self.denoiser, settings.lora.rank, settings.lora.alpha, settings.lora.target_modules)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self._store(prompts)
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        return self._store([prompt.text for prompt in prompts])
 
     def unconditional(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0 and not self._guided:

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from .. import transitions
 from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
 from .base import Conditioning, PromptStore, add_lora, check_folder, save_denoiser, to_frames
 
 
 class StableDiffusion:
     """`UNet2DConditionModel` with its `AutoencoderKL` and DDIM schedule, as `StableDiffusionPipeline` calls them."""
 
-    def __init__(self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
         folder = check_folder(settings.path)
@@ -36,11 +39,11 @@ class StableDiffusion:
         if settings.lora is not None:
             add_lora(self.denoiser, settings.lora.rank, settings.lora.alpha, settings.lora.target_modules)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self._store(prompts)
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        return self._store([prompt.text for prompt in prompts])
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
-        return None if guidance_scale == 1.0 else self.encode([""])
+        return None if guidance_scale == 1.0 else self._store([""])
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> transitions.TransitionTable:
         if sampler.shift is not None:

@@ -69,15 +69,15 @@ LORA = tiny.LoraSettings(rank=2)
 RUNS: dict[str, dict[str, Any]] = {
     "full float32": {},
     "full bfloat16, reference model": {"dtype": "bfloat16", "kl_weight": 0.1},
-    "full float32 checkpointing": {"gradient_checkpointing": True},
-    "full bfloat16 checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "full float32 checkpointing": {"checkpointing": "full"},
+    "full bfloat16 checkpointing": {"dtype": "bfloat16", "checkpointing": "full"},
     # One model call an update: no gradients are there before it.
     "full float32, one call": {"updates_per_rollout": 3, "timestep_fraction": 0.5},
     "full float32 autocast": {"mixed_precision": "bf16"},
     "lora float32": {"lora": LORA},
     "lora bfloat16, reference without adapters": {"lora": LORA, "dtype": "bfloat16", "kl_weight": 0.1},
-    "lora float32 checkpointing": {"lora": LORA, "gradient_checkpointing": True},
-    "lora bfloat16 checkpointing": {"lora": LORA, "gradient_checkpointing": True, "dtype": "bfloat16"},
+    "lora float32 checkpointing": {"lora": LORA, "checkpointing": "full"},
+    "lora bfloat16 checkpointing": {"lora": LORA, "checkpointing": "full", "dtype": "bfloat16"},
 }
 
 
@@ -113,7 +113,7 @@ def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: 
 
 
 def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
-    recipe = tiny.make_recipe(flux, tmp_path / "run", gradient_checkpointing=True, shared_noise=False)
+    recipe = tiny.make_recipe(flux, tmp_path / "run", checkpointing="full", shared_noise=False)
     trainer = Trainer(recipe)
     trainer.iteration(1)
     with profile(device="cpu") as report:

@@ -44,10 +44,10 @@ def test_first_update_has_ratio_one(base: Path, tmp_path: Path, micro_batch: int
         {"dtype": "bfloat16"},
         {"mixed_precision": "bf16"},
         {"ratio_norm": True},
-        {"gradient_checkpointing": True},
+        {"checkpointing": "full"},
         {"lora": LoraSettings(rank=2, alpha=4)},
         {"block_ops": "fast", "mixed_precision": "bf16"},
-        {"block_ops": "lossless", "lora": LoraSettings(rank=2, alpha=4), "gradient_checkpointing": True},
+        {"block_ops": "lossless", "lora": LoraSettings(rank=2, alpha=4), "checkpointing": "full"},
     ],
     ids=lambda c: next(iter(c)) + "-" + str(next(iter(c.values())))[:9],
 )
