@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import Recipe
 
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from .memory.settings import Settings
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
+       dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
+                               [--by COLUMN] [--weights model|ema] [--evaluation.prompts FILE ...]
        dancegrpo-fast run [--rounding exact|reference] [--backend NAME] SCRIPT.py [-- ARGUMENTS]
        dancegrpo-fast memory MODEL [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...] [--json FILE]
        dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--train.micro_batch 4 ...]
        dancegrpo-fast info
 
+`evaluate` samples the recipe's evaluation prompts and writes pictures, scores.jsonl and a table.
 `profile` measures one iteration of a recipe beside what was predicted, in a folder of its own.
 `memory` predicts every phase of an iteration without a GPU; it exits with 0 if the GPU holds it, 1 if not, 2 for bad
 input. `dancegrpo-fast memory --help` lists its settings.
@@ -25,20 +28,23 @@ Every field of a recipe can be overridden: `dancegrpo-fast train RECIPE.yaml --h
 """
 
 
-def load_recipe(arguments: Sequence[str]) -> tuple[Recipe, str | None]:
-    """A recipe file with overrides, and where to resume from.
+def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
+    """A recipe file with overrides, and the command's own options.
 
     Args:
         arguments: the recipe's path, then `--field.name value` overrides.
+        command: of this program.
+        options: the command's own, with their defaults.
 
     Raises:
         ValueError: a missing file, an unknown field, or a value of the wrong type or range.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog="dancegrpo-fast train RECIPE.yaml", exit_on_error=False)
+    parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False)
     parser.add_argument("--config", action="config", help="the recipe")
-    parser.add_argument("--resume", type=str | None, default=None, help='"auto" or a checkpoint folder')
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=str | None, default=default)
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
@@ -46,20 +52,20 @@ def load_recipe(arguments: Sequence[str]) -> tuple[Recipe, str | None]:
     given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
     try:
         namespace = parser.parse_args(given)
-        resume = namespace.pop("resume")
+        found = {name: namespace.pop(name) for name in options}
         namespace.pop("config", None)
-        return Recipe(**vars(parser.instantiate(namespace))), resume
+        return Recipe(**vars(parser.instantiate(namespace))), found
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"recipe: {path}: {error}") from error
 
 
 def train(arguments: Sequence[str]) -> None:
     """Runs a recipe to its end and draws it."""
-    recipe, resume = load_recipe(arguments)
+    recipe, options = load_recipe(arguments, resume=None)
     from .report import closing_line, draw
     from .trainer import Trainer
 
-    trainer = Trainer(recipe, resume)
+    trainer = Trainer(recipe, options["resume"])
     trainer.run()
     root = trainer.directory.root
     if recipe.evaluation is not None and trainer.evaluator is not None:
@@ -67,6 +73,18 @@ def train(arguments: Sequence[str]) -> None:
         for picture in draw(root, shown, recipe.evaluation.grid_samples):
             print(f"drew {picture}")
     print(closing_line(root, recipe.name))
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Scores a recipe's evaluation prompts with trained or untrained weights."""
+    defaults = {"output": None, "checkpoint": None, "samplers": "ode,sde", "by": None, "weights": "model"}
+    recipe, options = load_recipe(arguments, "evaluate", **defaults)
+    if options["output"] is None:
+        raise ValueError("output: got nothing, want a folder for samples and scores")
+    from .evaluate import evaluate as run
+
+    samplers = [name for name in (options["samplers"] or "").split(",") if name]
+    print(run(recipe, options["checkpoint"], Path(options["output"]), samplers, options["by"], options["weights"]))
 
 
 def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, str | None, bool]:
@@ -150,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "train" and rest:
             train(rest)
+        elif command == "evaluate" and rest:
+            evaluate(rest)
         elif command == "run" and rest:
             from .compat.runner import prepare
 

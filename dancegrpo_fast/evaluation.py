@@ -1,6 +1,7 @@
 """Fixed prompts and noises, ODE and SDE samples, every score and the diversity that is left."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,28 @@ from .rollout import Policy, chunks, rollout
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, diversity, and the frames of the pictures `[prompts, samples, 3, H, W]`."""
+    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
 
     scores: dict[str, float]
     diversity: float
     grid: Tensor
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """All samples of some neighbouring prompts.
+
+    Attributes:
+        first: place of the first prompt.
+        prompts: P of them.
+        frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
+        scores: float32 `[K, P * samples_per_prompt]`.
+    """
+
+    first: int
+    prompts: Sequence[Prompt]
+    frames: Tensor
+    scores: Tensor
 
 
 def diversity(frames: Tensor, samples_per_prompt: int) -> float:
@@ -42,7 +60,11 @@ def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
 
 
 class Evaluator:
-    """Samples the same noises at every call and scores them."""
+    """Samples the same noises at every call and scores them.
+
+    A few prompts are sampled, decoded and scored at a time, so that memory does not grow with the prompts. Noise and
+    steps are keyed by prompt and sample: how many are drawn together changes nothing.
+    """
 
     def __init__(
         self,
@@ -57,44 +79,63 @@ class Evaluator:
         self._model = model
         self.prompts = prompts
         self._rewards = RewardSet(settings.rewards)
+        self.names = self._rewards.names
         self._seed = derive_seed(seed, "evaluation")
         self._dtype = sampler.torch_dtype()
         self._fps = sampler.fps
-        self._ids = torch.arange(len(prompts) * settings.samples_per_prompt, device=device)
+        self._device = device
         self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
 
-    def __call__(self, policy: Policy, sampler: str) -> Evaluation:
-        """Evaluates with "ode" or "sde" samples."""
-        settings = self._settings
-        texts = [prompt.text for prompt in self.prompts]
-        samples = settings.samples_per_prompt
+    def sets(self, rows: int) -> list[slice]:
+        """The prompts in sets whose samples fill model calls of `rows` rows, as far as whole prompts can."""
+        samples = self._settings.samples_per_prompt
+        return list(chunks(len(self.prompts), math.lcm(rows, samples) // samples))
+
+    def score(self, policy: Policy, sampler: str, part: slice) -> ScoredSet:
+        """Samples ("ode" or "sde") and scores the prompts of one set."""
+        prompts = self.prompts[part]
+        samples = self._settings.samples_per_prompt
+        ids = torch.arange(len(prompts) * samples, device=self._device) + part.start * samples
         noise = gaussian_noise(
-            self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=self._ids, dtype=self._dtype
+            self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=ids, dtype=self._dtype
         )
         trajectory = rollout(
             policy,
             self._tables[sampler],
             noise,
             samples,
-            self._model.encode(self.prompts),
+            self._model.encode(prompts),
             seed=derive_seed(self._seed, "steps"),
-            sample_ids=self._ids,
+            sample_ids=ids,
             shared_first_step=False,
         )
         frames = decode(self._model, trajectory.denoised, policy.rows)
-        repeated = [prompt for prompt in self.prompts for _ in range(samples)]
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
         scores = self._rewards(
             RewardInput(
                 frames=frames,
                 prompts=[prompt.text for prompt in repeated],
-                group=torch.arange(len(texts)).repeat_interleave(samples),
+                group=torch.arange(len(prompts)).repeat_interleave(samples),
                 meta=[prompt.meta for prompt in repeated],
                 fps=self._fps,
             )
         )
-        grouped = frames.reshape(len(texts), samples, *frames.shape[1:])
-        return Evaluation(
-            dict(zip(self._rewards.names, scores.mean(dim=1).tolist(), strict=True)),
-            diversity(frames, samples),
-            grouped[: settings.grid_prompts, : settings.grid_samples, 0],
-        )
+        return ScoredSet(part.start, prompts, frames, scores)
+
+    def each(self, policy: Policy, sampler: str) -> Iterator[ScoredSet]:
+        """Every set, scored."""
+        for part in self.sets(policy.rows):
+            yield self.score(policy, sampler, part)
+
+    def __call__(self, policy: Policy, sampler: str) -> Evaluation:
+        """Evaluates with "ode" or "sde" samples."""
+        settings, samples = self._settings, self._settings.samples_per_prompt
+        scores, spread, grid = [], 0.0, []
+        for found in self.each(policy, sampler):
+            scores.append(found.scores)
+            spread += diversity(found.frames, samples) * len(found.prompts)
+            left = max(0, settings.grid_prompts - found.first)
+            grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
+            grid.append(grouped[:left, : settings.grid_samples])
+        means = torch.cat(scores, dim=1).mean(dim=1).tolist()
+        return Evaluation(dict(zip(self.names, means, strict=True)), spread / len(self.prompts), torch.cat(grid))

@@ -70,14 +70,15 @@ def test_every_epoch_is_a_permutation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_load(path: Path) -> None:
-    recipe, resume = load_recipe([str(path)])
+    recipe, options = load_recipe([str(path)], resume=None)
     assert recipe.name == path.stem
-    assert resume is None
+    assert options == {"resume": None}
 
 
 def test_overrides() -> None:
-    recipe, resume = load_recipe([str(RECIPES / "digits.yaml"), "--resume", "auto", "--train.group_size", "6"])
-    assert (recipe.train.group_size, resume) == (6, "auto")
+    given = [str(RECIPES / "digits.yaml"), "--resume", "auto", "--train.group_size", "6"]
+    recipe, options = load_recipe(given, resume=None)
+    assert (recipe.train.group_size, options["resume"]) == (6, "auto")
     lora = load_recipe([str(RECIPES / "digits.yaml"), "--model.lora.rank", "4"])[0].model.lora
     assert lora is not None and lora.rank == 4
 

@@ -21,8 +21,8 @@ RUNNER = """
 import json, sys
 from dancegrpo_fast.cli import load_recipe
 from dancegrpo_fast.trainer import Trainer
-recipe, resume = load_recipe(sys.argv[1:])
-Trainer(recipe, resume).run()
+recipe, options = load_recipe(sys.argv[1:], resume=None)
+Trainer(recipe, options["resume"]).run()
 """
 
 RECIPE = """

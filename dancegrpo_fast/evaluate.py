@@ -1,0 +1,277 @@
+"""`dancegrpo-fast evaluate`: samples of fixed prompts from any checkpoint, every score a line, and a table."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import Recipe
+from .evaluation import Evaluator, ScoredSet, diversity
+from .models import load_model
+from .prompts import load_prompts
+from .rollout import Policy
+
+SAMPLERS = ("ode", "sde")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def load_weights(denoiser: nn.Module, source: Path, weights: str = "model") -> str:
+    """Puts trained weights into a denoiser and says which.
+
+    Args:
+        denoiser: as the recipe makes it.
+        source: a run's directory (its newest checkpoint), a checkpoint, or a saved model: a folder with
+            `transformer/`, `unet/` or LoRA weights.
+        weights: "model", or "ema" of a checkpoint that holds an average.
+
+    Raises:
+        ValueError: none of these, or weights of another model.
+    """
+    found = checkpoint.complete(source / "checkpoints")
+    folder = found[-1] if found else source
+    if (folder / "state.json").is_file():
+        tensors, state = checkpoint.load(folder)
+        if weights not in tensors:
+            raise ValueError(f'weights: got "{weights}", want one of {sorted(tensors.keys() & {"model", "ema"})}')
+        _copy(denoiser, tensors[weights], folder)
+        return f"iteration {state['iteration']} ({folder}, {weights})"
+    if weights != "model":
+        raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
+    target: Any = denoiser
+    subfolder = next((name for name in ("transformer", "unet") if (source / name / "config.json").is_file()), None)
+    if subfolder is not None:
+        _copy(denoiser, type(target).from_pretrained(source, subfolder=subfolder).state_dict(), source)
+        return str(source)
+    if (source / LORA_FILE).is_file():
+        from safetensors import safe_open
+
+        if getattr(denoiser, "peft_config", None):
+            target.delete_adapters(list(target.peft_config))
+        with safe_open(source / LORA_FILE, "pt") as file:
+            prefix = next(iter(file.keys())).partition(".")[0]
+        target.load_lora_adapter(source, prefix=prefix, weight_name=LORA_FILE)
+        return str(source / LORA_FILE)
+    raise ValueError(f"checkpoint: got {source}, want a run's directory, a checkpoint or a saved model")
+
+
+def _copy(denoiser: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    own = denoiser.state_dict()
+    wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
+    if wrong or not tensors:
+        raise ValueError(f"checkpoint: {source} holds {wrong[0] if wrong else 'nothing'}, which this model lacks")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
+    """Writes one sample without loss: an image as PNG, a video as animated PNG.
+
+    Args:
+        frames: float32 `[T, 3, H, W]` in [0, 1] on the 8-bit grid.
+        path: ends in `.png`.
+        fps: of a video; None shows 8 frames a second.
+    """
+    from PIL import Image
+
+    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    first, *others = [Image.fromarray(frame) for frame in pixels]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if others:
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / (fps or 8)), loop=0)
+    else:
+        first.save(path)
+    return path
+
+
+class Scores:
+    """`scores.jsonl` of a folder: one line a sample, on disk after every set of prompts, continued where it ended.
+
+    Raises:
+        ValueError: the folder holds scores of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / "scores.jsonl"
+        recorded = folder / "settings.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8")) != settings:
+            raise ValueError(f"output: {folder} holds scores of other settings, want another folder")
+        checkpoint.write_text(recorded, json.dumps(settings, indent=1))
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            # A crash leaves at most a part of its last line.
+            self.rows = [json.loads(line) for line in lines[:-1]]
+
+    def has(self, sampler: str, prompts: range, samples: int) -> bool:
+        """Whether every sample of these prompts is there; a part of them is dropped, to be made again."""
+        others = [row for row in self.rows if row["sampler"] != sampler or row["prompt_index"] not in prompts]
+        if len(self.rows) - len(others) == len(prompts) * samples:
+            return True
+        self.rows = others
+        return False
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the file anew with `rows` at its end, in one step."""
+        self.rows.extend(dict(row) for row in rows)
+        checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _rows(found: ScoredSet, sampler: str, names: Sequence[str], samples: int, folder: Path, fps: float | None) -> Any:
+    for place, prompt in enumerate(found.prompts):
+        mine = slice(place * samples, (place + 1) * samples)
+        spread = diversity(found.frames[mine], samples)
+        for sample in range(samples):
+            index = found.first + place
+            file = folder / sampler / f"{index:05d}" / "samples" / f"{sample:04d}.png"
+            save_sample(found.frames[mine][sample], file, fps)
+            values = found.scores[:, mine][:, sample].tolist()
+            yield {
+                "sampler": sampler,
+                "prompt_index": index,
+                "sample": sample,
+                "prompt": prompt.text,
+                "meta": dict(prompt.meta),
+                "file": str(file.relative_to(folder)),
+                "diversity": spread,
+                "scores": dict(zip(names, values, strict=True)),
+            }
+        # The official GenEval scorer reads a prompt's folder: metadata.jsonl beside samples/.
+        metadata = {"prompt": prompt.text, **prompt.meta}
+        checkpoint.write_text(folder / sampler / f"{index:05d}" / "metadata.jsonl", json.dumps(metadata) + "\n")
+
+
+def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
+    """One row per sampler, score and value of the prompts' column `by`.
+
+    `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
+    standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation.
+
+    Raises:
+        ValueError: a prompt lacks the column.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if by is not None and by not in row["meta"]:
+            raise ValueError(f'by: got "{by}", which prompt "{row["prompt"]}" lacks; it has {sorted(row["meta"])}')
+        groups.setdefault((row["sampler"], "all"), []).append(row)
+        if by is not None:
+            groups.setdefault((row["sampler"], str(row["meta"][by])), []).append(row)
+    table = []
+    for (sampler, value), members in groups.items():
+        for name in members[0]["scores"]:
+            prompts: dict[int, list[float]] = {}
+            for row in members:
+                prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
+            means = [fmean(scores) for scores in prompts.values()]
+            table.append(
+                {
+                    "sampler": sampler,
+                    "group": value,
+                    "score": name,
+                    "mean": fmean(means),
+                    "error": stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
+                    "std": stdev([row["scores"][name] for row in members]),
+                    "within": fmean([stdev(scores) for scores in prompts.values()]),
+                    "diversity": fmean([row["diversity"] for row in members]),
+                    "prompts": len(prompts),
+                    "samples": len(members),
+                }
+            )
+    return table
+
+
+def table_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """A summary as a markdown table."""
+    columns = list(table[0])
+    cells = [
+        [
+            f"{v:.4f}" if isinstance(v, float) else "" if v is None else {"ode": "ODE", "sde": "SDE"}.get(v, str(v))
+            for v in row.values()
+        ]
+        for row in table
+    ]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def evaluate(
+    recipe: Recipe,
+    source: str | None,
+    output: Path,
+    samplers: Sequence[str] = SAMPLERS,
+    by: str | None = None,
+    weights: str = "model",
+) -> str:
+    """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table.
+
+    Samples lie as `<sampler>/<prompt>/samples/<sample>.png` beside `metadata.jsonl`, which is how the official GenEval
+    scorer wants them. A second call with the same settings continues where the first one ended.
+
+    Args:
+        recipe: the model, sampler, `evaluation` and its prompts.
+        source: see `load_weights`; None evaluates the model as the recipe loads it.
+        output: a folder.
+        samplers: "ode", "sde" or both.
+        by: a column of the prompts file; the table then has a row for each of its values, too.
+        weights: "model" or "ema".
+
+    Raises:
+        ValueError: a recipe without `evaluation`, unknown samplers or weights, or a folder with other scores.
+    """
+    settings = recipe.evaluation
+    from accelerate import Accelerator
+
+    if settings is None:
+        raise ValueError("evaluation: got none in the recipe, want evaluation.rewards at least")
+    if not samplers or set(samplers) - set(SAMPLERS):
+        raise ValueError(f"samplers: got {list(samplers)}, want some of {list(SAMPLERS)}")
+    prompts = load_prompts(settings.prompts or recipe.prompts, "test" if settings.prompts else "train")
+    for prompt in prompts if by is not None else ():
+        if by not in prompt.meta:
+            raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
+    torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    device = accelerator.device
+    model = load_model(recipe.model, recipe.sampler, device, prompts)
+    model.denoiser.eval().requires_grad_(False)
+    loaded = "as loaded" if source is None else load_weights(model.denoiser, Path(source), weights)
+    # As the trainer prepares it, so that the same weights give the same samples.
+    model.denoiser = accelerator.prepare_model(model.denoiser, evaluation_mode=True)
+    described = {
+        "model": asdict(recipe.model),
+        "sampler": asdict(recipe.sampler),
+        "rewards": [asdict(reward) for reward in settings.rewards],
+        "samples_per_prompt": settings.samples_per_prompt,
+        "micro_batch": recipe.train.micro_batch,
+        "prompts": [prompt.text for prompt in prompts],
+        "seed": recipe.seed,
+        "weights": loaded,
+        "mixed_precision": recipe.train.mixed_precision,
+    }
+    scores = Scores(output, described)
+    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, device)
+    scale = recipe.sampler.guidance_scale
+    policy = Policy(model, recipe.train.micro_batch, scale, model.unconditional(scale))
+    for sampler in samplers:
+        for part in evaluator.sets(policy.rows):
+            places = range(len(prompts))[part]
+            if scores.has(sampler, places, settings.samples_per_prompt):
+                continue
+            found = evaluator.score(policy, sampler, part)
+            rows = _rows(found, sampler, evaluator.names, settings.samples_per_prompt, output, recipe.sampler.fps)
+            scores.add(rows)
+            print(f"{sampler.upper()}: {places.stop} of {len(prompts)} prompts", flush=True)
+    table = summary([row for row in scores.rows if row["sampler"] in samplers], by)
+    checkpoint.write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))
+    text = f"{recipe.name}, {loaded}\n\n{table_text(table)}\n"
+    checkpoint.write_text(output / "table.md", text)
+    return text

@@ -1,0 +1,161 @@
+"""`dancegrpo-fast evaluate`: every sample scored once, by the weights that were asked for."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import EvaluationSettings, LoraSettings, Recipe
+from dancegrpo_fast.evaluate import evaluate, load_weights, summary
+from dancegrpo_fast.evaluation import Evaluator
+from dancegrpo_fast.trainer import Trainer
+
+from ..train import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_flux(tmp_path_factory.mktemp("flux"))
+
+
+def recipe_for(base: Path, output: Path, **changes: Any) -> Recipe:
+    settings = EvaluationSettings(every=1, samples_per_prompt=3, rewards=[tiny.reward("Brightness")])
+    return tiny.make_recipe(base, output, iterations=1, evaluation=settings, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "run"
+    Trainer(recipe_for(base, output)).run()
+    return output
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_those_of_the_run(base: Path, trained: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "unused")
+    evaluate(recipe, None, tmp_path / "before")
+    evaluate(recipe, str(trained), tmp_path / "after")
+    measured = {
+        (row["iteration"], row["sampler"]): row
+        for row in map(json.loads, (trained / "evaluations.jsonl").read_text().splitlines())
+    }
+    for iteration, folder in enumerate(("before", "after")):
+        rows = rows_of(tmp_path / folder)
+        assert len(rows) == 2 * 3 * 3
+        for sampler in ("ode", "sde"):
+            ours = [row for row in rows if row["sampler"] == sampler]
+            wanted = measured[iteration, sampler]
+            mean = torch.tensor([row["scores"]["Brightness"] for row in ours]).mean().item()
+            assert mean == wanted["Brightness"]
+            assert fmean(row["diversity"] for row in ours) == pytest.approx(wanted["diversity"])
+
+
+def test_samples_are_what_was_scored(base: Path, tmp_path: Path) -> None:
+    evaluate(recipe_for(base, tmp_path / "unused"), None, tmp_path / "out", samplers=["ode"], by="colour")
+    for row in rows_of(tmp_path / "out"):
+        pixels = torch.from_numpy(np.array(Image.open(tmp_path / "out" / row["file"]))).float() / 255
+        torch.testing.assert_close(pixels[..., 0].mean(), torch.tensor(row["scores"]["Brightness"]))
+        folder = (tmp_path / "out" / row["file"]).parents[1]
+        metadata = json.loads((folder / "metadata.jsonl").read_text())
+        assert metadata == {"prompt": row["prompt"], "colour": row["prompt"]}
+    table = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]
+    assert [row["group"] for row in table] == ["all", "red", "green", "blue"]
+    assert "| ODE | red | Brightness |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_saved_models_equal_their_checkpoint(base: Path, tmp_path: Path, lora: bool) -> None:
+    adapters = {"lora": LoraSettings(rank=2, alpha=6)} if lora else {}
+    Trainer(recipe_for(base, tmp_path / "run", **adapters)).run()
+    recipe = recipe_for(base, tmp_path / "unused", **adapters)
+    evaluate(recipe, str(tmp_path / "run" / "checkpoints" / "000001"), tmp_path / "a", samplers=["ode"])
+    evaluate(recipe, str(tmp_path / "run" / "model"), tmp_path / "b", samplers=["ode"])
+    plain = replace(recipe, model=replace(recipe.model, lora=None))
+    evaluate(plain, str(tmp_path / "run" / "model"), tmp_path / "c", samplers=["ode"])
+    a, b, c = (rows_of(tmp_path / name) for name in "abc")
+    assert a == b == c
+    evaluate(recipe, None, tmp_path / "base", samplers=["ode"])
+    assert a != rows_of(tmp_path / "base")
+
+
+def test_continues_where_it_ended(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(base, tmp_path / "unused", micro_batch=3)
+    evaluate(recipe, None, tmp_path / "whole")
+    score, calls = Evaluator.score, []
+
+    def broken(self: Evaluator, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, *arguments)
+
+    monkeypatch.setattr(Evaluator, "score", broken)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe, None, tmp_path / "parts")
+    assert len(rows_of(tmp_path / "parts")) == 2 * 3
+    with (tmp_path / "parts" / "scores.jsonl").open("a") as file:
+        file.write('{"half')
+    evaluate(recipe, None, tmp_path / "parts")
+    assert len(calls) == 3 + 4
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    with pytest.raises(ValueError, match="output: .* other settings"):
+        evaluate(replace(recipe, seed=1), None, tmp_path / "parts")
+
+
+def test_summary_is_its_formulas() -> None:
+    values = [[1.0, 3.0], [2.0, 6.0]]
+    rows = [
+        {"sampler": "ode", "prompt_index": p, "prompt": "x", "meta": {}, "diversity": p + 1.0, "scores": {"s": value}}
+        for p, group in enumerate(values)
+        for value in group
+    ]
+    (row,) = summary(rows)
+    assert row["mean"] == 3.0
+    assert row["error"] == pytest.approx(stdev([2.0, 4.0]) / 2**0.5)
+    assert row["std"] == pytest.approx(stdev([1.0, 3.0, 2.0, 6.0]))
+    assert row["within"] == pytest.approx((stdev(values[0]) + stdev(values[1])) / 2)
+    assert (row["diversity"], row["prompts"], row["samples"]) == (1.5, 2, 4)
+
+
+def test_command(base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"""
+name: tiny
+model: {{family: flux, path: {base}}}
+sampler: {{kind: dance_sde, num_steps: 3, eta: 0.3, height: 16, width: 16}}
+prompts: {trained.parent / "prompts.jsonl"}
+rewards: [{{name: "{tiny.Brightness.__module__}:Brightness"}}]
+train: {{iterations: 1, prompts_per_iteration: 1, group_size: 4, micro_batch: 4}}
+evaluation: {{samples_per_prompt: 2, grid_samples: 1, rewards: [{{name: "{tiny.Brightness.__module__}:Brightness"}}]}}
+"""
+    )
+    given = ["evaluate", str(recipe), "--checkpoint", str(trained), "--output", str(tmp_path / "out")]
+    assert main([*given, "--samplers", "sde", "--by", "colour", "--threads", "1"]) == 0
+    assert "| SDE | blue | Brightness |" in capsys.readouterr().out
+    for extra, message in (
+        (["--samplers", "heun"], "samplers: got ['heun']"),
+        (["--by", "size"], 'by: got "size"'),
+        (["--weights", "ema"], "weights: got"),
+        (["--checkpoint", str(tmp_path)], "checkpoint: got"),
+    ):
+        assert main([*given[:-1], str(tmp_path / "other"), *extra]) == 1
+        assert message in capsys.readouterr().err
+    assert main(given[:-2]) == 1
+    assert "output: got nothing" in capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_refused(base: Path, trained: Path, tmp_path: Path) -> None:
+    small = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="checkpoint: .* lacks"):
+        load_weights(small, trained)
