@@ -53,6 +53,8 @@ class ModelSettings:
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
         prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
         max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
+        quantization: how frozen bfloat16 weights under LoRA are stored: "fp8" (cast while their layer runs, and kept
+            so for its backward in blocks that are not checkpointed); null: as they are.
     """
 
     family: str
@@ -66,6 +68,7 @@ class ModelSettings:
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
+    quantization: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         known = ("none", "full", "attention", "matmul", "auto")
@@ -76,6 +79,10 @@ class ModelSettings:
             value = getattr(self, name)
             if value is not None:
                 _positive(f"model.{name}", value)
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(f'model.quantization: got "{self.quantization}" without model.lora, want both, or null')
+        if self.quantization is not None and self.dtype != "bfloat16":
+            raise ValueError(f'model.quantization: got "{self.quantization}" with {self.dtype}, want bfloat16, or null')
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""
@@ -138,13 +145,20 @@ class RewardSettings:
         name: a reward of this package, or `package.module:callable`.
         weight: factor of its advantages.
         threshold: score 1 above it and 0 at or below it.
+        win_rate: the score is the share of the other samples of its prompt's group that it beats, ties half. The mean
+            of every group is 1/2, so report the plain score beside it.
         args: keyword arguments of its constructor.
     """
 
     name: str
     weight: float = 1.0
     threshold: float | None = None
+    win_rate: bool = False
     args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.win_rate and self.threshold is not None:
+            raise ValueError(f"rewards.win_rate: got true beside threshold {self.threshold:g}, want one of the two")
 
 
 @dataclass
@@ -167,7 +181,14 @@ class TrainSettings:
         advantage_clip: largest absolute advantage.
         kl_weight: of the KL to the model as loaded.
         ratio_norm: GRPO-Guard's RatioNorm.
-        mixed_precision: autocast of the denoiser.
+        mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.
+        gradient_sync: when processes reduce gradients: once an "update", or after every model "call", which under FSDP2
+            keeps gradients in shards throughout.
+        rollout_replica: under FSDP2, gather each parameter once a rollout and keep it, in the precision of the forward,
+            until the samples are drawn. Samples are the same.
+        ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
+            beside them; null: none.
+        offload: what waits in host memory during the replay, "vae" and "rewards".
     """
 
     iterations: int
@@ -186,6 +207,10 @@ class TrainSettings:
     kl_weight: float = 0.0
     ratio_norm: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_sync: Literal["update", "call"] = "update"
+    rollout_replica: bool = False
+    ema_decay: float | None = None
+    offload: list[Literal["vae", "rewards"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
@@ -197,6 +222,8 @@ class TrainSettings:
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay: got {self.ema_decay}, want more than 0, less than 1")
         batch = self.prompts_per_iteration * self.group_size
         if self.micro_batch > batch:
             raise ValueError(

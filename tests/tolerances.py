@@ -19,6 +19,12 @@ FORMULA = torch.finfo(torch.float64).eps ** 0.75
 SIGNIFICANCE = 1e-3
 # The kernels' own float32 logarithm, sine and cosine against rounded float64 ones: the worst of 4 million.
 NOISE_ULPS = 4
+# A memory plan composed of few blocks against all of them.
+COMPOSED = 0.005
+# A memory plan against another counter's figures, published with two or three digits.
+PUBLISHED = 0.02
+# Predicted bytes against measured ones: what the trainer's own loop keeps a call longer than needed is not predicted.
+PREDICTED_BYTES = 0.02
 # Kernels among themselves evaluate the same polynomials; what may differ is a root.
 KERNELS_APART_ULPS = 2
 
@@ -98,3 +104,55 @@ def assert_uncorrelated(first: Tensor, second: Tensor) -> None:
     """Pearson correlation of two draws, and of their squares, not distinguishable from 0."""
     for a, b in ((first, second), (first.square(), second.square())):
         assert stats.pearsonr(a.flatten().double().numpy(), b.flatten().double().numpy()).pvalue > SIGNIFICANCE
+
+
+# A float32 resize draws its weights, too, from float32 positions of some dozen pixels, and is divided by about 1/4.
+RESIZE_ROUNDINGS = 256
+# A few layers of a tower in low precision, for the dot product of two unit vectors.
+TOWER_ROUNDINGS = 8
+
+
+def assert_same_resize(actual: Tensor, truth: Tensor) -> None:
+    """Normalised pixels of a float32 resize, about 1 in size, and the same in float64."""
+    assert actual.dtype == torch.float32 and truth.dtype == torch.float64 and actual.shape == truth.shape
+    off = (actual.double() - truth).abs().max()
+    assert off <= RESIZE_ROUNDINGS * torch.finfo(torch.float32).eps, f"off by {off}"
+
+
+def assert_same_cosines(actual: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """Cosines of embeddings of tiny towers in `dtype`, times `scale`, and the same in float64."""
+    assert actual.dtype == torch.float32 and truth.dtype == torch.float64 and actual.shape == truth.shape
+    off = (actual.double() - truth).abs().max()
+    assert off <= scale * TOWER_ROUNDINGS * torch.finfo(dtype).eps, f"off by {off}"
+
+
+# Two float32 evaluations of one tiny model, in other batches and with other paddings, over a few steps.
+SAMPLE = torch.finfo(torch.float32).eps ** 0.75
+
+
+def assert_same_sample(actual: Tensor, expected: Tensor) -> None:
+    """Two float32 runs of the same sampler and model, relative to the largest value."""
+    assert actual.dtype == expected.dtype == torch.float32 and actual.shape == expected.shape
+    off, size = (actual - expected).abs().max(), expected.abs().max()
+    assert off <= SAMPLE * max(1.0, float(size)), f"off by {off} of {size}"
+
+
+def assert_same_frames(frames: Tensor, pixels: Tensor) -> None:
+    """Frames on the 8-bit grid, and the same pixels in [0, 1] before they were rounded to it."""
+    assert frames.shape == pixels.shape and torch.equal(frames, (frames * 255).round().div(255))
+    off = float((frames - pixels.float()).abs().max())
+    assert off <= 0.5 / 255 + SAMPLE, f"off by {off * 255} levels"
+
+
+# Adam divides by the root of a gradient's square: where a gradient is all rounding, its step is as large as any.
+TRAINING_RELATIVE = 0.05
+
+
+def assert_same_training(ours: Tensor, other: Tensor) -> None:
+    """What two ways to compute an iteration changed is alike as a whole: its difference is short beside it."""
+    off = float((ours.double() - other.double()).norm() / other.double().norm())
+    assert off < TRAINING_RELATIVE, f"the difference is {off:.3g} of the whole"
+
+
+# Sums of float32 numbers in another order, through a few calls of a tiny model.
+REORDERED_SUMS = torch.finfo(torch.float32).eps ** 0.5

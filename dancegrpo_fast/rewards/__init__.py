@@ -8,12 +8,29 @@ import torch
 from torch import Tensor
 
 from ..config import RewardSettings
+from .base import Movable as Movable
 from .base import Reward as Reward
 from .base import RewardInput as RewardInput
+from .win_rate import win_rates
 
 BY_NAME = {
+    "hps": "dancegrpo_fast.rewards.hps:Hps",
+    "clip_score": "dancegrpo_fast.rewards.clip_score:ClipScore",
+    "pickscore": "dancegrpo_fast.rewards.pickscore:PickScore",
+    "aesthetic": "dancegrpo_fast.rewards.aesthetic:Aesthetic",
+    "videoalign_vq": "dancegrpo_fast.rewards.videoalign:VideoQuality",
+    "videoalign_mq": "dancegrpo_fast.rewards.videoalign:MotionQuality",
+    "videoalign_ta": "dancegrpo_fast.rewards.videoalign:TextAlignment",
+    "geneval": "dancegrpo_fast.rewards.geneval:GenEval",
+    "http_judge": "dancegrpo_fast.rewards.http_judge:HttpJudge",
+    "http_preference": "dancegrpo_fast.rewards.http_judge:HttpPreference",
     "digit_probability": "dancegrpo_fast.rewards.digits:DigitProbability",
     "digit_judge": "dancegrpo_fast.rewards.digits:DigitJudge",
+    "motion_alignment": "dancegrpo_fast.rewards.motion:MotionAlignment",
+    "motion_quality": "dancegrpo_fast.rewards.motion:MotionQuality",
+    "moving_digit": "dancegrpo_fast.rewards.motion:MovingDigit",
+    "moving_digit_judge": "dancegrpo_fast.rewards.motion:MovingDigitJudge",
+    "first_frame": "dancegrpo_fast.rewards.motion:FirstFrame",
     "ocr": "dancegrpo_fast.rewards.ocr:OcrReward",
     "ocr_exact": "dancegrpo_fast.rewards.ocr:OcrExact",
 }
@@ -41,7 +58,7 @@ def build_reward(settings: RewardSettings) -> Reward:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:
         raise ValueError(
-            f'rewards: "{settings.name}" needs a package that is not installed: {error} (extras: demo, ocr)'
+            f'rewards: "{settings.name}" needs a package that is not installed: {error} (extras: train, demo, ocr)'
         ) from error
     except TypeError as error:
         raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
@@ -53,9 +70,7 @@ class RewardSet:
     def __init__(self, settings: Sequence[RewardSettings]) -> None:
         self._settings = list(settings)
         self._rewards = [build_reward(one) for one in self._settings]
-        self.names = [
-            one.name.rpartition(":")[2] + ("" if one.threshold is None else f">{one.threshold:g}") for one in settings
-        ]
+        self.names = [_label(one) for one in self._settings]
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"rewards: got {self.names}, want each one once")
         self.weights = [one.weight for one in self._settings]
@@ -65,6 +80,7 @@ class RewardSet:
 
         Raises:
             RuntimeError: a reward raised, or returned something other than N finite numbers.
+            ValueError: a win rate is wanted in a group of one.
         """
         count = len(inputs.prompts)
         rows = []
@@ -83,5 +99,22 @@ class RewardSet:
                     f'reward "{settings.name}" returned {row[bad[0]].item()} for sample {bad[0]} '
                     f'("{inputs.prompts[bad[0]]}") and {len(bad) - 1} others, want finite numbers'
                 )
-            rows.append(row if settings.threshold is None else (row > settings.threshold).float())
+            if settings.threshold is not None:
+                row = (row > settings.threshold).float()
+            elif settings.win_rate:
+                row = win_rates(row, inputs.group.cpu())
+            rows.append(row)
         return torch.stack(rows)
+
+    def to(self, device: str | torch.device) -> None:
+        """Moves every reward that holds a model to `device`; the others stay as they are."""
+        for reward in self._rewards:
+            if isinstance(reward, Movable):
+                reward.to(device)
+
+
+def _label(settings: RewardSettings) -> str:
+    name = settings.name.rpartition(":")[2]
+    if settings.win_rate:
+        return f"{name}_win_rate"
+    return name if settings.threshold is None else f"{name}>{settings.threshold:g}"

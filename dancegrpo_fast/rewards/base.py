@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -33,4 +34,13 @@ class Reward(Protocol):
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return one score per sample, float32 [N], or raise; there is no default score."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """What a reward that holds a model may offer besides, so that its memory is free while it is not asked."""
+
+    def to(self, device: str | torch.device) -> Any:
+        """Move every weight to `device`; the next call runs there."""
         ...

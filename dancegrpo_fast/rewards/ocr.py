@@ -1,4 +1,4 @@
-"""Rewards that read the text in an image with the recogniser of PP-OCR, without text detection."""
+"""Rewards that read the text in images and videos with PP-OCR, whose weights come with the rapidocr package."""
 
 from __future__ import annotations
 
@@ -11,33 +11,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import RewardInput
+from .frames import Sampling, check_sampling, sampled_indices
 
 _LINE_HEIGHT = 48  # what the recogniser scales every line to
 
 
 class OcrReader:
-    """Read each image as one line of text.
+    """Read each image as one line of text, or find the lines first.
+
+    Found lines are joined by spaces in rapidocr's reading order: by their top edges, and from the left where these are
+    less than 10 pixels apart. Lines read with a confidence below 0.5 are left out, and none is turned upright.
 
     Args:
         invert: Turn bright ink on a dark ground into dark on light, which the recogniser reads best.
         upscale: Integer factor of a bicubic enlargement, at least 1.
         margin: Pixels of white ground added on every side, after inversion, before the enlargement; at least 0.
         threads: Threads of onnxruntime.
+        detect: Find the lines of text anywhere in the image, instead of taking it for one line.
 
     Raises:
         ValueError: `upscale`, `margin` or `threads` is out of range.
     """
 
-    def __init__(self, invert: bool = False, upscale: int = 1, margin: int = 0, threads: int = 2) -> None:
+    def __init__(
+        self, invert: bool = False, upscale: int = 1, margin: int = 0, threads: int = 2, detect: bool = False
+    ) -> None:
         for name, value, least in (("upscale", upscale, 1), ("margin", margin, 0), ("threads", threads, 1)):
             if value < least:
                 raise ValueError(f"{name}: got {value}, want at least {least}")
         from rapidocr import RapidOCR
 
-        self.invert, self.upscale, self.margin = invert, upscale, margin
+        self.invert, self.upscale, self.margin, self.detect = invert, upscale, margin, detect
         self._engine: Any = RapidOCR(
             params={
-                "Global.use_det": False,
+                "Global.use_det": detect,
                 "Global.use_cls": False,
                 "Global.log_level": "error",
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
@@ -60,46 +67,64 @@ class OcrReader:
             pixels = F.interpolate(pixels, scale_factor=self.upscale, mode="bicubic", align_corners=False)
         # the recogniser expects the BGR order of OpenCV
         rows = (pixels.flip(1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        if self.detect:
+            return [" ".join(self._engine(row).txts or ()) for row in rows]
         return [str(text) for text in self._engine.recognize_txt(list(rows)).txts]
 
 
-class OcrReward:
+class _Ocr:
+    def __init__(
+        self,
+        invert: bool = False,
+        upscale: int = 1,
+        margin: int = 0,
+        threads: int = 2,
+        detect: bool = False,
+        frames: Sampling = "all",
+    ) -> None:
+        self.frames = check_sampling(frames)
+        self.reader = OcrReader(invert, upscale, margin, threads, detect)
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return scores in [0, 1], float32 [N]; of a video, the mean over its sampled frames.
+
+        Raises:
+            ValueError: frames are not [N, T, 3, H, W] or fewer than `frames`, or a prompt has no text in double quotes.
+        """
+        shape = tuple(inputs.frames.shape)
+        if len(shape) != 5 or shape[2] != 3:
+            raise ValueError(f"frames: got shape {shape}, want [N, T, 3, H, W]")
+        if len(inputs.prompts) != shape[0]:
+            raise ValueError(f"prompts: got {len(inputs.prompts)}, want {shape[0]}, one per sample")
+        chosen = sampled_indices(self.frames, shape[1])
+        wanted = [quoted_text(prompt) for prompt in inputs.prompts for _ in chosen]
+        read = [_plain(text) for text in self.reader(inputs.frames[:, chosen].flatten(0, 1))]
+        scores = [self._score(one, other) for one, other in zip(wanted, read, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32).view(shape[0], len(chosen)).mean(dim=1)
+
+    def _score(self, wanted: str, read: str) -> float:
+        raise NotImplementedError
+
+
+class OcrReward(_Ocr):
     """1 - min(edit distance, length) / length between the quoted text of the prompt and what the image reads.
 
-    Case and spaces do not count. The arguments are those of `OcrReader`.
+    Case and spaces do not count. The arguments are those of `OcrReader`, and `frames`: which frames of a video are
+    read, "first", "middle", "all" or a count, evenly spaced.
     """
 
-    def __init__(self, invert: bool = False, upscale: int = 1, margin: int = 0, threads: int = 2) -> None:
-        self.reader = OcrReader(invert, upscale, margin, threads)
-
-    def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [0, 1], float32 [N].
-
-        Raises:
-            ValueError: frames are not [N, 1, 3, H, W], or a prompt has no text in double quotes.
-        """
-        wanted, read = _wanted_and_read(self.reader, inputs)
-        scores = [1 - min(edit_distance(w, r), len(w)) / len(w) for w, r in zip(wanted, read, strict=True)]
-        return torch.tensor(scores, dtype=torch.float32)
+    def _score(self, wanted: str, read: str) -> float:
+        return 1 - min(edit_distance(wanted, read), len(wanted)) / len(wanted)
 
 
-class OcrExact:
+class OcrExact(_Ocr):
     """1.0 where the image reads exactly the quoted text of the prompt, else 0.0.
 
-    Case and spaces do not count. The arguments are those of `OcrReader`.
+    Case and spaces do not count. The arguments are those of `OcrReward`.
     """
 
-    def __init__(self, invert: bool = False, upscale: int = 1, margin: int = 0, threads: int = 2) -> None:
-        self.reader = OcrReader(invert, upscale, margin, threads)
-
-    def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return 0.0 or 1.0 a sample, float32 [N].
-
-        Raises:
-            ValueError: frames are not [N, 1, 3, H, W], or a prompt has no text in double quotes.
-        """
-        wanted, read = _wanted_and_read(self.reader, inputs)
-        return torch.tensor([float(w == r) for w, r in zip(wanted, read, strict=True)], dtype=torch.float32)
+    def _score(self, wanted: str, read: str) -> float:
+        return float(wanted == read)
 
 
 def quoted_text(prompt: str) -> str:
@@ -127,13 +152,3 @@ def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def _plain(text: str) -> str:
     return "".join(text.lower().split())
-
-
-def _wanted_and_read(reader: OcrReader, inputs: RewardInput) -> tuple[list[str], list[str]]:
-    shape = tuple(inputs.frames.shape)
-    if len(shape) != 5 or shape[1:3] != (1, 3):
-        raise ValueError(f"frames: got shape {shape}, want [N, 1, 3, H, W]")
-    if len(inputs.prompts) != shape[0]:
-        raise ValueError(f"prompts: got {len(inputs.prompts)}, want {shape[0]}, one per sample")
-    wanted = [quoted_text(prompt) for prompt in inputs.prompts]
-    return wanted, [_plain(text) for text in reader(inputs.frames[:, 0])]

@@ -1,0 +1,213 @@
+"""GenEval's rules (arXiv 2310.11513) on a transformers detector; not comparable with the official scorer's numbers.
+
+The official detector is another Mask2Former in another framework. For numbers to publish, give the official scorer the
+folders that `dancegrpo-fast evaluate` writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import RewardInput
+from .clip import clip_model, load_towers, loaded
+from .pixels import clip_pixels
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+MOST_OBJECTS = 16
+POSITION_MARGIN = 0.1
+GROUND = 0x99
+
+
+@dataclass(frozen=True)
+class Found:
+    """One detected object: its box (left, top, right, bottom) in pixels and its mask, bool [H, W]."""
+
+    box: tuple[float, float, float, float]
+    mask: Tensor
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, height: int, width: int, kept: int
+) -> list[tuple[int, float, Found]]:
+    """Objects of one image as (class, confidence, where), the most confident first.
+
+    The confidence of a query's class is its probability times the mean probability within the query's mask, over the
+    `kept` most probable (query, class) pairs (Mask2Former, arXiv 2112.01527). Empty masks are no objects.
+
+    Args:
+        class_logits: [Q, K + 1], the last column is "no object".
+        mask_logits: [Q, H, W] at any size; they are resized to the image's.
+        height, width: of the image.
+        kept: how many pairs.
+    """
+    probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+    scores, order = probabilities.flatten().topk(min(kept, probabilities.numel()))
+    queries, classes = order // probabilities.shape[1], order % probabilities.shape[1]
+    masks = F.interpolate(mask_logits.float()[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    found = []
+    for score, query, label in zip(scores.tolist(), queries.tolist(), classes.tolist(), strict=True):
+        mask = masks[query] > 0
+        if not bool(mask.any()):
+            continue
+        inside = float(masks[query].sigmoid()[mask].mean())
+        rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
+        box = (float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1)
+        found.append((label, score * inside, Found(box, mask)))
+    return sorted(found, key=lambda one: -one[1])
+
+
+def relations(one: Found, other: Found) -> set[str]:
+    """Where `one` is relative to `other`: "left of", "right of", "above", "below", or nothing of it.
+
+    The offset of the centres is shortened by a tenth of both sizes and measured in lengths of the whole offset; half of
+    that length in a direction is enough.
+    """
+    offsets, shortened = [], []
+    for low, high in ((0, 2), (1, 3)):
+        offset = (one.box[low] + one.box[high] - other.box[low] - other.box[high]) / 2
+        sizes = one.box[high] - one.box[low] + other.box[high] - other.box[low]
+        offsets.append(offset)
+        shortened.append(math.copysign(max(abs(offset) - POSITION_MARGIN * sizes, 0.0), offset))
+    length = math.hypot(*offsets)
+    if max(map(abs, shortened)) < 1e-3:
+        return set()
+    across, down = (value / length for value in shortened)
+    named = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return {name for name, holds in named.items() if holds}
+
+
+def is_correct(
+    objects: Mapping[str, Sequence[Found]], meta: Mapping[str, Any], color_of: Callable[[Found, str], str]
+) -> bool:
+    """Whether an image has everything that its prompt includes, and not what it excludes.
+
+    Args:
+        objects: those of each class, the most confident first; colours and positions are asked of the first `count`.
+        meta: `include`, and `exclude`, as GenEval's prompts have them.
+        color_of: the colour of an object of a class.
+    """
+    groups: list[Sequence[Found] | None] = []
+    for wanted in meta["include"]:
+        name, count = wanted["class"], wanted["count"]
+        first = objects.get(name, ())[:count]
+        holds = len(first) == count
+        if holds and "color" in wanted:
+            holds = all(color_of(one, name) == wanted["color"] for one in first)
+        if holds and "position" in wanted:
+            relation, target = wanted["position"]
+            others = groups[target]
+            holds = others is not None and all(relation in relations(a, b) for a in first for b in others)
+        groups.append(first if holds else None)
+    excluded = any(len(objects.get(one["class"], ())) >= one["count"] for one in meta.get("exclude", ()))
+    return not excluded and all(group is not None for group in groups)
+
+
+class GenEval:
+    """1.0 where an image is right in every respect of its GenEval prompt (columns tag, include, exclude), else 0.0.
+
+    Objects count from a confidence of `threshold`, or `counting_threshold` for prompts tagged "counting", at most 16 a
+    class. Colours are CLIP's choice among ten, on the object's box with #999 around its mask.
+
+    Args:
+        path: `Mask2FormerForUniversalSegmentation` for COCO's instances, local folder or hub name.
+        clip: `CLIPModel` that tells colours.
+        dtype: "float32", "bfloat16" or "float16", of both models.
+        device: None: the current CUDA device if there is one, else the CPU.
+        threshold, counting_threshold: confidences in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range or does not load.
+    """
+
+    def __init__(
+        self,
+        path: str = "facebook/mask2former-swin-small-coco-instance",
+        clip: str = "openai/clip-vit-large-patch14",
+        dtype: str = "float32",
+        device: str | None = None,
+        threshold: float = 0.3,
+        counting_threshold: float = 0.9,
+    ) -> None:
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+        for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value}, want 0 to 1")
+        self.towers = load_towers(clip_model, clip, clip, dtype, device)
+        self._processor: Any = loaded("path", path, AutoImageProcessor.from_pretrained)
+        model: Any = loaded("path", path, Mask2FormerForUniversalSegmentation.from_pretrained)
+        self._model = model.to(self.towers.dtype).eval().requires_grad_(False)
+        self._names: dict[int, str] = dict(model.config.id2label)
+        self._thresholds = threshold, counting_threshold
+        self._colors: dict[str, Tensor] = {}
+        self.to(self.towers.device)
+
+    def to(self, device: str | torch.device) -> GenEval:
+        """Move both models, and return self."""
+        self.towers.to(device)
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return 0.0 or 1.0 a sample, float32 [N].
+
+        Raises:
+            ValueError: videos, or a prompt without the columns of GenEval or with a class that the detector lacks.
+        """
+        shape = tuple(inputs.frames.shape)
+        if len(shape) != 5 or shape[1] != 1:
+            raise ValueError(f"frames: got {shape}, want images, [N, 1, 3, H, W]")
+        for meta in inputs.meta:
+            self._check(meta)
+        scores = [self._score(image[0], meta) for image, meta in zip(inputs.frames, inputs.meta, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _check(self, meta: Mapping[str, Any]) -> None:
+        if not isinstance(meta.get("tag"), str) or not isinstance(meta.get("include"), list):
+            raise ValueError(f"prompts: got columns {sorted(meta)}, want GenEval's tag and include")
+        known = set(self._names.values())
+        for wanted in [*meta["include"], *meta.get("exclude", ())]:
+            if wanted["class"] not in known:
+                raise ValueError(f'prompts: got class "{wanted["class"]}", want one of the detector\'s {len(known)}')
+            if wanted.get("color", "red") not in COLORS:
+                raise ValueError(f'prompts: got color "{wanted["color"]}", want one of {COLORS}')
+
+    def _score(self, image: Tensor, meta: Mapping[str, Any]) -> float:
+        pixels = (image * 255).round().byte().cpu()
+        values = self._processor(pixels.permute(1, 2, 0).numpy(), return_tensors="pt")
+        inputs = values["pixel_values"].to(self._model.device, self._model.dtype)
+        output = self._model(inputs, pixel_mask=values["pixel_mask"].to(self._model.device))
+        masks = self._cropped(output.masks_queries_logits[0], values["pixel_mask"][0])
+        found = instances(output.class_queries_logits[0].cpu(), masks.cpu(), pixels.shape[1], pixels.shape[2], kept=100)
+        least = self._thresholds[meta["tag"] == "counting"]
+        objects: dict[str, list[Found]] = {}
+        for label, confidence, where in found:
+            group = objects.setdefault(self._names[label], [])
+            if confidence > least and len(group) < MOST_OBJECTS:
+                group.append(where)
+        return float(is_correct(objects, meta, lambda one, name: self._color(pixels, one, name)))
+
+    @staticmethod
+    def _cropped(masks: Tensor, valid: Tensor) -> Tensor:
+        """Mask logits without the processor's padding, at the size of what it kept."""
+        whole = F.interpolate(masks.float()[None], size=tuple(valid.shape), mode="bilinear", align_corners=False)[0]
+        return whole[:, : int(valid[:, 0].sum()), : int(valid[0].sum())]
+
+    def _color(self, pixels: Tensor, one: Found, name: str) -> str:
+        left, top, right, bottom = (int(edge) for edge in one.box)
+        shown = torch.where(one.mask, pixels, torch.full_like(pixels, GROUND))[:, top:bottom, left:right]
+        embedding = self.towers.images(shown[None], clip_pixels, 1)[0]
+        if name not in self._colors:
+            texts = [t.format(color=color, name=name) for color in COLORS for t in TEMPLATES]
+            embedded = self.towers.texts(texts, len(TEMPLATES)).unflatten(0, (len(COLORS), len(TEMPLATES)))
+            self._colors[name] = F.normalize(embedded.mean(dim=1), dim=-1).cpu()
+        return COLORS[int((self._colors[name] @ embedding.cpu()).argmax())]

@@ -1,0 +1,188 @@
+"""Rewards asked of a vision-language model behind any OpenAI-compatible chat server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._chat import ChatServer, NumberIn, picture_part, text_part
+from .base import RewardInput
+from .frames import Sampling, check_sampling, sampled_bytes
+
+_NUMBER = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
+_RATE = """A generator was given this prompt:
+{prompt}
+Rate its result, the picture above (several pictures are frames of one video, in order), from {low} to {high}: {high} \
+means that it shows everything the prompt asks for and has no flaws. Answer with the number alone."""
+_PREFER = """A generator was given this prompt twice:
+{prompt}
+Which of its two results above is better (several pictures are frames of one video, in order): the one that shows more \
+of what the prompt asks for and has fewer flaws? Answer with 1 or 2 alone."""
+
+
+class HttpJudge:
+    """The number that a model answers when it is shown a sample and its prompt.
+
+    Args:
+        url: of the API, for example "http://localhost:8000/v1".
+        model: name of the model on that server.
+        template: the question, after the pictures; {prompt}, {low} and {high} are filled in.
+        low: the least number that is accepted.
+        high: the largest.
+        pattern: regular expression with one group, the number; the whole reply must match (a dot matches newlines too).
+        json_key: the reply must be a JSON object that holds the number under this key; `pattern` is not used.
+        frames: of a video: "first", "middle", "all", or a count, evenly spaced; an image has one.
+        api_key_env: name of the environment variable that holds the key; None: no key.
+        workers: questions at a time.
+        timeout: seconds for connecting, and for each pause of the server.
+        retries: further attempts after a connection error, a timeout or the status 429 or 5xx.
+        backoff: seconds before the first of them; doubled before each other.
+        options: further fields of every request, for example `{"max_tokens": 64}`.
+
+    Raises:
+        ValueError: an argument is out of range, or the environment variable is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        template: str = _RATE,
+        low: float = 0.0,
+        high: float = 10.0,
+        pattern: str = _NUMBER,
+        json_key: str | None = None,
+        frames: Sampling = "middle",
+        api_key_env: str | None = None,
+        workers: int = 8,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._number = NumberIn(low, high, pattern, json_key)
+        self._template = _checked(template).replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
+        self._frames = check_sampling(frames)
+        self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return the numbers, float32 [N].
+
+        Raises:
+            ValueError: bad frames, or a reply that is not a number within the bounds in the stated form.
+            RuntimeError: no reply.
+        """
+        questions = [
+            [*pictures, text_part(self._template.replace("{prompt}", prompt))]
+            for pictures, prompt in zip(_pictures(inputs, self._frames), inputs.prompts, strict=True)
+        ]
+        numbers = [self._number(reply) for reply in self._server.ask_all(questions)]
+        return torch.tensor(numbers, dtype=torch.float32)
+
+
+class HttpPreference:
+    """The share of the other samples of its group that a sample wins against: Pref-GRPO (arXiv 2508.20751).
+
+    `r_i = 1 / (G - 1) sum_{j != i} [x_i preferred to x_j]`, from G (G - 1) / 2 questions a group. The sample that comes
+    earlier in the group is shown first where their positions add up to an odd number, second elsewhere.
+
+    Args:
+        url: of the API, for example "http://localhost:8000/v1".
+        model: name of the model on that server.
+        template: the question, after "Result 1:" and "Result 2:" with their pictures; {prompt} is filled in.
+        both_orders: ask about every pair in both orders, and share a win that depends on the order.
+        pattern: regular expression with one group, 1 or 2; the whole reply must match (a dot matches newlines too).
+        json_key: the reply must be a JSON object that holds 1 or 2 under this key; `pattern` is not used.
+        frames: of a video: "first", "middle", "all", or a count, evenly spaced; an image has one.
+        api_key_env: name of the environment variable that holds the key; None: no key.
+        workers: questions at a time.
+        timeout: seconds for connecting, and for each pause of the server.
+        retries: further attempts after a connection error, a timeout or the status 429 or 5xx.
+        backoff: seconds before the first of them; doubled before each other.
+        options: further fields of every request, for example `{"max_tokens": 64}`.
+
+    Raises:
+        ValueError: an argument is out of range, or the environment variable is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        template: str = _PREFER,
+        both_orders: bool = False,
+        pattern: str = r"\s*([12])\s*",
+        json_key: str | None = None,
+        frames: Sampling = "middle",
+        api_key_env: str | None = None,
+        workers: int = 8,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._winner = NumberIn(1, 2, pattern, json_key)
+        self._template = _checked(template)
+        self._both_orders = both_orders
+        self._frames = check_sampling(frames)
+        self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return win rates in [0, 1], float32 [N].
+
+        Raises:
+            ValueError: bad frames, a group of one sample or of several prompts, or a reply that is neither 1 nor 2.
+            RuntimeError: no reply.
+        """
+        pictures = _pictures(inputs, self._frames)
+        pairs = self._pairs(inputs)
+        questions = [
+            [
+                *(text_part("Result 1:"), *pictures[first]),
+                *(text_part("Result 2:"), *pictures[second]),
+                text_part(self._template.replace("{prompt}", inputs.prompts[first])),
+            ]
+            for first, second in pairs
+        ]
+        wins, asked = torch.zeros(len(pictures)), torch.zeros(len(pictures))
+        for (first, second), reply in zip(pairs, self._server.ask_all(questions), strict=True):
+            number = self._winner(reply)
+            if number not in (1.0, 2.0):
+                raise ValueError(f"reply: got {reply[:80]!r}, want 1 or 2")
+            wins[first if number == 1.0 else second] += 1
+            asked[[first, second]] += 1
+        return wins / asked
+
+    def _pairs(self, inputs: RewardInput) -> list[tuple[int, int]]:
+        if inputs.group.shape != (len(inputs.prompts),):
+            raise ValueError(f"group: got shape {tuple(inputs.group.shape)}, want one number per sample")
+        members: dict[int, list[int]] = {}
+        for sample, group in enumerate(inputs.group.tolist()):
+            members.setdefault(group, []).append(sample)
+        pairs = []
+        for group, samples in members.items():
+            if len(samples) < 2 or len({inputs.prompts[sample] for sample in samples}) > 1:
+                raise ValueError(f"group: got {len(samples)} samples in group {group}, want 2 or more of one prompt")
+            for (i, one), (j, other) in combinations(enumerate(samples), 2):
+                ordered = (one, other) if (i + j) % 2 else (other, one)
+                pairs += [ordered, ordered[::-1]] if self._both_orders else [ordered]
+        return pairs
+
+
+def _checked(template: str) -> str:
+    if "{prompt}" not in template:
+        raise ValueError(f"template: got {template[:80]!r}, want a text with {{prompt}}")
+    return template
+
+
+def _pictures(inputs: RewardInput, frames: Sampling) -> list[list[dict[str, Any]]]:
+    sampled = sampled_bytes(inputs, frames).cpu()
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(picture_part, sampled.flatten(0, 1)))
+    count = sampled.shape[1]
+    return [parts[start : start + count] for start in range(0, len(parts), count)]

@@ -1,0 +1,33 @@
+"""Scores turned into comparisons within a group, after Pref-GRPO (Wang et al., 2025, arXiv 2508.20751)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def win_rates(scores: Tensor, group: Tensor) -> Tensor:
+    """Return the share of the other samples of its group that each sample beats; ties count half.
+
+    Args:
+        scores: float32 [N].
+        group: int64 [N], index of the group of each sample, in any order.
+
+    Returns:
+        float32 [N] in [0, 1]; the mean of every group is 1/2.
+
+    Raises:
+        ValueError: shapes differ, or a group has a single sample.
+    """
+    if scores.ndim != 1 or group.shape != scores.shape:
+        raise ValueError(f"group: got shape {tuple(group.shape)}, want that of the scores, {tuple(scores.shape)}")
+    rates = torch.empty_like(scores)
+    for index in group.unique().tolist():
+        rows = (group == index).nonzero().squeeze(1)
+        if len(rows) < 2:
+            raise ValueError(f"group: got a single sample in group {index}, want at least 2 to compare")
+        own, other = scores[rows, None], scores[rows]
+        wins = (own > other).float() + 0.5 * (own == other).float()
+        # a sample ties with itself
+        rates[rows] = (wins.sum(dim=1) - 0.5) / (len(rows) - 1)
+    return rates

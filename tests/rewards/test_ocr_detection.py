@@ -1,0 +1,68 @@
+"""PP-OCR on pictures with text anywhere, and on videos."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dancegrpo_fast.rewards import RewardInput
+from dancegrpo_fast.rewards.ocr import OcrExact, OcrReader, OcrReward
+
+
+def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160) -> Tensor:
+    """Dark text at (x, y) on a light ground, float32 [3, H, W]."""
+    image = Image.new("RGB", (width, height), (205, 220, 240))
+    draw = ImageDraw.Draw(image)
+    for x, y, text in texts:
+        draw.text((x, y), text, fill=(25, 20, 60), font=ImageFont.load_default(28))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def inputs(frames: Tensor, *prompts: str) -> RewardInput:
+    """Of float32 [N, T, 3, H, W]."""
+    return RewardInput(frames, prompts, torch.zeros(len(prompts)), [{} for _ in prompts])
+
+
+def test_lines_are_found_and_read_in_order() -> None:
+    images = torch.stack(
+        [
+            picture((30, 105, "until noon"), (190, 21, "late"), (20, 20, "Open")),
+            picture(),
+            picture((90, 60, "Fresh fish")),
+        ]
+    )
+    assert OcrReader(detect=True)(images) == ["Open late until noon", "", "Fresh fish"]
+
+
+def test_detection_finds_what_one_line_cannot_hold() -> None:
+    frames = picture((20, 20, "Open"), (30, 105, "until noon"))[None, None]
+    prompt = 'a sign that says "open until noon"'
+    assert OcrExact(detect=True)(inputs(frames, prompt)).tolist() == [1.0]
+    assert OcrExact()(inputs(frames, prompt)).tolist() == [0.0]
+
+
+def line(text: str) -> Tensor:
+    return picture((10, 6, text), width=190, height=48)
+
+
+def test_videos_score_the_mean_of_their_frames() -> None:
+    """Three of four frames right, one with a wrong letter of eight; another video shown in reverse."""
+    video = torch.stack([line("harbours"), line("harbours"), line("harbour5"), line("harbours")])
+    both = inputs(torch.stack([video, video.flip(0)]), '"harbours"', '"Harbours"')
+    assert OcrExact()(both).tolist() == [0.75, 0.75]
+    assert OcrReward()(both).tolist() == [1 - 1 / 32] * 2
+    assert OcrReward(frames="middle")(both).tolist() == [1 - 1 / 8, 1.0]
+    assert OcrExact(frames="first")(both).tolist() == [1.0, 1.0]
+    assert OcrExact(frames=2)(both).tolist() == [1.0, 0.5]
+
+
+def test_bad_inputs() -> None:
+    with pytest.raises(ValueError, match="frames: got 0"):
+        OcrReward(frames=0)
+    with pytest.raises(ValueError, match=r"frames: got shape \(1, 3, 48, 190\), want \[N, T, 3, H, W\]"):
+        OcrReward()(inputs(line("x")[None], '"x"'))
+    with pytest.raises(ValueError, match="frames: got 2, want at most the 1"):
+        OcrReward(frames=2)(inputs(line("x")[None, None], '"x"'))
+    with pytest.raises(ValueError, match="prompts: got 2, want 1"):
+        OcrReward()(inputs(line("x")[None, None], '"x"', '"y"'))
