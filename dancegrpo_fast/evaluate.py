@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +15,7 @@ from . import checkpoint
 from .config import Recipe
 from .evaluation import Evaluator, ScoredSet, diversity
 from .models import load_model
+from .parallel import Processes
 from .prompts import load_prompts
 from .rollout import Policy
 
@@ -81,8 +82,7 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
     """
     from PIL import Image
 
-    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    first, *others = [Image.fromarray(frame) for frame in pixels]
+    first, *others = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     if others:
         first.save(path, save_all=True, append_images=others, duration=round(1000 / (fps or 8)), loop=0)
@@ -94,38 +94,58 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
 class Scores:
     """`scores.jsonl` of a folder: one line a sample, on disk after every set of prompts, continued where it ended.
 
+    Args:
+        folder: is made where it is not.
+        settings: what the scores depend on.
+        writes: this process writes the files; others only keep the same `rows`.
+
     Raises:
         ValueError: the folder holds scores of other settings.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.path = folder / "scores.jsonl"
+    def __init__(self, folder: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
+        self.path, self._writes = folder / "scores.jsonl", writes
         recorded = folder / "settings.json"
-        folder.mkdir(parents=True, exist_ok=True)
         if recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8")) != settings:
             raise ValueError(f"output: {folder} holds scores of other settings, want another folder")
-        checkpoint.write_text(recorded, json.dumps(settings, indent=1))
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(recorded, json.dumps(settings, indent=1))
         self.rows: list[dict[str, Any]] = []
+        self._whole = True
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            # A crash leaves at most a part of its last line.
-            self.rows = [json.loads(line) for line in lines[:-1]]
+            *lines, part = self.path.read_text(encoding="utf-8").split("\n")
+            self.rows = [json.loads(line) for line in lines]
+            # A crash leaves at most a part of a line.
+            self._whole = not part
 
     def has(self, sampler: str, prompts: range, samples: int) -> bool:
         """Whether every sample of these prompts is there; a part of them is dropped, to be made again."""
         others = [row for row in self.rows if row["sampler"] != sampler or row["prompt_index"] not in prompts]
         if len(self.rows) - len(others) == len(prompts) * samples:
             return True
+        self._whole &= len(others) == len(self.rows)
         self.rows = others
         return False
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the file anew with `rows` at its end, in one step."""
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends to the file, which is written anew where something in it was dropped."""
         self.rows.extend(dict(row) for row in rows)
-        checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if not self._writes:
+            return
+        if not self._whole:
+            checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._whole = True
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _rows(found: ScoredSet, sampler: str, names: Sequence[str], samples: int, folder: Path, fps: float | None) -> Any:
+def _rows(
+    found: ScoredSet, sampler: str, names: Sequence[str], samples: int, folder: Path, fps: float | None
+) -> Iterator[dict[str, Any]]:
     for place, prompt in enumerate(found.prompts):
         mine = slice(place * samples, (place + 1) * samples)
         spread = diversity(found.frames[mine], samples)
@@ -150,7 +170,10 @@ def _rows(found: ScoredSet, sampler: str, names: Sequence[str], samples: int, fo
 
 
 def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
-    """One row per sampler, score and value of the prompts' column `by`.
+    """One row per sampler and score for all prompts; with `by`, also for each value of that column of the prompts.
+
+    The mean over these values, each counted once however many prompts it has, follows: GenEval's overall score is that
+    over tags.
 
     `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
     standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation.
@@ -158,11 +181,11 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
     Raises:
         ValueError: a prompt lacks the column.
     """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
     for row in rows:
         if by is not None and by not in row["meta"]:
             raise ValueError(f'by: got "{by}", which prompt "{row["prompt"]}" lacks; it has {sorted(row["meta"])}')
-        groups.setdefault((row["sampler"], "all"), []).append(row)
+        groups.setdefault((row["sampler"], None), []).append(row)
         if by is not None:
             groups.setdefault((row["sampler"], str(row["meta"][by])), []).append(row)
     table = []
@@ -186,7 +209,12 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
                     "samples": len(members),
                 }
             )
-    return table
+    for whole in [row for row in table if row["group"] is None] if by is not None else ():
+        same = [row for row in table if (row["sampler"], row["score"]) == (whole["sampler"], whole["score"])]
+        mean = fmean(row["mean"] for row in same if row["group"] is not None)
+        unsaid = dict.fromkeys(("error", "std", "within", "diversity"))
+        table.append(whole | {"group": f"mean over {by}", "mean": mean} | unsaid)
+    return [row | {"group": "all"} if row["group"] is None else row for row in table]
 
 
 def table_text(table: Sequence[Mapping[str, Any]]) -> str:
@@ -214,7 +242,8 @@ def evaluate(
     """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table.
 
     Samples lie as `<sampler>/<prompt>/samples/<sample>.png` beside `metadata.jsonl`, which is how the official GenEval
-    scorer wants them. A second call with the same settings continues where the first one ended.
+    scorer wants them. A second call with the same settings continues where the first one ended. Several processes
+    (`accelerate launch`) share out the prompts; the first one writes the tables.
 
     Args:
         recipe: the model, sampler, `evaluation` and its prompts.
@@ -228,8 +257,6 @@ def evaluate(
         ValueError: a recipe without `evaluation`, unknown samplers or weights, or a folder with other scores.
     """
     settings = recipe.evaluation
-    from accelerate import Accelerator
-
     if settings is None:
         raise ValueError("evaluation: got none in the recipe, want evaluation.rewards at least")
     if not samplers or set(samplers) - set(SAMPLERS):
@@ -238,40 +265,47 @@ def evaluate(
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
             raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
-    torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
-    device = accelerator.device
-    model = load_model(recipe.model, recipe.sampler, device, prompts)
+    processes = Processes(recipe.train.mixed_precision, output)
+    if processes.sharded:
+        raise ValueError("accelerate: got FSDP2, want the whole model in every process to evaluate it")
+    torch.set_num_threads(recipe.threads or processes.threads())
+    model = load_model(recipe, processes.device, prompts, training=False)
     model.denoiser.eval().requires_grad_(False)
     loaded = "as loaded" if source is None else load_weights(model.denoiser, Path(source), weights)
     # As the trainer prepares it, so that the same weights give the same samples.
-    model.denoiser = accelerator.prepare_model(model.denoiser, evaluation_mode=True)
+    model.denoiser = processes.prepare(model.denoiser)
     described = {
         "model": asdict(recipe.model),
         "sampler": asdict(recipe.sampler),
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
         "micro_batch": recipe.train.micro_batch,
-        "prompts": [prompt.text for prompt in prompts],
+        "prompts": [{"prompt": prompt.text, **prompt.meta} for prompt in prompts],
         "seed": recipe.seed,
         "weights": loaded,
         "mixed_precision": recipe.train.mixed_precision,
     }
-    scores = Scores(output, described)
-    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, device)
+    scores = Scores(output, described, processes.is_main)
+    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, processes.device)
     scale = recipe.sampler.guidance_scale
     policy = Policy(model, recipe.train.micro_batch, scale, model.unconditional(scale))
+    samples, places = settings.samples_per_prompt, range(len(prompts))
     for sampler in samplers:
-        for part in evaluator.sets(policy.rows):
-            places = range(len(prompts))[part]
-            if scores.has(sampler, places, settings.samples_per_prompt):
-                continue
-            found = evaluator.score(policy, sampler, part)
-            rows = _rows(found, sampler, evaluator.names, settings.samples_per_prompt, output, recipe.sampler.fps)
+        sets = evaluator.sets(policy.rows)
+        missing = [part for part in sets if not scores.has(sampler, places[part], samples)]
+        for first in range(0, len(missing), processes.count):
+            turn = missing[first : first + processes.count]
+            rows: list[dict[str, Any]] = []
+            for part in turn[processes.index : processes.index + 1]:
+                found = evaluator.score(policy, sampler, part)
+                rows += _rows(found, sampler, evaluator.names, samples, output, recipe.sampler.fps)
+            rows = processes.collect(rows)
             scores.add(rows)
-            print(f"{sampler.upper()}: {places.stop} of {len(prompts)} prompts", flush=True)
+            if processes.is_main:
+                print(f"{sampler.upper()}: {places[turn[-1]].stop} of {len(prompts)} prompts", flush=True)
     table = summary([row for row in scores.rows if row["sampler"] in samplers], by)
-    checkpoint.write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))
     text = f"{recipe.name}, {loaded}\n\n{table_text(table)}\n"
-    checkpoint.write_text(output / "table.md", text)
+    if processes.is_main:
+        checkpoint.write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))
+        checkpoint.write_text(output / "table.md", text)
     return text

@@ -1,7 +1,7 @@
 """Fixed prompts and noises, ODE and SDE samples, every score and the diversity that is left."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from .config import EvaluationSettings, SamplerSettings
 from .models import GeneratorModel
 from .ops.noise import gaussian_noise
+from .parallel import Processes
 from .prompts import Prompt
 from .rewards import RewardInput, RewardSet
 from .rng import derive_seed
-from .rollout import Policy, chunks, rollout
+from .rollout import Policy, chunks, fill_calls, model_calls, rollout
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ def diversity(frames: Tensor, samples_per_prompt: int) -> float:
         frames: `[P * samples_per_prompt, T, 3, H, W]`, samples of a prompt are neighbours.
         samples_per_prompt: at least 2.
     """
-    grouped = frames.double().reshape(-1, samples_per_prompt, *frames.shape[1:])
-    return float(grouped.std(dim=1, correction=0).mean())
+    grouped = frames.unflatten(0, (-1, samples_per_prompt))
+    # A frame at a time: float64 copies of videos would be several times their memory.
+    spreads = [one.double().std(dim=1, correction=0).mean() for one in grouped.unbind(2)]
+    return float(torch.stack(spreads).mean())
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
@@ -78,8 +81,8 @@ class Evaluator:
         self._settings = settings
         self._model = model
         self.prompts = prompts
-        self._rewards = RewardSet(settings.rewards)
-        self.names = self._rewards.names
+        self.rewards = RewardSet(settings.rewards)
+        self.names = self.rewards.names
         self._seed = derive_seed(seed, "evaluation")
         self._dtype = sampler.torch_dtype()
         self._fps = sampler.fps
@@ -107,11 +110,11 @@ class Evaluator:
             self._model.encode(prompts),
             seed=derive_seed(self._seed, "steps"),
             sample_ids=ids,
-            shared_first_step=False,
+            shared_noise=False,
         )
         frames = decode(self._model, trajectory.denoised, policy.rows)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        scores = self._rewards(
+        scores = self.rewards(
             RewardInput(
                 frames=frames,
                 prompts=[prompt.text for prompt in repeated],
@@ -122,20 +125,33 @@ class Evaluator:
         )
         return ScoredSet(part.start, prompts, frames, scores)
 
-    def each(self, policy: Policy, sampler: str) -> Iterator[ScoredSet]:
-        """Every set, scored."""
-        for part in self.sets(policy.rows):
-            yield self.score(policy, sampler, part)
+    def _calls(self, policy: Policy, sampler: str, parts: Sequence[slice]) -> int:
+        """Model calls that scoring the sets takes."""
+        sizes = [len(self.prompts[part]) for part in parts]
+        samples = self._settings.samples_per_prompt
+        return sum(model_calls(policy, self._tables[sampler], n, n * samples, shared=False) for n in sizes)
 
-    def __call__(self, policy: Policy, sampler: str) -> Evaluation:
-        """Evaluates with "ode" or "sde" samples."""
+    def __call__(self, policy: Policy, sampler: str, processes: Processes) -> Evaluation:
+        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
         settings, samples = self._settings, self._settings.samples_per_prompt
-        scores, spread, grid = [], 0.0, []
-        for found in self.each(policy, sampler):
-            scores.append(found.scores)
-            spread += diversity(found.frames, samples) * len(found.prompts)
+        sets = self.sets(policy.rows)
+        shares = [sets[index :: processes.count] for index in range(processes.count)]
+        parts = []
+        for part in shares[processes.index]:
+            found = self.score(policy, sampler, part)
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
-            grid.append(grouped[:left, : settings.grid_samples])
-        means = torch.cat(scores, dim=1).mean(dim=1).tolist()
-        return Evaluation(dict(zip(self.names, means, strict=True)), spread / len(self.prompts), torch.cat(grid))
+            # A picture of its own, not the memory of all frames.
+            grid = grouped[:left, : settings.grid_samples].clone()
+            parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
+        if processes.sharded:
+            calls = [self._calls(policy, sampler, one) for one in shares]
+            missing = max(calls) - calls[processes.index]
+            fill_calls(policy, self._tables[sampler], self._model.encode(self.prompts[:1]), missing)
+        parts = sorted(processes.collect(parts), key=lambda part: part[0])
+        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        return Evaluation(
+            dict(zip(self.names, means, strict=True)),
+            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
+            torch.cat([grid for *_, grid in parts]),
+        )

@@ -1,4 +1,7 @@
-"""Prompt files: `.txt` (one a line), `.jsonl`, `.parquet`; every column beside the prompt goes to the rewards."""
+"""Prompt files: `.txt` (one a line), `.jsonl`, `.parquet`; every column beside the prompt goes to the rewards.
+
+A path in an `image` column is relative to the prompt file and made absolute.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +74,10 @@ def load_prompts(path: str | Path, split: str = "train") -> list[Prompt]:
         text = row.get("prompt", row.get("caption"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"prompts: {source} row {number} has {sorted(row)}, want a text `prompt` (or `caption`)")
-        prompts.append(Prompt(text, {k: v for k, v in row.items() if k != "prompt"}))
+        meta = {k: v for k, v in row.items() if k != "prompt"}
+        if isinstance(meta.get("image"), str):
+            meta["image"] = str((source.parent / meta["image"]).resolve())
+        prompts.append(Prompt(text, meta))
     if not prompts:
         raise ValueError(f"prompts: {source} holds no prompts, want at least one")
     return prompts

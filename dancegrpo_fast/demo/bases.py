@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -25,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.prompt_store import PromptStore, given_identity
 from ..rewards.digits import DigitNet
-from . import data
+from . import data, video
 
 WIDTH = 32  # channels of a prompt token
 
@@ -36,11 +36,11 @@ class Recipe:
     """Settings of one base.
 
     Attributes:
-        family: "flux" (rectified flow) or "unet" (diffusion, epsilon prediction).
-        content: "digits" or "signs".
-        wrong: Share of the digit labels that is shuffled before pretraining, in [0, 1].
+        family: "flux", "hunyuan_video", "skyreels_i2v" (rectified flows) or "unet" (diffusion, epsilon prediction).
+        content: "digits", "signs" or "clips".
+        wrong: Share of the digit labels that is shuffled before pretraining, or of the clips that is shaken, in [0, 1].
         steps: Optimiser steps of the generator.
-        batch: Images a step.
+        batch: Images or clips a step.
         rate: Peak learning rate of the generator.
         seed: Seed of everything that is drawn.
     """
@@ -58,6 +58,8 @@ RECIPES = {
     "digits": Recipe("flux", "digits", wrong=0.5, steps=1200, batch=64, rate=4e-3),
     "digits_ddim": Recipe("unet", "digits", wrong=0.5, steps=1200, batch=64, rate=2e-3),
     "signs": Recipe("flux", "signs", wrong=0.35, steps=1200, batch=64, rate=4e-3),
+    "video": Recipe("hunyuan_video", "clips", wrong=0.5, steps=1100, batch=48, rate=4e-3),
+    "video_i2v": Recipe("skyreels_i2v", "clips", wrong=0.5, steps=800, batch=48, rate=4e-3),
 }
 
 
@@ -142,7 +144,7 @@ def build(name: str, target: Path, force: bool = False) -> bool:
 
 def base_files(recipe: Recipe) -> list[str]:
     """Return the files, relative to the folder, that a complete base of this recipe has."""
-    network = "transformer" if recipe.family == "flux" else "unet"
+    network = "unet" if recipe.family == "unet" else "transformer"
     weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", network)]
     configs = [
         "vae/config.json",
@@ -150,12 +152,18 @@ def base_files(recipe: Recipe) -> list[str]:
         "scheduler/scheduler_config.json",
         "model_index.json",
     ]
-    prompts = ["prompt_embeds/embeds.safetensors", "prompt_embeds/prompts.json"]
-    return weights + configs + prompts + ["reward/digit_cnn.safetensors"] * (recipe.content == "digits")
+    prompts = ["prompt_embeds/identity.json"]
+    reward = ["reward/digit_cnn.safetensors"] * (recipe.content != "signs")
+    images = [f"images/{row}" for row in video.image_names()] * (recipe.family == "skyreels_i2v")
+    return weights + configs + prompts + reward + images
 
 
 def _train(recipe: Recipe, folder: Path) -> dict[str, int]:
     """Train all parts, save them in `folder` and return their parameter counts."""
+    if recipe.content == "clips":
+        from . import video_bases
+
+        return video_bases.train(recipe, folder)
     images, labels = data.load_digits("generator")
     labels = data.shuffle_labels(labels, recipe.wrong, recipe.seed)
     if recipe.content == "digits":
@@ -181,10 +189,8 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, int]:
     tensors = {"prompt_embeds": captions.embeds.contiguous()}
     if recipe.family == "flux":
         tensors["pooled_prompt_embeds"] = captions.pooled.contiguous()
-    (folder / "prompt_embeds").mkdir()
-    save_file(tensors, folder / "prompt_embeds" / "embeds.safetensors")
-    text = json.dumps(captions.prompts, indent=1) + "\n"
-    (folder / "prompt_embeds" / "prompts.json").write_text(text, encoding="utf-8")
+    family = "flux" if recipe.family == "flux" else "stable_diffusion"
+    PromptStore(folder / "prompt_embeds", given_identity(family)).add(captions.prompts, tensors)
     trained: dict[str, nn.Module] = {"vae": vae, "generator": network}
     if recipe.content == "digits":
         trained["reward"] = train_digit_net()
@@ -259,11 +265,7 @@ def train_flux(latents: Tensor, labels: Tensor, captions: Captions, recipe: Reci
         guidance_embeds=False,
         axes_dims_rope=(4, 6, 6),
     )
-    # blocks that start as the identity train faster
-    for part, module in model.named_modules():
-        if part == "proj_out" or part.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    start_as_identity(model)
     _, channels, height, width = latents.shape
     packed = FluxPipeline._pack_latents(latents, len(latents), channels, height, width)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
@@ -287,6 +289,14 @@ def train_flux(latents: Tensor, labels: Tensor, captions: Captions, recipe: Reci
 
     _fit("transformer", model.parameters(), loss, recipe.steps, recipe.rate)
     return model.eval()
+
+
+def start_as_identity(model: nn.Module) -> None:
+    """Set the modulation of every block and the last layer of a transformer to zero, in place: it trains faster."""
+    for part, module in model.named_modules():
+        if part == "proj_out" or part.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def sd_scheduler() -> DDIMScheduler:

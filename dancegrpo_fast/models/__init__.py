@@ -1,43 +1,49 @@
 """Model families, one file each: how to encode, call and decode."""
 
+import importlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
-from ..config import ModelSettings, SamplerSettings
-from ..memory import checkpointing
-from ..patch import accelerate
+from ..config import Recipe
 from ..prompts import Prompt
 from .base import Conditioning as Conditioning
+from .base import DiffusersModel
 from .base import GeneratorModel as GeneratorModel
+from .setup import prepare
+
+FAMILIES = {
+    "flux": "flux:Flux",
+    "stable_diffusion": "stable_diffusion:StableDiffusion",
+    "hunyuan_video": "hunyuan_video:HunyuanVideo",
+    "skyreels_i2v": "skyreels_i2v:SkyReelsI2V",
+    "sd3": "sd3:StableDiffusion3",
+    "qwen_image": "qwen_image:QwenImage",
+    "wan": "wan:Wan",
+}
 
 
 def load_model(
-    settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    recipe: Recipe, device: torch.device, prompts: Sequence[Prompt], *, training: bool = True
 ) -> GeneratorModel:
-    """The model family that the settings name, on `device`, ready to encode `prompts`.
+    """The model that the recipe names, on `device`, ready to encode `prompts`, set up as `recipe.model` says.
+
+    Args:
+        recipe: the run.
+        device: of the model.
+        prompts: all that will be encoded.
+        training: whether a backward follows; without one nothing is set up to be computed again.
 
     Raises:
-        ValueError: an unknown family, a folder that is not one, or a size the model cannot make.
+        ValueError: an unknown family, a folder that is not one, a size the model cannot make, or a setting of
+            `recipe.model` that the model or the device cannot have.
     """
-    model: GeneratorModel
-    if settings.family == "flux":
-        from .flux import Flux
-
-        model = Flux(settings, sampler, device, prompts)
-    elif settings.family == "stable_diffusion":
-        from .stable_diffusion import StableDiffusion
-
-        model = StableDiffusion(settings, sampler, device, prompts)
-    else:
-        raise ValueError(f'model.family: got "{settings.family}", want "flux" or "stable_diffusion"')
-    if settings.block_ops != "off":
-        try:
-            accelerate(model.denoiser, settings.block_ops)
-        except ValueError as error:
-            raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
-    try:
-        checkpointing.apply(model.denoiser, settings.checkpointing)
-    except ValueError as error:
-        raise ValueError(f'model.checkpointing: got "{settings.checkpointing}", {error}') from error
-    return model
+    family = recipe.model.family
+    if family not in FAMILIES:
+        raise ValueError(f'model.family: got "{family}", want one of {", ".join(FAMILIES)}')
+    module, _, name = FAMILIES[family].partition(":")
+    factory = getattr(importlib.import_module(f".{module}", __name__), name)
+    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, prompts)
+    prepare(model, recipe, device, prompts, training=training)
+    return cast(GeneratorModel, model)

@@ -1,9 +1,33 @@
-"""Samplers of the rectified-flow families."""
+"""Schedules and samplers of the rectified-flow families."""
 
+from typing import Any
+
+import numpy as np
 from torch import Tensor
 
 from .. import transitions
 from ..config import SamplerSettings
+
+
+def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = None, linear: bool = True) -> Tensor:
+    """Sigmas `[T + 1]` from at most 1 to 0.
+
+    Args:
+        sampler: its `shift` is the static shift of the published GRPO recipes; None takes the pipeline's schedule.
+        scheduler: the pipeline's `FlowMatchEulerDiscreteScheduler`.
+        mu: of schedulers whose shift depends on the image's size.
+        linear: the pipeline passes sigmas from 1 to 1 / T; otherwise the scheduler spaces them.
+    """
+    steps = sampler.num_steps
+    if sampler.shift is not None:
+        return transitions.shifted_sigmas(steps, sampler.shift)
+    if linear:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=mu)
+    else:
+        scheduler.set_timesteps(steps, mu=mu)
+    sigmas: Tensor = scheduler.sigmas
+    # The shift in float32 may round 1 to the number above it.
+    return sigmas.double().clamp(max=1.0)
 
 
 def flow_table(sampler: SamplerSettings, sigmas: Tensor, deterministic: bool) -> transitions.TransitionTable:

@@ -1,6 +1,8 @@
 """`dancegrpo-fast evaluate`: every sample scored once, by the weights that were asked for."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,8 +15,8 @@ from PIL import Image
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import EvaluationSettings, LoraSettings, Recipe
-from dancegrpo_fast.evaluate import evaluate, load_weights, summary
-from dancegrpo_fast.evaluation import Evaluator
+from dancegrpo_fast.evaluate import Scores, evaluate, load_weights, summary, table_text
+from dancegrpo_fast.evaluation import Evaluator, diversity
 from dancegrpo_fast.trainer import Trainer
 
 from ..train import tiny
@@ -69,7 +71,7 @@ def test_samples_are_what_was_scored(base: Path, tmp_path: Path) -> None:
         metadata = json.loads((folder / "metadata.jsonl").read_text())
         assert metadata == {"prompt": row["prompt"], "colour": row["prompt"]}
     table = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]
-    assert [row["group"] for row in table] == ["all", "red", "green", "blue"]
+    assert [row["group"] for row in table] == ["all", "red", "green", "blue", "mean over colour"]
     assert "| ODE | red | Brightness |" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -108,8 +110,67 @@ def test_continues_where_it_ended(base: Path, tmp_path: Path, monkeypatch: pytes
     evaluate(recipe, None, tmp_path / "parts")
     assert len(calls) == 3 + 4
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    with pytest.raises(ValueError, match="output: .* other settings"):
+    with pytest.raises(ValueError, match=r"output: .* other settings"):
         evaluate(replace(recipe, seed=1), None, tmp_path / "parts")
+
+
+def test_processes_share_out_the_prompts(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "run", micro_batch=3)
+    whole = recipe.as_dict()
+    for one in (*whole["rewards"], *whole["evaluation"]["rewards"]):
+        one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
+    (tmp_path / "recipe.json").write_text(json.dumps(whole))
+    worker, workers = Path(__file__).parent / "evaluate_worker.py", []
+    for rank in range(2):
+        # Into files: a full pipe would stop a process that the other one waits for.
+        with (tmp_path / f"errors.{rank}").open("w") as errors:
+            command = [sys.executable, str(worker), str(rank), str(tmp_path)]
+            workers.append(subprocess.Popen(command, stderr=errors, stdout=errors))
+    codes = [worker.wait(timeout=300) for worker in workers]
+    assert codes == [0, 0], [(tmp_path / f"errors.{rank}").read_text()[-3000:] for rank in range(2)]
+    evaluate(recipe, None, tmp_path / "alone", samplers=["ode"])
+    assert rows_of(tmp_path / "scores") == rows_of(tmp_path / "alone")
+    for row in rows_of(tmp_path / "alone"):
+        ours, theirs = (Image.open(tmp_path / name / row["file"]) for name in ("scores", "alone"))
+        assert ours.tobytes() == theirs.tobytes()
+    tables = {(tmp_path / name).read_text() for name in ("table.0", "table.1", "scores/table.md", "alone/table.md")}
+    assert len(tables) == 1
+    assert all("got FSDP2" in (tmp_path / f"error.{rank}").read_text() for rank in range(2))
+
+
+def test_columns_of_the_prompts_are_settings(base: Path, tmp_path: Path) -> None:
+    """Rewards read them: scores of other columns must not be continued."""
+    recipe = recipe_for(base, tmp_path / "unused")
+    evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+    prompts = Path(recipe.prompts)
+    prompts.write_text(prompts.read_text().replace('"colour": "red"', '"colour": "rot"'))
+    with pytest.raises(ValueError, match=r"output: .* other settings"):
+        evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    def row(prompt: int, sample: int) -> dict[str, Any]:
+        return {"sampler": "ode", "prompt_index": prompt, "sample": sample}
+
+    scores = Scores(tmp_path, {"seed": 0})
+    scores.add([row(0, 0), row(0, 1)])
+    inode = scores.path.stat().st_ino
+    scores.add([row(1, 0)])
+    assert scores.path.stat().st_ino == inode
+    again = Scores(tmp_path, {"seed": 0})
+    assert again.has("ode", range(1), 2) and not again.has("ode", range(1, 2), 2)
+    # Half a prompt is dropped from the file, too.
+    again.add([row(1, 0), row(1, 1)])
+    assert rows_of(tmp_path) == again.rows == [row(0, 0), row(0, 1), row(1, 0), row(1, 1)]
+    reader = Scores(tmp_path, {"seed": 0}, writes=False)
+    reader.add([row(2, 0)])
+    assert len(reader.rows) == 5 and len(rows_of(tmp_path)) == 4
+
+
+def test_diversity_is_its_formula() -> None:
+    frames = torch.rand(6, 5, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    wanted = frames.double().reshape(2, 3, -1).var(dim=1, correction=0).sqrt().mean()
+    assert diversity(frames, 3) == pytest.approx(wanted.item())
 
 
 def test_summary_is_its_formulas() -> None:
@@ -125,6 +186,35 @@ def test_summary_is_its_formulas() -> None:
     assert row["std"] == pytest.approx(stdev([1.0, 3.0, 2.0, 6.0]))
     assert row["within"] == pytest.approx((stdev(values[0]) + stdev(values[1])) / 2)
     assert (row["diversity"], row["prompts"], row["samples"]) == (1.5, 2, 4)
+
+
+def test_values_of_a_column_count_once() -> None:
+    """Three prompts of one tag and one of another; a tag may be called "all"."""
+    tags, scores = ("all", "all", "all", "counting"), (1.0, 1.0, 0.0, 0.5)
+    rows = [
+        {
+            "sampler": sampler,
+            "prompt_index": p,
+            "prompt": "x",
+            "meta": {"tag": tag},
+            "diversity": 1.0,
+            "scores": {"s": s},
+        }
+        for sampler in ("ode", "sde")
+        for p, (tag, s) in enumerate(zip(tags, scores, strict=True))
+        for _ in range(2)
+    ]
+    table = summary(rows, "tag")
+    for sampler in ("ode", "sde"):
+        found = [(row["group"], row["mean"], row["prompts"]) for row in table if row["sampler"] == sampler]
+        two_thirds = pytest.approx(2 / 3)
+        assert found == [
+            ("all", 2.5 / 4, 4),
+            ("all", two_thirds, 3),
+            ("counting", 0.5, 1),
+            ("mean over tag", pytest.approx((2 / 3 + 0.5) / 2), 4),
+        ]
+    assert "| SDE | mean over tag | s | 0.5833 |  |  |  |  | 4 | 8 |" in table_text(table)
 
 
 def test_command(base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,5 +247,5 @@ evaluation: {{samples_per_prompt: 2, grid_samples: 1, rewards: [{{name: "{tiny.B
 
 def test_weights_of_another_model_are_refused(base: Path, trained: Path, tmp_path: Path) -> None:
     small = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="checkpoint: .* lacks"):
+    with pytest.raises(ValueError, match=r"checkpoint: .* lacks"):
         load_weights(small, trained)

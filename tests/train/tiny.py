@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 
 from dancegrpo_fast.config import (
     EvaluationSettings,
@@ -16,6 +15,7 @@ from dancegrpo_fast.config import (
     SamplerSettings,
     TrainSettings,
 )
+from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
 from dancegrpo_fast.rewards import RewardInput
 
 PROMPTS = ("red", "green", "blue", "")
@@ -29,6 +29,26 @@ class Brightness:
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
         return inputs.frames[:, :, self.channel].mean(dim=(1, 2, 3))
+
+
+class FirstGroup:
+    """Mean red of the first prompt's samples, and equal rewards of the others'."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        return torch.where(inputs.group == 0, inputs.frames[:, :, 0].mean(dim=(1, 2, 3)), 0.5)
+
+
+class Carried(Brightness):
+    """Records what is done with it."""
+
+    events: ClassVar[list[str]] = []
+
+    def to(self, device: str | torch.device) -> None:
+        self.events.append(f"to {device}")
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        self.events.append("scores")
+        return super().__call__(inputs)
 
 
 class Constant:
@@ -78,11 +98,8 @@ def _vae(folder: Path) -> None:
     ).save_pretrained(folder / "vae")
 
 
-def _finish(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    store = folder / "prompt_embeds"
-    store.mkdir()
-    (store / "prompts.json").write_text(json.dumps(PROMPTS))
-    save_file(tensors, store / "embeds.safetensors")
+def _finish(folder: Path, family: str, tensors: dict[str, torch.Tensor]) -> Path:
+    PromptStore(folder / "prompt_embeds", given_identity(family)).add(PROMPTS, tensors)
     (folder / "model_index.json").write_text("{}")
     return folder
 
@@ -104,7 +121,7 @@ def make_flux(folder: Path) -> Path:
     ).save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=2.0).save_pretrained(folder / "scheduler")
     embeds = {"prompt_embeds": torch.randn(4, 3, 16), "pooled_prompt_embeds": torch.randn(4, 16)}
-    return _finish(folder, embeds)
+    return _finish(folder, "flux", embeds)
 
 
 def make_diffusion(folder: Path) -> Path:
@@ -123,7 +140,7 @@ def make_diffusion(folder: Path) -> Path:
         norm_num_groups=4,
     ).save_pretrained(folder / "unet")
     DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder / "scheduler")
-    return _finish(folder, {"prompt_embeds": torch.randn(4, 3, 16)})
+    return _finish(folder, "stable_diffusion", {"prompt_embeds": torch.randn(4, 3, 16)})
 
 
 def make_recipe(base: Path, output: Path, **changes: Any) -> Recipe:

@@ -1,0 +1,91 @@
+"""HunyuanVideo: a rectified flow over latents `[B, 16, (frames - 1) / 4 + 1, H / 8, W / 8]`; one frame is an image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
+from ..transitions import TransitionTable
+from .base import Conditioning, DiffusersModel, guided_batch, split_guided, to_frames, video_grid
+from .flow import flow_sigmas, flow_table
+
+
+class HunyuanVideo(DiffusersModel):
+    """`HunyuanVideoTransformer3DModel` with its VAE, Llama and CLIP, as `HunyuanVideoPipeline` calls them."""
+
+    family = "hunyuan_video"
+    pipeline = "HunyuanVideoPipeline"
+    denoiser_class = "HunyuanVideoTransformer3DModel"
+    vae_class = "AutoencoderKLHunyuanVideo"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    text_tensors = ("prompt_embeds", "prompt_mask", "pooled_prompt_embeds")
+    mask = "prompt_mask"
+    padded = ("prompt_embeds", "prompt_mask")
+
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
+        super().__init__(settings, sampler, device, prompts)
+        config: Any = self.denoiser.config
+        self._guided = bool(config.guidance_embeds)
+
+    def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
+        space, time = int(self.vae.spatial_compression_ratio), int(self.vae.temporal_compression_ratio)
+        # The denoiser takes patches of two by two latents.
+        return (int(self.vae.config.latent_channels), *video_grid(sampler, 2 * space, space, time))
+
+    def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
+        embeds, pooled, mask = pipeline.encode_prompt(
+            text, device=self.device, max_sequence_length=self.settings.max_text_tokens or 256
+        )
+        return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
+
+    def unconditional(self, guidance_scale: float) -> Conditioning | None:
+        if guidance_scale != 1.0 and not (self._guided or self.negative):
+            raise ValueError(
+                f"sampler.guidance_scale: got {guidance_scale}, want 1 for a HunyuanVideo without guidance embedding"
+            )
+        return super().unconditional(guidance_scale)
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        return flow_table(sampler, flow_sigmas(sampler, self._scheduler()), deterministic)
+
+    def _input(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the denoiser sees of `latents`."""
+        return latents.to(self.dtype)
+
+    def _embedded_guidance(self, guidance_scale: float) -> float:
+        return guidance_scale
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, times, text = guided_batch(self._input(latents, conditioning), times, conditioning, unconditional)
+        guidance = None
+        if self._guided:
+            # In the model's dtype before the factor, as the pipeline rounds it.
+            level = torch.full_like(times, self._embedded_guidance(guidance_scale), dtype=self.dtype)
+            guidance = level * 1000.0
+        output = denoiser(
+            hidden_states=latents,
+            timestep=times * 1000.0,
+            encoder_hidden_states=text["prompt_embeds"],
+            encoder_attention_mask=text["prompt_mask"],
+            pooled_projections=text["pooled_prompt_embeds"],
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return split_guided(output, unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = latents.to(self.dtype) / self.vae.config.scaling_factor
+        return to_frames(self.vae.decode(scaled, return_dict=False)[0])

@@ -1,0 +1,105 @@
+"""Qwen-Image: packed latents `[B, tokens, 64]`, a rectified flow, guidance by a negative prompt that keeps the norm."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
+from ..transitions import TransitionTable
+from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
+from .flow import flow_sigmas, flow_table
+
+
+class QwenImage(DiffusersModel):
+    """`QwenImageTransformer2DModel` with `AutoencoderKLQwenImage` and Qwen2.5-VL, as `QwenImagePipeline` calls them.
+
+    Prompts have different lengths: all are padded to the longest of the run, with a mask in every call, so that a row's
+    arithmetic depends on no other row.
+    """
+
+    family = "qwen_image"
+    pipeline = "QwenImagePipeline"
+    denoiser_class = "QwenImageTransformer2DModel"
+    vae_class = "AutoencoderKLQwenImage"
+    text_parts = ("text_encoder", "tokenizer")
+    text_tensors = ("prompt_embeds", "prompt_embeds_mask")
+    mask = "prompt_embeds_mask"
+    padded = text_tensors
+    negative = True
+
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
+        super().__init__(settings, sampler, device, prompts)
+        config: Any = self.denoiser.config
+        if config.guidance_embeds:
+            raise ValueError(f"model.path: got {settings.path}, want a Qwen-Image without guidance embedding")
+
+    def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
+        scale = 2 ** len(self.vae.config.temperal_downsample)
+        # Latents are packed two by two.
+        self._grid = image_grid(sampler, 2 * scale, 2 * scale)
+        return (self._grid[0] * self._grid[1], 4 * int(self.vae.config.z_dim))
+
+    def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
+        longest = self.settings.max_text_tokens or 512
+        embeds, mask = pipeline.encode_prompt(text, device=self.device, max_sequence_length=longest)
+        # The pipeline gives no mask where all tokens are the prompt's.
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device) if mask is None else mask
+        missing = longest - embeds.shape[1]
+        return {
+            "prompt_embeds": F.pad(embeds, (0, 0, 0, missing)),
+            "prompt_embeds_mask": F.pad(mask.to(torch.int64), (0, missing)),
+        }
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+        scheduler = self._scheduler()
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(self.latent_shape[0], *(scheduler.config[key] for key in keys))
+        return flow_table(sampler, flow_sigmas(sampler, scheduler, mu), deterministic)
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
+        output = denoiser(
+            hidden_states=latents,
+            timestep=times,
+            encoder_hidden_states=text["prompt_embeds"],
+            encoder_hidden_states_mask=text["prompt_embeds_mask"],
+            img_shapes=[[(1, *self._grid)]] * len(latents),
+            return_dict=False,
+        )[0]
+        output, uncond_output = split_guided(output, unconditional)
+        if uncond_output is None:
+            return output, None
+        # The pipeline gives every guided token the norm of its conditional one, which is no longer linear in the two.
+        output, uncond_output = output.float(), uncond_output.float()
+        guided = uncond_output + guidance_scale * (output - uncond_output)
+        return guided * (output.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        rows, columns = self._grid
+        batch, _, channels = latents.shape
+        grid = latents.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        grid = grid.reshape(batch, channels // 4, 1, 2 * rows, 2 * columns)
+        return to_frames(self.vae.decode(unscaled(self.vae, grid).to(self.dtype), return_dict=False)[0])
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Latents `[B, C, T, H, W]` with the mean and standard deviation that the VAE gives each channel."""
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (latents.new_tensor(vae.config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+    return latents * std + mean

@@ -1,0 +1,72 @@
+"""Stable Diffusion 3 and 3.5: latents `[B, 16, H / 8, W / 8]`, a rectified flow, guidance by a negative prompt."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import SamplerSettings
+from ..transitions import TransitionTable
+from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
+from .flow import flow_sigmas, flow_table
+
+
+class StableDiffusion3(DiffusersModel):
+    """`SD3Transformer2DModel` with `AutoencoderKL`, two CLIPs and T5, as `StableDiffusion3Pipeline` calls them."""
+
+    family = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
+    denoiser_class = "SD3Transformer2DModel"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    text_tensors = ("prompt_embeds", "pooled_prompt_embeds")
+    negative = True
+
+    def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # The transformer's patches are two by two.
+        return (int(self.vae.config.latent_channels), *image_grid(sampler, 2 * scale, scale))
+
+    def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            text,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.max_text_tokens or 256,
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        scheduler, mu = self._scheduler(), None
+        if scheduler.config.use_dynamic_shifting:
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            tokens = self.latent_shape[1] * self.latent_shape[2] // 4
+            mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+        return flow_table(sampler, flow_sigmas(sampler, scheduler, mu, linear=False), deterministic)
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
+        output = denoiser(
+            hidden_states=latents,
+            timestep=1000 * times,
+            encoder_hidden_states=text["prompt_embeds"],
+            pooled_projections=text["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return split_guided(output, unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + config.shift_factor
+        return to_frames(self.vae.decode(scaled.to(self.dtype), return_dict=False)[0])

@@ -1,0 +1,267 @@
+"""Puts into a loaded model what a recipe says of its memory and speed: one function for each setting."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ..config import Recipe
+from ..memory import checkpointing
+from ..memory.settings import GIB, REWARDS, Reward, Settings
+from ..memory.trace import collected
+from ..patch import accelerate
+from ..prompts import Prompt
+from .base import DiffusersModel
+
+if TYPE_CHECKING:
+    from ..memory.planner import _Iteration
+
+# Whose longest attention has the text's tokens beside the latents'.
+JOINT = (
+    "FluxTransformer2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
+# The planner's name of the model behind a reward, and the dtype that it has unasked.
+REWARD_MODELS = {
+    "hps": ("hps-v2.1", "float32"),
+    "clip_score": ("clip", "float32"),
+    "pickscore": ("pickscore", "float32"),
+    "videoalign_vq": ("videoalign", "bfloat16"),
+    "videoalign_mq": ("videoalign", "bfloat16"),
+    "videoalign_ta": ("videoalign", "bfloat16"),
+}
+
+
+def prepare(
+    model: DiffusersModel, recipe: Recipe, device: torch.device, prompts: Sequence[Prompt], *, training: bool
+) -> None:
+    """Stores frozen weights in float8, puts in block ops and attention, chooses what is recomputed and tiled.
+
+    Args:
+        model: as its family loads it.
+        recipe: the run; `recipe.model` has the settings, the rest says how large calls are.
+        device: of the model.
+        prompts: of the run, at least one; the first is encoded to see how long text is.
+        training: whether a backward follows.
+
+    Raises:
+        ValueError: a setting that this model or device cannot have, or a replay that does not fit the memory.
+    """
+    settings = recipe.model
+    if settings.quantization == "fp8":
+        store_in_fp8(model.denoiser, settings.torch_dtype())
+    if settings.block_ops != "off":
+        try:
+            accelerate(model.denoiser, settings.block_ops)
+        except ValueError as error:
+            raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
+    text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])
+    if settings.attention is not None:
+        set_attention(model, recipe, device, text_tokens)
+    with collected():
+        if training:
+            set_checkpointing(model, recipe, device, text_tokens)
+        set_tiling(model, recipe, device, text_tokens)
+
+
+def store_in_fp8(denoiser: Any, compute: torch.dtype) -> None:
+    """Frozen weights of linear layers and convolutions as float8 (e4m3), cast to `compute` while their layer runs.
+
+    Autograd keeps the cast copy of a layer for its backward: memory is saved where blocks are checkpointed.
+    """
+    skipped = (*(denoiser._skip_layerwise_casting_patterns or ()), "norm", "pos_embed", "lora_")
+    denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute, skip_modules_pattern=skipped)
+
+
+def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
+    """Sets the backend that the recipe names, or with "auto" the one that `memory.attention` picks, and says why.
+
+    Raises:
+        ValueError: a backend that is unknown, cannot run here, or must not be used for this model.
+    """
+    from ..memory import attention, specs
+
+    asked, sampler, train = recipe.model.attention, recipe.sampler, recipe.train
+    assert asked is not None
+    spec = specs.resolve(model.folder)
+    tokens = specs.tokens(spec, sampler.frames, sampler.height, sampler.width)
+    tokens += text_tokens if spec.denoiser in JOINT else 0
+    rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
+    dtype = torch.bfloat16 if train.mixed_precision == "bf16" else recipe.model.torch_dtype()
+    shapes = attention.Shapes(rows, tokens, dtype)
+    try:
+        if asked == "auto":
+            choice = attention.choose(model.denoiser, shapes, device, True)
+        else:
+            choice = attention.check(model.denoiser, asked, shapes, device, True)
+        attention.apply(model.denoiser, choice)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'model.attention: got "{asked}", {error}') from error
+    print(f"attention {choice.reasons[0]}", flush=True)
+
+
+def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
+    """Applies the recipe's policy; "auto" asks the planner for the one that recomputes least, and says which.
+
+    Raises:
+        ValueError: a policy that the model cannot have, or no policy under which the replay fits.
+    """
+    asked = recipe.model.checkpointing
+    kind, _, count = asked.partition(":")
+    policy: checkpointing.Policy = checkpointing.FirstBlocks(int(count)) if kind == "first" else asked
+    offload = False
+    if asked == "auto":
+        if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
+            raise ValueError(
+                'model.checkpointing: got "auto" in float32 throughout, want model.dtype bfloat16 or '
+                "train.mixed_precision bf16, which the planner counts, or a policy by name"
+            )
+        policy, offload = _automatic(_iteration(model, recipe, device, text_tokens))
+    try:
+        checkpointing.apply(model.denoiser, policy, offload=offload)
+    except ValueError as error:
+        raise ValueError(f'model.checkpointing: got "{asked}", {error}') from error
+
+
+def _automatic(iteration: "_Iteration | None") -> tuple[checkpointing.Policy, bool]:
+    """The policy, and whether block inputs wait on the host."""
+    if iteration is None:
+        raise ValueError('model.checkpointing: got "auto" on the CPU, want model.memory_gib, or a policy by name')
+    gib = iteration.settings.gpu_gib
+    try:
+        picked = iteration.pick()
+    except ValueError as error:
+        raise ValueError(f'model.checkpointing: got "auto" with model.memory_gib {gib:.2f}, {error}') from error
+    peak = max(iteration.training(picked.blocks), key=lambda phase: phase.bytes)
+    needed = (peak.bytes + sum(iteration.margins().values())) / GIB
+    if needed > gib:
+        raise ValueError(
+            f'model.checkpointing: got "auto" with model.memory_gib {gib:.2f}, want at least {needed:.2f} for the'
+            f" {peak.name} with as much computed again as can be; or LoRA, quantization, a smaller micro_batch or size"
+        )
+    print(
+        f"checkpointing {picked.name}: the {peak.name} takes {needed:.2f} of {gib:.2f} GiB, as predicted",
+        *picked.reasons,
+        sep="\n  ",
+        flush=True,
+    )
+    each = cast(tuple[str | checkpointing.Keep, ...], picked.blocks.policies)
+    policy = checkpointing.PerBlock(each) if picked.blocks.kinds else each[0]
+    return policy, picked.blocks.host_inputs
+
+
+def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
+    """With "auto", decodes in tiles where a whole micro-batch would not fit the memory, as the planner counts it."""
+    if recipe.model.vae_tiling != "auto":
+        return
+    iteration = _iteration(model, recipe, device, text_tokens)
+    decode = None if iteration is None else iteration.decoding()
+    if iteration is None or decode is None:
+        return
+    needed = (decode.bytes + sum(iteration.margins().values())) / GIB
+    if needed > iteration.settings.gpu_gib:
+        model.tile_vae(True)
+        print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
+
+
+def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "_Iteration | None":
+    """The planner's pieces for this run, or None on a CPU whose memory is not said."""
+    gib = recipe.model.memory_gib
+    if gib is None:
+        if device.type != "cuda":
+            return None
+        gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    from ..memory.planner import _Iteration
+
+    found = _Iteration(_settings(model, recipe, device, text_tokens, gib))
+    if found.decode is not None and recipe.model.dtype == "float32":
+        # The planner counts in bf16.
+        double = {name: 2 * size for name, size in found.decode.peak.items()}
+        found.decode = replace(found.decode, weights=2 * found.decode.weights, peak=double)
+    return found
+
+
+def _processes() -> tuple[int, str]:
+    """How many processes share the run's samples, and how they share the weights, in the planner's words."""
+    from accelerate.state import AcceleratorState, is_initialized
+    from accelerate.utils import DistributedType
+
+    if not is_initialized():
+        return 1, "none"
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.FSDP:
+        return state.num_processes, "none"
+    return state.num_processes, "full_shard" if state.fsdp_plugin.reshard_after_forward else "shard_grad_op"
+
+
+def _others(model: DiffusersModel, recipe: Recipe, shards: int, reduced_late: bool) -> tuple[Reward, ...]:
+    """What rests on the device beside the denoiser and the VAE while it is replayed."""
+    train = recipe.train
+    found: dict[str, Reward] = {}
+    scored = [*recipe.rewards, *(recipe.evaluation.rewards if recipe.evaluation else [])]
+    for reward in scored if "rewards" not in train.offload else []:
+        if reward.name in REWARD_MODELS:
+            name, dtype = REWARD_MODELS[reward.name]
+            width = 4 if reward.args.get("dtype", dtype) == "float32" else 2
+            found[name] = replace(REWARDS[name], bytes_per_parameter=width)
+    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    copies = {
+        "the model of the KL": (
+            train.kl_weight > 0 and recipe.model.lora is None,
+            count // shards,
+            trained[0].itemsize,
+        ),
+        "the moving average": (train.ema_decay is not None, count // shards, 4),
+        "gradients before they are reduced": (reduced_late, count, trained[0].itemsize),
+    }
+    for name, (there, size, width) in copies.items():
+        if there:
+            found[name] = Reward(name, size, "as many as are trained", width)
+    return tuple(found.values())
+
+
+def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
+    """The recipe in the planner's words: what one process has of it."""
+    given, sampler, train = recipe.model, recipe.sampler, recipe.train
+    processes, strategy = _processes()
+    shards = processes if strategy != "none" else 1
+    samples = -(-train.prompts_per_iteration * train.group_size // processes)
+    trained = next(p for p in model.denoiser.parameters() if p.requires_grad)
+    config: Any = model.denoiser.config
+    # The planner takes it that a model with embedded guidance needs no second half, which SkyReels has all the same.
+    guided = model.unconditional(sampler.guidance_scale) is not None and bool(config.get("guidance_embeds"))
+    rows = train.micro_batch * (2 if guided else 1)
+    return Settings(
+        str(model.folder),
+        sampler.frames,
+        sampler.height,
+        sampler.width,
+        # Of all prompts together; a call has as many rows whatever there is to compute.
+        group_size=max(samples, rows),
+        micro_batch=rows,
+        rollout_batch=train.micro_batch,
+        steps=sampler.num_steps,
+        train_fraction=train.timestep_fraction,
+        cfg=sampler.guidance_scale,
+        text_tokens=text_tokens,
+        dtype="bf16" if given.dtype == "bfloat16" else "fp32_master",
+        lora=given.lora.rank if given.lora else 0,
+        lora_targets=tuple(given.lora.target_modules) if given.lora else (),
+        lora_dtype="bf16" if trained.dtype == torch.bfloat16 else "fp32",
+        base=given.quantization or "none",
+        # As torch's own SDPA keeps it.
+        attention=given.attention or "flash",
+        device=str(device),
+        block_ops=given.block_ops,
+        fsdp=shards,
+        strategy=strategy,
+        offload=("vae",) if "vae" in train.offload else (),
+        vae_tiling=given.vae_tiling == "on",
+        rewards=_others(model, recipe, shards, shards > 1 and train.gradient_sync == "update"),
+        text_encoders="precomputed",
+        gpu_gib=gib,
+    )

@@ -1,0 +1,101 @@
+"""SkyReels image to video: HunyuanVideo whose denoiser also sees the first frame's latents, on 16 more channels."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
+from ..rng import generator
+from .base import Conditioning
+from .hunyuan_video import HunyuanVideo
+
+
+class SkyReelsI2V(HunyuanVideo):
+    """As `HunyuanSkyreelsImageToVideoPipeline` calls it; the first frame is the `image` of a prompt's row."""
+
+    family = "skyreels_i2v"
+    pipeline = "HunyuanSkyreelsImageToVideoPipeline"
+    negative = True
+
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
+        for path in dict.fromkeys(_image_path(prompt) for prompt in prompts):
+            _check_image(path)
+        super().__init__(settings, sampler, device, prompts)
+        # Of the files' paths, and of their contents: the same picture may lie in several places.
+        self._digests: dict[str, str] = {}
+        self._first_frames: dict[str, Tensor] = {}
+        config: Any = self.denoiser.config
+        channels, latent_channels = int(config.in_channels), self.latent_shape[0]
+        if channels != 2 * latent_channels:
+            raise ValueError(
+                f"model.path: got a denoiser of {channels} input channels, want {2 * latent_channels}: the latents' "
+                "and the first frame's"
+            )
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        first_frames = torch.stack([self._first_frame(_image_path(prompt)) for prompt in prompts])
+        return {**super().encode(prompts), "first_frame": first_frames}
+
+    def _first_frame(self, path: str) -> Tensor:
+        """Latents `[C, H', W']` of a file, drawn from the VAE's posterior with noise that its content seeds."""
+        if path not in self._digests:
+            from diffusers.utils import load_image
+
+            try:
+                image = load_image(path)
+            except (OSError, ValueError) as error:
+                raise _unreadable(path, error) from error
+            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+            if digest not in self._first_frames:
+                self._first_frames[digest] = self._encode_image(image, generator("first frame", digest))
+            self._digests[path] = digest
+        return self._first_frames[self._digests[path]]
+
+    @torch.no_grad()
+    def _encode_image(self, image: object, noise: torch.Generator) -> Tensor:
+        from diffusers.video_processor import VideoProcessor
+
+        processor = VideoProcessor(vae_scale_factor=self.vae.spatial_compression_ratio)
+        pixels = processor.preprocess(image, height=self.sampler.height, width=self.sampler.width)
+        posterior = self.vae.encode(pixels.unsqueeze(2).to(self.device, self.dtype)).latent_dist
+        latents: Tensor = posterior.sample(noise)[0, :, 0].float() * self.vae.config.scaling_factor
+        return latents.to(self.dtype)
+
+    def _input(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        first = conditioning["first_frame"]
+        batch, channels, frames = latents.shape[:3]
+        # The frames to come are zero: kept here, not in the conditioning, they are built once per call.
+        padded = torch.cat([first.unsqueeze(2), first.new_zeros(batch, channels, frames - 1, *first.shape[2:])], dim=2)
+        return torch.cat([latents.to(self.dtype), padded], dim=1)
+
+    def _embedded_guidance(self, guidance_scale: float) -> float:
+        # Guided by the batch; what is embedded is "no guidance".
+        return 1.0
+
+
+def _image_path(prompt: Prompt) -> str:
+    path = prompt.meta.get("image")
+    if not isinstance(path, str):
+        raise ValueError(f'prompts: got "{prompt.text}" with image {path!r}, want an `image` column with a path')
+    return path
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    return ValueError(f"prompts: got the image {path}, want a picture that can be read ({error})")
+
+
+def _check_image(path: str) -> None:
+    """Of the header alone: a whole file is read when its prompt comes up."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            pass
+    except OSError as error:
+        raise _unreadable(path, error) from error

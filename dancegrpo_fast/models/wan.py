@@ -1,0 +1,97 @@
+"""Wan, text to video: latents `[B, 16, T, H / 8, W / 8]`, a rectified flow, guidance by a negative prompt."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelSettings, SamplerSettings
+from ..prompts import Prompt
+from ..transitions import TransitionTable, shifted_sigmas
+from .base import Conditioning, DiffusersModel, guided_batch, split_guided, to_frames, video_grid
+from .flow import flow_sigmas, flow_table
+from .qwen_image import unscaled
+
+
+class Wan(DiffusersModel):
+    """`WanTransformer3DModel` with `AutoencoderKLWan` and UMT5, as `WanPipeline` calls them.
+
+    Wan 2.1 text to video, and Wan 2.2's 5B. The published scheduler is a multistep solver, which is no Markov chain:
+    its shift is taken, with Euler steps.
+    """
+
+    family = "wan"
+    pipeline = "WanPipeline"
+    denoiser_class = "WanTransformer3DModel"
+    vae_class = "AutoencoderKLWan"
+    text_parts = ("text_encoder", "tokenizer")
+    text_tensors = ("prompt_embeds",)
+    negative = True
+
+    def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        if index.get("boundary_ratio") is not None:
+            raise ValueError(
+                f"model.path: got {self.folder}, a Wan of two transformers, want one of one: 2.1, or 2.2 5B"
+            )
+        # Wan 2.2's 5B has a time for each token; in text to video they are equal.
+        self._times_per_token = bool(index.get("expand_timesteps"))
+        config = self.vae.config
+        space, time = int(config.scale_factor_spatial), int(config.scale_factor_temporal)
+        # The transformer's patches are two by two.
+        return (int(config.z_dim), *video_grid(sampler, 2 * space, space, time))
+
+    def __init__(
+        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+    ) -> None:
+        super().__init__(settings, sampler, device, prompts)
+        config: Any = self.denoiser.config
+        taken = config.in_channels
+        if taken != self.latent_shape[0]:
+            raise ValueError(
+                f"model.path: got {self.folder}, whose transformer takes {taken} channels for {self.latent_shape[0]} of"
+                " latents, want text to video"
+            )
+
+    def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
+        embeds, _ = pipeline.encode_prompt(
+            text,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.max_text_tokens or 512,
+            device=self.device,
+        )
+        return {"prompt_embeds": embeds}
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = FlowMatchEulerDiscreteScheduler.load_config(self.folder, subfolder="scheduler")
+        if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+            sigmas = flow_sigmas(sampler, self._scheduler(), linear=False)
+        else:
+            sigmas = shifted_sigmas(sampler.num_steps, sampler.shift or config["flow_shift"])
+        return flow_table(sampler, sigmas, deterministic)
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
+        times = 1000 * times
+        if self._times_per_token:
+            frames, height, width = self.latent_shape[1:]
+            times = times[:, None].expand(-1, frames * height * width // 4)
+        output = denoiser(
+            hidden_states=latents, timestep=times, encoder_hidden_states=text["prompt_embeds"], return_dict=False
+        )[0]
+        return split_guided(output, unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return to_frames(self.vae.decode(unscaled(self.vae, latents).to(self.dtype), return_dict=False)[0])

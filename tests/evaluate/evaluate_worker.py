@@ -1,0 +1,37 @@
+"""One of two gloo processes that evaluate a recipe together. Started by test_evaluate.py.
+
+Usage: evaluate_worker.py RANK FOLDER, with the recipe as `FOLDER/recipe.json`; the scores go to `FOLDER/scores`.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    sys.path.append(str(Path(__file__).parents[2]))
+    from dancegrpo_fast.cli import load_recipe
+    from dancegrpo_fast.evaluate import evaluate
+    from tests.train.parallel_worker import group
+
+    with group(folder, "evaluate", False, rank):
+        recipe, _ = load_recipe([str(folder / "recipe.json")])
+        (folder / f"table.{rank}").write_text(evaluate(recipe, None, folder / "scores", samplers=["ode"]))
+    with group(folder, "sharded", True, rank):
+        try:
+            evaluate(recipe, None, folder / "sharded", samplers=["ode"])
+        except ValueError as error:
+            (folder / f"error.{rank}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]), Path(sys.argv[2]))
+    except BaseException:
+        # The other process may wait for this one in a collective.
+        traceback.print_exc()
+        os._exit(1)

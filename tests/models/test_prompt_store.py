@@ -1,0 +1,244 @@
+"""Prompt embeddings on disk: what is encoded when, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dancegrpo_fast.config import Recipe
+from dancegrpo_fast.models import prompt_store
+from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
+
+from .cases import CASES, PROMPTS, load
+from .cases import make_recipe as plain_recipe
+
+WORKER = Path(__file__).with_name("prompt_store_worker.py")
+IDENTITY = given_identity("flux")
+Base = Callable[[str], Path]
+
+
+def make_recipe(family: str, base: Path, folder: Path, **changes: Any) -> Recipe:
+    """With a cache of its own in `folder`."""
+    return plain_recipe(CASES[family], base, folder / "run", **{"prompt_cache": str(folder / "cache")} | changes)
+
+
+def row(text: str) -> dict[str, Tensor]:
+    return {"embeds": torch.full((1, 2, 3), float(len(text))), "mask": torch.ones(1, 2, dtype=torch.int64)}
+
+
+def recorded(calls: list[str]) -> Callable[[], Callable[[str], Mapping[str, Tensor]]]:
+    """Encoders that write down what they are asked for; "load" where they are loaded."""
+
+    def load_encoders() -> Callable[[str], Mapping[str, Tensor]]:
+        calls.append("load")
+
+        def encode(text: str) -> Mapping[str, Tensor]:
+            calls.append(text)
+            return row(text)
+
+        return encode
+
+    return load_encoders
+
+
+def test_only_missing_prompts_are_encoded(tmp_path: Path) -> None:
+    calls: list[str] = []
+    PromptStore(tmp_path / "store", IDENTITY).encode(["a", "bb", "a"], recorded(calls))
+    assert calls == ["load", "a", "bb"]
+    store = PromptStore(tmp_path / "store", IDENTITY)
+    store.encode(["bb", "ccc", ""], recorded(calls))
+    assert calls[3:] == ["load", "ccc", ""]
+    store.encode(["", "a"], recorded(calls))
+    assert len(calls) == 6
+    rows = store.rows(["ccc", "", "a", "ccc"], ["embeds", "mask"])
+    assert rows["embeds"][:, 0, 0].tolist() == [3.0, 0.0, 1.0, 3.0]
+    assert rows["mask"].dtype == torch.int64 and rows["mask"].shape == (4, 2)
+
+
+def test_a_shard_holds_a_thousand_prompts(tmp_path: Path) -> None:
+    texts = [str(number) for number in range(1500)]
+    PromptStore(tmp_path / "store", IDENTITY).add(texts, {"embeds": torch.arange(1500.0)[:, None]})
+    lists = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*.json") if path.stem != "identity"]
+    assert sorted(len(part) for part in lists) == [500, 1000]
+    found = PromptStore(tmp_path / "store", IDENTITY).rows(["1499", "0", "1000"], ["embeds"])["embeds"]
+    assert found.flatten().tolist() == [1499.0, 0.0, 1000.0]
+
+
+def test_a_crash_loses_the_shard_in_the_making_and_nothing_else(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "store", IDENTITY)
+    store.add(["a"], row("a"))
+
+    def load_broken() -> Callable[[str], Mapping[str, Tensor]]:
+        def encode(text: str) -> Mapping[str, Tensor]:
+            raise RuntimeError("out of memory")
+
+        return encode
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        store.encode(["a", "bb"], load_broken)
+    # What a crash between the two files of a shard leaves: tensors without their list of texts.
+    (orphan,) = (tmp_path / "store").glob("*.safetensors")
+    shutil.copy(orphan, tmp_path / "store" / "0123456789abcdef.safetensors")
+    (tmp_path / "store" / ".0123456789abcdef.77").write_bytes(b"half")
+    again = PromptStore(tmp_path / "store", IDENTITY)
+    assert again.missing(["a", "bb"]) == ["bb"]
+    assert torch.equal(again.rows(["a"], ["embeds"])["embeds"], row("a")["embeds"])
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(tmp_path / "store"), str(tmp_path / "meeting"), name],
+            env=environment | {"RANK": name, "LOCAL_RANK": name, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("0", "1")
+    ]
+    printed = [writer.communicate(timeout=120)[0].splitlines() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    # The host's first process encodes, the second finds everything there.
+    assert printed == [["load", "x", "y", f"encoded 2 of 2 prompts into {tmp_path / 'store'}"], []]
+    store = PromptStore(tmp_path / "store", IDENTITY)
+    for number in range(20):
+        texts = [f"{number} {name}" for name in ("both", "too", "0", "1")]
+        assert store.rows(texts, ["embeds"])["embeds"].flatten().tolist() == [float(number)] * 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def damage(folder: Path, how: str) -> None:
+    (shard,) = folder.glob("*.safetensors")
+    texts = shard.with_suffix(".json")
+    if how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-4])
+    elif how == "gone":
+        shard.unlink()
+    elif how == "garbled list":
+        texts.write_text('["a"')
+    elif how == "other length":
+        texts.write_text('["a", "b"]')
+    elif how == "no identity":
+        (folder / "identity.json").unlink()
+    elif how == "other tensors":
+        PromptStore(folder, IDENTITY).add(["b"], {"other": torch.zeros(1, 1)})
+    else:
+        (folder / "identity.json").write_text(json.dumps(dict(given_identity("sd3"))))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut", r"damaged file .*safetensors .*want it whole, or .* made again"),
+        ("gone", r"damaged file .*safetensors"),
+        ("garbled list", r"damaged file .*json"),
+        ("other length", r"damaged file .*another number of texts"),
+        ("other tensors", r"damaged file .*tensors"),
+        ("no identity", r"want a folder with identity\.json in it"),
+        ("foreign", r"made from another model or settings \(\['family'\]\)"),
+    ],
+)
+def test_damaged_and_foreign_folders(tmp_path: Path, how: str, message: str) -> None:
+    PromptStore(tmp_path / "store", IDENTITY).add(["a"], row("a"))
+    # Tensors of other names are refused where they are added.
+    with pytest.raises(ValueError, match=message):
+        damage(tmp_path / "store", how)
+        PromptStore(tmp_path / "store", IDENTITY)
+
+
+def test_unknown_prompts_and_tensors(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "store", IDENTITY)
+    store.add(["a"], row("a"))
+    with pytest.raises(ValueError, match=r'prompts: got "b", want one with embeddings in'):
+        store.rows(["b"], ["embeds"])
+    with pytest.raises(ValueError, match=r"got \['embeds', 'mask'\] in .*, want \['pooled'\] among them"):
+        store.rows(["a"], ["pooled"])
+
+
+@pytest.mark.parametrize("family", ["flux", "hunyuan_video"])
+def test_a_row_is_the_same_alone_and_among_others(base: Base, tmp_path: Path, family: str) -> None:
+    together, _ = load(make_recipe(family, base(family), tmp_path / "together"))
+    recipe = make_recipe(family, base(family), tmp_path / "alone")
+    (tmp_path / "alone" / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPTS[1]}) + "\n")
+    alone, (prompt,) = load(recipe)
+    assert alone._store.folder != together._store.folder
+    names = alone.text_tensors
+    one, among = alone._store.rows([prompt.text], names), together._store.rows(list(PROMPTS), names)
+    assert all(torch.equal(one[name][0], among[name][1]) for name in names)
+
+
+def test_text_encoders_are_loaded_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe("flux", base("flux"), tmp_path)
+    first, prompts = load(recipe)
+
+    def refuse(self: Any) -> None:
+        raise AssertionError("text encoders are not needed")
+
+    monkeypatch.setattr(type(first), "_load_text_encoders", refuse)
+    again, _ = load(recipe)
+    for name, value in first.encode(prompts).items():
+        assert torch.equal(again.encode(prompts)[name], value)
+
+
+def test_the_cache_depends_on_what_the_text_encoders_are(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base("flux"), folder)
+    made = {load(make_recipe("flux", folder, tmp_path))[0]._store.folder}
+    made.add(load(make_recipe("flux", folder, tmp_path, max_text_tokens=10))[0]._store.folder)
+    made.add(load(make_recipe("flux", folder, tmp_path, dtype="bfloat16"))[0]._store.folder)
+    weights = folder / "text_encoder_2" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    made.add(load(make_recipe("flux", folder, tmp_path))[0]._store.folder)
+    # The denoiser does not matter.
+    shutil.copytree(base("flux"), tmp_path / "other")
+    (tmp_path / "other" / "transformer" / "note.txt").write_text("x")
+    made.add(load(make_recipe("flux", tmp_path / "other", tmp_path))[0]._store.folder)
+    assert len(made) == 4
+    assert {path.parent for path in made} == {tmp_path / "cache"}
+
+
+def test_large_files_are_told_apart_by_any_of_their_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_store, "PIECE", 16)
+    file = tmp_path / "weights"
+    found = set()
+    for changed in (None, 0, 4999, 5 * (5000 - 16) // 63):
+        data = bytearray(5000)
+        if changed is not None:
+            data[changed] = 1
+        file.write_bytes(data)
+        found.add(prompt_store._fingerprint(file))
+    file.write_bytes(bytes(5001))
+    found.add(prompt_store._fingerprint(file))
+    assert len(found) == 5
+
+
+def test_a_folder_without_text_encoders_brings_its_embeddings(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    full, prompts = load(make_recipe("flux", base("flux"), tmp_path))
+    names = full.text_tensors
+    rows = full._store.rows(list(PROMPTS), names)
+    shutil.copytree(base("flux"), folder)
+    for part in full.text_parts:
+        shutil.rmtree(folder / part)
+    recipe = make_recipe("flux", folder, tmp_path, prompt_cache=str(tmp_path / "unused"))
+    with pytest.raises(ValueError, match=r"model.path: got .*, want .*'text_encoder'.* in it, or prompt_embeds/"):
+        load(recipe)
+    PromptStore(folder / "prompt_embeds", given_identity("flux")).add(list(PROMPTS), rows)
+    given, _ = load(recipe)
+    with Path(recipe.prompts).open("a") as file:
+        file.write('{"prompt": "another"}\n')
+    with pytest.raises(ValueError, match=r'prompts: got "another", want one with embeddings in .*prompt_embeds'):
+        load(recipe)
+    for name, value in full.encode(prompts).items():
+        assert torch.equal(given.encode(prompts)[name], value)
+    assert not (tmp_path / "unused").exists()

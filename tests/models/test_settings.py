@@ -1,0 +1,171 @@
+"""What a family makes of its settings: sizes, schedules, lengths of text, tiles, and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast import transitions
+from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided, to_frames
+from dancegrpo_fast.prompts import load_prompts
+
+from .cases import CASES, NEGATIVE, PROMPTS, load, make_recipe
+from .folders import diffusers, save_flux, save_skyreels
+
+Base = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("hunyuan_video", {"frames": 6}, r"sampler.frames: got 6, want 4 n \+ 1, the nearest are 5 and 9"),
+        ("hunyuan_video", {"height": 24}, r"sampler: got height 24, width 32, want multiples of 16"),
+        ("flux", {"width": 18}, r"sampler: got height 16, width 18, want multiples of 4"),
+        ("flux", {"frames": 5}, r"sampler.frames: got 5, want 1 for an image model"),
+        ("stable_diffusion", {"width": 18}, r"sampler: got height 16, width 18, want multiples of 4"),
+        ("stable_diffusion", {"max_text_tokens": 9}, r"model.max_text_tokens: got 9, want null"),
+    ],
+)
+def test_sizes_that_cannot_be_made(
+    base: Base, tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(make_recipe(CASES[family], base(family), tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("family", ["flux", "hunyuan_video"])
+def test_a_shift_replaces_the_pipelines_schedule(base: Base, tmp_path: Path, family: str) -> None:
+    recipe = make_recipe(CASES[family], base(family), tmp_path / "run", shift=5.0)
+    model, _ = load(recipe)
+    table = model.table(recipe.sampler)
+    assert torch.equal(table.times, transitions.shifted_sigmas(3, 5.0)[:-1])
+    assert model.table(recipe.sampler, deterministic=True).is_deterministic
+
+
+def test_guidance_that_a_model_cannot_have(base: Base, tmp_path: Path) -> None:
+    folder = save_flux(tmp_path / "base", guidance_embeds=False)
+    model, _ = load(make_recipe(CASES["flux"], folder, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"sampler.guidance_scale: got 3.5, want 1 for a FLUX without"):
+        model.unconditional(3.5)
+    assert model.unconditional(1.0) is None
+
+
+def test_text_is_cut_after_the_longest_prompt_of_the_run(base: Base, tmp_path: Path) -> None:
+    case = CASES["skyreels_i2v"]
+    recipe = make_recipe(case, base("skyreels_i2v"), tmp_path / "run")
+    model, prompts = load(recipe)
+    # Four tokens of the template before a prompt and three after it.
+    longest = 7 + max(len(text.split()) for text in PROMPTS)
+    masks = model.encode(prompts)["prompt_mask"]
+    assert masks.sum(dim=1).tolist() == [7 + len(text.split()) for text in PROMPTS]
+    assert model.encode(prompts[:1])["prompt_embeds"].shape[1] == masks.shape[1] == longest
+    assert model.unconditional(5.0)["prompt_mask"].sum().item() == 7 + len(NEGATIVE.split())
+    # The negative prompt counts too.
+    recipe = make_recipe(case, base("skyreels_i2v"), tmp_path / "run", negative_prompt=" ".join("abcdefghi"))
+    model, prompts = load(recipe)
+    assert model.encode(prompts)["prompt_mask"].shape[1] == 7 + 9
+
+
+def test_tiles(base: Base, tmp_path: Path) -> None:
+    whole, _ = load(make_recipe(CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run"))
+    tiled, _ = load(make_recipe(CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run", vae_tiling="on"))
+    assert tiled.vae.use_tiling and not whole.vae.use_tiling
+    tiled.tile_vae(False)
+    assert not tiled.vae.use_tiling
+
+
+def test_frames_are_on_the_8_bit_grid() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.3, 1.0, 7.0])
+    wanted = torch.tensor([0, 0, 128, 166, 255, 255]) / 255
+    image = pixels.view(1, 1, 2, 3).expand(2, 3, 2, 3)
+    assert torch.equal(to_frames(image), wanted.view(1, 1, 1, 2, 3).expand(2, 1, 3, 2, 3))
+    video = pixels.view(1, 1, 6, 1, 1).expand(2, 3, 6, 1, 1)
+    assert torch.equal(to_frames(video), wanted.view(1, 6, 1, 1, 1).expand(2, 6, 3, 1, 1))
+
+
+def test_guided_batches_are_the_prompts_then_the_negative_prompt() -> None:
+    latents, times = torch.arange(2.0)[:, None], torch.tensor([5.0, 6.0])
+    conditioning = {"text": torch.tensor([[1.0], [2.0]]), "image": torch.tensor([[3.0], [4.0]])}
+    both, twice, text = guided_batch(latents, times, conditioning, {"text": torch.tensor([[9.0]])})
+    assert both.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert twice.tolist() == [5.0, 6.0, 5.0, 6.0]
+    assert text["text"].flatten().tolist() == [1.0, 2.0, 9.0, 9.0]
+    assert text["image"].flatten().tolist() == [3.0, 4.0, 3.0, 4.0]
+    output, uncond = split_guided(text["text"], {})
+    assert uncond is not None
+    assert (output.flatten().tolist(), uncond.flatten().tolist()) == ([1.0, 2.0], [9.0, 9.0])
+    assert split_guided(latents, None) == (latents, None)
+
+
+def test_images_of_prompts_are_paths_beside_the_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "image": "frames/a.png"}, {"prompt": "b", "image": "/b.png"}, {"prompt": "c"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metas = [prompt.meta for prompt in load_prompts(tmp_path / "p.jsonl")]
+    assert metas == [{"image": str(tmp_path.resolve() / "frames" / "a.png")}, {"image": "/b.png"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r'prompts: got "a" with image None, want an `image` column with a path'),
+        ({"prompt": "a", "image": "gone.png"}, r"prompts: got the image .*gone\.png, want a picture that can be read"),
+        ({"prompt": "a", "image": "text.png"}, r"prompts: got the image .*text\.png, want a picture that can be read"),
+    ],
+)
+def test_first_frames_that_are_not_there(base: Base, tmp_path: Path, row: dict[str, str], message: str) -> None:
+    recipe = make_recipe(CASES["skyreels_i2v"], base("skyreels_i2v"), tmp_path / "run")
+    (tmp_path / "text.png").write_text("not a picture")
+    Path(recipe.prompts).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load(recipe)
+
+
+def test_a_picture_cut_short_is_refused_when_its_prompt_comes(base: Base, tmp_path: Path) -> None:
+    recipe = make_recipe(CASES["skyreels_i2v"], base("skyreels_i2v"), tmp_path / "run")
+    picture = tmp_path / "2.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    model, prompts = load(recipe)
+    model.encode(prompts[:2])
+    with pytest.raises(ValueError, match=r"prompts: got the image .*2\.png, want a picture that can be read"):
+        model.encode(prompts)
+
+
+def test_a_denoiser_without_channels_for_a_first_frame(tmp_path: Path) -> None:
+    folder = save_skyreels(tmp_path / "base", in_channels=4)
+    with pytest.raises(ValueError, match=r"model.path: got a denoiser of 4 input channels, want 8"):
+        load(make_recipe(CASES["skyreels_i2v"], folder, tmp_path / "run"))
+
+
+def test_a_folder_without_a_part(base: Base, tmp_path: Path) -> None:
+    shutil.copytree(base("flux"), tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "transformer")
+    with pytest.raises(ValueError, match=r"model.path: got .*, want transformer/ in it for the family flux"):
+        load(make_recipe(CASES["flux"], tmp_path / "base", tmp_path / "run"))
+
+
+def test_paths_and_names_on_the_hub(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flux = base("flux")
+    assert find_folder(str(flux)) == flux
+    for path in (str(tmp_path), str(tmp_path / "none"), "name", "./a/b"):
+        with pytest.raises(ValueError, match=r"model.path: got .*, want a diffusers folder .* or a hub name"):
+            find_folder(path)
+    asked: list[tuple[str, set[str]]] = []
+
+    def download(name: str, **parts: None) -> str:
+        asked.append((name, set(parts)))
+        return str(flux)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    assert find_folder("owner/model") == flux
+    assert asked == [("owner/model", {"safety_checker", "feature_extractor", "image_encoder", "image_processor"})]
+
+    def unreachable(name: str, **parts: None) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", unreachable)
+    with pytest.raises(ValueError, match=r"model.path: got owner/model, want .* can be reached \(no network\)"):
+        find_folder("owner/model")

@@ -1,0 +1,196 @@
+"""Block ops, attention, checkpoints, tiles and float8 weights of a recipe: what is put in, and that results stay."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast.config import EvaluationSettings, ModelSettings, Recipe, RewardSettings
+from dancegrpo_fast.memory.blocks import compose
+from dancegrpo_fast.memory.settings import GIB
+from dancegrpo_fast.models import load_model, setup
+from dancegrpo_fast.models.base import DiffusersModel
+from dancegrpo_fast.prompts import Prompt
+
+from ..train.tiny import LoraSettings, make_flux, make_recipe, reward
+from . import checks_more as checks
+
+# The planner keeps whole bytes of margins.
+SLACK = 64
+BF16: dict[str, Any] = {"dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flux(tmp_path_factory.mktemp("flux") / "base")
+
+
+@pytest.fixture(scope="module")
+def unchanged(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with nothing put in."""
+    output = tmp_path_factory.mktemp("unchanged") / "run"
+    checks.train(flux, output, **BF16)
+    return output
+
+
+def loaded(flux: Path, folder: Path, **changes: Any) -> tuple[Recipe, Any]:
+    recipe = make_recipe(flux, folder / "run", **changes)
+    return recipe, load_model(recipe, checks.CPU, [Prompt("red", {})])
+
+
+def pieces(recipe: Recipe, model: DiffusersModel) -> Any:
+    """The planner's, for this recipe."""
+    given = replace(recipe, model=replace(recipe.model, memory_gib=1.0))
+    return setup._iteration(model, given, checks.CPU, text_tokens=3)
+
+
+def least_gib(iteration: Any, size: int) -> float:
+    """Of a device that holds so many bytes with its margins, a part of which grows with the device."""
+    margins = []
+    for gib in (1.0, 2.0):
+        iteration.settings = replace(iteration.settings, gpu_gib=gib)
+        margins.append(sum(iteration.margins().values()) / GIB)
+    growth = margins[1] - margins[0]
+    return (size / GIB + margins[0] - growth) / (1 - growth)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpointing": "full"},
+        {"checkpointing": "attention", "block_ops": "lossless"},
+        {"checkpointing": "matmul", "attention": "native"},
+        {"checkpointing": "first:1", "attention": "auto"},
+    ],
+    ids=lambda c: c["checkpointing"],
+)
+def test_policies_change_no_bit(flux: Path, unchanged: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    checks.train(flux, tmp_path / "run", **BF16, **changes)
+    checks.assert_same_weights(tmp_path / "run", unchanged)
+
+
+def test_auto_takes_what_fits(flux: Path, unchanged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, model = loaded(flux, tmp_path, micro_batch=4, prompts_per_iteration=2, group_size=2, num_steps=3, **BF16)
+    iteration = pieces(recipe, model)
+    bare, full = (
+        max(phase.bytes for phase in iteration.training(compose(iteration.replay, policy)))
+        for policy in ("none", "full")
+    )
+    assert full < bare
+    for name, size in (("none", bare), ("mixed", (bare + full) // 2)):
+        gib = least_gib(iteration, size + SLACK)
+        checks.train(flux, tmp_path / name, checkpointing="auto", memory_gib=gib, **BF16)
+        said = capsys.readouterr().out.splitlines()[0]
+        assert said.startswith("checkpointing ") and "of 0.7" in said
+        chosen = said.removeprefix("checkpointing ").partition(":")[0]
+        assert chosen == "none" if name == "none" else chosen not in ("none", "full")
+        checks.assert_same_weights(tmp_path / name, unchanged)
+
+
+def test_auto_refuses_what_does_not_fit(flux: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"with model.memory_gib 0.50, gpu_gib: got 0.5, want more than 0.\d: weights"):
+        loaded(flux, tmp_path, checkpointing="auto", memory_gib=0.5, **BF16)
+    with pytest.raises(ValueError, match=r'"auto" on the CPU, want model.memory_gib'):
+        loaded(flux, tmp_path, checkpointing="auto", **BF16)
+    with pytest.raises(ValueError, match=r'"auto" in float32 throughout, want model.dtype bfloat16'):
+        loaded(flux, tmp_path, checkpointing="auto", memory_gib=1.0)
+
+
+def test_nothing_is_recomputed_without_training(flux: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(flux, tmp_path / "run", checkpointing="full")
+    prompts = [Prompt("red", {})]
+    for training in (True, False):
+        model: Any = load_model(recipe, checks.CPU, prompts, training=training)
+        assert model.denoiser.gradient_checkpointing is training
+
+
+def test_attention_is_set_on_the_model_and_said(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, model = loaded(flux, tmp_path, attention="auto")
+    backends = {processor._attention_backend for processor in model.denoiser.attn_processors.values()}
+    assert len(backends) == 1 and None not in backends
+    assert capsys.readouterr().out.startswith(f"attention {backends.pop().value}: CPU flash, trains")
+    with pytest.raises(ValueError, match=r'model.attention: got "flash", backend: got "flash", which runs on cuda'):
+        loaded(flux, tmp_path, attention="flash")
+    with pytest.raises(ValueError, match=r'model.attention: got "fast", backend: got "fast", want one of'):
+        loaded(flux, tmp_path, attention="fast")
+
+
+def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
+    flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, model = loaded(flux, tmp_path, height=64, width=64)
+    assert not model.vae.use_tiling
+    iteration = pieces(recipe, model)
+    whole = iteration.decoding().bytes
+    enough, small = (least_gib(iteration, size) for size in (whole + SLACK, whole - SLACK))
+    assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=enough)[1].vae.use_tiling
+    assert capsys.readouterr().out == ""
+    assert loaded(flux, tmp_path, height=64, width=64, memory_gib=small)[1].vae.use_tiling
+    assert capsys.readouterr().out.startswith("VAE in tiles: whole, a micro-batch takes")
+    assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=small, vae_tiling="off")[1].vae.use_tiling
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch": 1}, {"micro_batch": 4, "checkpointing": "full", "block_ops": "lossless"}], ids=str
+)
+def test_lora_over_float8_weights(flux: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    lora = LoraSettings(rank=2, alpha=2)
+    rows = checks.train(flux, tmp_path / "run", quantization="fp8", lora=lora, **BF16, **changes)
+    assert len(rows) == 2
+    _, model = loaded(flux, tmp_path, quantization="fp8", lora=lora, **BF16)
+    parts = model.denoiser.transformer_blocks[0].attn.to_q
+    assert parts.base_layer.weight.dtype == torch.float8_e4m3fn
+    assert {p.dtype for name, p in model.denoiser.named_parameters() if p.requires_grad} == {torch.bfloat16}
+    wide = [p for p in model.denoiser.parameters() if p.dtype != torch.float8_e4m3fn and not p.requires_grad]
+    assert sum(p.numel() for p in wide) < sum(p.numel() for p in model.denoiser.parameters()) / 4
+
+
+def test_float8_weights_are_for_lora_on_bfloat16() -> None:
+    with pytest.raises(ValueError, match=r'model.quantization: got "fp8" without model.lora, want both'):
+        ModelSettings("flux", "folder", "bfloat16", quantization="fp8")
+    with pytest.raises(ValueError, match=r'model.quantization: got "fp8" with float32, want bfloat16'):
+        ModelSettings("flux", "folder", lora=LoraSettings(), quantization="fp8")
+
+
+def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None:
+    recipe, model = loaded(
+        flux, tmp_path, mixed_precision="bf16", kl_weight=0.1, rewards=[reward("Brightness")], block_ops="fast"
+    )
+    asked = setup._settings(model, recipe, checks.CPU, text_tokens=3, gib=24.0)
+    assert (asked.samples, asked.micro_batch, asked.steps, asked.cfg, asked.text_tokens) == (12, 4, 4, 1.0, 3)
+    assert (asked.dtype, asked.block_ops, asked.device, asked.gpu_gib) == ("fp32_master", "fast", "cpu", 24.0)
+    # The model that the KL is taken to is a second one.
+    parameters = sum(p.numel() for p in model.denoiser.parameters())
+    assert [(one.parameters, one.bytes_per_parameter) for one in asked.rewards] == [(parameters, 4)]
+
+
+def test_a_second_half_of_the_batch_is_counted_beside_embedded_guidance(flux: Path, tmp_path: Path) -> None:
+    recipe, model = loaded(flux, tmp_path)
+    model.denoiser.register_to_config(guidance_embeds=True)
+    assert setup._settings(model, recipe, checks.CPU, 3, 24.0).micro_batch == 4
+    model.unconditional = lambda scale: {"prompt_embeds": torch.zeros(1, 3, 16)}
+    assert setup._settings(model, recipe, checks.CPU, 3, 24.0).micro_batch == 8
+
+
+def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:
+    recipe, model = loaded(flux, tmp_path)
+    trained = [RewardSettings("videoalign_vq"), RewardSettings("hps", args={"dtype": "float16"})]
+    judges = EvaluationSettings(rewards=[RewardSettings("videoalign_mq"), RewardSettings("clip_score")])
+    asked = setup._settings(model, replace(recipe, rewards=trained, evaluation=judges), checks.CPU, 3, 24.0)
+    widths = {one.name: one.bytes_per_parameter for one in asked.rewards}
+    assert widths == {"videoalign": 2, "hps-v2.1": 2, "clip": 4}
+
+
+def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, model = loaded(flux, tmp_path, micro_batch=2, ema_decay=0.9, offload=["vae", "rewards"])
+    parameters = sum(p.numel() for p in model.denoiser.parameters())
+    alone = setup._settings(model, recipe, checks.CPU, 3, 24.0)
+    assert (alone.samples, alone.fsdp, alone.strategy, alone.offload) == (12, 1, "none", ("vae",))
+    assert [(one.parameters, one.bytes_per_parameter) for one in alone.rewards] == [(parameters, 4)]
+    monkeypatch.setattr(setup, "_processes", lambda: (8, "full_shard"))
+    shared = setup._settings(model, recipe, checks.CPU, 3, 24.0)
+    assert (shared.samples, shared.fsdp, shared.strategy) == (2, 8, "full_shard")
+    # The average is in shards, gradients are whole until an update's last call.
+    assert [one.parameters for one in shared.rewards] == [parameters // 8, parameters]
