@@ -88,7 +88,7 @@ def main() -> None:
             f"commit {git_commit()}, Python {sys.version.split()[0]}, device {name}, compute capability {capability}"
         )
         outcomes = {stage: run_stage(gate, stage) for stage in names}
-        if rows.exists() and not options.dry and {"bench", "blocks"} & set(names):
+        if rows.exists() and not options.dry and {"bench", "blocks", "memory"} & set(names):
             shutil.copy2(rows, REPOSITORY / "bench" / "results" / rows.name)
         runner.say("")
         for stage, ((verdict, detail), seconds) in outcomes.items():

@@ -178,16 +178,14 @@ def bench(gate: Gate) -> Outcome:
     return PASSED, next((line for line in text.splitlines() if " rows in " in line), "no rows")
 
 
-def blocks(gate: Gate) -> Outcome:
-    """The ops of transformer blocks, and blocks, at real sizes; their rows join the others."""
+def _measured(gate: Gate, module: str, *more: str) -> Outcome:
+    """Another program of measurements of diffusers models, whose rows join the others."""
     if importlib.util.find_spec("diffusers") is None:
         return SKIPPED, "diffusers is not installed, whose blocks are measured"
     device = "dry" if gate.dry else "cuda"
     seconds = gate.runner.left() - RESERVE
-    options = ["--device", device, "--seconds", f"{seconds:.0f}", "--out", str(gate.rows)]
-    if gate.dry:
-        options += ["--rounds", "1", "--only", "HunyuanVideo"]
-    status, text = gate.python("-m", "bench.gpu.blocks", *options)
+    options = ["--device", device, "--seconds", f"{seconds:.0f}", "--out", str(gate.rows), *more]
+    status, text = gate.python("-m", module, *options)
     gate.runner.say(text[text.find("op  ") :] if "op  " in text else last_lines(text, 25))
     if status is None:
         return FAILED, "out of time; the rows so far are kept"
@@ -196,12 +194,22 @@ def blocks(gate: Gate) -> Outcome:
     return PASSED, next((line for line in text.splitlines() if " rows in " in line), "no rows")
 
 
+def blocks(gate: Gate) -> Outcome:
+    """The ops of transformer blocks, and blocks, at real sizes."""
+    return _measured(gate, "bench.gpu.blocks", *(["--rounds", "1", "--only", "HunyuanVideo"] if gate.dry else []))
+
+
+def memory(gate: Gate) -> Outcome:
+    """What the planner predicts, against what the GPU allocates; and which attention takes a mask."""
+    return _measured(gate, "bench.gpu.memory")
+
+
 def expectations(gate: Gate) -> Outcome:
     """What was expected of the numbers, and whether it is so."""
     if not gate.rows.exists():
         return SKIPPED, "there are no rows"
     rows = summary.read(gate.rows)
-    judged = {"bench": summary.transition_lines, "blocks": summary.block_lines}
+    judged = {"bench": summary.transition_lines, "blocks": summary.block_lines, "memory": summary.memory_lines}
     # A run of some stages is not to be blamed for what another one measures.
     measured = [name for name in judged if name in gate.asked] or list(judged)
     lines = [line for name in measured for line in judged[name](rows)]
@@ -324,6 +332,7 @@ STAGES = {
     "tests": Stage(tests, 180),
     "bench": Stage(bench, 220),
     "blocks": Stage(blocks, 150),
+    "memory": Stage(memory, 150),
     "expectations": Stage(expectations, 5),
     "memcheck": Stage(memcheck, 50),
     "racecheck": Stage(racecheck, 50),

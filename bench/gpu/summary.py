@@ -13,6 +13,8 @@ STEP = "cuda: transition_step(seed=)"
 OP = "cuda: torch.ops.dgf.transition_step"
 # Of the block ops at HunyuanVideo's sizes: share of copy bandwidth, times compile.
 BLOCK_MODEL, BLOCK_SHARE, BLOCK_COMPILE = "HunyuanVideo", 0.7, 0.9
+# Relative deviation of predicted bytes.
+MEMORY_OFF = 0.02
 BLOCK_FORMS = (
     ("norm_modulate", "3 consumers"),
     ("gated_residual_norm_modulate", "in a block"),
@@ -116,3 +118,22 @@ def block_lines(rows: list[Row]) -> list[str]:
     """A line per expectation of the block ops in "fast" mode and of the blocks, at HunyuanVideo's sizes."""
     mine = [r for r in rows if r.get("model") == BLOCK_MODEL and "pass" in r]
     return [line for op, form in BLOCK_FORMS for line in _block_op(mine, op, form)] + _block_memory(mine)
+
+
+def memory_lines(rows: list[Row]) -> list[str]:
+    """Two lines per training call: whether its peak and what it keeps were predicted."""
+    lines = []
+    for row in rows:
+        if row["op"] != "memory":
+            continue
+        name = f"{row['model']}, attention {row['attention']}, policy {row['policy']}, block ops {row['patch']}"
+        for what in ("peak", "saved"):
+            off = row[f"{what}_off"]
+            lines.append(
+                _line(
+                    off is not None and abs(off) <= MEMORY_OFF,
+                    f"{name}: {what} predicted {'nothing' if off is None else f'{off:+.1%}'} off,"
+                    f" expected at most {MEMORY_OFF:.0%}",
+                )
+            )
+    return lines or [_line(False, "predicted memory was not measured")]

@@ -51,17 +51,41 @@ def assert_block_rows(rows: list[dict]) -> None:
         assert all(row["within_budget"] and row["source"] == "measured" for row in ours)
 
 
+def assert_memory_rows(rows: list[dict]) -> None:
+    """Every model with and without block ops; on a CPU what is traced is what runs, and one backend attends."""
+    models = [row for row in rows if row["op"] == "memory"]
+    assert len({row["model"] for row in models}) == 3
+    assert {row["policy"] for row in models} == {"none", "full"}
+    assert all(row["saved_off"] == 0 and row["measured_peak_bytes"] > row["measured_saved_bytes"] for row in models)
+    assert all(row["peak_off"] == 0 for row in models if row["patch"] == "off")
+    backends = [row for row in rows if row["op"] == "attention memory"]
+    assert {(row["attention"], row["masked"]) for row in backends if row["runs"]} >= {
+        ("native", False),
+        ("native", True),
+    }
+    assert all(row["kernels"] if row["runs"] else row["error"] for row in backends)
+    lines = load("gpu/summary").memory_lines(rows)
+    assert len(lines) == 2 * len(models)
+
+
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 @pytest.mark.skipif(not MODULES, reason="no compiled modules in the source folder")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
-    found = gate(tmp_path, "--dry", "--only", "environment,bench,blocks,expectations,memcheck,ncu")
+    found = gate(tmp_path, "--dry", "--only", "environment,bench,blocks,memory,expectations,memcheck,ncu")
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
-    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 6
+    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 7
     (rows,) = tmp_path.glob("gpu-dry-*.jsonl")
     read = [json.loads(line) for line in rows.read_text().splitlines()]
     assert all(row["environment"]["dry"] for row in read)
     assert_block_rows([row for row in read if "pass" in row])
-    assert {row["op"] for row in read if "pass" not in row} == {"host", "log_prob", "launches"}
+    assert {row["op"] for row in read if "pass" not in row} == {
+        "host",
+        "log_prob",
+        "launches",
+        "memory",
+        "attention memory",
+    }
+    assert_memory_rows(read)
     assert {row["backend"] for row in read if row["op"] == "log_prob"} == {
         "eager",
         "compile",
@@ -237,6 +261,16 @@ def test_expectations_of_blocks() -> None:
     assert all("not measured" in line for line in summary.block_lines([])) and len(summary.block_lines([])) == 8
 
 
+def test_expectations_of_memory() -> None:
+    summary = load("gpu/summary")
+    row = {"op": "memory", "model": "FLUX", "attention": "flash", "policy": "full", "patch": "off"}
+    off = summary.MEMORY_OFF
+    for peak, saved, missed in ((0.0, -off, 0), (2 * off, off, 1), (-2 * off, None, 2)):
+        lines = summary.memory_lines([{**row, "peak_off": peak, "saved_off": saved}, {"op": "host"}])
+        assert len(lines) == 2 and sum(line.startswith(summary.MISSED) for line in lines) == missed
+    assert summary.memory_lines([]) == [f"{summary.MISSED} predicted memory was not measured"]
+
+
 JUDGE = """
 import json, sys, time
 from pathlib import Path
@@ -249,7 +283,9 @@ print("|".join(stages.expectations(stages.Gate(out, out, out / "rows", False, "9
 """
 
 
-@pytest.mark.parametrize(("asked", "count"), [("bench", 3), ("blocks", 8), ("bench,blocks", 11), ("expectations", 11)])
+@pytest.mark.parametrize(
+    ("asked", "count"), [("bench", 3), ("blocks", 8), ("bench,blocks", 11), ("memory", 1), ("expectations", 12)]
+)
 def test_only_what_a_run_measures_is_judged(tmp_path: Path, asked: str, count: int) -> None:
     command = [sys.executable, "-c", JUDGE, str(tmp_path), asked]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

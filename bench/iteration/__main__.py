@@ -1,0 +1,177 @@
+"""Times a recipe's iterations beside a plain loop of the same mathematics, counts both, and draws their curves."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.harness import environment
+from dancegrpo_fast.cli import load_recipe
+from dancegrpo_fast.config import Recipe
+from dancegrpo_fast.memory import profile
+from dancegrpo_fast.models import load_model
+from dancegrpo_fast.prompts import load_prompts
+from dancegrpo_fast.trainer import Trainer
+from tests.gpu.activity import FREE
+
+from . import figure
+from .plain import PlainLoop
+
+RESULTS = Path(__file__).parents[1] / "results"
+RECIPES = ("digits", "digits_ddim")
+# On a GPU each of these makes the host wait for the device.
+READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "equal",
+    "allclose",
+)
+NOTES = """\
+plain: the published scripts' loop in plain torch: batch 1, a host read and a reduction per micro-step, picture files
+batched: the same plain torch with a prompt's samples in one batch, no reads or reductions per step
+launches: torch operators of one iteration that would start work on a device (ours count once)
+host reads: calls of one iteration at which a GPU would be waited for, those on numbers that lie on the host included
+peak: live tensor bytes, model and optimiser included"""
+
+
+class Reads(TorchFunctionMode):
+    """Counts what hands a tensor's values to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that would start work on a device; an op of ours is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace in ("aten", "dgf") and func.name().partition("::")[2].partition(".")[0] not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[int], float]]:
+    """Name -> iteration, which returns the mean of the first reward."""
+    trainer = Trainer(replace(recipe, output_dir=str(folder / "ours"), evaluation=None))
+    first = trainer.rewards.names[0]
+    prompts = load_prompts(recipe.prompts)
+
+    def plain(rows: int) -> PlainLoop:
+        model = load_model(recipe, torch.device("cpu"), prompts)
+        model.denoiser.eval()
+        pictures = folder / f"pictures{rows}"
+        pictures.mkdir()
+        return PlainLoop(recipe, model, prompts, pictures, rows)
+
+    return {
+        "ours": lambda number: float(trainer.iteration(number)[f"reward/{first}"]),
+        "batched": plain(recipe.train.group_size).iteration,
+        "plain": plain(1).iteration,
+    }
+
+
+def measure(name: str, iterations: int, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per contender: seconds of every iteration, the reward curve, launches, host reads and peak bytes."""
+    given = ["--train.iterations", str(iterations), "--train.updates_per_rollout", "1"]
+    recipe, _ = load_recipe([str(Path("recipes") / f"{name}.yaml"), *given])
+    recipe = replace(recipe, train=replace(recipe.train, iterations=iterations))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = contenders(recipe, Path(folder))
+        seconds: dict[str, list[float]] = {contender: [] for contender in runs}
+        curves: dict[str, list[float]] = {contender: [] for contender in runs}
+        names = list(runs)
+        for number in range(1, iterations + 1):
+            # Another one begins every time, so that none always runs on a machine warmed by the same other.
+            turn = number % len(names)
+            for contender in names[turn:] + names[:turn]:
+                begin = time.perf_counter()
+                curves[contender].append(runs[contender](number))
+                seconds[contender].append(time.perf_counter() - begin)
+            print(f"{name} {number}: " + ", ".join(f"{c} {seconds[c][-1]:.2f} s" for c in names), flush=True)
+        rows = []
+        for contender, run in runs.items():
+            with Launches() as launches, Reads() as reads:
+                run(iterations + 1)
+            with profile() as report:
+                run(iterations + 2)
+            rows.append(
+                {
+                    "op": "iteration",
+                    "recipe": name,
+                    "contender": contender,
+                    "seconds_median": statistics.median(seconds[contender]),
+                    "seconds": seconds[contender],
+                    "reward": curves[contender],
+                    "launches": launches.count,
+                    "host_reads": reads.count,
+                    "peak_bytes": report.peak.bytes,
+                    "samples": recipe.train.prompts_per_iteration * recipe.train.group_size,
+                    "micro_batch": recipe.train.micro_batch if contender == "ours" else None,
+                    "threads": torch.get_num_threads(),
+                    "environment": where,
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A markdown table."""
+    lines = [
+        "| recipe | contender | s an iteration | against plain | launches | host reads | peak MiB | last reward |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        plain = next(r for r in rows if r["recipe"] == row["recipe"] and r["contender"] == "plain")
+        lines.append(
+            f"| {row['recipe']} | {row['contender']} | {row['seconds_median']:.2f} "
+            f"| {plain['seconds_median'] / row['seconds_median']:.1f}x | {row['launches']} | {row['host_reads']} "
+            f"| {row['peak_bytes'] / 2**20:.1f} | {row['reward'][-1]:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.iteration", description=__doc__)
+    parser.add_argument("--recipe", action="append", help=f"default {' and '.join(RECIPES)}; their bases must be built")
+    parser.add_argument("--iterations", type=int, default=15, help="timed (15)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "iteration.jsonl")
+    options = parser.parse_args()
+    # The scripts reduce and wait in every micro-step; one process is the least that this can cost.
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
+    where = environment()
+    rows = [row for name in options.recipe or RECIPES for row in measure(name, options.iterations, where)]
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure.draw(rows, options.out.with_suffix(".png"))
+    print(f"\n{table(rows)}\n\n{NOTES}\n\n{len(rows)} rows in {options.out}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

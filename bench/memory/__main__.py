@@ -1,0 +1,66 @@
+"""Predicts, measures and plans; writes JSON lines and readable tables into `results/`."""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import environment
+
+from . import choices, report, table
+from .families import FAMILIES
+
+RESULTS = Path(__file__).parents[1] / "results"
+PARTS = ("table", "scenarios")
+
+
+def _where() -> dict[str, Any]:
+    everywhere = environment()
+    found = {name: everywhere[name] for name in ("cpu", "torch", "python", "git", "date")}
+    return found | {name: importlib.metadata.version(name) for name in ("diffusers", "peft")}
+
+
+def _write(folder: Path, name: str, rows: list[dict[str, Any]], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.md").write_text(text)
+    print(f"{len(rows)} rows in {folder / name}.jsonl, and {name}.md")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated: " + ", ".join(PARTS))
+    parser.add_argument("--name", default="", help="only families or scenarios whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="families at once, each in a process with one thread")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--only: got {', '.join(unknown)}, want some of {', '.join(PARTS)}")
+    if options.name and options.output == RESULTS:
+        parser.error("--name: got one with the default --output, want another folder for part of the results")
+    torch.set_num_threads(1)
+    where = _where()
+    if "table" in parts:
+        names = [family.name for family in FAMILIES if options.name in family.name]
+        found: list[dict[str, Any]] = []
+        for rows in table.rows(names, where, options.jobs) if names else ():
+            found += rows
+            print(f"{rows[0]['family']}: {report.worst_line(rows)}", flush=True)
+            _write(options.output, "memory-measured", found, report.markdown(found))
+    if "scenarios" in parts:
+        plans = choices.rows(where, options.name)
+        if plans:
+            _write(options.output, "memory-scenarios", plans, choices.markdown(plans))
+            # An exit status of 1 is an answer; 2 is no plan.
+            if any(row["exit_status"] not in (0, 1) for row in plans):
+                sys.exit("some scenarios have no plan")
+
+
+if __name__ == "__main__":
+    main()

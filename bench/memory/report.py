@@ -1,0 +1,130 @@
+"""The measured table as text: the worst deviations of each family, every row, and what lies further off."""
+
+from typing import Any
+
+from .table import OFFLOADED
+
+Row = dict[str, Any]
+# The share that a prediction may be off without an explanation.
+WITHIN = 0.02
+UNET = "SD UNet"
+# What is compared: title, and the key of the deviation.
+COMPARED = {
+    "traced: peak": "peak_off",
+    "traced: saved": "saved_off",
+    "planner: peak": "planned_off",
+    "planner: saved": "planned_saved_off",
+    "allocator: peak": "allocator_off",
+}
+
+
+def worst(rows: list[Row], key: str) -> float | None:
+    """The deviation furthest from 0 among rows that have one."""
+    known = [row[key] for row in rows if row.get(key) is not None]
+    return max(known, key=abs) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.2f} %" if value else "0"
+
+
+def worst_line(rows: list[Row]) -> str:
+    """For the console."""
+    found = {key: worst(rows, key) for key in COMPARED.values()}
+    return ", ".join(f"{key} {_percent(value)}" for key, value in found.items())
+
+
+def reason(row: Row, key: str) -> str:
+    """What can be read off a row that lies further off than `WITHIN`."""
+    if key == "allocator_off":
+        within = row["measured_allocator_op"].replace("autograd::engine::evaluate_function: ", "")
+        return f"within {within.partition(' > autograd')[0]} torch's CPU allocator has more than the live tensors"
+    if key == "planned_off" and row["policy"] == OFFLOADED and row["family"] == UNET:
+        return "the planner leaves the block inputs of a UNet on the device"
+    if key == "planned_off" and row["policy"] == OFFLOADED:
+        return "the planner counts the inputs of two blocks, as a GPU fetches the next one's; a CPU fetches none ahead"
+    if key == "peak_off" and row["patch"] != "off":
+        return "block ops see the recorder's module hooks and run their feed-forward in other steps than without"
+    if key == "planned_off" and abs(row["peak_off"]) > WITHIN / 2:
+        return "as the traced model it is composed of"
+    return (
+        "composed of models with fewer blocks; the whole model, traced, does not deviate"
+        if "planned" in key
+        else "unknown"
+    )
+
+
+def beyond(rows: list[Row]) -> list[tuple[Row, str, float]]:
+    """Deviations of more than `WITHIN`: row, key, value."""
+    return [
+        (row, key, row[key])
+        for row in rows
+        for key in COMPARED.values()
+        if row.get(key) is not None and abs(row[key]) > WITHIN
+    ]
+
+
+def _label(row: Row) -> str:
+    return " | ".join(str(row[key]) for key in ("family", "dtype", "trained", "patch", "policy"))
+
+
+def _mib(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.3f}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """All of it."""
+    where = rows[0]["environment"]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    off = beyond(rows)
+    lines = [
+        "# Memory: predicted and measured",
+        "",
+        "Made by `python -m bench.memory --only table` on a CPU with small real diffusers models; what is compared is",
+        f"told in `bench/memory/__init__.py`. torch {where['torch']}, diffusers {where['diffusers']}, peft",
+        f"{where['peft']}, revision {where['git']}, {where['date'][:10]}. Deviations: predicted over measured, less 1.",
+        "Peaks are of all that lives, weights and gradients included; `fixed` is their part.",
+        "",
+        "## Worst deviation of each family",
+        "",
+        "Against the ledger of live storages; the last two columns against torch's allocator.",
+        "",
+        "| | rows | traced: peak | peak without fixed | saved | planner: peak | saved "
+        "| allocator, float32: traced peak | allocator, bfloat16 |",
+        "|---" * 9 + "|",
+    ]
+    for family in families:
+        mine = [row for row in rows if row["family"] == family]
+        plain = [row for row in mine if row["dtype"] == "float32"]
+        others = [row for row in mine if row["dtype"] != "float32"]
+        keys = ("peak_off", "activations_off", "saved_off", "planned_off", "planned_saved_off")
+        cells = [_percent(worst(mine, key)) for key in keys]
+        cells += [_percent(worst(part, "allocator_off")) for part in (plain, others)]
+        lines.append(f"| {family} | {len(mine)} | " + " | ".join(cells) + " |")
+    lines += ["", f"## Further off than {100 * WITHIN:g} %: {len(off)} of {_count(rows)} comparisons", ""]
+    if off:
+        lines += ["| family | dtype | trained | block ops | policy | what | off | why |", "|---" * 8 + "|"]
+        titles = {key: title for title, key in COMPARED.items()}
+        lines += [f"| {_label(row)} | {titles[key]} | {_percent(v)} | {reason(row, key)} |" for row, key, v in off]
+    if errors := [row for row in rows if "planned_error" in row]:
+        lines += ["", "The planner has no plan for:", ""]
+        lines += [f"- {_label(row)}: {row['planned_error']}" for row in errors]
+    lines += [
+        "",
+        "## Every row, MiB",
+        "",
+        "| family | dtype | trained | block ops | policy | fixed | peak: traced | planner | ledger | allocator "
+        "| saved: traced | planner | ledger | allocator |",
+        "|---" * 14 + "|",
+    ]
+    columns = ("measured_fixed", "predicted_peak", "planned_peak", "measured_peak", "measured_allocator_peak")
+    columns += ("predicted_saved", "planned_saved", "measured_saved", "measured_allocator_saved")  # type: ignore[assignment]
+    for row in rows:
+        is_train = row["policy"] != "rollout"
+        shown = [row.get(name) if is_train or "saved" not in name else None for name in columns]
+        lines.append(f"| {_label(row)} | " + " | ".join(map(_mib, shown)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _count(rows: list[Row]) -> int:
+    return sum(row.get(key) is not None for row in rows for key in COMPARED.values())

@@ -1,0 +1,185 @@
+"""Rows of what is predicted and what is measured, and the tables made of them."""
+
+import gc
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dancegrpo_fast.memory import checkpointing, specs
+from dancegrpo_fast.memory.blocks import compose
+from dancegrpo_fast.memory.phases import Case, kinds_of
+from dancegrpo_fast.memory.trace import trace
+
+from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
+from .ledger import Account, measure
+
+Row = dict[str, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float32, autocast": torch.float32}
+FIRST = 2
+OFFLOADED = "full, offloaded inputs"
+POLICIES: dict[str, checkpointing.Policy] = {
+    "none": "none",
+    "full": "full",
+    "attention": "attention",
+    "matmul": "matmul",
+    f"first {FIRST}": checkpointing.FirstBlocks(FIRST),
+    OFFLOADED: "full",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One call of one family's model: a rollout where `policy` is "rollout"."""
+
+    dtype: str
+    trained: str
+    patch: str
+    policy: str
+
+    @property
+    def train(self) -> bool:
+        """Whether there is a backward."""
+        return self.policy != "rollout"
+
+    @property
+    def lora(self) -> torch.dtype | None:
+        """Of the LoRA layers: the model's, as diffusers makes them."""
+        return None if self.trained == "full" else DTYPES[self.dtype]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Around the forward."""
+        return torch.bfloat16 if self.dtype.endswith("autocast") else None
+
+
+def settings(patched: bool) -> Iterator[Setting]:
+    """Every dtype, policy, kind of training and patch, though not every combination."""
+    for dtype, trained, policies in (
+        ("float32", "full", (*POLICIES, "rollout")),
+        ("bfloat16", "full", ("none",)),
+        ("bfloat16", "LoRA", ("none", "full", f"first {FIRST}", OFFLOADED)),
+        ("float32, autocast", "full", ("none",)),
+    ):
+        yield from (Setting(dtype, trained, "off", policy) for policy in policies)
+    for dtype, trained, patch, policies in (
+        ("bfloat16", "full", "lossless, gelu", ("none",)),
+        ("bfloat16", "LoRA", "fast, all", ("none", "full", "rollout")),
+    ):
+        yield from (Setting(dtype, trained, patch, policy) for policy in policies if patched)
+
+
+def _apply(model: nn.Module, policy: str) -> None:
+    if policy not in ("none", "rollout"):
+        checkpointing.apply(model, POLICIES[policy], offload=policy == OFFLOADED)
+
+
+def predicted(family: Family, spec: specs.Spec, setting: Setting) -> tuple[int, int]:
+    """Bytes at the peak and kept, of the whole model on fake tensors."""
+    dtype = DTYPES[setting.dtype]
+    model = prepare(specs.build(spec, dtype), setting.lora, setting.patch)
+    _apply(model, setting.policy)
+    inputs = specs.inputs(spec, *family.sizes, dtype=dtype)
+    found = trace(model, inputs, train=setting.train, attention="cpu", autocast=setting.autocast)
+    return found.peak.bytes, found.kept_bytes
+
+
+def planned(family: Family, spec: specs.Spec, setting: Setting) -> tuple[int, int]:
+    """The same as the planner composes it of models with one or two blocks of each kind."""
+    mode, _, recompute = setting.patch.partition(", ")
+    case = Case(
+        spec.name,
+        *family.sizes,
+        dtype="fp32_master" if setting.autocast else "bf16",
+        lora=0 if setting.lora is None else RANK,
+        lora_targets=() if setting.lora is None else TARGETS,
+        lora_dtype="bf16" if setting.lora is torch.bfloat16 else "fp32",
+        kernel="cpu",
+        block_ops=mode,
+        recompute=recompute or "gelu",
+        train=setting.train,
+    )
+    kinds = kinds_of(spec)
+    policies: Any = setting.policy.partition(",")[0] if setting.train else "none"
+    if isinstance(first := POLICIES.get(setting.policy), checkpointing.FirstBlocks):
+        rest = sum(kind.blocks for kind in kinds) - FIRST
+        policies = ["full"] * FIRST + ["none"] * rest if kinds else first
+    blocks = compose(case, policies, host_inputs=setting.policy == OFFLOADED)
+    phases = ("forward", "backward") if setting.train else ("rollout",)
+    peak = max(sum(blocks.peak(phase).bytes.values()) for phase in phases)
+    return round(peak), round(sum(blocks.saved().values()))
+
+
+def measured(family: Family, spec: specs.Spec, setting: Setting) -> Account:
+    """Of the real model."""
+    dtype = DTYPES[setting.dtype]
+    model = prepare(real(spec, dtype), setting.lora, setting.patch)
+    _apply(model, setting.policy)
+    return measure(model, real_inputs(spec, family.sizes, dtype), train=setting.train, autocast=setting.autocast)
+
+
+def _off(guess: int, truth: int, fixed: int = 0) -> float | None:
+    """Relative deviation; None where there is nothing to deviate from."""
+    return round((guess - fixed) / (truth - fixed) - 1, 6) if truth > fixed else None
+
+
+def row(family: Family, spec: specs.Spec, setting: Setting, where: Row) -> Row:
+    """One line of the results: bytes, and how far what is predicted lies from what is measured."""
+    account = measured(family, spec, setting)
+    peak, saved = predicted(family, spec, setting)
+    train = setting.train
+    found: Row = {
+        "op": "memory",
+        "family": family.name,
+        "dtype": setting.dtype,
+        "trained": setting.trained,
+        "patch": setting.patch,
+        "policy": setting.policy,
+        "predicted_peak": peak,
+        "predicted_saved": saved,
+        **{f"measured_{name}": value for name, value in vars(account).items()},
+        "peak_off": _off(peak, account.peak),
+        "activations_off": _off(peak, account.peak, account.fixed),
+        "saved_off": _off(saved, account.saved) if train else None,
+        "allocator_off": _off(peak, account.allocator_peak),
+        "allocator_saved_off": _off(saved, account.allocator_saved) if train else None,
+    }
+    # The planner knows no weights in float32 without autocast.
+    if setting.dtype != "float32":
+        try:
+            peak, saved = planned(family, spec, setting)
+        except Exception as error:
+            # That there is no plan is a result.
+            return found | {"planned_error": f"{type(error).__name__}: {error}", "environment": where}
+        found |= {
+            "planned_peak": peak,
+            "planned_saved": saved,
+            "planned_off": _off(peak, account.device_peak),
+            "planned_saved_off": _off(saved, account.saved) if train else None,
+        }
+    return found | {"environment": where}
+
+
+def family_rows(name: str, where: Row, threads: int) -> list[Row]:
+    """All rows of one family, in a process of its own."""
+    torch.set_num_threads(threads)
+    # What is imported is not looked through again and again; cycles are collected around each call.
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    family = next(f for f in FAMILIES if f.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        spec = family.spec(Path(folder))
+        return [row(family, spec, setting, where) for setting in settings(family.patched)]
+
+
+def rows(names: list[str], where: Row, jobs: int) -> Iterator[list[Row]]:
+    """Those of each family, as they come."""
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(family_rows, names, [where] * len(names), [1] * len(names))

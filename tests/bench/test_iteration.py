@@ -1,0 +1,65 @@
+"""The plain loop does the trainer's mathematics: the same samples, rewards and weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench.iteration import figure
+from bench.iteration.__main__ import table
+from bench.iteration.plain import PlainLoop
+from dancegrpo_fast.models import load_model
+from dancegrpo_fast.prompts import load_prompts
+from dancegrpo_fast.trainer import Trainer
+
+from ..tolerances import assert_same_training
+from ..train import tiny
+
+
+@pytest.fixture(scope="module", params=["flux", "diffusion"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    make = tiny.make_flux if request.param == "flux" else tiny.make_diffusion
+    return make(tmp_path_factory.mktemp(request.param) / "base")
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_plain_loop_trains_the_same(base: Path, tmp_path: Path, rows: int) -> None:
+    guided = {"guidance_scale": 2.0} if (base / "unet").is_dir() else {}
+    recipe = tiny.make_recipe(base, tmp_path / "run", **guided)
+    trainer = Trainer(recipe)
+    prompts = load_prompts(recipe.prompts)
+    model = load_model(recipe, torch.device("cpu"), prompts)
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    loop = PlainLoop(recipe, model, prompts, tmp_path, rows)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for number in (1, 2):
+            row = trainer.iteration(number)
+            mean = loop.iteration(number)
+            assert_same_training(torch.tensor(mean), torch.tensor(row["reward/Brightness"]))
+    finally:
+        dist.destroy_process_group()
+    theirs = trainer.accelerator.unwrap_model(trainer.denoiser).state_dict()
+    changes = [
+        torch.cat([(after[name] - value).flatten() for name, value in before.items()])
+        for after in (model.denoiser.state_dict(), theirs)
+    ]
+    assert_same_training(*changes)
+
+
+def test_several_updates_are_refused(base: Path, tmp_path: Path) -> None:
+    recipe = tiny.make_recipe(base, tmp_path / "run", updates_per_rollout=2)
+    model = load_model(recipe, torch.device("cpu"), load_prompts(recipe.prompts))
+    with pytest.raises(ValueError, match="one update"):
+        PlainLoop(recipe, model, load_prompts(recipe.prompts), tmp_path)
+
+
+def test_committed_rows_make_the_table_and_the_figure(tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "iteration.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["contender"] for row in rows} == {"ours", "batched", "plain"}
+    assert len(table(rows).splitlines()) == 2 + len(rows)
+    figure.draw(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
