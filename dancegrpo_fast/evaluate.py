@@ -250,11 +250,11 @@ def evaluate(
         source: see `load_weights`; None evaluates the model as the recipe loads it.
         output: a folder.
         samplers: "ode", "sde" or both.
-        by: a column of the prompts file; the table then has a row for each of its values, too.
+        by: a column of the prompts file; the table then has a row for each of its values and for the mean over these.
         weights: "model" or "ema".
 
     Raises:
-        ValueError: a recipe without `evaluation`, unknown samplers or weights, or a folder with other scores.
+        ValueError: a recipe without `evaluation`, unknown samplers or weights, a folder with other scores, or FSDP2.
     """
     settings = recipe.evaluation
     if settings is None:
@@ -308,4 +308,5 @@ def evaluate(
     if processes.is_main:
         checkpoint.write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))
         checkpoint.write_text(output / "table.md", text)
+    processes.accelerator.end_training()
     return text

@@ -160,11 +160,11 @@ class Books(Recorder):
                     if found := self.storage_of(_local(tensor)):
                         found.category = "optimizer"
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
+    def _enter_module(self, module: nn.Module) -> None:
         if not self._modules and id(module) not in self.module_names:
             trained = any(p.requires_grad for p in module.parameters())
             self.note_model(module, "parameters" if trained else "other models")
-        super()._enter_module(module, args)
+        super()._enter_module(module)
 
     # Operators.
 

@@ -1,15 +1,17 @@
 """What a trainer's rollout and replay will take: the trainer's own code, on fake tensors."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ..models import Conditioning
 from ..replay import Experience, Item, Tally, _losses
-from ..rollout import Policy, rollout
+from ..rollout import Policy, rollout, shared_step
 from ..trajectory import Trajectory
 from ._books import sums
 from .result import Peak, Trace
@@ -81,12 +83,15 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             conditioning,
             seed=recipe.seed,
             sample_ids=ids,
-            shared_first_step=sampler.shared_noise,
+            shared_noise=sampler.shared_noise,
             keep_outputs=train.ratio_norm,
         )
 
     inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
-    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=sample)
+    # Depends on the table's numbers, which fake tensors do not have.
+    first = shared_step(trainer.table) if sampler.shared_noise else 0
+    with mock.patch.object(importlib.import_module(rollout.__module__), "shared_step", lambda _: first):
+        sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=sample)
     left = Trajectory.allocate(
         batch,
         len(trainer.table),
@@ -98,8 +103,11 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
 
     def losses(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
         steps = [trainer.trainable_steps[-1:]] * batch
+        index = [sample // train.group_size for sample in range(batch)]
+        rows_of = [sample % train.micro_batch for sample in range(batch)]
+        ones, prompts = [1.0] * batch, torch.tensor(index, device=advantages.device)
         data = Experience(
-            Trajectory(**trajectory), conditioning, advantages, [1.0] * batch, train.group_size, steps, False
+            Trajectory(**trajectory), conditioning, advantages, ones, prompts, index, rows_of, steps, None
         )
         items = [(row, Item((row,), steps[row][0])) for row in range(train.micro_batch)]
         calls: Iterator[Any] = _losses(
@@ -115,7 +123,6 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             "conditioning": conditioning,
             "advantages": torch.empty(batch, device="meta"),
             "ids": ids,
-            "frames": torch.empty(batch, 3 * sampler.height * sampler.width, device="meta"),
         },
         attention="cpu",
         grads=_calls_per_update(trainer, rows) > 1,

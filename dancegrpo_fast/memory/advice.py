@@ -47,7 +47,7 @@ def knobs(plan: Plan, *, thorough: bool) -> Iterator[Knob]:
     if s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
         yield Knob("8-bit AdamW", {"optimizer": "adamw_8bit"})
     if s.lora and s.base == "none":
-        for base in ("int8", "nf4"):
+        for base in ("int8", "nf4", "fp8"):
             yield Knob(f"frozen weights in {base} (the cost of dequantising is not counted)", {"base": base})
     if s.base == "none":
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
@@ -56,7 +56,7 @@ def knobs(plan: Plan, *, thorough: bool) -> Iterator[Knob]:
     if thorough:
         if s.lora and s.lora_dtype == "fp32" and s.dtype == "bf16":
             yield Knob(
-                "LoRA layers in bf16 (peft makes float32 ones, which keep their inputs in float32)",
+                "LoRA layers in bf16 (float32 ones keep their inputs in float32)",
                 {"lora_dtype": "bf16"},
             )
         if s.block_ops == "off":

@@ -1,117 +1,151 @@
-"""All blocks of a model with what each of them keeps, composed of the ladders of `phases`."""
+"""All blocks of a model with what each of them keeps, composed of the traces of `phases`."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
-from .phases import Case, Kind, Ladder, Moment, Summary, Vector, added, kinds_of, ladder, resolved
+from .phases import (
+    EXTRA,
+    Case,
+    Kind,
+    Moment,
+    Summary,
+    Vector,
+    added,
+    grown,
+    kinds_of,
+    least_of,
+    resolved,
+    rest_of,
+    small,
+)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """All blocks of a model with what each of them keeps: the composition of ladders.
+    """All blocks of a model with what each of them keeps.
 
     Attributes:
         kinds: of blocks.
+        least: how many of each kind the smallest model has.
         order: the kind of each block, in order.
         policies: of each block; where the model has no kinds, one for the whole.
-        ladders: by policy.
+        bases: of the smallest model, by policy.
+        more: with one more block, by its policy and kind.
         host_inputs: inputs of checkpointed blocks are on the host, but for those of two.
     """
 
     kinds: tuple[Kind, ...]
+    least: tuple[int, ...]
     order: tuple[int, ...]
     policies: tuple[Hashable, ...]
-    ladders: dict[Hashable, Ladder]
+    bases: dict[Hashable, Summary]
+    more: dict[tuple[Hashable, int], Summary]
     host_inputs: bool = False
 
-    def _sum(self, of: Callable[[Summary], Mapping[str, float]], key: Hashable) -> Vector:
-        """What is linear in all blocks; `key` is the policy that the rest is taken from."""
-        start = self.ladders[key]
-        parts: list[tuple[float, Mapping[str, float]]] = [(1, of(start.base))]
-        parts += [(-n, slope) for n, slope in zip(start.least, start.slope(of), strict=True)]
-        slopes = {policy: found.slope(of) for policy, found in self.ladders.items()}
-        blocks = Counter(zip(self.order, self.policies, strict=True)) if self.kinds else {}
-        parts += [(n, slopes[policy][kind]) for (kind, policy), n in blocks.items()]
-        return added(*parts)
+    def slope(self, of: Callable[[Summary], Mapping[str, float]], policy: Hashable, kind: int) -> Vector:
+        """What one more block of a kind adds under a policy."""
+        return added((1, of(self.more[policy, kind])), (-1, of(self.bases[rest_of(policy)])))
+
+    def _bare(self, of: Callable[[Summary], Mapping[str, float]], rest: Hashable) -> Vector:
+        """What is there without any block."""
+        parts = [(-n, self.slope(of, rest, kind)) for kind, n in enumerate(self.least)]
+        return added((1, of(self.bases[rest])), *parts)
+
+    def _sum(self, of: Callable[[Summary], Mapping[str, float]], policy: Hashable = None) -> Vector:
+        """What is linear in all blocks; `policy` is that of the block which the rest is taken beside."""
+        if not self.kinds:
+            return dict(of(self.bases[self.policies[0]]))
+        rest = rest_of(self.policies[0] if policy is None else policy)
+        blocks = Counter(zip(self.order, self.policies, strict=True))
+        return added(
+            (1, self._bare(of, rest)), *((n, self.slope(of, policy, kind)) for (kind, policy), n in blocks.items())
+        )
 
     def flops(self, phase: str) -> Vector:
         """By group, of a phase, "recompute" among them."""
-        return self._sum(lambda s: s.flops.get(phase, {}), self.policies[0])
+        return self._sum(lambda s: s.flops.get(phase, {}))
 
     def traffic(self, phase: str) -> Vector:
         """Bytes that a phase reads and writes, by group."""
-        return self._sum(lambda s: s.traffic.get(phase, {}), self.policies[0])
+        return self._sum(lambda s: s.traffic.get(phase, {}))
 
     def saved(self) -> Vector:
         """What the forward keeps, by the group of the operators that made it."""
-        return self._sum(lambda s: s.saved, self.policies[0])
+        return self._sum(lambda s: s.saved)
 
     def static(self) -> Vector:
         """What is there before the call."""
-        return self._sum(lambda s: s.static, self.policies[0])
+        return self._sum(lambda s: s.static)
 
     def moments(self, phase: str) -> list[Moment]:
         """The peak before, in each of, and after the blocks, in the order in which they run."""
         if not self.kinds:
-            return [
-                moment for (name, _), moment in self.ladders[self.policies[0]].base.regions.items() if name == phase
-            ]
-        ends = [
-            self._end(phase, name, key) for name, key in (("before", self.policies[0]), ("after", self.policies[-1]))
-        ]
-        inner = [self._moment(phase, i) for i in range(len(self.order))]
-        found = [*ends[:1], *inner, *ends[1:]]
+            found = self.bases[self.policies[0]].regions
+            return [moment for (name, _), moment in found.items() if name == phase]
+        first, last = (
+            self._end(phase, name, policy)
+            for name, policy in (("before", self.policies[0]), ("after", self.policies[-1]))
+        )
+        moments = [first, *self._inner(phase), last]
         if phase == "backward":
-            found.reverse()
-        return [moment for moment in found if moment is not None]
+            moments.reverse()
+        return [moment for moment in moments if moment is not None]
 
     def peak(self, phase: str) -> Moment:
         """The largest of `moments`."""
         return max(self.moments(phase), key=lambda moment: sum(moment.bytes.values()))
 
-    def _end(self, phase: str, name: str, key: Hashable) -> Moment | None:
+    def _end(self, phase: str, name: str, policy: Hashable) -> Moment | None:
         region = phase, name
-        moment = self.ladders[key].base.regions.get(region)
-        if moment is None or any(region not in s.regions for found in self.ladders.values() for s in found.more):
+        if any(region not in s.regions for s in (*self.bases.values(), *self.more.values())):
             return None
-        bytes_ = self._sum(lambda s: s.regions[region].bytes, key)
-        fixed = added((1, moment.bytes), *self._without(key, lambda s: s.regions[region].bytes))
-        return Moment(self._on_device(bytes_, fixed), moment.op, moment.module)
-
-    def _without(self, key: Hashable, of: Callable[[Summary], Mapping[str, float]]) -> list[tuple[float, Vector]]:
-        found = self.ladders[key]
-        return [(-n, slope) for n, slope in zip(found.least, found.slope(of), strict=True)]
-
-    def _moment(self, phase: str, i: int) -> Moment | None:
-        kind, policy = self.order[i], self.policies[i]
-        region = phase, str(kind)
-        here = self.ladders[policy]
-        if region not in here.base.regions:
-            return None
-        base = here.base.regions[region]
 
         def of(summary: Summary) -> Mapping[str, float]:
             return summary.regions[region].bytes
 
-        fixed = added(
-            (1, base.bytes),
-            *((-(n - (k == kind)), slope) for k, (n, slope) in enumerate(zip(here.least, here.slope(of), strict=True))),
-        )
-        slopes = {policy: found.slope(of) for policy, found in self.ladders.items()}
-        static = here.slope(lambda s: s.static)
-        before = Counter(zip(self.order[:i], self.policies[:i], strict=True))
-        later = Counter(self.order[i + 1 :])
-        bytes_ = added(
-            (1, fixed),
-            *((n, slopes[p][k]) for (k, p), n in before.items()),
-            *((n, static[k]) for k, n in later.items()),
-        )
-        start = sum(k.blocks for k in self.kinds[:kind])
-        place = i - start + self.kinds[kind].start
-        module = re.sub(r"^(\w+)\.\d+", rf"\g<1>.{place}", base.module)
-        return Moment(self._on_device(bytes_, fixed), base.op, module)
+        there = self.bases[rest_of(policy)].regions[region]
+        bytes_ = self._on_device(self._sum(of, policy), self._bare(of, rest_of(policy)))
+        return Moment(bytes_, there.op, there.module)
+
+    def _inner(self, phase: str) -> list[Moment | None]:
+        """In each block: what its trace has without its other blocks, and what those that ran before it keep."""
+        kept = {key: self.slope(lambda s: s.kept, *key) for key in self.more}
+        static = {kind: self.slope(lambda s: s.static, policy, kind) for policy, kind in self.more}
+        own = {key: self._own(phase, *key, kept, static) for key in set(zip(self.policies, self.order, strict=True))}
+        later = Counter(self.order)
+        before: Vector = {}
+        found: list[Moment | None] = []
+        for i, key in enumerate(zip(self.policies, self.order, strict=True)):
+            kind = key[1]
+            later[kind] -= 1
+            moment = own[key]
+            if moment is not None:
+                bytes_ = added((1, moment.bytes), (1, before), *((n, static[k]) for k, n in later.items() if n))
+                place = i - self.order.index(kind) + self.kinds[kind].start
+                module = re.sub(r"^(\w+)\.\d+", rf"\g<1>.{place}", moment.module)
+                found.append(Moment(self._on_device(bytes_, moment.bytes), moment.op, module))
+            before = added((1, before), (1, kept[key]))
+        return found
+
+    def _own(
+        self,
+        phase: str,
+        policy: Hashable,
+        kind: int,
+        kept: dict[tuple[Hashable, int], Vector],
+        static: dict[int, Vector],
+    ) -> Moment | None:
+        moment = self.more[policy, kind].regions.get((phase, EXTRA))
+        if moment is None:
+            return None
+        rest = rest_of(policy)
+        # The block more is the second of its kind.
+        parts = [(-n, kept[rest, k]) for k, n in enumerate(self.least[:kind])] + [(-1, kept[rest, kind])]
+        parts += [(-(self.least[kind] - 1), static[kind])]
+        parts += [(-n, static[k]) for k, n in enumerate(self.least) if k > kind]
+        return Moment(added((1, moment.bytes), *parts), moment.op, moment.module)
 
     def _on_device(self, bytes_: Vector, fixed: Vector) -> Vector:
         """Without the block inputs that wait on the host; the next block's come while this one runs."""
@@ -122,8 +156,9 @@ class Blocks:
 
     def input_bytes(self, kind: int) -> float:
         """That checkpointing one block of this kind keeps."""
-        found = [p.slope(lambda s: s.saved)[kind].get("block_inputs", 0) for p in self.ladders.values()]
-        return max(found)
+        return max(
+            self.slope(lambda s: s.saved, policy, of).get("block_inputs", 0) for policy, of in self.more if of == kind
+        )
 
 
 def compose(case: Case, policies: Hashable | list[Hashable], *, host_inputs: bool = False) -> Blocks:
@@ -135,7 +170,19 @@ def compose(case: Case, policies: Hashable | list[Hashable], *, host_inputs: boo
     kinds = kinds_of(resolved(case.spec))
     order = tuple(i for i, kind in enumerate(kinds) for _ in range(kind.blocks))
     given = tuple(policies) if isinstance(policies, list) else (policies,) * max(1, len(order))
-    chosen: tuple[Hashable, ...] = given if kinds else given[:1]
-    if kinds and len(chosen) != len(order):
-        raise ValueError(f"policies: got {len(chosen)}, want one for each of the {len(order)} blocks")
-    return Blocks(kinds, order, chosen, {p: ladder(case, p) for p in dict.fromkeys(chosen)}, host_inputs)
+    if not kinds:
+        return Blocks((), (), (), given[:1], {given[0]: small(case, given[0])}, {}, host_inputs)
+    if len(given) != len(order):
+        raise ValueError(f"policies: got {len(given)}, want one for each of the {len(order)} blocks")
+    rests = dict.fromkeys(rest_of(policy) for policy in given)
+    wanted: list[tuple[Hashable, int]] = [(rest, kind) for rest in rests for kind in range(len(kinds))]
+    wanted += zip(given, order, strict=True)
+    return Blocks(
+        kinds,
+        least_of(resolved(case.spec)),
+        order,
+        given,
+        {rest: small(case, rest) for rest in rests},
+        {(policy, kind): grown(case, policy, kind) for policy, kind in dict.fromkeys(wanted)},
+        host_inputs,
+    )

@@ -1,10 +1,9 @@
 """Which results of a diffusers model's blocks are kept for the backward, and which are computed again."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain, zip_longest
 from typing import Any, TypeAlias
 
@@ -13,40 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from .offload import HostInputs
+from .operators import GROUPS, group
 
-GROUPS = ("attention", "matmul", "norm", "activation", "rope", "elementwise", "other")
-# The rest is views, copies and small sums, which later ops write into.
-KEEPABLE = GROUPS[:-1]
-
-# The first that matches; what serves several purposes counts by the costlier one.
-_PATTERNS = (
-    # Kernels of torch, flash-attn, xformers and SageAttention, and builds of them under other names.
-    ("attention", r"attn|attention|mha_(fwd|bwd|varlen)|flash\w*::\w*(fwd|bwd|forward|backward)|^sage"),
-    ("rope", r"rope|rotary"),
-    ("norm", r"(layer|rms|group|batch|instance)_?norm|norm_modulate|aten::(rsqrt|var_mean)$"),
-    (
-        "matmul",
-        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d",
-    ),
-    ("activation", r"gelu|silu|swish|sigmoid|tanh|relu|softmax|softplus|mish|::(elu|glu)(_|$)"),
-    (
-        "elementwise",
-        r"gated_residual|aten::_?(add|sub|rsub|mul|div|neg|pow|sqrt|square|exp|log|sin|cos|abs|clamp|clamp_min|clamp_max"
-        r"|minimum|maximum|where|to_copy|addcmul|addcdiv|lerp|reciprocal|masked_fill|native_dropout|bernoulli)(_|$)",
-    ),
-)
-
-
-@cache
-def group_of(op_name: str) -> str:
-    """The group of an op by its name: "aten::addmm", "aten.addmm.default" or "addmm".
-
-    A backward op is in the group of its forward. Attention is what runs as one kernel: the math fallback is matrix
-    products and a softmax, so that "matmul" keeps its scores.
-    """
-    parts = op_name.replace("::", ".").split(".")
-    name = "::".join(parts[:2]) if len(parts) > 1 else f"aten::{op_name}"
-    return next((group for group, pattern in _PATTERNS if re.search(pattern, name)), "other")
+# The rest is casts, views, copies and small sums, which later ops write into.
+KEEPABLE = GROUPS[:6]
 
 
 @dataclass(frozen=True)
@@ -57,7 +26,7 @@ class Keep:
     draw would leave the generator behind for the next one.
 
     Raises:
-        ValueError: an unknown group, or "other".
+        ValueError: a group that is unknown or not in `KEEPABLE`.
     """
 
     groups: frozenset[str] = frozenset()
@@ -133,7 +102,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         found = [part for stage in (*inner.down_blocks, *middle, *inner.up_blocks) for part in _stage(stage)]
     else:
         lists = [child for child in inner.children() if isinstance(child, nn.ModuleList)]
-        found = [block for group in lists for block in group if _is_block(block)]
+        found = [block for held in lists for block in held if _is_block(block)]
     if not found:
         raise ValueError(f"model: got a {type(inner).__name__}, want a model with lists of blocks")
     return found
@@ -187,13 +156,11 @@ def keeps(groups: frozenset[str], op: Any, args: Sequence[Any], kwargs: dict[str
     # Higher-order ops, flex_attention among them, have a name only.
     schema = getattr(op, "_schema", None)
     name: str = op.name() if schema is None else schema.name
-    if group_of(name) not in groups:
+    # No casts: autocast may have remembered one by the second time, which would shift the results of those after it.
+    if group(name) not in groups:
         return False
     if schema is None:
         return True
-    # Autocast may have remembered a cast by the second time, which would shift the results of those after it.
-    if name == "aten::_to_copy":
-        return False
     # Views share their base, and what is written in place could change after it was kept.
     if any(value.alias_info is not None for value in (*schema.arguments, *schema.returns)):
         return False

@@ -10,6 +10,7 @@ from functools import _lru_cache_wrapper, cache, lru_cache
 from inspect import unwrap
 from types import MethodType
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import register_flop_formula
 
 ATTENTION = ("flash", "efficient", "cudnn", "math", "cpu")
 HALF = (torch.float16, torch.bfloat16)
 
 library = torch.library.Library("dgf_memory", "DEF")
 library.define("rms_norm(Tensor x, Tensor? weight) -> (Tensor, Tensor)")
+library.define("mm_float32(Tensor a, Tensor b) -> Tensor")
 library.define("rms_norm_backward(Tensor grad, Tensor x, Tensor rstd, Tensor? weight) -> (Tensor, Tensor)")
 
 
@@ -34,6 +37,16 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | N
     return torch.empty_like(x), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.dgf_memory.mm_float32)
+def _mm_flops(a: tuple[int, int], b: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+torch.library.register_fake("dgf_memory::mm_float32", _mm_float32, lib=library)
 torch.library.register_fake("dgf_memory::rms_norm", _rms_norm, lib=library)
 torch.library.register_fake("dgf_memory::rms_norm_backward", _rms_norm_backward, lib=library)
 
@@ -141,6 +154,26 @@ class CudaOperators(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _cuda_blocks() -> Iterator[None]:
+    """Inside, block ops do what they do where tensors say that they are on CUDA."""
+    from ..ops import gated_projection
+    from ..patch import _common
+
+    def norm_dtype(x: Tensor) -> torch.dtype | None:
+        return torch.float32 if torch.is_autocast_enabled("cpu") else None
+
+    def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+        found: Tensor = torch.ops.dgf_memory.mm_float32(grad.t(), inputs)
+        return found
+
+    with (
+        mock.patch.object(_common, "_norm_dtype", norm_dtype),
+        mock.patch.object(gated_projection, "_weight_gradient", weight_gradient),
+    ):
+        yield
+
+
 @cache
 def fake_mode() -> FakeTensorMode:
     """The one mode of this process: fakes of two modes do not mix, and modules keep some in caches."""
@@ -155,13 +188,16 @@ def _fake(tensor: Tensor) -> Tensor:
     return found.requires_grad_(tensor.requires_grad)
 
 
-def _cached_methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+@cache
+def _cached_methods(cls: type) -> list[tuple[str, Callable[..., Any]]]:
     """Methods behind an `lru_cache`, by name, without it."""
+    found: list[tuple[str, Callable[..., Any]]] = []
     for name in dir(cls):
         method = getattr(cls, name, None)
         cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
-        if any(isinstance(found, _lru_cache_wrapper) for found in (method, *cells)):
-            yield name, unwrap(cast(Any, method))
+        if any(isinstance(held, _lru_cache_wrapper) for held in (method, *cells)):
+            found.append((name, unwrap(cast(Any, method))))
+    return found
 
 
 @contextlib.contextmanager
@@ -201,7 +237,7 @@ def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Calla
         (module, name, lru_cache(maxsize=None)(MethodType(method, module)))
         for model in models
         for module in model.modules()
-        for name, method in _cached_methods(type(module))
+        for name, method in _cached_methods(cast(Any, type(module)))
     ]
     try:
         for module, name, method in methods:
@@ -209,7 +245,7 @@ def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Calla
         with fake_mode():
             for held, name, value in places:
                 held[name] = convert(value)
-            with operators:
+            with operators, contextlib.nullcontext() if attention == "cpu" else _cuda_blocks():
                 yield lambda tree: tree_map_only(Tensor, convert, tree)
     finally:
         for held, name, value in places:

@@ -1,6 +1,7 @@
 """Operators: their names, groups, FLOPs, traffic, and the workspace that CUDA's attention takes."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,10 +10,26 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-GROUPS = ("attention", "matmul", "convolution", "norm", "activation", "copy", "elementwise")
-MATMUL = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
-COPY = ("clone", "copy_", "_to_copy", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "repeat")
-ACTIVATIONS = ("gelu", "silu", "softmax", "sigmoid", "tanh", "relu", "dropout", "native_dropout")
+GROUPS = ("attention", "matmul", "norm", "activation", "rope", "elementwise", "cast", "copy", "other")
+# The first that matches; what serves several purposes counts by the costlier one. The rest is views and small sums.
+_PATTERNS = (
+    # Kernels of torch, flash-attn, xformers and SageAttention, and builds of them under other names.
+    ("attention", r"attn|attention|mha_(fwd|bwd|varlen)|flash\w*::\w*(fwd|bwd|forward|backward)|^sage"),
+    ("rope", r"rope|rotary"),
+    ("norm", r"(layer|rms|group|batch|instance)_?norm|norm_modulate|aten::(rsqrt|var_mean)$"),
+    (
+        "matmul",
+        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d|projection",
+    ),
+    ("activation", r"gelu|silu|swish|sigmoid|tanh|relu|softmax|softplus|mish|::(elu|glu)(_|$)"),
+    ("cast", r"aten::_to_copy$"),
+    ("copy", r"aten::(clone|copy_?|cat|stack|constant_pad_nd|slice_backward|select_backward|repeat)$"),
+    (
+        "elementwise",
+        r"gated_residual|aten::_?(add|sub|rsub|mul|div|neg|pow|sqrt|square|exp|log|sin|cos|abs|clamp|clamp_min|clamp_max"
+        r"|minimum|maximum|where|addcmul|addcdiv|lerp|reciprocal|masked_fill|native_dropout|bernoulli)(_|$)",
+    ),
+)
 ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")
 # Their first argument gives no more than a shape.
 FILL = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
@@ -21,20 +38,15 @@ OVERWRITE = ("copy_", "zero_", "fill_")
 
 @cache
 def group(op: str) -> str:
-    """One of `GROUPS` for an operator's name, "namespace.operator"."""
-    kind = op.partition(".")[2]
-    stem = kind.removesuffix("_backward")
-    if "attention" in kind:
-        return "attention"
-    if stem in MATMUL or "projection" in stem:
-        return "matmul"
-    if "convolution" in kind:
-        return "convolution"
-    if "norm" in kind and "linalg" not in kind:
-        return "norm"
-    if any(name in stem for name in ACTIVATIONS):
-        return "activation"
-    return "copy" if kind in COPY else "elementwise"
+    """One of `GROUPS` for an operator's name: "aten::addmm", "aten.addmm.default" or "addmm".
+
+    A backward op is in the group of its forward. Attention is what runs as one kernel: the math fallback is matrix
+    products and a softmax. Convolutions count as matrix products. A "cast" changes the dtype: inputs of float32 LoRA
+    layers in a bfloat16 model, and what autocast makes.
+    """
+    parts = op.replace("::", ".").split(".")
+    name = "::".join(parts[:2]) if len(parts) > 1 else f"aten::{op}"
+    return next((found for found, pattern in _PATTERNS if re.search(pattern, name)), "other")
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ def kind(func: Any) -> Kind:
         name=full,
         group=group(full),
         formula=flop_registry.get(func._overloadpacket),
-        computes=group(full) in ("attention", "matmul", "convolution") and space == "aten",
+        computes=group(full) in ("attention", "matmul") and space == "aten",
         allocates=space == "prim" or name in ALLOCATE,
         mutates=func._schema.is_mutable,
         unread=1 if name in OVERWRITE or name in FILL else 0,

@@ -1,12 +1,13 @@
 """Figures of one model call, from traces of the same model with few blocks.
 
-Bytes and FLOPs are linear in the number of blocks of each kind, so that the smallest model and one with a block more
-of each kind say what all blocks do, under any mixture of checkpoint policies.
+Bytes and FLOPs are linear in the number of blocks of each kind, so that the smallest model and one with a block more of
+a kind say what that block does under its checkpoint policy; the others recompute nothing or, beside a block that is
+checkpointed, everything. Models without kinds of blocks are traced as a whole.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -51,7 +52,6 @@ class Case:
     block_ops: str
     recompute: str
     train: bool
-    optimizer: str | None = None
 
 
 class Kind(NamedTuple):
@@ -141,7 +141,6 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
         inputs,
         train=case.train,
         attention=case.kernel,
-        optimizer=case.optimizer,
         autocast=autocast,
     )
 
@@ -154,17 +153,34 @@ class Moment(NamedTuple):
     module: str
 
 
+# The block more of `grown`: the second of its kind, so that a model's first and last blocks stay what they are.
+EXTRA, PLACE = "extra", 1
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Of one trace: a peak for each region (phase, and kind of block or what is before or after all blocks)."""
+    """Of one trace.
+
+    Attributes:
+        regions: a peak for each (phase, and kind of block, or the block more, or what is before or after all blocks).
+        static: bytes by category before the call.
+        kept: bytes by category at the end of its forward.
+        flops, traffic: by phase and group.
+        saved: what the forward keeps, by group.
+        made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
+        work: of the forward and those blocks by group: FLOPs and traffic.
+        handed: of `Trace`.
+    """
 
     regions: dict[tuple[str, str], Moment]
     static: Vector
+    kept: Vector
     flops: dict[str, Vector]
     traffic: dict[str, Vector]
     saved: Vector
-    # Of each kind's last block: what solve's figures are made of.
     made: dict[str, dict[str, tuple[int, int]]]
+    work: dict[str, dict[str, tuple[float, float]]]
+    handed: dict[str, int]
 
 
 def _category(storage: Storage, autocast: dict[str, set[int]]) -> str:
@@ -203,7 +219,9 @@ def _block(module: str, kinds: Sequence[Kind], counts: Sequence[int]) -> tuple[i
     return None
 
 
-def _regions(found: Trace, kinds: Sequence[Kind], counts: Sequence[int]) -> list[tuple[str, str] | None]:
+def _regions(
+    found: Trace, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None
+) -> list[tuple[str, str] | None]:
     """Of each event of the trace."""
     regions: list[tuple[str, str] | None] = [None] * len(found.events)
     for phase, (start, stop) in found.phases.items():
@@ -220,14 +238,16 @@ def _regions(found: Trace, kinds: Sequence[Kind], counts: Sequence[int]) -> list
             if inside and i > inside[-1] and found.events[start + i].size > 0:
                 current = names[1]
             elif block is not None:
-                current = str(block[0])
+                current = EXTRA if block == (extra, PLACE) else str(block[0])
             regions[start + i] = phase, current
     return regions
 
 
-def _summary(found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int]) -> Summary:
+def _summary(
+    found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None, blocks: Sequence[str]
+) -> Summary:
     casts = _casts(found) if case.dtype == "fp32_master" else {}
-    regions = _regions(found, kinds, counts)
+    regions = _regions(found, kinds, counts, extra)
     best: dict[tuple[str, str], int] = {}
     for i, region in enumerate(regions):
         if region is not None and (region not in best or found.timeline[i] > found.timeline[best[region]]):
@@ -235,63 +255,101 @@ def _summary(found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[i
     wanted = {i: region for region, i in best.items()}
     live: Counter[str] = Counter()
     moments: dict[tuple[str, str], Moment] = {}
-    static: Vector = {}
-    end = found.phases["load"][1]
+    ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
     for i, (sign, storage) in enumerate(found._changes):
-        if i == end:
-            static = dict(live)
+        if i in ends:
+            ends[i] = dict(live)
         live[_category(storage, casts)] += sign * storage.size
         if i in wanted:
             moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
+    if len(found._changes) in ends:
+        ends[len(found._changes)] = dict(live)
     return Summary(
         moments,
-        static,
+        ends[found.phases["load"][1]],
+        ends[found.phases[_forward(found)][1]],
         {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
         {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
         dict(found.saved_by_group),
-        _made(found, kinds, counts),
+        _made(found, blocks),
+        _work(found, blocks),
+        found.handed,
     )
 
 
-def _made(found: Trace, kinds: Sequence[Kind], counts: Sequence[int]) -> dict[str, dict[str, tuple[int, int]]]:
-    """For the first block of each kind: bytes that its forward made and that are kept, by checkpointing's groups."""
+def _forward(found: Trace) -> str:
+    return "forward" if "forward" in found.phases else "rollout"
+
+
+def _owner(module: str, blocks: Sequence[str]) -> str | None:
+    return next((path for path in blocks if module == path or module.startswith(path + ".")), None)
+
+
+def _made(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """By block and group: bytes that its forward made, and those of them that are kept."""
     kept = {id(storage) for storage in found.kept}
     figures: dict[str, dict[str, tuple[int, int]]] = {}
     for storage in found.storages:
-        if storage.phase != "forward":
+        if storage.phase != "forward" or (path := _owner(storage.module, blocks)) is None:
             continue
-        block = _block(storage.module, kinds, counts)
-        if block is None or block[1] != 0:
-            continue
-        groups = figures.setdefault(str(block[0]), {})
-        name = checkpointing.group_of(storage.op)
-        made, saved = groups.get(name, (0, 0))
-        groups[name] = made + storage.size, saved + (storage.size if id(storage) in kept else 0)
+        groups = figures.setdefault(path, {})
+        made, saved = groups.get(storage.group, (0, 0))
+        groups[storage.group] = made + storage.size, saved + (storage.size if id(storage) in kept else 0)
     return figures
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """Under one policy: the smallest model, and what one more block of each kind adds."""
+def _work(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """By block and group: FLOPs of its forward, and bytes that it reads and writes."""
+    figures: dict[str, dict[str, tuple[float, float]]] = {}
+    for place, work in enumerate((found.flops, found.traffic)):
+        for (module, name), count in work.get("forward", Counter()).items():
+            if (path := _owner(module, blocks)) is not None:
+                groups = figures.setdefault(path, {})
+                flops, traffic = groups.get(name, (0.0, 0.0))
+                groups[name] = (flops, traffic + count) if place else (flops + count, traffic)
+    return figures
 
-    least: tuple[int, ...]
-    base: Summary
-    more: tuple[Summary, ...]
 
-    def slope(self, of: Callable[[Summary], Mapping[str, float]]) -> list[Vector]:
-        """By kind."""
-        return [added((1, of(grown)), (-1, of(self.base))) for grown in self.more]
+def rest_of(policy: Hashable) -> str:
+    """The policy of the other blocks in the traces of a block with this one."""
+    return "none" if policy == "none" else "full"
+
+
+def least_of(spec: specs.Spec) -> tuple[int, ...]:
+    """How many blocks of each kind a small model has."""
+    return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
 
 
 @lru_cache(maxsize=64)
-def ladder(case: Case, policy: Hashable) -> Ladder:
-    """Traces; `policy` is one of `checkpointing`'s, the same for all blocks unless the model has no kinds of blocks."""
+def small(case: Case, policy: Hashable) -> Summary:
+    """Traces the model with the fewest blocks, or as a whole, all under one of `checkpointing`'s policies."""
+    spec = resolved(case.spec)
+    kinds, counts = kinds_of(spec), least_of(spec)
+    found = _traced(case, policy, counts)  # type: ignore[arg-type]  # hashable, for the cache
+    return _summary(found, case, kinds, counts, None, () if kinds else block_paths(case))
+
+
+@lru_cache(maxsize=64)
+def grown(case: Case, policy: Hashable, kind: int) -> Summary:
+    """Traces it with one more block of a kind, under this policy and amid others under `rest_of(policy)`."""
     spec = resolved(case.spec)
     kinds = kinds_of(spec)
-    least = tuple(min(kind.least, kind.blocks) for kind in kinds)
-    grown = [tuple(n + (i == j) for j, n in enumerate(least)) for i in range(len(kinds))]
-    found = [_summary(_traced(case, policy, counts), case, kinds, counts) for counts in (least, *grown)]  # type: ignore[arg-type]  # hashable, for the cache
-    return Ladder(least, found[0], tuple(found[1:]))
+    counts = tuple(n + (i == kind) for i, n in enumerate(least_of(spec)))
+    chosen: Any = policy
+    if policy != rest_of(policy):
+        each: list[Any] = [rest_of(policy)] * sum(counts)
+        each[sum(counts[:kind]) + PLACE] = policy
+        chosen = checkpointing.PerBlock(tuple(each))
+    path = f"{kinds[kind].path}.{sum(counts[i] for i in range(kind) if kinds[i].path == kinds[kind].path) + PLACE}"
+    return _summary(_traced(case, chosen, counts), case, kinds, counts, kind, (path,))
+
+
+@lru_cache(maxsize=16)
+def block_paths(case: Case) -> tuple[str, ...]:
+    """Of the blocks that diffusers checkpoints, in the order in which the model runs them."""
+    model = build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
+    paths = {id(module): name for name, module in model.named_modules()}
+    return tuple(paths[id(block)] for block in checkpointing.blocks_of(model))
 
 
 def numbers(vector: Mapping[str, Any]) -> dict[str, int]:

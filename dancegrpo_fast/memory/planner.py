@@ -13,8 +13,10 @@ from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
 from .decode import Decode, decode
 from .phases import Case, Moment, Vector, added, build, kinds_of, numbers, resolved
+from .quantised import kept_casts, quantised
 from .settings import GIB, KERNELS, Settings
 from .sharding import Rest, rest, weights_of, without
+from .trace import collected
 
 __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
 
@@ -25,7 +27,7 @@ KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient"
 
 
 @lru_cache(maxsize=32)
-def kernel(settings: Settings, rows: int) -> tuple[str, str]:
+def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
     """The attention kernel as traces name it, and why.
 
     Raises:
@@ -33,19 +35,18 @@ def kernel(settings: Settings, rows: int) -> tuple[str, str]:
     """
     from . import attention
 
-    if settings.attention in KERNELS:
-        return settings.attention, f"attention {settings.attention}: as asked"
-    spec = resolved(settings.model)
-    small = _case(settings, rows, "flash", train=True)
-    model = build(small, tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec)))
-    tokens = specs.tokens(spec, settings.frames, settings.height, settings.width)
+    if asked in KERNELS:
+        return asked, f"attention {asked}: as asked"
+    spec = resolved(case.spec)
+    model = build(case, tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec)))
+    tokens = specs.tokens(spec, case.frames, case.height, case.width)
     if "num_single_layers" in spec.config or spec.denoiser in ("SD3Transformer2DModel", "QwenImageTransformer2DModel"):
-        tokens += settings.text_tokens or spec.text_tokens
-    shapes = attention.Shapes(rows, tokens, torch.bfloat16, equal_text=settings.cfg == 1 or _embeds(spec))
-    if settings.attention == "auto":
-        found = attention.choose(model, shapes, settings.device, True)
+        tokens += case.text_tokens or spec.text_tokens
+    shapes = attention.Shapes(case.rows, tokens, torch.bfloat16, equal_text=equal_text)
+    if asked == "auto":
+        found = attention.choose(model, shapes, device, True)
     else:
-        found = attention.check(model, settings.attention, shapes, settings.device, True)
+        found = attention.check(model, asked, shapes, device, True)
     return KERNEL_OF.get(found.kernel, "flash"), f"attention {found.reasons[0]}"
 
 
@@ -87,9 +88,11 @@ class _Iteration:
         self.spec = resolved(settings.model)
         self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
         rows = _rows(settings, settings.micro_batch)
-        name, why = kernel(settings, rows)
+        equal_text = settings.cfg == 1 or _embeds(self.spec)
+        case = _case(settings, rows, "flash", train=True)
+        name, why = kernel(case, settings.attention, settings.device, equal_text)
         self.reasons = [why]
-        self.replay = _case(settings, rows, name, train=True)
+        self.replay = replace(case, kernel=name)
         self.rest: Rest = rest(settings, self.replay)
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.parameters * reward.bytes_per_parameter for reward in settings.rewards)
@@ -248,11 +251,14 @@ class _Iteration:
         sharded = self._gather_seconds(1), self._gather_seconds(2 if s.strategy == "full_shard" else 1)
         forward, backward = max(forward, moved, sharded[0]), max(backward, moved, sharded[1])
         fixed = self._replay_fixed()
+        there, back = added((1, fixed), (1, self.rest.forward)), added((1, fixed), (1, self.rest.backward))
+        if s.base == "fp8":
+            kept, again = kept_casts(quantised(self.replay, s.base), blocks.policies)
+            there = added((1, there), (1, {"saved": kept}))
+            back = added((1, back), (1, {"saved": kept, "recomputation": again}))
         return (
-            self._call("replay forward", "forward", blocks, added((1, fixed), (1, self.rest.forward)), calls * forward),
-            self._call(
-                "replay backward", "backward", blocks, added((1, fixed), (1, self.rest.backward)), calls * backward
-            ),
+            self._call("replay forward", "forward", blocks, there, calls * forward),
+            self._call("replay backward", "backward", blocks, back, calls * backward),
         )
 
     def _gather_seconds(self, times: int) -> float:
@@ -318,11 +324,14 @@ def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> 
     Raises:
         ValueError: settings that the model cannot have, or with policy "auto" a capacity below the weights.
     """
-    iteration = _Iteration(settings)
-    picked = iteration.pick()
-    found = _plan(iteration, picked)
-    if not advise:
-        return found
+    with collected():
+        iteration = _Iteration(settings)
+        picked = iteration.pick()
+        found = _plan(iteration, picked)
+        return replace(found, advice=_advised(found, picked, thorough)) if advise else found
+
+
+def _advised(found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
     from .advice import advice
 
     def again(changed: Settings, same_policy: bool) -> Plan:
@@ -333,7 +342,7 @@ def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> 
         host = picked.blocks.host_inputs or "block_inputs" in changed.offload
         return _plan(other, replace(picked, blocks=compose(other.replay, chosen, host_inputs=host)))
 
-    return replace(found, advice=advice(found, again, thorough=thorough))
+    return advice(found, again, thorough=thorough)
 
 
 def _plan(iteration: _Iteration, picked: policies.Picked) -> Plan:

@@ -5,12 +5,16 @@ from dataclasses import dataclass, replace
 
 from . import checkpointing
 from .blocks import Blocks, compose
-from .phases import Case, kinds_of, resolved
+from .operators import GROUPS
+from .phases import Case, Summary, block_paths, kinds_of, resolved, small
+from .quantised import quantised
 from .settings import GIB, Settings
 from .solve import BlockFigures, GroupFigures, solve
 
-# The trace's groups of operators for checkpointing's.
-_GROUPS = {"convolution": "matmul", "copy": "other"}
+UNET = (
+    "the blocks are the UNet's ResNets and transformer blocks, as diffusers checkpoints them; what lies between them"
+    " (projections, samplers, its first middle ResNet) is always kept"
+)
 # Of the capacity: less than that left over is not worth another solution.
 CLOSE = 0.01
 
@@ -35,25 +39,41 @@ def seconds(settings: Settings, flops: dict[str, float], traffic: dict[str, floa
 
 def figures(settings: Settings, case: Case) -> list[BlockFigures]:
     """Of every block; costs are seconds of its forward, by group."""
-    kinds = kinds_of(resolved(case.spec))
+    found = _of_kinds(settings, case) if kinds_of(resolved(case.spec)) else _parts(settings, case)
+    if settings.base != "fp8":
+        return found
+    casts = quantised(case, settings.base).casts
+    return [replace(one, saved_bytes=one.saved_bytes + size) for one, size in zip(found, casts, strict=True)]
+
+
+def _of_kinds(settings: Settings, case: Case) -> list[BlockFigures]:
+    """Those of a kind have the same."""
     plain, full = compose(case, "none"), compose(case, "full")
     found: list[BlockFigures] = []
-    bare = plain.ladders["none"]
-    for i, kind in enumerate(kinds):
-        saved = bare.slope(lambda s: s.saved)[i]
-        flops = bare.slope(lambda s: s.flops["forward"])[i]
-        traffic = bare.slope(lambda s: s.traffic["forward"])[i]
-        made = bare.base.made.get(str(i), {})
-        groups = {}
-        for name in checkpointing.GROUPS:
-            ours = [group for group in {*flops, *traffic} if _GROUPS.get(group, group) == name]
-            cost = seconds(settings, {g: flops.get(g, 0) for g in ours}, {g: traffic.get(g, 0) for g in ours})
-            size, kept = made.get(name, (0, 0))
-            if size or cost:
-                groups[name] = GroupFigures(size, kept, max(cost, 0.0))
-        total = max(round(sum(saved.values())), sum(group.saved_bytes for group in groups.values()))
-        found += [BlockFigures(round(full.input_bytes(i)), total, groups)] * kind.blocks
+    for i, kind in enumerate(plain.kinds):
+        more = plain.more["none", i]
+        [path] = more.made
+        saved = sum(plain.slope(lambda s: s.saved, "none", i).values())
+        found += [_figures(settings, more, path, round(full.input_bytes(i)), saved)] * kind.blocks
     return found
+
+
+def _parts(settings: Settings, case: Case) -> list[BlockFigures]:
+    """Of a model that is traced as a whole: each of its blocks is a kind of its own."""
+    plain, handed = small(case, "none"), small(case, "full").handed
+    return [_figures(settings, plain, path, handed.get(path, 0), 0) for path in block_paths(case)]
+
+
+def _figures(settings: Settings, found: Summary, path: str, inputs: int, saved: float) -> BlockFigures:
+    groups = {}
+    for name in GROUPS:
+        flops, traffic = found.work.get(path, {}).get(name, (0.0, 0.0))
+        cost = seconds(settings, {name: flops}, {name: traffic})
+        size, kept = found.made.get(path, {}).get(name, (0, 0))
+        if size or cost:
+            groups[name] = GroupFigures(size, kept, cost)
+    total = max(round(saved), sum(group.saved_bytes for group in groups.values()))
+    return BlockFigures(inputs, total, groups)
 
 
 def named(settings: Settings, case: Case) -> Picked:
@@ -96,10 +116,9 @@ def automatic(settings: Settings, case: Case, peak: Callable[[Blocks], float], l
             "none", plain, (f"policy none: nothing needs recomputation ({peak(plain) / GIB:.1f} GiB, {there})",)
         )
     reasons = [f"without checkpointing the replay takes {peak(plain) / GIB:.1f} GiB, and {there}"]
-    if plain.kinds:
-        picked = _solved(settings, case, peak, limit, host)
-        if picked is not None:
-            return Picked(picked.name, picked.blocks, (*reasons, *picked.reasons))
+    picked = _solved(settings, case, peak, limit, host)
+    if picked is not None:
+        return Picked(picked.name, picked.blocks, (*reasons, *picked.reasons))
     if peak(full) <= limit:
         return Picked("full", full, (*reasons, f"policy full fits: {peak(full) / GIB:.1f} GiB"))
     if not host and plain.kinds:
@@ -117,6 +136,8 @@ def automatic(settings: Settings, case: Case, peak: Callable[[Blocks], float], l
 def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], limit: float, host: bool) -> Picked | None:
     blocks = figures(settings, case)
     full = compose(case, "full", host_inputs=host)
+    # A model that is traced as a whole has its inputs on the device.
+    host = host and bool(full.kinds)
     inputs = 2 * max(b.input_bytes for b in blocks) if host else sum(b.input_bytes for b in blocks)
     outside = peak(full) - inputs - max(b.saved_bytes for b in blocks)
     budget = limit - outside
@@ -129,14 +150,17 @@ def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], lim
             break
         chosen: list[Hashable] = ["none" if keep is None else str(keep) for keep in solution.policies]
         keys = [_key(policy, keep) for policy, keep in zip(chosen, solution.policies, strict=True)]
-        found = compose(case, keys, host_inputs=host)
+        # Without kinds of blocks the whole is traced again.
+        given = keys if full.kinds else checkpointing.PerBlock(solution.policies)
+        found = compose(case, given, host_inputs=host)
         left = limit - peak(found)
         if left >= 0:
             if best is not None and best[0] <= solution.cost:
                 break
             share = 100 * solution.cost / solution.forward_cost
             why = f"auto: {peak(found) / GIB:.1f} of {limit / GIB:.1f} GiB, {share:.0f} % of the forward is recomputed"
-            best = solution.cost, Picked(_name(chosen), found, (why, *solution.explanation.splitlines()[2:]))
+            each = solution.explanation.splitlines()[2:] if full.kinds else [UNET]
+            best = solution.cost, Picked(_name(chosen, bool(full.kinds)), found, (why, *each))
             if left < CLOSE * limit:
                 break
         budget += left
@@ -147,10 +171,10 @@ def _key(name: Hashable, keep: checkpointing.Keep | None) -> Hashable:
     return name if keep is None or name in checkpointing.NAMED else keep
 
 
-def _name(policies: list[Hashable]) -> str:
-    """Runs of equal policies."""
+def _name(policies: list[Hashable], in_order: bool) -> str:
+    """Runs of equal policies, or how many there are of each where nearly every block is of a kind of its own."""
     runs: list[tuple[Hashable, int]] = []
-    for policy in policies:
+    for policy in policies if in_order else sorted(policies, key=str):
         if runs and runs[-1][0] == policy:
             runs[-1] = policy, runs[-1][1] + 1
         else:

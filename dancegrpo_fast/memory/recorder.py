@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +34,11 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 class Recorder(TorchDispatchMode):
     """Sees every operator, and so every tensor that python's dispatch can see."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and torch's guard against it costs more than the books.
+        return False
+
     def __init__(self, paths: Mapping[int, str], modes: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         super().__init__()
         self.paths = paths
@@ -41,12 +46,11 @@ class Recorder(TorchDispatchMode):
         self.modes = modes
         self.storages: list[Storage] = []
         self.phases: dict[str, tuple[int, int]] = {}
-        self.flops: dict[str, Counter[str]] = defaultdict(Counter)
-        self.bytes: dict[str, Counter[str]] = defaultdict(Counter)
-        self.module_flops: dict[str, Counter[str]] = defaultdict(Counter)
-        self.module_bytes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.flops: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self.bytes: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._live: dict[int, Storage] = {}
         self._checkpointed: set[int] = set()
+        self.handed: Counter[str] = Counter()
         self._clock = 0
         self._phase = "load"
         self._recomputing = 0
@@ -108,26 +112,25 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)
+            # Of a fake tensor it is known, and asked for more often than all else.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         module = self._module()
         given = tensors_in((*args, *kwargs.values()))
         for tensor in given:
             self.note(tensor, "existing", "", "inputs")
         out = func(*args, **kwargs)
         made = tensors_in(out if isinstance(out, (tuple, list)) else (out,))
-        op = operators.kind(func).name
+        known = operators.kind(func)
         for tensor in made:
-            self.note(tensor, op, module)
+            self.note(tensor, known.name, module)
         if size := operators.workspace(func, args):
-            self._workspace(size, op, module)
+            self._workspace(size, known.name, module)
         phase = "recompute" if self._recomputing and self._phase == "backward" else self._phase
         cost = operators.cost(func, args, kwargs, out, given, made)
         if cost.flops:
-            self.flops[phase][operators.group(op)] += cost.flops
-            self.module_flops[phase][module] += cost.flops
+            self.flops[phase][module, known.group] += cost.flops
         if cost.bytes:
-            self.bytes[phase][operators.group(op)] += cost.bytes
-            self.module_bytes[phase][module] += cost.bytes
+            self.bytes[phase][module, known.group] += cost.bytes
         return out
 
     # Phases, modules, checkpoints.
@@ -140,12 +143,18 @@ class Recorder(TorchDispatchMode):
         gc.collect()
         self.phases[name] = (start, self._clock)
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
+    def _enter_module(self, module: nn.Module) -> None:
         self._modules.append(self.paths.get(id(module), self._modules[-1] if self._modules else ""))
 
-    def _leave_module(self, module: nn.Module, args: Any, result: Any) -> None:
-        if self._modules:
-            self._modules.pop()
+    def _watch_module(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._enter_module(module)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self._modules.pop()
+
+        return call
 
     @contextlib.contextmanager
     def _recompute(self) -> Iterator[None]:
@@ -160,10 +169,16 @@ class Recorder(TorchDispatchMode):
 
     def _watch_checkpoint(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    self.note(tensor, "existing", "", "inputs")
-                    self._checkpointed.add(id(self.storage_of(tensor)))
+            leaves = tree_leaves((args, kwargs))
+            block = next((leaf for leaf in leaves if isinstance(leaf, nn.Module)), None)
+            for tensor in leaves:
+                if not isinstance(tensor, Tensor):
+                    continue
+                self.note(tensor, "existing", "", "inputs")
+                storage = self._live[tensor.untyped_storage()._cdata]
+                if id(storage) not in self._checkpointed and not storage.category and self._phase == "forward":
+                    self.handed[self.paths.get(id(block), "")] += storage.size
+                self._checkpointed.add(id(storage))
 
             def again(*inner: Any, **more: Any) -> Any:
                 with self._recompute():
@@ -188,10 +203,8 @@ class Recorder(TorchDispatchMode):
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(checkpointing, "_checkpoint_without_reentrant_generator", watched))
             stack.enter_context(mock.patch.object(_block, "_recomputed", again))
-            before = module_hooks.register_module_forward_pre_hook(self._enter_module)
-            stack.callback(before.remove)
-            after = module_hooks.register_module_forward_hook(self._leave_module, always_call=True)
-            stack.callback(after.remove)
+            # No hooks: blocks run otherwise where there are any.
+            stack.enter_context(mock.patch.object(nn.Module, "__call__", self._watch_module(nn.Module.__call__)))
             stack.enter_context(self)
             yield
 
@@ -229,11 +242,4 @@ class Recorder(TorchDispatchMode):
         """Of all phases; storages are followed no longer."""
         for storage in self.storages:
             storage.reference = None
-        return Trace(
-            self.storages,
-            self.phases,
-            dict(self.flops),
-            dict(self.bytes),
-            dict(self.module_flops),
-            dict(self.module_bytes),
-        )
+        return Trace(self.storages, self.phases, dict(self.flops), dict(self.bytes), dict(self.handed))

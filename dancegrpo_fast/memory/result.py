@@ -71,18 +71,37 @@ class Trace:
     Attributes:
         storages: every storage, in the order of birth.
         phases: of each phase that ran, its first event and the one after its last.
-        flops_by_group: of each phase ("recompute" is what a checkpoint or a block op computes again in the backward),
-            what matrix products, convolutions, attention and block ops compute.
-        bytes_by_group: of each phase, what other operators read and write.
-        flops_by_module, bytes_by_module: the same totals by phase and module path.
+        flops: by (module path, group) of each phase ("recompute" is what a checkpoint or a block op computes again in
+            the backward), what matrix products, convolutions, attention and block ops compute.
+        traffic: the same of bytes that other operators read and write.
+        handed: bytes that the checkpoint of a module, by its path, is the first to keep as an input.
     """
 
     storages: list[Storage]
     phases: dict[str, tuple[int, int]]
-    flops_by_group: dict[str, Counter[str]]
-    bytes_by_group: dict[str, Counter[str]]
-    flops_by_module: dict[str, Counter[str]]
-    bytes_by_module: dict[str, Counter[str]]
+    flops: dict[str, Counter[tuple[str, str]]]
+    traffic: dict[str, Counter[tuple[str, str]]]
+    handed: dict[str, int]
+
+    @cached_property
+    def flops_by_group(self) -> dict[str, Counter[str]]:
+        """Of each phase."""
+        return _parts(self.flops, 1)
+
+    @cached_property
+    def bytes_by_group(self) -> dict[str, Counter[str]]:
+        """Of each phase."""
+        return _parts(self.traffic, 1)
+
+    @cached_property
+    def flops_by_module(self) -> dict[str, Counter[str]]:
+        """Of each phase."""
+        return _parts(self.flops, 0)
+
+    @cached_property
+    def bytes_by_module(self) -> dict[str, Counter[str]]:
+        """Of each phase."""
+        return _parts(self.traffic, 0)
 
     @cached_property
     def _changes(self) -> list[tuple[int, Storage]]:
@@ -184,3 +203,14 @@ def _sums(storages: Iterable[Storage], key: Callable[[Storage], str]) -> dict[st
     for storage in storages:
         found[key(storage)] += storage.size
     return dict(found.most_common())
+
+
+def _parts(work: dict[str, Counter[tuple[str, str]]], place: int) -> dict[str, Counter[str]]:
+    """Summed over all but one part of the keys."""
+    found: dict[str, Counter[str]] = {}
+    for phase, counts in work.items():
+        one: Counter[str] = Counter()
+        found[phase] = one
+        for key, count in counts.items():
+            one[key[place]] += count
+    return found

@@ -5,9 +5,6 @@ FSDP over N: every parameter, gradient and state is 1/N. On the device besides, 
 largest block twice (the one that runs and the next, which is prefetched) and the parameters outside the blocks; in a
 backward also the gradients of the largest block until they are reduced. "shard_grad_op" gathers once and keeps all.
 
-Quantised bases, bytes a weight: int8 1 + 4 / in_features (a float32 scale a row); fp8 the same; nf4 1/2 + 4/64 (a
-float32 scale for 64 weights). Only frozen linear weights in blocks; one at a time is dequantised to bf16.
-
 8-bit AdamW: two bytes a parameter and two float32 scales for 256 of them; tensors of fewer than 4096 numbers stay in
 float32.
 """
@@ -17,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
 from torch import nn
 
-from .blocks import compose
 from .phases import Case, Kind, Vector, added, build, kinds_of, resolved
+from .quantised import quantised
 from .settings import Settings
+from .trace import trace
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,9 @@ class Weights:
     Attributes:
         numbers, bytes: of all parameters.
         trainable, trainable_bytes: of those that are trained.
-        sizes: numbers in each trained tensor.
+        sizes, dtypes: numbers in each trained tensor, and of what type.
         block: numbers in the largest block, and `block_trainable` the trained ones among them.
         root: numbers outside the blocks.
-        frozen: (rows, columns) of each frozen linear weight in blocks.
     """
 
     numbers: int
@@ -42,10 +40,10 @@ class Weights:
     trainable: int
     trainable_bytes: int
     sizes: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     block: int
     block_trainable: int
     root: int
-    frozen: tuple[tuple[int, int], ...]
 
 
 def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
@@ -57,9 +55,14 @@ def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
     return [names[id(block)] + "." for block in blocks_of(model)]
 
 
-@lru_cache(maxsize=16)
 def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
+    # Sizes of the call change no weight.
+    return _weights_of(replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, kernel="flash", train=True))
+
+
+@lru_cache(maxsize=16)
+def _weights_of(case: Case) -> Weights:
     kinds = kinds_of(resolved(case.spec))
     model = build(case, tuple(kind.blocks for kind in kinds))
     named = dict(model.named_parameters())
@@ -72,11 +75,6 @@ def weights_of(case: Case) -> Weights:
         p = named[name]
         blocks[prefix] = total + p.numel(), trained + p.numel() * p.requires_grad
     trained_parameters = [p for p in named.values() if p.requires_grad]
-    frozen = [
-        (module.weight.shape[0], module.weight.shape[1])
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" in owner and not module.weight.requires_grad
-    ]
     largest = max(blocks.values(), default=(0, 0))
     return Weights(
         sum(p.numel() for p in named.values()),
@@ -84,27 +82,11 @@ def weights_of(case: Case) -> Weights:
         sum(p.numel() for p in trained_parameters),
         sum(p.numel() * p.element_size() for p in trained_parameters),
         tuple(p.numel() for p in trained_parameters),
+        tuple(p.dtype for p in trained_parameters),
         largest[0],
         largest[1],
         sum(p.numel() for name, p in named.items() if name not in owner),
-        tuple(frozen),
     )
-
-
-def quantised_bytes(weights: Weights, base: str) -> int:
-    """Of all parameters, the frozen linear ones in blocks quantised."""
-    if base == "none":
-        return weights.bytes
-    stored = sum(
-        rows * columns / 2 + rows * columns / 16 if base == "nf4" else rows * columns + 4 * rows
-        for rows, columns in weights.frozen
-    )
-    return round(weights.bytes - 2 * sum(rows * columns for rows, columns in weights.frozen) + stored)
-
-
-def dequantised_bytes(weights: Weights, base: str) -> int:
-    """Of the largest quantised layer in bf16, which is there while it runs."""
-    return 0 if base == "none" else 2 * max((rows * columns for rows, columns in weights.frozen), default=0)
 
 
 @dataclass(frozen=True)
@@ -145,13 +127,14 @@ def rest(settings: Settings, case: Case) -> Rest:
     weights = weights_of(case)
     shards = settings.fsdp if settings.is_sharded else 1
     master = settings.dtype == "fp32_master"
+    base = None if settings.base == "none" else quantised(case, settings.base)
     at_rest: Vector = {}
     if settings.is_sharded:
         at_rest["master weights" if master else "parameters"] = weights.numbers * (4 if master else 2) / shards
     elif master:
         at_rest["master weights"] = weights.bytes
     else:
-        at_rest["parameters"] = quantised_bytes(weights, settings.base)
+        at_rest["parameters"] = weights.bytes if base is None else base.stored
     if settings.replica:
         at_rest["replica"] = 2 * weights.numbers
     width = 4 if master else 2
@@ -163,8 +146,8 @@ def rest(settings: Settings, case: Case) -> Rest:
         whole = settings.strategy == "shard_grad_op"
         gathered = {"unsharded block": 2 * (weights.numbers if whole else 2 * weights.block + weights.root)}
         backward = {"unsharded block": gathered["unsharded block"] + 2 * weights.block_trainable}
-    elif settings.base != "none":
-        gathered = backward = {"temporaries": dequantised_bytes(weights, settings.base)}
+    elif base is not None:
+        gathered = backward = {"temporaries": base.largest}
     return Rest(
         at_rest,
         {"gradients": gradients},
@@ -184,27 +167,22 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         states = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
-    found = step_figures(case, settings.optimizer.removeprefix("adamw_"))
+    found = step_figures(weights.sizes, weights.dtypes, settings.optimizer.removeprefix("adamw_"))
     if "optimizer" in settings.offload:
         return 0, 0, found[2] * scale
     return found[0] * scale, found[1] * scale, found[2] * scale
 
 
 @lru_cache(maxsize=32)
-def step_figures(case: Case, optimizer: str) -> tuple[float, float, float]:
-    """States, temporaries and traffic of AdamW's step, traced with the smallest input."""
-    spec = resolved(case.spec)
-    size = [
-        8 * step * patch if not kinds_of(spec) else step * patch
-        for step, patch in zip(spec.compression[1:], spec.patch[1:], strict=True)
-    ]
-    frames = (spec.patch[0] - 1) * spec.compression[0] + 1
-    tiny = replace(case, frames=frames, height=size[0], width=size[1], rows=1, text_tokens=None, optimizer=optimizer)
-    blocks = compose(tiny, "none")
-    static, moments = blocks.static(), blocks.moments("optimizer")
-    # A fused step makes nothing, and so has no moment.
-    more = max((sum(moment.bytes.values()) for moment in moments), default=0.0) - sum(static.values())
-    return static["optimizer"], max(0.0, more), sum(blocks.traffic("optimizer").values())
+def step_figures(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], optimizer: str) -> tuple[float, float, float]:
+    """States, temporaries and traffic of AdamW's step on tensors of so many numbers, traced without their model."""
+    held = nn.ParameterList(
+        nn.Parameter(torch.empty(n, dtype=dtype, device="meta")) for n, dtype in zip(sizes, dtypes, strict=True)
+    )
+    found = trace(held, {}, optimizer=optimizer, call=lambda: held[0].sum())
+    more = found.peak_of("optimizer").bytes - sum(found.live("backward").values())
+    traffic = sum(found.bytes_by_group["optimizer"].values())
+    return found.live("load")["optimizer"], max(0, more), traffic
 
 
 def without(moment: Vector, static: Vector) -> Vector:

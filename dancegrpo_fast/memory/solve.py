@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
-from .checkpointing import GROUPS, KEEPABLE, Checkpointed, Keep, PerBlock, apply, blocks_of
+from .checkpointing import KEEPABLE, Checkpointed, Keep, PerBlock, apply, blocks_of
+from .operators import GROUPS
 
 GIB = 2**30
 

@@ -24,18 +24,21 @@ _adam = importlib.import_module("torch.optim.adam")
 
 
 @contextlib.contextmanager
-def _collected() -> Iterator[None]:
-    """Inside, cycles are collected between phases only, and nothing older is looked through again and again."""
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+def collected() -> Iterator[None]:
+    """Inside, cycles are collected between phases only, and nothing older is looked through again and again.
+
+    May be nested: around several traces, what is older than all of them is looked through once.
+    """
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
+        # A section around this one gives everything back at its end.
         if enabled:
+            gc.unfreeze()
             gc.enable()
 
 
@@ -73,7 +76,7 @@ def _run(
 ) -> Trace:
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = _optimizer(optimizer, parameters)
-    with _collected():
+    with collected():
         state = [] if adam is None else _first_step(adam, parameters)
         if train and grads:
             for p in parameters:

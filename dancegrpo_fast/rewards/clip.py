@@ -19,6 +19,7 @@ from .pixels import clip_pixels
 
 # where the tokenizer of ViT-H/14 is: HPS and PickScore are that model tuned
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+REMEMBERED = 10_000  # embeddings of prompts, 4 KiB each for ViT-H/14
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _alive: WeakValueDictionary[tuple[Any, ...], Towers] = WeakValueDictionary()
 
@@ -30,7 +31,7 @@ class Towers:
     """The image tower, and the text tower where there is a tokenizer, with frozen weights.
 
     A prompt longer than the context (77 tokens) is cut as transformers' and open_clip's tokenizers do: its first 75
-    tokens between start and end. Embeddings of prompts are remembered on the CPU, as long as this lives.
+    tokens between start and end. Embeddings of up to `REMEMBERED` prompts are kept on the CPU, as long as this lives.
 
     Args:
         model: `CLIPModel`; without a tokenizer its text tower may be missing.
@@ -73,7 +74,11 @@ class Towers:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], batch: int) -> Tensor:
         """Embed N prompts into unit vectors, float32 [N, D] on the towers' device; only new ones are encoded."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        distinct = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in distinct if prompt not in self._known]
+        if len(self._known) + len(new) > REMEMBERED:
+            self._known.clear()
+            new = distinct
         for start in range(0, len(new), batch):
             part = new[start : start + batch]
             # always the full context: the text tower is causal, and no prompt depends on its neighbours' lengths
@@ -177,11 +182,20 @@ def clip_model(path: str | Path) -> Any:
     """
     from transformers import CLIPModel
 
-    model, report = CLIPModel.from_pretrained(path, output_loading_info=True)
+    return whole_model(CLIPModel, path)
+
+
+def whole_model(kind: Any, path: str | Path) -> Any:
+    """Return `kind.from_pretrained(path)` for a class of transformers, on the CPU.
+
+    Raises:
+        ValueError: a weight of the model is not in the checkpoint.
+    """
+    model, report = kind.from_pretrained(path, output_loading_info=True)
     # transformers draws missing weights at random and only warns
-    absent = sorted(report["missing_keys"])
+    absent = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
     if absent:
-        raise ValueError(f"want a CLIPModel, {len(absent)} of its weights are not there, {absent[0]} for one")
+        raise ValueError(f"want a {kind.__name__}, {len(absent)} of its weights are not there, {absent[0]} for one")
     return model
 
 

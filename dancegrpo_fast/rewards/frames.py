@@ -54,8 +54,13 @@ def sampled_bytes(inputs: RewardInput, frames: Sampling) -> Tensor:
         raise ValueError(f"frames: got {given.dtype} {tuple(given.shape)}, want floats [N, T, 3, H, W]")
     if len(inputs.prompts) != len(given):
         raise ValueError(f"prompts: got {len(inputs.prompts)}, want {len(given)}, one per sample")
-    chosen = given[:, sampled_indices(frames, given.shape[1])].float()
-    if not bool(((chosen >= 0) & (chosen <= 1)).all()):
-        low, high = chosen.aminmax()
-        raise ValueError(f"frames: got values from {low.item():g} to {high.item():g}, want [0, 1]")
-    return chosen.mul(255).round().to(torch.uint8)
+    indices = sampled_indices(frames, given.shape[1])
+    pixels = torch.empty(len(given), len(indices), *given.shape[2:], dtype=torch.uint8, device=given.device)
+    # a sample at a time: the copies in float32 would be several times a batch of videos
+    for target, sample in zip(pixels, given, strict=True):
+        chosen = sample[indices].float()
+        if not bool(((chosen >= 0) & (chosen <= 1)).all()):
+            low, high = chosen.aminmax()
+            raise ValueError(f"frames: got values from {low.item():g} to {high.item():g}, want [0, 1]")
+        target.copy_(chosen.mul_(255).round_())
+    return pixels

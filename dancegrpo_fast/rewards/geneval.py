@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import RewardInput
-from .clip import clip_model, load_towers, loaded
+from .clip import clip_model, load_towers, loaded, whole_model
+from .frames import sampled_bytes
 from .pixels import clip_pixels
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -24,6 +25,18 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 MOST_OBJECTS = 16
 POSITION_MARGIN = 0.1
 GROUND = 0x99
+# what GenEval calls classes of COCO: three have names of its own, six an older spelling in some detectors
+GENEVAL_NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Found:
 
 
 def instances(
-    class_logits: Tensor, mask_logits: Tensor, height: int, width: int, kept: int
+    class_logits: Tensor, mask_logits: Tensor, height: int, width: int, kept: int, least: float = 0.0
 ) -> list[tuple[int, float, Found]]:
     """Objects of one image as (class, confidence, where), the most confident first.
 
@@ -47,21 +60,28 @@ def instances(
         mask_logits: [Q, H, W] at any size; they are resized to the image's.
         height, width: of the image.
         kept: how many pairs.
+        least: pairs of at most this probability are left out, whose confidence cannot be more.
     """
-    probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+    probabilities = _probabilities(class_logits)
     scores, order = probabilities.flatten().topk(min(kept, probabilities.numel()))
     queries, classes = order // probabilities.shape[1], order % probabilities.shape[1]
     masks = F.interpolate(mask_logits.float()[None], size=(height, width), mode="bilinear", align_corners=False)[0]
     found = []
     for score, query, label in zip(scores.tolist(), queries.tolist(), classes.tolist(), strict=True):
+        if score <= least:
+            break
         mask = masks[query] > 0
         if not bool(mask.any()):
             continue
-        inside = float(masks[query].sigmoid()[mask].mean())
+        inside = float(masks[query][mask].sigmoid().mean())
         rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
         box = (float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1)
-        found.append((label, score * inside, Found(box, mask)))
+        found.append((label, score * inside, Found(box, mask.cpu())))
     return sorted(found, key=lambda one: -one[1])
+
+
+def _probabilities(class_logits: Tensor) -> Tensor:
+    return class_logits.float().softmax(dim=-1)[:, :-1]
 
 
 def relations(one: Found, other: Found) -> set[str]:
@@ -113,8 +133,9 @@ def is_correct(
 class GenEval:
     """1.0 where an image is right in every respect of its GenEval prompt (columns tag, include, exclude), else 0.0.
 
-    Objects count from a confidence of `threshold`, or `counting_threshold` for prompts tagged "counting", at most 16 a
-    class. Colours are CLIP's choice among ten, on the object's box with #999 around its mask.
+    Objects count above a confidence of `threshold`, or `counting_threshold` for prompts tagged "counting", at most 16 a
+    class. Classes of the detector are called what GenEval calls them (`GENEVAL_NAMES`). Colours are CLIP's choice among
+    ten, on the object's box with #999 around its mask.
 
     Args:
         path: `Mask2FormerForUniversalSegmentation` for COCO's instances, local folder or hub name.
@@ -143,9 +164,9 @@ class GenEval:
                 raise ValueError(f"{name}: got {value}, want 0 to 1")
         self.towers = load_towers(clip_model, clip, clip, dtype, device)
         self._processor: Any = loaded("path", path, AutoImageProcessor.from_pretrained)
-        model: Any = loaded("path", path, Mask2FormerForUniversalSegmentation.from_pretrained)
+        model: Any = loaded("path", path, lambda place: whole_model(Mask2FormerForUniversalSegmentation, place))
         self._model = model.to(self.towers.dtype).eval().requires_grad_(False)
-        self._names: dict[int, str] = dict(model.config.id2label)
+        self._names = {label: GENEVAL_NAMES.get(name, name) for label, name in model.config.id2label.items()}
         self._thresholds = threshold, counting_threshold
         self._colors: dict[str, Tensor] = {}
         self.to(self.towers.device)
@@ -161,14 +182,15 @@ class GenEval:
         """Return 0.0 or 1.0 a sample, float32 [N].
 
         Raises:
-            ValueError: videos, or a prompt without the columns of GenEval or with a class that the detector lacks.
+            ValueError: frames are not floats [N, 1, 3, H, W] in [0, 1], or prompts are not N; or a prompt is without
+                the columns of GenEval or with a class that the detector lacks.
         """
-        shape = tuple(inputs.frames.shape)
-        if len(shape) != 5 or shape[1] != 1:
-            raise ValueError(f"frames: got {shape}, want images, [N, 1, 3, H, W]")
+        pixels = sampled_bytes(inputs, "all").cpu()
+        if pixels.shape[1] != 1:
+            raise ValueError(f"frames: got {tuple(pixels.shape)}, want images, [N, 1, 3, H, W]")
         for meta in inputs.meta:
             self._check(meta)
-        scores = [self._score(image[0], meta) for image, meta in zip(inputs.frames, inputs.meta, strict=True)]
+        scores = [self._score(image, meta) for image, meta in zip(pixels[:, 0], inputs.meta, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
 
     def _check(self, meta: Mapping[str, Any]) -> None:
@@ -181,19 +203,21 @@ class GenEval:
             if wanted.get("color", "red") not in COLORS:
                 raise ValueError(f'prompts: got color "{wanted["color"]}", want one of {COLORS}')
 
-    def _score(self, image: Tensor, meta: Mapping[str, Any]) -> float:
-        pixels = (image * 255).round().byte().cpu()
+    def _score(self, pixels: Tensor, meta: Mapping[str, Any]) -> float:
         values = self._processor(pixels.permute(1, 2, 0).numpy(), return_tensors="pt")
         inputs = values["pixel_values"].to(self._model.device, self._model.dtype)
         output = self._model(inputs, pixel_mask=values["pixel_mask"].to(self._model.device))
-        masks = self._cropped(output.masks_queries_logits[0], values["pixel_mask"][0])
-        found = instances(output.class_queries_logits[0].cpu(), masks.cpu(), pixels.shape[1], pixels.shape[2], kept=100)
         least = self._thresholds[meta["tag"] == "counting"]
+        classes, (height, width) = output.class_queries_logits[0], pixels.shape[1:]
+        # a confidence is at most its probability: the masks of most queries need not be enlarged
+        likely = (_probabilities(classes) > least).any(dim=1)
         objects: dict[str, list[Found]] = {}
-        for label, confidence, where in found:
-            group = objects.setdefault(self._names[label], [])
-            if confidence > least and len(group) < MOST_OBJECTS:
-                group.append(where)
+        if bool(likely.any()):
+            masks = self._cropped(output.masks_queries_logits[0, likely], values["pixel_mask"][0])
+            for label, confidence, where in instances(classes[likely], masks, height, width, 100, least):
+                group = objects.setdefault(self._names[label], [])
+                if confidence > least and len(group) < MOST_OBJECTS:
+                    group.append(where)
         return float(is_correct(objects, meta, lambda one, name: self._color(pixels, one, name)))
 
     @staticmethod

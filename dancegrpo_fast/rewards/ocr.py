@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import RewardInput
-from .frames import Sampling, check_sampling, sampled_indices
+from .frames import Sampling, check_sampling, sampled_bytes
 
 _LINE_HEIGHT = 48  # what the recogniser scales every line to
+_AT_A_TIME = 32  # images, and lines in one call of the recogniser
 
 
 class OcrReader:
@@ -50,15 +51,18 @@ class OcrReader:
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 # lines keep their own width: padding to 320 pixels would cost four times the time
                 "Rec.rec_img_shape": [3, _LINE_HEIGHT, _LINE_HEIGHT],
-                "Rec.rec_batch_num": 32,
+                "Rec.rec_batch_num": _AT_A_TIME,
             }
         )
 
     def __call__(self, images: Tensor) -> list[str]:
-        """Return the text in each of `images`, float32 [N, 3, H, W] in [0, 1]; "" where nothing is read."""
-        if not len(images):
-            return []
+        """Return the text in each of `images`, uint8 [N, 3, H, W] or floats in [0, 1]; "" where nothing is read."""
+        return [text for part in images.split(_AT_A_TIME) if len(part) for text in self._read(part)]
+
+    def _read(self, images: Tensor) -> list[str]:
         pixels = images.float().cpu()
+        if images.dtype == torch.uint8:
+            pixels = pixels / 255
         if self.invert:
             pixels = 1 - pixels
         if self.margin:
@@ -89,18 +93,15 @@ class _Ocr:
         """Return scores in [0, 1], float32 [N]; of a video, the mean over its sampled frames.
 
         Raises:
-            ValueError: frames are not [N, T, 3, H, W] or fewer than `frames`, or a prompt has no text in double quotes.
+            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N; or a prompt
+                has no text in double quotes.
         """
-        shape = tuple(inputs.frames.shape)
-        if len(shape) != 5 or shape[2] != 3:
-            raise ValueError(f"frames: got shape {shape}, want [N, T, 3, H, W]")
-        if len(inputs.prompts) != shape[0]:
-            raise ValueError(f"prompts: got {len(inputs.prompts)}, want {shape[0]}, one per sample")
-        chosen = sampled_indices(self.frames, shape[1])
-        wanted = [quoted_text(prompt) for prompt in inputs.prompts for _ in chosen]
-        read = [_plain(text) for text in self.reader(inputs.frames[:, chosen].flatten(0, 1))]
+        pixels = sampled_bytes(inputs, self.frames)
+        count = pixels.shape[1]
+        wanted = [quoted_text(prompt) for prompt in inputs.prompts for _ in range(count)]
+        read = [_plain(text) for text in self.reader(pixels.flatten(0, 1))]
         scores = [self._score(one, other) for one, other in zip(wanted, read, strict=True)]
-        return torch.tensor(scores, dtype=torch.float32).view(shape[0], len(chosen)).mean(dim=1)
+        return torch.tensor(scores, dtype=torch.float32).view(len(pixels), count).mean(dim=1)
 
     def _score(self, wanted: str, read: str) -> float:
         raise NotImplementedError
@@ -109,7 +110,8 @@ class _Ocr:
 class OcrReward(_Ocr):
     """1 - min(edit distance, length) / length between the quoted text of the prompt and what the image reads.
 
-    Case and spaces do not count. The arguments are those of `OcrReader`, and `frames`: which frames of a video are
+    Case and spaces do not count; whatever else is read does, where Flow-GRPO (arXiv 2505.05470) gives 1 to any reading
+    that contains the quoted text. The arguments are those of `OcrReader`, and `frames`: which frames of a video are
     read, "first", "middle", "all" or a count, evenly spaced.
     """
 

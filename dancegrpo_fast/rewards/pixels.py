@@ -18,14 +18,14 @@ _SUPPORT = 2.0  # of the bicubic kernel, in source pixels
 
 
 @lru_cache(maxsize=64)
-def _weights(source: int, target: int) -> Tensor:
-    """Rows of fixed-point weights, float64 [target, source] of integers."""
+def _weights(source: int, target: int, first: int, count: int) -> Tensor:
+    """Rows `first` to `first + count` of the fixed-point weights [target, source], integers in float64."""
     scale = source / target
     stretch = max(scale, 1.0)
     reach = _SUPPORT * stretch
-    matrix = np.zeros((target, source))
-    for row in range(target):
-        center = (row + 0.5) * scale
+    matrix = np.zeros((count, source))
+    for row in range(count):
+        center = (first + row + 0.5) * scale
         low, high = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), source)
         x = np.abs((np.arange(low, high) - center + 0.5) * (1.0 / stretch))
         near = (1.5 * x - 2.5) * x * x + 1  # the cubic convolution kernel with a = -0.5
@@ -61,12 +61,20 @@ def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, want uint8 [..., H, W]")
     if height < 1 or width < 1:
         raise ValueError(f"size: got {height} x {width}, want at least 1 x 1")
+    return _resized_part(images, (height, width), (0, 0), (height, width))
+
+
+def _resized_part(images: Tensor, whole: tuple[int, int], first: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The part of `size` from row and column `first` of the images resized to `whole`; nothing else is computed."""
+    (height, width), (top, left), (rows, columns) = whole, first, size
     result = images
     if width != images.shape[-1]:
-        result = _fixed_point(result.double() @ _weights(images.shape[-1], width).to(images.device).T)
+        result = _fixed_point(result.double() @ _weights(images.shape[-1], width, left, columns).to(images.device).T)
+    else:
+        result = result[..., left : left + columns]
     if height != images.shape[-2]:
-        result = _fixed_point(_weights(images.shape[-2], height).to(images.device) @ result.double())
-    return result
+        return _fixed_point(_weights(images.shape[-2], height, top, rows).to(images.device) @ result.double())
+    return result[..., top : top + rows, :]
 
 
 def _fixed_point(sums: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def _fixed_point(sums: Tensor) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Scale the shorter side to `size` with `resize_bicubic` and cut a centred square, uint8 [..., size, size].
+    """Scale the shorter side to `size` as `resize_bicubic` does and cut a centred square, uint8 [..., size, size].
 
     The longer side becomes `int(size * long / short)`, and an odd margin leaves its extra row or column at the end:
     the arithmetic of transformers' CLIPImageProcessor with Pillow (torchvision's crop rounds an odd margin otherwise).
@@ -85,9 +93,7 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
         height, width = int(size * height / width), size
     else:
         height, width = size, int(size * width / height)
-    resized = resize_bicubic(images, height, width)
-    top, left = (height - size) // 2, (width - size) // 2
-    return resized[..., top : top + size, left : left + size]
+    return _resized_part(images, (height, width), ((height - size) // 2, (width - size) // 2), (size, size))
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ def test_block_ops_drop_what_they_compute_again() -> None:
         accelerate(model, recompute=recompute)
         found = trace(model, inputs)
         kept[recompute] = found.kept_bytes
-        assert any(s.category == "recomputation" for s in found.storages) == (recompute != "none")
+        # GELU alone is computed again inside its op.
+        assert any(s.category == "recomputation" for s in found.storages) == (recompute == "all")
     assert kept["none"] > kept["gelu"] > kept["all"]
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dancegrpo_fast.memory import checkpointing
-from dancegrpo_fast.memory.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of, group_of
+from dancegrpo_fast.memory import checkpointing, operators
+from dancegrpo_fast.memory.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
 
 from ..patch.models import assert_same_bits, run
 from .policies import MODELS, POLICIES, add_lora, build, mixed
@@ -218,15 +218,15 @@ def test_bad_input_changes_nothing(call: Callable[[nn.Module], Any], message: st
         ("dgf::gated_residual", "elementwise"),
         ("aten.add.Tensor", "elementwise"),
         ("add_", "elementwise"),
-        ("aten::_to_copy", "elementwise"),
+        ("aten::_to_copy", "cast"),
         ("aten::addcmul", "elementwise"),
         ("aten::expand", "other"),
         ("aten::view", "other"),
-        ("aten::cat", "other"),
+        ("aten::cat", "copy"),
         ("aten::upsample_bilinear2d", "other"),
         ("aten::linalg_vector_norm", "other"),
         ("dgf::policy_loss", "other"),
     ],
 )
 def test_groups(name: str, group: str) -> None:
-    assert group_of(name) == group
+    assert operators.group(name) == group

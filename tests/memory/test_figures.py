@@ -17,7 +17,7 @@ from dancegrpo_fast.memory.planner import Plan, plan
 from dancegrpo_fast.memory.settings import Settings
 
 from ..patch.models import TINY
-from .bounds import PREDICTED_BYTES
+from ..tolerances import PREDICTED_BYTES
 
 pytest.importorskip("matplotlib")
 PILImage = pytest.importorskip("PIL.Image")
@@ -29,7 +29,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("model")
     TINY["qwen"].model(torch.float32).save_config(folder / "transformer")
     return plan(
-        Settings(str(folder), height=512, width=512, group_size=4, text_tokens=64, lora=2, gpu_gib=24), advise=False
+        Settings(
+            str(folder), height=512, width=512, group_size=4, text_tokens=64, lora=2, lora_dtype="fp32", gpu_gib=24
+        ),
+        advise=False,
     )
 
 

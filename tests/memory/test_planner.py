@@ -6,11 +6,13 @@ import sys
 import pytest
 
 from dancegrpo_fast.memory.phases import Case
-from dancegrpo_fast.memory.planner import CATEGORIES, Plan, plan
+from dancegrpo_fast.memory.planner import CATEGORIES, Plan, _Iteration, plan
+from dancegrpo_fast.memory.quantised import quantised
 from dancegrpo_fast.memory.settings import GIB, REWARDS, Rates, Settings
-from dancegrpo_fast.memory.sharding import quantised_bytes, state_bytes_8bit, weights_of
+from dancegrpo_fast.memory.sharding import state_bytes_8bit, weights_of
 
-from .planner_bounds import COMPOSED
+from ..tolerances import COMPOSED
+from .small import tiny
 
 pytest.importorskip("diffusers")
 
@@ -21,7 +23,7 @@ SD = {"model": "sd14", "attention": "flash"}
 
 def case_of(model: str, frames: int, height: int, width: int, lora: int = 0, train: bool = True) -> Case:
     targets = TARGETS if lora else ()
-    return Case(model, frames, height, width, 1, None, "bf16", lora, targets, "fp32", "flash", "off", "gelu", train)
+    return Case(model, frames, height, width, 1, None, "bf16", lora, targets, "bf16", "flash", "off", "gelu", train)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,41 @@ def test_auto_takes_the_cheapest_that_fits(flux: Plan) -> None:
     assert max(replay) < max(phase.bytes for phase in tight.phases if phase.name.startswith("replay")) < max(bare)
 
 
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("unet")
+    model, _ = tiny("unet")
+    model.save_config(folder / "unet")  # type: ignore[operator]  # diffusers' method
+    return Settings(str(folder), attention="flash")
+
+
+def replay_bytes(settings: Settings) -> int:
+    found = plan(settings, advise=False)
+    return max(phase.bytes for phase in found.phases if phase.name.startswith("replay"))
+
+
+def test_blocks_of_a_unet_have_every_policy(unet: Settings) -> None:
+    names = ("none", "first:3", "matmul", "attention", "full")
+    found = {name: replay_bytes(unet.changed(policy=name)) for name in names}
+    assert found["none"] > found["matmul"] > found["attention"] > found["full"]
+    assert found["none"] > found["first:3"] > found["full"]
+
+
+def test_auto_mixes_policies_of_a_unets_blocks(unet: Settings) -> None:
+    most, least = (replay_bytes(unet.changed(policy=name)) for name in ("none", "full"))
+    margins = plan(unet.changed(policy="full"), advise=False).margins
+    share = margins.pop("fragmentation") / GIB / unet.gpu_gib
+    seconds = []
+    for between in (0.25, 0.75):
+        limit = least + between * (most - least)
+        gib = (limit + sum(margins.values())) / GIB / (1 - share)
+        found = plan(unet.changed(policy="auto", gpu_gib=gib), advise=False)
+        assert replay_bytes(unet.changed(policy="auto", gpu_gib=gib)) <= limit
+        assert " x " in found.policy and any("ResNets" in reason for reason in found.reasons)
+        seconds.append(found.seconds)
+    assert seconds[0] > seconds[1]
+
+
 def test_block_inputs_on_the_host(flux: Plan) -> None:
     away = plan(flux.settings.changed(offload=("block_inputs",)), advise=False)
     backward = {phase.name: phase for phase in away.phases}["replay backward"]
@@ -81,8 +118,7 @@ def test_block_inputs_on_the_host(flux: Plan) -> None:
 
 def test_shards_are_whole_parts() -> None:
     def states(**given: object) -> dict[str, int]:
-        found = plan(Settings(**FLUX, policy="full", **given), advise=False)  # type: ignore[arg-type]  # any setting
-        return next(phase for phase in found.phases if phase.name == "optimizer").budget
+        return _Iteration(Settings(**FLUX, **given)).step().budget  # type: ignore[arg-type]  # any setting
 
     one = states(dtype="fp32_master")
     four = states(dtype="fp32_master", fsdp=4)
@@ -93,14 +129,27 @@ def test_shards_are_whole_parts() -> None:
     assert replica["replica"] == one["master weights"] // 2
 
 
-def test_quantised_bases_and_states() -> None:
-    weights = weights_of(case_of("flux-dev", 1, 256, 256, lora=16))
-    linear = sum(rows * columns for rows, columns in weights.frozen)
-    scales = sum(4 * rows for rows, _ in weights.frozen)
-    assert quantised_bytes(weights, "none") == weights.bytes
-    assert weights.bytes - quantised_bytes(weights, "int8") == linear - scales
-    assert weights.bytes - quantised_bytes(weights, "nf4") == linear * 2 - linear // 2 - linear // 16
+def test_quantised_bases_and_states(flux: Plan) -> None:
     assert state_bytes_8bit([4095, 4096]) == 8 * 4095 + 2 * 4096 + 8 * 16
+    case = case_of("flux-dev", 1, 256, 256, lora=16)
+    stored = {base: quantised(case, base).stored for base in ("nf4", "int8", "fp8")}
+    # Layerwise casting leaves modulations alone, which have "norm" in their names.
+    assert list(stored.values()) == sorted(stored.values())
+    whole = flux.phases[1].budget["parameters"]
+    assert whole == weights_of(case).bytes
+    for base, size in stored.items():
+        assert size < 0.7 * whole
+        found = plan(flux.settings.changed(base=base), advise=False)
+        assert found.phases[1].budget["parameters"] == size
+
+
+def test_layerwise_casting_keeps_the_casts_of_blocks_that_are_not_checkpointed(flux: Plan) -> None:
+    backward = []
+    for policy in ("full", "none"):
+        for base in ("none", "fp8"):
+            found = plan(flux.settings.changed(base=base, policy=policy), advise=False)
+            backward.append(next(phase for phase in found.phases if phase.name == "replay backward").bytes)
+    assert backward[1] < backward[0] and backward[3] > backward[2]
 
 
 def test_denoiser_waits_while_others_run(flux: Plan) -> None:

@@ -9,7 +9,7 @@ from dancegrpo_fast.memory.decode import decode
 from dancegrpo_fast.memory.phases import Case, build, kinds_of, resolved
 from dancegrpo_fast.memory.trace import trace
 
-from .planner_bounds import COMPOSED
+from ..tolerances import COMPOSED
 
 pytest.importorskip("diffusers")
 

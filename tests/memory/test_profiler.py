@@ -25,8 +25,8 @@ from dancegrpo_fast.memory.budget import CATEGORIES
 from dancegrpo_fast.memory.profiler import Report, phase, profile, profile_recipe
 from dancegrpo_fast.trainer import Trainer
 
+from ..tolerances import PREDICTED_BYTES
 from ..train import tiny
-from .bounds import PREDICTED_BYTES
 
 TRAINED = ("text encoding", "rollout", "decode", "rewards", "replay forward", "replay backward", "optimizer")
 PREDICTED = ("rollout", "replay forward", "replay backward")
@@ -126,7 +126,7 @@ def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
     for budget in (forward, backward):
         assert budget["parameters"] >= parameters and budget["gradients"] >= parameters
         assert budget["optimizer"] >= state and budget["block inputs"] > 0
-        assert budget["other models"] >= sum(p.nbytes for p in vae._vae.parameters())
+        assert budget["other models"] >= sum(p.nbytes for p in vae.vae.parameters())
     assert backward["recomputation"] > 0 and "recomputation" not in forward
     rollout = report.rows["rollout"].budget
     assert "gradients" not in rollout or rollout["gradients"] < parameters

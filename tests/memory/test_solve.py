@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dancegrpo_fast.memory.checkpointing import GROUPS, KEEPABLE, Keep, group_of, keeps
+from dancegrpo_fast.memory.checkpointing import KEEPABLE, Keep, keeps
+from dancegrpo_fast.memory.operators import GROUPS, group
 from dancegrpo_fast.memory.solve import GIB, BlockFigures, GroupFigures, auto, options_of, solve
 
 from ..patch.models import FAMILIES, assert_same_bits, run
@@ -35,15 +36,15 @@ class _Figures(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        group = group_of(func._schema.name)
+        name = group(func._schema.name)
         # Held, so that no address comes twice.
         self.alive.append(out)
         written = {k: size for k, size in _storages([out]).items() if k not in _storages([args, kwargs])}
-        self.source |= dict.fromkeys(written, group)
-        if keeps(frozenset({group}), func, args, kwargs or {}):
-            self.kept[group] += sum(written.values())
+        self.source |= dict.fromkeys(written, name)
+        if keeps(frozenset({name}), func, args, kwargs or {}):
+            self.kept[name] += sum(written.values())
         counted = flop_registry.get(func._overloadpacket)
-        self.cost[group] += sum(written.values()) if counted is None else counted(*args, **kwargs or {}, out_val=out)
+        self.cost[name] += sum(written.values()) if counted is None else counted(*args, **kwargs or {}, out_val=out)
         return out
 
 
@@ -72,8 +73,8 @@ def measure(model: Any, inputs: dict[str, Any]) -> list[BlockFigures]:
                 by_group[counter.source[key]] += size
         groups = {
             # A saved view of an output that may not be kept counts for no group.
-            group: GroupFigures(counter.kept[group], min(by_group[group], counter.kept[group]), counter.cost[group])
-            for group in GROUPS
+            name: GroupFigures(counter.kept[name], min(by_group[name], counter.kept[name]), counter.cost[name])
+            for name in GROUPS
         }
         figures.append(BlockFigures(sum(new.values()), sum(by_group.values()), groups))
         return out

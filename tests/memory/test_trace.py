@@ -2,16 +2,18 @@
 
 import gc
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from dancegrpo_fast.memory.fake import CudaOperators
 from dancegrpo_fast.memory.result import Trace
 from dancegrpo_fast.memory.trace import measure, trace
 from dancegrpo_fast.models.base import add_lora
-from dancegrpo_fast.patch import accelerate
+from dancegrpo_fast.patch import _common, accelerate
 
 from .small import tiny
 
@@ -55,6 +57,30 @@ def test_prediction_with_block_ops_is_what_a_real_run_takes(recompute: str) -> N
     accelerate(model, recompute=recompute)
     predicted = trace(model, inputs, attention="cpu")
     assert_same_books(predicted, measure(model, inputs))
+
+
+@pytest.mark.parametrize("block_ops", [False, True])
+def test_prediction_of_cudas_autocast_is_what_its_casts_take(block_ops: bool) -> None:
+    """They run on the CPU too, with attention taken apart."""
+    model, inputs = tiny("hunyuan")
+    if block_ops:
+        accelerate(model)
+    predicted = trace(model, inputs, attention="math", autocast=torch.bfloat16)
+    in_float = mock.patch.object(_common, "_norm_dtype", lambda _: torch.float32)
+    with CudaOperators("math", fused_norm=False), in_float:
+        assert_same_books(predicted, measure(model, inputs, autocast=torch.bfloat16))
+
+
+def test_block_ops_keep_on_cuda_what_they_keep_on_the_cpu() -> None:
+    """All but attention, in bfloat16 without autocast."""
+    model, inputs = tiny("flux", torch.bfloat16)
+    accelerate(model, "fast", recompute="all", gates_from_weights=True)
+    predicted, measured = trace(model, inputs), measure(model, inputs)
+    for group in ("matmul", "norm", "activation", "rope", "elementwise"):
+        assert predicted.saved_by_group.get(group) == measured.saved_by_group.get(group)
+    # Products with float32 results there are products of float32 copies here.
+    assert predicted.flops_by_group["backward"]["matmul"] == measured.flops_by_group["backward"]["matmul"]
+    assert predicted.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]
 
 
 def test_rollout_keeps_nothing() -> None:

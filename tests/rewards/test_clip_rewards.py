@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dancegrpo_fast.config import RewardSettings
 from dancegrpo_fast.rewards import RewardInput, RewardSet
+from dancegrpo_fast.rewards import clip as clip_module
 from dancegrpo_fast.rewards.clip import ClipReward
 from dancegrpo_fast.rewards.clip_score import ClipScore
 from dancegrpo_fast.rewards.frames import sampled_indices
@@ -138,6 +139,17 @@ def test_each_prompt_is_encoded_once(clip: Path) -> None:
     assert sum(seen) == 3
     reward(replace(inputs, prompts=[*PROMPTS[:3], "another"]))
     assert sum(seen) == 4
+
+
+def test_only_so_many_prompts_are_remembered(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = ClipScore(clip).towers
+    wanted = towers.texts(["a red bird", "two blue cats", "red", "bird"], batch=4)
+    monkeypatch.setattr(clip_module, "REMEMBERED", 3)
+    assert_same_cosines(towers.texts(["bird", "cat"], batch=4)[0], wanted[3].double(), torch.float32)
+    assert set(towers._known) == {"bird", "cat"}
+    # a call may need more than are remembered
+    four = towers.texts(["a red bird", "two blue cats", "red", "bird"], batch=4)
+    assert torch.equal(four, wanted)
 
 
 def test_equal_towers_are_shared_while_they_live(clip: Path) -> None:

@@ -1,11 +1,14 @@
 """GenEval's rules in closed form, and a tiny Mask2Former through the real classes."""
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dancegrpo_fast.rewards import build_reward
 from dancegrpo_fast.rewards.geneval import COLORS, Found, GenEval, instances, is_correct, relations
@@ -85,8 +88,9 @@ def test_instances_are_masks_and_their_confidence() -> None:
     masks[0, 1:3, 2:5] = 2.0
     masks[1, :, :2] = 1.0
     found = instances(logits, masks, 4, 6, kept=4)
-    first, second = found[:2]
-    assert (first[0], second[0]) == (0, 1) or (first[0], second[0]) == (1, 0)
+    scores = [score for _, score, _ in found]
+    assert scores == sorted(scores, reverse=True)
+    assert {label for label, _, _ in found[:2]} == {0, 1}
     by_class = {label: (score, where) for label, score, where in found[:2]}
     probabilities = logits.softmax(dim=-1)
     assert by_class[0][1].box == (2, 1, 5, 3)
@@ -97,11 +101,31 @@ def test_instances_are_masks_and_their_confidence() -> None:
     assert all(where.mask.any() for _, _, where in found)
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# prompts/object_names.txt of djghosh13/geneval
+OBJECTS = (  # one string: a list would be eighty lines
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, "
+    "clock, vase, scissors, teddy bear, hair drier, toothbrush"
+)
+COCO = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+# as the detectors converted from mmdetection spell them
+OLDER = COCO | {
+    "motorcycle": "motorbike",
+    "airplane": "aeroplane",
+    "couch": "sofa",
+    "potted plant": "pottedplant",
+    "dining table": "diningtable",
+    "tv": "tvmonitor",
+}
+
+
+def save_detector(folder: Path, names: Sequence[str]) -> Path:
     from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    folder = tmp_path_factory.mktemp("detector")
     swin = SwinConfig(
         image_size=64,
         embed_dim=8,
@@ -121,7 +145,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoder_layers=2,
         num_attention_heads=2,
         num_queries=8,
-        id2label={0: "cat", 1: "dog"},
+        id2label=dict(enumerate(names)),
     )
     torch.manual_seed(0)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
@@ -134,12 +158,74 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> GenEval:
-    clip = save_clip(tmp_path_factory.mktemp("clip"))
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_detector(tmp_path_factory.mktemp("detector"), ["cat", "dog"])
+
+
+@pytest.fixture(scope="module")
+def scorer(detector: Path, clip: Path) -> GenEval:
     args = {"path": str(detector), "clip": str(clip), "threshold": 0.0, "device": "cpu"}
     built = build_reward(RewardSettings("geneval", args=args))
     assert isinstance(built, GenEval)
     return built
+
+
+@pytest.mark.parametrize("spelling", [COCO, OLDER], ids=["coco", "older"])
+def test_every_object_of_geneval_is_a_class(clip: Path, tmp_path: Path, spelling: dict[str, str]) -> None:
+    names = OBJECTS.split(", ")
+    folder = save_detector(tmp_path, [spelling.get(name, name) for name in names])
+    scorer = GenEval(str(folder), str(clip), threshold=0.0, device="cpu")
+    include = [[{"class": name, "count": 1}] for name in names]
+    inputs = make_inputs(1)
+    many = {"frames": inputs.frames.expand(80, -1, -1, -1, -1), "prompts": ["x"] * 80, "group": torch.zeros(80)}
+    scores = scorer(replace(inputs, **many, meta=[{"tag": "single_object", "include": one} for one in include]))
+    values = scorer._processor((inputs.frames[0, 0] * 255).byte().permute(1, 2, 0).numpy(), return_tensors="pt")
+    classes = scorer._model(**values).class_queries_logits[0].softmax(dim=1)[:, :-1]
+    found = set((classes.flatten().topk(100).indices % 80).tolist())
+    assert scores.nonzero().flatten().tolist() == sorted(found)
+    assert 0 < len(found) < 80
+
+
+@torch.no_grad()
+def test_masks_of_unlikely_queries_change_nothing(detector: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector's own classes, sharpened so that a threshold divides its queries."""
+    inputs = make_inputs(1)
+    scorer = GenEval(str(detector), str(clip), threshold=0.0, device="cpu")
+    predictor = scorer._model.class_predictor
+    predictor.weight.mul_(40)
+    predictor.bias[2] = 9  # no object
+    pixels = (inputs.frames[0, 0] * 255).round().byte()
+    values = scorer._processor(pixels.permute(1, 2, 0).numpy(), return_tensors="pt")
+    output = scorer._model(**values)
+    masks = scorer._cropped(output.masks_queries_logits[0], values["pixel_mask"][0])
+    every = instances(output.class_queries_logits[0], masks, *pixels.shape[1:], 100)
+    enlarged: list[int] = []
+    original = GenEval._cropped
+    spy = staticmethod(lambda masks, valid: enlarged.append(len(masks)) or original(masks, valid))
+    monkeypatch.setattr(GenEval, "_cropped", spy)
+    confidences = sorted(confidence for _, confidence, _ in every)
+    for least in (confidences[len(confidences) // 2], confidences[-2], confidences[-1]):
+        scorer._thresholds = least, least
+        counts = [sum(label == one and confidence > least for label, confidence, _ in every) for one in (0, 1)]
+        for name, count in zip(("cat", "dog"), counts, strict=True):
+            for wanted in (count, count + 1):
+                meta = {"tag": "x", "include": [{"class": name, "count": wanted}]}
+                assert scorer(replace(inputs, meta=[meta])).item() == float(wanted == count)
+    assert 0 < min(enlarged) < len(masks)
+
+
+def test_a_detector_without_all_weights(detector: Path, clip: Path, tmp_path: Path) -> None:
+    part = shutil.copytree(detector, tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    del weights["class_predictor.weight"]
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"path: got .*Mask2Former.*1 of its weights are not there, class_predictor"):
+        GenEval(str(part), str(clip))
 
 
 def test_through_the_real_classes(scorer: GenEval) -> None:
@@ -187,5 +273,8 @@ def test_foreign_prompts_are_refused(scorer: GenEval, meta: Any, message: str) -
 
 
 def test_videos_are_refused(scorer: GenEval) -> None:
-    with pytest.raises(ValueError, match="frames: got"):
-        scorer(make_inputs(1, length=2))
+    meta = {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}
+    with pytest.raises(ValueError, match=r"frames: got .*want images"):
+        scorer(make_inputs(1, length=2, meta=[meta]))
+    with pytest.raises(ValueError, match=r"frames: got values .*want \[0, 1\]"):
+        scorer(make_inputs(1, frames=torch.full((1, 1, 3, 8, 8), 2.0), meta=[meta]))

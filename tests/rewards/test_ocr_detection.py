@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dancegrpo_fast.rewards import RewardInput
-from dancegrpo_fast.rewards.ocr import OcrExact, OcrReader, OcrReward
+from dancegrpo_fast.rewards.ocr import _AT_A_TIME, OcrExact, OcrReader, OcrReward
 
 
 def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160) -> Tensor:
@@ -57,12 +57,21 @@ def test_videos_score_the_mean_of_their_frames() -> None:
     assert OcrExact(frames=2)(both).tolist() == [1.0, 0.5]
 
 
+def test_more_images_than_are_read_at_a_time() -> None:
+    pictures = [line(text) for text in ("harbours", "fish", "late")]
+    found = OcrReader()(torch.stack([pictures[i % 3] for i in range(_AT_A_TIME + 2)]))
+    assert found == [("harbours", "fish", "late")[i % 3] for i in range(_AT_A_TIME + 2)]
+    assert OcrReader()(torch.empty(0, 3, 48, 190)) == []
+
+
 def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match="frames: got 0"):
         OcrReward(frames=0)
-    with pytest.raises(ValueError, match=r"frames: got shape \(1, 3, 48, 190\), want \[N, T, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"frames: got torch.float32 \(1, 3, 48, 190\), want floats \[N, T, 3, H, W\]"):
         OcrReward()(inputs(line("x")[None], '"x"'))
     with pytest.raises(ValueError, match="frames: got 2, want at most the 1"):
         OcrReward(frames=2)(inputs(line("x")[None, None], '"x"'))
+    with pytest.raises(ValueError, match=r"frames: got values from .* to 2, want \[0, 1\]"):
+        OcrReward()(inputs(2 * line("x")[None, None].round(), '"x"'))
     with pytest.raises(ValueError, match="prompts: got 2, want 1"):
         OcrReward()(inputs(line("x")[None, None], '"x"', '"y"'))

@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo_fast.rewards.pixels import CLIP_MEAN, CLIP_STD, clip_pixels, letterbox_pixels, resize_bicubic
+from dancegrpo_fast.rewards import pixels as pixels_module
+from dancegrpo_fast.rewards.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    clip_pixels,
+    letterbox_pixels,
+    resize_and_crop,
+    resize_bicubic,
+)
 
 from ..tolerances import assert_same_resize
 from .tiny_clip import pillow_processor
@@ -62,6 +70,17 @@ def test_clip_pixels_are_the_processors_to_the_bit(source: tuple[int, int], size
     found = clip_pixels(pixels, size)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.from_numpy(np.asarray(wanted)))
+
+
+def test_a_strip_is_only_enlarged_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2000 rows of 3 pixels would be 18,666 rows of 28, of which 28 are kept."""
+    made: list[int] = []
+    original = pixels_module._fixed_point
+    monkeypatch.setattr(pixels_module, "_fixed_point", lambda sums: made.append(sums.shape[1]) or original(sums))
+    pixels = picture("noise", 2000, 3)
+    found = resize_and_crop(pixels, 28)
+    assert torch.equal(found, with_pillow(pixels, 18666, 28)[:, 9319:9347])
+    assert made == [2000, 28]
 
 
 @pytest.mark.parametrize("prepare", [clip_pixels, letterbox_pixels])
