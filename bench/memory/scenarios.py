@@ -21,12 +21,9 @@ SCENARIOS = (
     Scenario("FLUX LoRA, 80 GiB", f"{_FLUX} --lora 128 --steps 12 --train_fraction 0.5 --prompts 2 --gpu 80"),
     Scenario("FLUX LoRA, 40 GiB", f"{_FLUX} --lora 128 --steps 12 --train_fraction 0.5 --prompts 2 --gpu 40"),
     Scenario("FLUX LoRA, 16 GiB", f"{_FLUX} --lora 32 {_SMALL} --gpu 16"),
-    # Two samples stand for the two rows of one that is guided by the batch (half the calls, so half the seconds): with
-    # `--cfg` alone the planner takes the model's embedded guidance for the one that is used.
     Scenario(
         "SkyReels-I2V full fine-tuning, 8 x 80 GiB",
-        "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --micro_batch 2 --rollout_batch 2"
-        " --vae_tiling true --fsdp 8 --gpu 80",
+        "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --cfg 5 --vae_tiling true --fsdp 8 --gpu 80",
     ),
     Scenario(
         "Stable Diffusion 1.4 full fine-tuning, 80 GiB",

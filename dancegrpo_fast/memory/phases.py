@@ -125,7 +125,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
     if case.block_ops != "off":
-        accelerate(model, case.block_ops, recompute=case.recompute)
+        # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
+        accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
     return model
 
 

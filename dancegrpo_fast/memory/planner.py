@@ -50,13 +50,8 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     return KERNEL_OF.get(found.kernel, "flash"), f"attention {found.reasons[0]}"
 
 
-def _embeds(spec: specs.Spec) -> bool:
-    """Whether guidance is an input of the model, and needs no second row."""
-    return bool(spec.config.get("guidance_embeds"))
-
-
 def _rows(settings: Settings, batch: int) -> int:
-    return batch * (1 if settings.cfg == 1 or _embeds(resolved(settings.model)) else 2)
+    return batch * (2 if settings.cfg != 1 and resolved(settings.model).guides_by_batch else 1)
 
 
 def _case(settings: Settings, rows: int, name: str, *, train: bool, dtype: str = "") -> Case:
@@ -80,15 +75,19 @@ def _case(settings: Settings, rows: int, name: str, *, train: bool, dtype: str =
     )
 
 
-class _Iteration:
+class Iteration:
     """The pieces of one plan."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.spec = resolved(settings.model)
+        if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
+            raise ValueError(
+                f"offload: got block_inputs for {settings.model}, want a transformer, or not to offload them"
+            )
         self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
         rows = _rows(settings, settings.micro_batch)
-        equal_text = settings.cfg == 1 or _embeds(self.spec)
+        equal_text = settings.cfg == 1 or not self.spec.guides_by_batch
         case = _case(settings, rows, "flash", train=True)
         name, why = kernel(case, settings.attention, settings.device, equal_text)
         self.reasons = [why]
@@ -325,7 +324,7 @@ def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> 
         ValueError: settings that the model cannot have, or with policy "auto" a capacity below the weights.
     """
     with collected():
-        iteration = _Iteration(settings)
+        iteration = Iteration(settings)
         picked = iteration.pick()
         found = _plan(iteration, picked)
         return replace(found, advice=_advised(found, picked, thorough)) if advise else found
@@ -335,7 +334,7 @@ def _advised(found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advi
     from .advice import advice
 
     def again(changed: Settings, same_policy: bool) -> Plan:
-        other = _Iteration(changed)
+        other = Iteration(changed)
         if not same_policy:
             return _plan(other, policies.named(changed, other.replay))
         chosen = list(picked.blocks.policies) if picked.blocks.kinds else picked.blocks.policies[0]
@@ -345,7 +344,7 @@ def _advised(found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advi
     return advice(found, again, thorough=thorough)
 
 
-def _plan(iteration: _Iteration, picked: policies.Picked) -> Plan:
+def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
     settings = iteration.settings
     phases: list[Phase | None] = [iteration.weights()]
     if settings.text_encoders != "precomputed" and iteration.encoders:

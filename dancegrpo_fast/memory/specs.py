@@ -59,6 +59,12 @@ class Spec:
         """Whether more than one frame can be asked for."""
         return self.compression[0] > 1
 
+    @property
+    def guides_by_batch(self) -> bool:
+        """Whether guidance takes a second row: where it is no input, and in SkyReels, which has one all the same."""
+        first_frame = self.denoiser.startswith("HunyuanVideo") and self.config["in_channels"] > self.latent_channels
+        return first_frame or not self.config.get("guidance_embeds")
+
 
 @dataclass(frozen=True)
 class Call:

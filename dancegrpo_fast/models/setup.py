@@ -15,7 +15,7 @@ from ..prompts import Prompt
 from .base import DiffusersModel
 
 if TYPE_CHECKING:
-    from ..memory.planner import _Iteration
+    from ..memory.planner import Iteration
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -126,7 +126,7 @@ def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.devic
         raise ValueError(f'model.checkpointing: got "{asked}", {error}') from error
 
 
-def _automatic(iteration: "_Iteration | None") -> tuple[checkpointing.Policy, bool]:
+def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, bool]:
     """The policy, and whether block inputs wait on the host."""
     if iteration is None:
         raise ValueError('model.checkpointing: got "auto" on the CPU, want model.memory_gib, or a policy by name')
@@ -167,16 +167,16 @@ def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text
         print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
 
 
-def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "_Iteration | None":
+def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "Iteration | None":
     """The planner's pieces for this run, or None on a CPU whose memory is not said."""
     gib = recipe.model.memory_gib
     if gib is None:
         if device.type != "cuda":
             return None
         gib = torch.cuda.get_device_properties(device).total_memory / GIB
-    from ..memory.planner import _Iteration
+    from ..memory.planner import Iteration
 
-    found = _Iteration(_settings(model, recipe, device, text_tokens, gib))
+    found = Iteration(_settings(model, recipe, device, text_tokens, gib))
     if found.decode is not None and recipe.model.dtype == "float32":
         # The planner counts in bf16.
         double = {name: 2 * size for name, size in found.decode.peak.items()}
@@ -231,18 +231,14 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
     shards = processes if strategy != "none" else 1
     samples = -(-train.prompts_per_iteration * train.group_size // processes)
     trained = next(p for p in model.denoiser.parameters() if p.requires_grad)
-    config: Any = model.denoiser.config
-    # The planner takes it that a model with embedded guidance needs no second half, which SkyReels has all the same.
-    guided = model.unconditional(sampler.guidance_scale) is not None and bool(config.get("guidance_embeds"))
-    rows = train.micro_batch * (2 if guided else 1)
     return Settings(
         str(model.folder),
         sampler.frames,
         sampler.height,
         sampler.width,
         # Of all prompts together; a call has as many rows whatever there is to compute.
-        group_size=max(samples, rows),
-        micro_batch=rows,
+        group_size=max(samples, train.micro_batch),
+        micro_batch=train.micro_batch,
         rollout_batch=train.micro_batch,
         steps=sampler.num_steps,
         train_fraction=train.timestep_fraction,

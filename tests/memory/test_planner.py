@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dancegrpo_fast.memory.phases import Case
-from dancegrpo_fast.memory.planner import CATEGORIES, Plan, _Iteration, plan
+from dancegrpo_fast.memory.planner import CATEGORIES, Iteration, Plan, plan
 from dancegrpo_fast.memory.quantised import quantised
 from dancegrpo_fast.memory.settings import GIB, REWARDS, Rates, Settings
 from dancegrpo_fast.memory.sharding import state_bytes_8bit, weights_of
@@ -118,7 +118,7 @@ def test_block_inputs_on_the_host(flux: Plan) -> None:
 
 def test_shards_are_whole_parts() -> None:
     def states(**given: object) -> dict[str, int]:
-        return _Iteration(Settings(**FLUX, **given)).step().budget  # type: ignore[arg-type]  # any setting
+        return Iteration(Settings(**FLUX, **given)).step().budget  # type: ignore[arg-type]  # any setting
 
     one = states(dtype="fp32_master")
     four = states(dtype="fp32_master", fsdp=4)

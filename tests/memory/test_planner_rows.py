@@ -3,7 +3,7 @@
 import pytest
 
 from dancegrpo_fast.memory.budget import Phase
-from dancegrpo_fast.memory.planner import _Iteration
+from dancegrpo_fast.memory.planner import Iteration
 from dancegrpo_fast.memory.settings import GIB, Settings
 
 from ..tolerances import PUBLISHED
@@ -15,9 +15,9 @@ FLUX = {"model": "flux-dev", "height": 720, "width": 720}
 SD = {"model": "sd14", "micro_batch": 8}
 
 
-def pieces(given: dict[str, object]) -> _Iteration:
+def pieces(given: dict[str, object]) -> Iteration:
     """Phases are made one by one: each costs traces."""
-    return _Iteration(Settings(attention="flash", **given))  # type: ignore[arg-type]  # any setting
+    return Iteration(Settings(attention="flash", **given))  # type: ignore[arg-type]  # any setting
 
 
 def denoiser_gib(*phases: Phase) -> float:
