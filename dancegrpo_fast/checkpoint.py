@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parallel import like
+
 FORMAT = 1
 
 
@@ -135,9 +137,12 @@ def restore_optimizer(
         if name not in parameters:
             raise ValueError(f"resume: the checkpoint holds optimiser state of {name}, which this model does not train")
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU unless it is fused.
-        device = value.device if value.ndim == 0 and not optimizer.defaults.get("fused") else parameter.device
-        optimizer.state[parameter][entry] = value.to(device)
+        if value.ndim == 0:
+            # AdamW keeps its step counter on the CPU unless it is fused.
+            there = value.to(parameter.device) if optimizer.defaults.get("fused") else value
+        else:
+            there = like(value, parameter)
+        optimizer.state[parameter][entry] = there
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -67,10 +67,13 @@ def train(arguments: Sequence[str]) -> None:
 
     trainer = Trainer(recipe, options["resume"])
     trainer.run()
+    if not trainer.processes.is_main:
+        return
     root = trainer.directory.root
     if recipe.evaluation is not None and trainer.evaluator is not None:
         shown = [prompt.text for prompt in trainer.evaluator.prompts[: recipe.evaluation.grid_prompts]]
-        for picture in draw(root, shown, recipe.evaluation.grid_samples):
+        sampler = recipe.sampler
+        for picture in draw(root, shown, recipe.evaluation.grid_samples, sampler.frames, sampler.fps):
             print(f"drew {picture}")
     print(closing_line(root, recipe.name))
 
@@ -84,7 +87,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     from .evaluate import evaluate as run
 
     samplers = [name for name in (options["samplers"] or "").split(",") if name]
-    print(run(recipe, options["checkpoint"], Path(options["output"]), samplers, options["by"], options["weights"]))
+    table = run(recipe, options["checkpoint"], Path(options["output"]), samplers, options["by"], options["weights"])
+    if table is not None:
+        print(table)
 
 
 def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, str | None, bool]:

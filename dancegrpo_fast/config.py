@@ -148,12 +148,14 @@ class RewardSettings:
         win_rate: the score is the share of the other samples of its prompt's group that it beats, ties half. The mean
             of every group is 1/2, so report the plain score beside it.
         args: keyword arguments of its constructor.
+        label: what metrics and tables call it; null: its name, with what is done to its scores.
     """
 
     name: str
     weight: float = 1.0
     threshold: float | None = None
     win_rate: bool = False
+    label: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -243,7 +245,7 @@ class EvaluationSettings:
     Args:
         every: iterations between evaluations; the first and the last are always evaluated.
         prompts: file of the prompts; null takes the training prompts.
-        samples_per_prompt: fixed noises of each prompt.
+        samples_per_prompt: fixed noises of each prompt; at least 2 in training, which follows the diversity.
         rewards: scores to report, at least one, trained on or not.
         grid_samples: samples of each prompt in the pictures.
         grid_prompts: prompts in the pictures, the first of the file.
@@ -258,7 +260,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _at_least("evaluation.every", self.every, 1)
-        _at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 2)
+        _at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("evaluation.grid_prompts", self.grid_prompts, 1)
         if not self.rewards:
             raise ValueError("evaluation.rewards: got none, want at least one score")

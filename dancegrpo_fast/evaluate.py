@@ -148,7 +148,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for place, prompt in enumerate(found.prompts):
         mine = slice(place * samples, (place + 1) * samples)
-        spread = diversity(found.frames[mine], samples)
+        spread = diversity(found.frames[mine], samples) if samples > 1 else None
         for sample in range(samples):
             index = found.first + place
             file = folder / sampler / f"{index:05d}" / "samples" / f"{sample:04d}.png"
@@ -176,7 +176,8 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
     over tags.
 
     `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
-    standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation.
+    standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation. The last
+    two are None where there is one sample a prompt.
 
     Raises:
         ValueError: a prompt lacks the column.
@@ -195,6 +196,8 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
             for row in members:
                 prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
             means = [fmean(scores) for scores in prompts.values()]
+            values = [row["scores"][name] for row in members]
+            several = min(map(len, prompts.values())) > 1
             table.append(
                 {
                     "sampler": sampler,
@@ -202,9 +205,9 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
                     "score": name,
                     "mean": fmean(means),
                     "error": stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
-                    "std": stdev([row["scores"][name] for row in members]),
-                    "within": fmean([stdev(scores) for scores in prompts.values()]),
-                    "diversity": fmean([row["diversity"] for row in members]),
+                    "std": stdev(values) if len(values) > 1 else None,
+                    "within": fmean([stdev(scores) for scores in prompts.values()]) if several else None,
+                    "diversity": fmean([row["diversity"] for row in members]) if several else None,
                     "prompts": len(prompts),
                     "samples": len(members),
                 }
@@ -238,8 +241,8 @@ def evaluate(
     samplers: Sequence[str] = SAMPLERS,
     by: str | None = None,
     weights: str = "model",
-) -> str:
-    """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table.
+) -> str | None:
+    """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table in the first process.
 
     Samples lie as `<sampler>/<prompt>/samples/<sample>.png` beside `metadata.jsonl`, which is how the official GenEval
     scorer wants them. A second call with the same settings continues where the first one ended. Several processes
@@ -309,4 +312,4 @@ def evaluate(
         checkpoint.write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))
         checkpoint.write_text(output / "table.md", text)
     processes.accelerator.end_training()
-    return text
+    return text if processes.is_main else None

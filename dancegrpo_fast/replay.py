@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .models import Conditioning
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
-from .rollout import Policy, chunks, guided_output, select
+from .parallel import Processes
+from .rollout import Policy, chunks, guided_output, probe, select
 from .trajectory import Trajectory
 from .transitions import TransitionTable
 
@@ -36,25 +37,29 @@ class Objective:
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout.
+    """The scored samples of one process that are trained on.
 
     Attributes:
-        trajectory: B samples over T steps.
+        trajectory: n samples over T steps.
         conditioning: one row per prompt.
-        advantages: float32 `[B]` on the device.
+        advantages: float32 `[n]` on the device.
         advantages_host: the same numbers.
-        group_size: samples per prompt.
-        steps: the steps each sample is trained on, B lists of K.
-        shared_first_step: step 0 was computed once per prompt.
+        prompts: int64 `[n]` on the device, each sample's row of `conditioning`.
+        prompts_host: the same numbers.
+        rows: the row of the micro-batch in which each sample was drawn.
+        steps: the steps each sample is trained on, n lists of K.
+        shared_step: the step whose model call was made once per prompt, in row `prompt % rows`; None: none was.
     """
 
     trajectory: Trajectory
     conditioning: Conditioning
     advantages: Tensor
     advantages_host: Sequence[float]
-    group_size: int
+    prompts: Tensor
+    prompts_host: Sequence[int]
+    rows: Sequence[int]
     steps: Sequence[Sequence[int]]
-    shared_first_step: bool
+    shared_step: int | None
 
 
 @dataclass
@@ -88,23 +93,29 @@ class Tally:
             self.first_max_dev = dev if self.first_max_dev is None else torch.maximum(self.first_max_dev, dev)
 
 
-def backward_update(
-    policy: Policy,
-    denoiser: nn.Module,
-    table: TransitionTable,
-    data: Experience,
-    samples: Sequence[int],
-    objective: Objective,
-    backward: Callable[[Tensor], None],
-    tally: Tally,
-    first: bool,
-) -> bool:
-    """Accumulates the gradient of the mean loss over `samples` and their steps; whether there was any.
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step is made of on this process.
+
+    Attributes:
+        items: (row in the rollout, item) pairs.
+        calls: of the model that they take.
+        per_pair: weight of a (sample, step) pair in the mean over all processes' pairs.
+    """
+
+    items: Sequence[tuple[int, Item]]
+    calls: int
+    per_pair: float
+
+
+def plan_update(
+    policy: Policy, data: Experience, samples: Sequence[int], objective: Objective, total: int, tally: Tally
+) -> Update:
+    """The pairs of `samples` and their steps, one of `total` samples that all processes have in this update.
 
     Samples whose advantage is exactly 0 have no gradient and are not replayed, unless a KL pulls on them.
     """
-    steps = len(data.steps[0])
-    per_pair = 1.0 / (len(samples) * steps)
+    steps = len(data.steps[0]) if data.steps else 0
     active = [s for s in samples if data.advantages_host[s] != 0.0 or objective.kl_weight > 0]
     tally.counts["zero_advantage_skipped"] += (len(samples) - len(active)) * steps
     items: list[tuple[int, Item]] = []
@@ -112,24 +123,96 @@ def backward_update(
     for turn in range(steps):
         for s in active:
             step = data.steps[s][turn]
-            if step == 0 and data.shared_first_step:
-                shared.setdefault(s // data.group_size, []).append(s)
+            if step == data.shared_step:
+                shared.setdefault(data.prompts_host[s], []).append(s)
             else:
-                items.append((s % policy.rows, Item((s,), step)))
-    # A shared first step sat in its prompt's row.
-    items += [(prompt % policy.rows, Item(tuple(group), 0)) for prompt, group in sorted(shared.items())]
+                items.append((data.rows[s], Item((s,), step)))
+    # A shared step sat in its prompt's row.
+    for prompt, group in sorted(shared.items()):
+        items.append((prompt % policy.rows, Item(tuple(group), data.shared_step or 0)))
     tally.counts["shared_rows_saved"] += sum(len(group) - 1 for group in shared.values())
+    return Update(items, sum(1 for _ in pack(items, policy)), 1.0 / (total * max(steps, 1)))
+
+
+def backward_update(
+    policy: Policy,
+    denoiser: nn.Module,
+    table: TransitionTable,
+    data: Experience,
+    update: Update,
+    objective: Objective,
+    processes: Processes,
+    calls: int,
+    tally: Tally,
+    first: bool,
+    *,
+    each_call: bool = False,
+) -> bool:
+    """Accumulates the gradient of the mean loss over an update's pairs; whether there was any on some process.
+
+    Args:
+        policy: the model as the rollout called it.
+        denoiser: what is trained, as the processes wrap it.
+        table: of the sampler.
+        data: of this process.
+        update: of this process.
+        objective: the loss.
+        processes: of the run. Gradients are averaged over them in the last call.
+        calls: of the model, on every process. Those that `update` does not need have weight zero.
+        tally: of this process.
+        first: the update is the first after its rollout.
+        each_call: reduce gradients in every call.
+    """
+    # Reductions average over processes, the loss is a sum over them.
+    per_pair = update.per_pair * processes.count
+    made = _losses(policy, denoiser, table, data, update.items, objective, tally, per_pair)
     changed = False
-    for losses in _losses(policy, denoiser, table, data, items, objective, tally, per_pair):
-        for loss in losses:
-            tally.add(loss.metrics, first)
-        # Knowing that every sample was clipped costs nothing on the CPU; on a GPU it would be a host sync.
-        if losses[0].loss.device.type == "cpu" and not any(bool(loss.has_grad.any()) for loss in losses):
-            tally.counts["backwards_skipped"] += 1
-            continue
-        backward(torch.stack([loss.loss for loss in losses]).sum())
-        changed = True
+    for number in range(calls):
+        with processes.reducing(denoiser, last=each_call or number == calls - 1):
+            losses = next(made, None)
+            if losses is None:
+                processes.accelerator.backward(_nothing(policy, denoiser, table, data, objective, tally))
+                changed = True
+                continue
+            for loss in losses:
+                tally.add(loss.metrics, first)
+            # Knowing that every sample was clipped costs nothing on the CPU; on a GPU it would be a host sync. Other
+            # processes wait for this one's part of a reduction, zero or not.
+            alone = not processes.distributed and losses[0].loss.device.type == "cpu"
+            if alone and not any(bool(loss.has_grad.any()) for loss in losses):
+                tally.counts["backwards_skipped"] += 1
+                continue
+            processes.accelerator.backward(torch.stack([loss.loss for loss in losses]).sum())
+            changed = True
     return changed
+
+
+def _nothing(
+    policy: Policy,
+    denoiser: nn.Module,
+    table: TransitionTable,
+    data: Experience,
+    objective: Objective,
+    tally: Tally,
+) -> Tensor:
+    """Zero, through the same model calls as a loss: for a process that has fewer of them than another."""
+    tally.counts["model_rows"] += policy.rows
+    tally.counts["padded_rows"] += policy.rows
+    inputs = probe(policy, table, data.conditioning)
+    output, uncond = policy(denoiser, *inputs)
+    _reference(policy, denoiser, inputs, objective)
+    return 0.0 * (output.sum() + (0.0 if uncond is None else uncond.sum()))
+
+
+def _reference(
+    policy: Policy, denoiser: nn.Module, inputs: tuple[Tensor, Tensor, Conditioning], objective: Objective
+) -> Tensor | None:
+    """The reference model's guided output, where a KL needs it."""
+    if objective.kl_weight <= 0:
+        return None
+    frozen = denoiser if objective.reference is None else objective.reference
+    with torch.no_grad(), objective.without_adapters():
+        return guided_output(*policy(frozen, *inputs), policy.guidance_scale)
 
 
 def _losses(
@@ -173,13 +256,8 @@ def _losses(
         tally.counts["model_rows"] += policy.rows
         tally.counts["padded_rows"] += policy.rows - call.used
         index, step = call.samples, call.steps
-        inputs = (latents[index, step], times[step], select(data.conditioning, index // data.group_size))
-        outputs: list[Tensor | None] = [*policy(denoiser, *inputs), None]
-        if objective.kl_weight > 0:
-            frozen = denoiser if objective.reference is None else objective.reference
-            with torch.no_grad(), objective.without_adapters():
-                outputs[2] = guided_output(*policy(frozen, *inputs), policy.guidance_scale)
-
+        inputs = (latents[index, step], times[step], select(data.conditioning, data.prompts[index]))
+        outputs: list[Tensor | None] = [*policy(denoiser, *inputs), _reference(policy, denoiser, inputs, objective)]
         losses = []
         if len(call.single) == policy.rows:
             losses.append(loss(index, step, outputs))

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .report_video import draw_moving, draw_strips, read_clips, titles
+
 SAMPLERS = {"ode": "ODE", "sde": "SDE"}
 
 
@@ -31,19 +33,22 @@ def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) 
 
 
 def save_samples(folder: Path, iteration: int, sampler: str, grid: Tensor) -> Path:
-    """Writes `<iteration>-<sampler>.png`: one column per prompt, one row per sample.
+    """Writes `<iteration>-<sampler>.png`.
+
+    Images: one column per prompt, one row per sample. Videos: one column per frame, one row per sample; the samples of
+    a prompt are neighbours.
 
     Args:
         folder: created where missing.
         iteration: the samples' model.
         sampler: "ode" or "sde".
-        grid: `[prompts, samples, 3, H, W]` in [0, 1] on the 8-bit grid.
+        grid: `[prompts, samples, T, 3, H, W]` in [0, 1] on the 8-bit grid.
     """
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, samples, _, height, width = grid.shape
-    pixels = (grid * 255).round().byte().permute(1, 3, 0, 4, 2).reshape(samples * height, prompts * width, 3)
+    table = grid.transpose(0, 1)[:, :, 0] if grid.shape[2] == 1 else grid.flatten(0, 1)
+    pixels = (table * 255).round().byte().permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     path = folder / f"{iteration:06d}-{sampler}.png"
     Image.fromarray(pixels.numpy()).save(path)
     return path
@@ -60,16 +65,33 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def draw(root: Path, prompts: Sequence[str], samples: int) -> list[Path]:
-    """Draws `before_after.png` and `curves.png` of a run that evaluates, and returns where they are.
+def draw(root: Path, prompts: Sequence[str], samples: int, frames: int = 1, fps: float | None = None) -> list[Path]:
+    """Draws `before_after.png` and `curves.png` of a run that evaluates, and `before_after.gif` of videos.
 
     Args:
         root: directory of the run.
-        prompts: of the sample files' columns.
-        samples: rows of the sample files.
+        prompts: in the sample files.
+        samples: of each prompt in the sample files.
+        frames: of a sample.
+        fps: of videos.
+
+    Returns:
+        Where the pictures are.
     """
     evaluations = read_rows(root / "evaluations.jsonl")
-    return [_draw_samples(root, evaluations, prompts, samples), _draw_curves(root, evaluations)]
+    if frames == 1:
+        return [_draw_samples(root, evaluations, prompts, samples), _draw_curves(root, evaluations)]
+    shown = [row for row in evaluations if row["sampler"] == "ode"]
+    ends = shown[0], shown[-1]
+    clips = [
+        read_clips(root / "samples" / f"{row['iteration']:06d}-ode.png", len(prompts), samples, frames) for row in ends
+    ]
+    heads = titles(*ends, _score_names(shown[0]))
+    return [
+        draw_strips(root / "before_after.png", clips, prompts, heads),
+        draw_moving(root / "before_after.gif", clips, prompts, heads, fps),
+        _draw_curves(root, evaluations),
+    ]
 
 
 def _score_names(row: Mapping[str, Any]) -> list[str]:
@@ -132,7 +154,7 @@ def _draw_curves(root: Path, evaluations: Sequence[Mapping[str, Any]]) -> Path:
     from matplotlib import pyplot as plt
 
     metrics = read_rows(root / "metrics.jsonl")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(12.5, 7), constrained_layout=True)
     iterations = [row["iteration"] for row in metrics]
     axis = axes[0][0]
     for name in [key.removeprefix("reward/") for key in metrics[0] if key.startswith("reward/")]:
@@ -159,7 +181,7 @@ def _draw_curves(root: Path, evaluations: Sequence[Mapping[str, Any]]) -> Path:
                 label=f"{name}, {SAMPLERS[sampler]}",
             )
     axis.set(title="scores on fixed held-out noises", xlabel="iteration")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
     axis = axes[1][0]
     for index, (sampler, style) in enumerate(styles.items()):

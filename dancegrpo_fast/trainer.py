@@ -2,14 +2,11 @@
 
 import copy
 import json
-import math
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,152 +14,114 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .advantages import best_and_worst, group_advantages
 from .config import Recipe
-from .evaluation import Evaluator, decode
+from .ema import MovingAverage
+from .evaluation import Evaluator
 from .memory._phases import phase
+from .metrics import metrics_row
 from .models import load_model
-from .ops.noise import gaussian_noise
-from .ops.policy_loss import PolicyMetrics
-from .prompts import Prompt, load_prompts, prompts_of_iteration
-from .replay import Experience, Objective, Tally, backward_update
+from .parallel import Processes, like, whole
+from .prompts import load_prompts, prompts_of_iteration
+from .replay import Objective, Tally, backward_update, plan_update
 from .report import progress_line, save_samples
-from .rewards import RewardInput, RewardSet
+from .rewards import RewardSet
 from .rng import derive_seed, generator
-from .rollout import Policy, rollout, rows_are_equal
+from .rollout import Policy, rows_are_equal
+from .rundir import RunDirectory
+from .sampling import Batch, Clock, Resting, Sampler
 
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation, of the recipe and of its `train`.
 FREE_ON_RESUME = ("output_dir", "checkpoint_every", "keep_checkpoints", "threads")
-
-
-class RunDirectory:
-    """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.checkpoints = root / "checkpoints"
-        self.metrics = root / "metrics.jsonl"
-        self.evaluations = root / "evaluations.jsonl"
-
-    def append(self, path: Path, row: dict[str, Any]) -> None:
-        """Adds one JSON line, on disk when this returns."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def keep_until(self, iteration: int) -> None:
-        """Drops the rows of iterations that the resumed run will do again."""
-        for path in (self.metrics, self.evaluations):
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if self._iteration(line, line is lines[-1]) <= iteration]
-                checkpoint.write_text(path, "".join(line + "\n" for line in kept))
-
-    @staticmethod
-    def _iteration(line: str, last: bool) -> float:
-        try:
-            return int(json.loads(line)["iteration"])
-        except json.JSONDecodeError:
-            # A crash can leave half a last line, which belongs to an iteration that is done again.
-            if last:
-                return math.inf
-            raise
+FREE_IN_TRAIN = ("iterations", "offload", "rollout_replica")
 
 
 class Trainer:
-    """One GRPO run of a recipe.
+    """One GRPO run of a recipe, in one of several processes or alone.
 
     Args:
         recipe: the run.
         resume: "auto" continues from the newest checkpoint of the output directory (or starts, where there is none), a
             path continues from that one, None starts anew and refuses a directory that already holds a run.
 
+    Attributes:
+        processes: of the run; `accelerator` is theirs and `device` this one's.
+        denoiser: as the update calls it. `model.denoiser` is what is inside.
+        names: the trained parameters' names.
+
     Raises:
         ValueError: a recipe that cannot be run, a damaged or foreign checkpoint, an output directory in use.
     """
 
     def __init__(self, recipe: Recipe, resume: str | None = None) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import is_tensorboard_available
-
         self.recipe = recipe
-        torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
+        train, evaluation = recipe.train, recipe.evaluation
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
+        self.processes = Processes(train.mixed_precision, self.directory.root)
+        self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        torch.set_num_threads(recipe.threads or self.processes.threads())
         found = self._find_checkpoint(resume)
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.train.mixed_precision,
-            log_with="tensorboard" if is_tensorboard_available() else None,
-            project_dir=str(self.directory.root),
-        )
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"trainer: got {self.accelerator.num_processes} processes, want one (not supported yet)")
-        device = self.device = self.accelerator.device
+        if train.rollout_replica and not self.processes.sharded:
+            raise ValueError(f"train.rollout_replica: got true in {self.processes.name}, want FSDP2, or false")
+        if recipe.model.quantization is not None and self.processes.sharded:
+            raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
 
         self.prompts = load_prompts(recipe.prompts)
-        self.rewards = RewardSet(recipe.rewards)
+        rewards = RewardSet(recipe.rewards)
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
-        evaluation = recipe.evaluation
         evaluated = self.prompts
+        if evaluation is not None and evaluation.samples_per_prompt < 2:
+            raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
         if evaluation is not None and evaluation.prompts is not None:
             evaluated = load_prompts(evaluation.prompts, "test")
-        self.model = load_model(recipe.model, recipe.sampler, device, [*self.prompts, *evaluated])
+        self.model = load_model(recipe, self.device, [*self.prompts, *evaluated])
         denoiser = self.model.denoiser.eval()
         self.table = self.model.table(recipe.sampler)
         self.trainable_steps = [t for t in range(len(self.table) - 1) if self.table.tau[t] > 0]
-        self.steps_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps) + 1e-9)
-        if self.steps_per_sample < 1:
-            raise ValueError(
-                f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(self.trainable_steps)} "
-                "stochastic steps before the last, want at least one step"
-            )
-        self.names = {p: name for name, p in denoiser.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            list(self.names),
-            lr=recipe.train.learning_rate,
-            weight_decay=recipe.train.weight_decay,
-            fused=device.type == "cuda",
-        )
-        self.objective = self._objective(denoiser)
         self.evaluator = None
         if evaluation is not None:
-            self.evaluator = Evaluator(evaluation, recipe.sampler, evaluated, self.model, recipe.seed, device)
+            self.evaluator = Evaluator(evaluation, recipe.sampler, evaluated, self.model, recipe.seed, self.device)
+        sets = [rewards] if self.evaluator is None else [rewards, self.evaluator.rewards]
+        self._resting = Resting(train.offload, self.model, sets, self.device)
+        self.sampler = Sampler(
+            recipe, self.model, self.table, self.trainable_steps, rewards, self.processes, self._resting
+        )
+        self.rewards = rewards
+
+        self.objective = self._objective(denoiser)
+        self.model.denoiser = self.processes.prepare(denoiser)
+        self.denoiser = self.processes.wrap(self.model.denoiser)
+        self.names = {p: name for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            list(self.names),
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.average = None if train.ema_decay is None else MovingAverage(self.names, train.ema_decay)
         state = {} if found is None else self._restore(found)
         self.start = int(state.get("iteration", 0))
-        self.directory.keep_until(self.start if found else -1)
-        self.denoiser, self.prepared_optimizer = self.accelerator.prepare(denoiser, self.optimizer)
-        self.model.denoiser = self.denoiser
-        scale = recipe.sampler.guidance_scale
-        policy = Policy(self.model, recipe.train.micro_batch, scale, self.model.unconditional(scale))
-        equal = state.get("rows_are_equal")
-        if equal is None:
-            probe = self.model.encode(self.prompts[: recipe.train.micro_batch])
-            equal = rows_are_equal(policy, self.table, probe)
-        self.policy = replace(policy, rows_are_equal=equal)
-        self.directory.root.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
+        self.policy = self._policy(state.get("rows_are_equal"))
+        if self.processes.is_main:
+            self.directory.keep_until(self.start if found else -1)
+            self.directory.root.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
         self.accelerator.init_trackers("tensorboard")
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
-        root = self.directory.root
-        if resume is None:
-            if self.directory.metrics.exists() or checkpoint.complete(self.directory.checkpoints):
-                raise ValueError(
-                    f"output_dir: {root} already holds a run; continue it with --resume auto, or give another one"
-                )
-            return None
-        found = checkpoint.complete(self.directory.checkpoints)
-        if resume == "auto":
-            return found[-1] if found else None
-        chosen = Path(resume)
-        own = chosen.resolve().parent == self.directory.checkpoints.resolve()
-        later = [path.name for path in found if not own or path.name > chosen.name]
-        if later or (not own and self.directory.metrics.exists()):
-            raise ValueError(
-                f"resume: {root} holds results that a run from {chosen} would overwrite "
-                f"(checkpoints {', '.join(later) or 'none'}); move them away or give another output_dir"
-            )
-        return chosen
+        found = self.directory.find_checkpoint(resume)
+        everywhere = set(self.processes.collect([str(found)]))
+        if len(everywhere) > 1:
+            raise ValueError(f"resume: processes found {sorted(everywhere)}, want one, in an output_dir that all share")
+        return found
+
+    def _policy(self, equal: bool | None) -> Policy:
+        train, scale = self.recipe.train, self.recipe.sampler.guidance_scale
+        policy = Policy(self.model, train.micro_batch, scale, self.model.unconditional(scale))
+        if equal is None:
+            with self.processes.sampling(self.model.denoiser, resident=False):
+                ours = rows_are_equal(policy, self.table, self.model.encode(self.prompts[: train.micro_batch]))
+            equal = all(self.processes.collect([ours]))
+        return replace(policy, rows_are_equal=equal)
 
     def _objective(self, denoiser: nn.Module) -> Objective:
         train = self.recipe.train
@@ -171,7 +130,7 @@ class Trainer:
             if self.recipe.model.lora is None:
                 # Prepared as the policy is, so that both run in the same precision.
                 frozen = copy.deepcopy(denoiser).requires_grad_(False)
-                reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+                reference = self.processes.prepare(frozen)
             else:
                 without_adapters = self._without_adapters
         extra = {} if without_adapters is None else {"without_adapters": without_adapters}
@@ -181,7 +140,7 @@ class Trainer:
 
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
-        denoiser: Any = self.accelerator.unwrap_model(self.denoiser)
+        denoiser: Any = self.model.denoiser
         denoiser.disable_adapters()
         try:
             yield
@@ -202,13 +161,20 @@ class Trainer:
             raise ValueError(f"resume: {folder} holds other parameters than this model trains")
         with torch.no_grad():
             for name, value in tensors["model"].items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(like(value, parameters[name]))
+        if self.average is not None:
+            self.average.load(tensors.get("ema", {}))
         checkpoint.restore_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}))
         checkpoint.restore_rng(tensors["rng"])
-        for name, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
-            if state[name] != now:
+        now_and_then = {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "processes": self.processes.name,
+        }
+        for name, now in now_and_then.items():
+            if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
-                    f"resume: {folder} was made with {name} {state[name]}, this is {now}; "
+                    f"resume: {folder} was made with {name} {state.get(name)}, this is {now}; "
                     "results can differ from an uninterrupted run in the last bits",
                     stacklevel=2,
                 )
@@ -217,195 +183,175 @@ class Trainer:
     @staticmethod
     def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in recipe.items() if key not in FREE_ON_RESUME}
-        kept["train"] = {key: value for key, value in recipe["train"].items() if key != "iterations"}
+        kept["train"] = {key: value for key, value in recipe["train"].items() if key not in FREE_IN_TRAIN}
         return kept
 
     def _save(self, iteration: int) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {
+        full = self.processes.full
+        groups: dict[str, dict[str, Tensor]] = {
             "model": {name: parameter for parameter, name in self.names.items()},
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
-            "rng": checkpoint.rng_tensors(),
         }
+        if self.average is not None:
+            groups["ema"] = self.average.values
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for group, values in groups.items():
+            wholes = {name: full(value) for name, value in values.items()}
+            tensors[group] = {name: value for name, value in wholes.items() if value is not None}
+        if not self.processes.is_main:
+            return
+        tensors["rng"] = checkpoint.rng_tensors()
         state = {
             "recipe": self.recipe.as_dict(),
             "prompts_seen": iteration * self.recipe.train.prompts_per_iteration,
             "rows_are_equal": self.policy.rows_are_equal,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "processes": self.processes.name,
         }
         checkpoint.save(self.directory.checkpoints, iteration, tensors, state)
         checkpoint.prune(self.directory.checkpoints, self.recipe.keep_checkpoints)
 
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
+
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
-        train = self.recipe.train
+        train, recipe = self.recipe.train, self.recipe
         packing = "are filled without gaps" if self.policy.rows_are_equal else "keep every sample in its row"
-        print(
-            f"{self.recipe.name}: {len(self.names)} trained tensors, {self.steps_per_sample} of {len(self.table)} "
-            f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay",
-            flush=True,
+        self._say(
+            f"{recipe.name}: {len(self.names)} trained tensors, {self.sampler.steps_per_sample} of {len(self.table)} "
+            f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
+            f"{self.processes.name}"
         )
         if self.start == 0:
             self._evaluate(0)
         began = time.perf_counter()
         for iteration in range(self.start + 1, train.iterations + 1):
             row = self.iteration(iteration)
-            self.directory.append(self.directory.metrics, row)
+            if self.processes.is_main:
+                self.directory.append(self.directory.metrics, row)
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=iteration)
             done = iteration - self.start
             left = (time.perf_counter() - began) / done * (train.iterations - iteration)
-            print(progress_line(row, train.iterations, left), flush=True)
-            if self.recipe.evaluation and (
-                iteration % self.recipe.evaluation.every == 0 or iteration == train.iterations
-            ):
+            self._say(progress_line(row, train.iterations, left))
+            last = iteration == train.iterations
+            if recipe.evaluation and (last or iteration % recipe.evaluation.every == 0):
                 self._evaluate(iteration)
-            if iteration % self.recipe.checkpoint_every == 0 or iteration == train.iterations:
+            if last or iteration % recipe.checkpoint_every == 0:
                 self._save(iteration)
-        self.model.save(self.accelerator.unwrap_model(self.denoiser), self.directory.root / "model")
+        self._save_model("model")
+        if self.average is not None:
+            with self.average.applied():
+                self._save_model("model_ema")
+        # A group that a process leaves is of no use to one that still has something to gather.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+    def _save_model(self, name: str) -> None:
+        with self.processes.whole(self.model.denoiser) as denoiser:
+            if denoiser is not None:
+                self.model.save(denoiser, self.directory.root / name)
 
     def _evaluate(self, iteration: int) -> None:
         if self.evaluator is None:
             return
+        self._resting.wake()
         for sampler in ("ode", "sde"):
-            result = self.evaluator(self.policy, sampler)
-            row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
-            self.directory.append(self.directory.evaluations, row)
-            save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
+            with (
+                nullcontext() if self.average is None else self.average.applied(),
+                self.processes.sampling(self.model.denoiser, self.recipe.train.rollout_replica),
+            ):
+                result = self.evaluator(self.policy, sampler, self.processes)
+            if self.processes.is_main:
+                row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
+                self.directory.append(self.directory.evaluations, row)
+                save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
-            print(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}", flush=True)
+            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
+        self._resting.rest()
 
     def iteration(self, iteration: int) -> dict[str, Any]:
-        """One rollout and its updates; returns the row of `metrics.jsonl`."""
-        train, seed = self.recipe.train, self.recipe.seed
-        clock = [time.perf_counter()]
-        prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, seed)
-        data, frames = self._sample(iteration, prompts)
-        clock.append(time.perf_counter())
-        repeated = [prompt for prompt in prompts for _ in range(train.group_size)]
-        rewards = phase("rewards")(self.rewards)(
-            RewardInput(
-                frames=frames,
-                prompts=[prompt.text for prompt in repeated],
-                group=torch.arange(len(prompts)).repeat_interleave(train.group_size),
-                meta=[prompt.meta for prompt in repeated],
-                fps=self.recipe.sampler.fps,
-            )
+        """One rollout and its updates; returns the row of `metrics.jsonl`, the same in every process."""
+        train = self.recipe.train
+        prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, self.recipe.seed)
+        batch = self.sampler(self.policy, iteration, prompts)
+        clock = Clock()
+        tally = self._update(iteration, batch)
+        row = metrics_row(
+            iteration,
+            self.rewards.names,
+            batch.rewards,
+            batch.advantages,
+            train.group_size,
+            tally,
+            self.processes,
+            with_kl=self.objective.kl_weight > 0,
         )
-        clock.append(time.perf_counter())
-        advantages = group_advantages(rewards, train.group_size, weights=self.rewards.weights)
-        tally = self._update(iteration, data, advantages)
-        row = self._row(iteration, rewards, advantages, tally)
-        clock.append(time.perf_counter())
-        row["seconds"] = dict(zip(("sample", "reward", "train"), _differences(clock), strict=True))
+        clock.stop("train")
+        row["seconds"] = batch.seconds | clock.seconds
         return row
 
-    def _sample(self, iteration: int, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], Tensor]:
-        train, sampler, seed = self.recipe.train, self.recipe.sampler, self.recipe.seed
-        batch = len(prompts) * train.group_size
-        ids = torch.arange(batch, device=self.device) + (iteration - 1) * batch
-        conditioning = phase("text encoding")(self.model.encode)(prompts)
-        starts = ids[:: train.group_size] if sampler.shared_noise else ids
-        noise = gaussian_noise(
-            self.model.latent_shape,
-            seed=derive_seed(seed, "initial latents"),
-            sample_ids=starts,
-            dtype=sampler.torch_dtype(),
-        )
-        trajectory = phase("rollout")(rollout)(
-            self.policy,
-            self.table,
-            noise,
-            train.group_size,
-            conditioning,
-            seed=derive_seed(seed, "steps"),
-            sample_ids=ids,
-            shared_first_step=sampler.shared_noise,
-            keep_outputs=train.ratio_norm,
-        )
-        steps = []
-        for sample in range((iteration - 1) * batch, iteration * batch):
-            order = torch.randperm(len(self.trainable_steps), generator=generator(seed, "timesteps", sample))
-            steps.append([self.trainable_steps[i] for i in order[: self.steps_per_sample].tolist()])
-        data = {"trajectory": trajectory, "conditioning": conditioning, "steps": steps}
-        return data, phase("decode")(decode)(self.model, trajectory.denoised, train.micro_batch)
-
-    def _update(self, iteration: int, data: dict[str, Any], advantages: Tensor) -> Tally:
-        train = self.recipe.train
-        experience = Experience(
-            advantages=advantages.to(self.device),
-            advantages_host=advantages.tolist(),
-            group_size=train.group_size,
-            shared_first_step=self.recipe.sampler.shared_noise,
-            **data,
-        )
-        samples = list(range(len(advantages)))
-        if train.best_of_n is not None:
-            samples = best_and_worst(advantages, train.group_size, train.best_of_n).tolist()
-        tally = Tally()
-        first = True
+    def _update(self, iteration: int, batch: Batch) -> Tally:
+        train, tally = self.recipe.train, Tally()
+        place = {sample: here for here, sample in enumerate(batch.kept)}
+        updates = []
         for epoch in range(train.inner_epochs):
-            order = torch.randperm(len(samples), generator=generator(self.recipe.seed, "updates", iteration, epoch))
-            # Every update gets an even share of each row of the micro-batch, so that no row waits for another.
-            dealt = sorted((samples[i] for i in order.tolist()), key=lambda sample: sample % train.micro_batch)
-            for update in range(train.updates_per_rollout):
-                chosen = sorted(dealt[update :: train.updates_per_rollout])
-                changed = phase("replay forward")(backward_update)(
-                    self.policy,
-                    self.denoiser,
-                    self.table,
-                    experience,
-                    chosen,
-                    self.objective,
-                    self.accelerator.backward,
-                    tally,
-                    first,
-                )
-                if not changed:
-                    # Skipping work must not skip the optimiser: its momentum moves on with a gradient of zero.
-                    for parameter in self.names:
-                        parameter.grad = torch.zeros_like(parameter)
-                with phase("optimizer"):
-                    tally.grad_norms.append(self.accelerator.clip_grad_norm_(list(self.names), train.max_grad_norm))
-                    self.prepared_optimizer.step()
-                    self.prepared_optimizer.zero_grad(set_to_none=True)
-                first = False
+            for chosen in self._deal(batch.chosen, iteration, epoch):
+                ours = [place[sample] for sample in chosen if sample in place]
+                updates.append(plan_update(self.policy, batch.data, ours, self.objective, len(chosen), tally))
+        # Where calls gather parameters or reduce gradients, every process makes as many as the one that needs most;
+        # where only the last one reduces, at least that one.
+        every = train.gradient_sync == "call"
+        own = torch.tensor([update.calls for update in updates])
+        most = self.processes.max(own).cpu()
+        calls = most if every or self.processes.sharded else torch.maximum(own, most.clamp(max=1))
+        for number, (update, count) in enumerate(zip(updates, calls.tolist(), strict=True)):
+            changed = phase("replay forward")(backward_update)(
+                self.policy,
+                self.denoiser,
+                self.table,
+                batch.data,
+                update,
+                self.objective,
+                self.processes,
+                count,
+                tally,
+                number == 0,
+                each_call=every,
+            )
+            with phase("optimizer"):
+                self._step(changed, tally)
         return tally
 
-    def _row(self, iteration: int, rewards: Tensor, advantages: Tensor, tally: Tally) -> dict[str, Any]:
-        groups = rewards.reshape(len(rewards), -1, self.recipe.train.group_size)
-        constant = (groups.amax(dim=-1) == groups.amin(dim=-1)).all(dim=0)
-        row: dict[str, Any] = {"iteration": iteration}
-        for name, values in zip(self.rewards.names, rewards, strict=True):
-            row[f"reward/{name}"] = float(values.mean())
-            row[f"reward_std/{name}"] = float(values.std())
-        row["zero_std_groups"] = int(constant.sum())
-        row["advantage_max"] = float(advantages.abs().max())
-        norms = torch.stack([torch.as_tensor(norm) for norm in tally.grad_norms]).tolist()
-        row["grad_norm"] = sum(norms) / len(norms)
-        if not all(math.isfinite(norm) for norm in norms):
-            raise RuntimeError(f"iteration {iteration}: the gradient norm is {norms}, want finite numbers")
-        if tally.sums is not None and tally.max_dev is not None:
-            # The one read of an iteration's metrics. Without a sample in the first update, nothing was on policy.
-            first = tally.max_dev * math.nan if tally.first_max_dev is None else tally.first_max_dev
-            host = torch.cat([tally.sums, torch.stack([tally.max_dev, first])]).tolist()
-            sums = dict(zip(PolicyMetrics._fields, host, strict=False))
-            row["pairs"] = int(sums["samples"])
-            for name in PolicyMetrics._fields[1:]:
-                if name != "ratio_max_dev" and (name != "reference_kl" or self.objective.kl_weight > 0):
-                    row[name] = sums[name] / sums["samples"]
-            row["ratio_max_dev"] = host[-2]
-            if tally.first_max_dev is not None:
-                row["ratio_first_update_max_dev"] = host[-1]
-                if host[-1] != 0.0:
-                    warnings.warn(
-                        f"iteration {iteration}: the first update's ratio is {host[-1]:.1e} away from 1; "
-                        "the model does not repeat its own bits between rollout and replay",
-                        stacklevel=2,
-                    )
-        row["skipped"] = dict(tally.counts)
-        return row
+    def _step(self, changed: bool, tally: Tally) -> None:
+        if not changed:
+            # Skipping work must not skip the optimiser: its momentum moves on with a gradient of zero.
+            for parameter in self.names:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.names), self.recipe.train.max_grad_norm)
+        tally.grad_norms.append(whole(norm))
+        self.optimizer.step()
+        # DDP's gradients are its buckets, which stay.
+        self.optimizer.zero_grad(set_to_none=self.denoiser is self.model.denoiser)
+        if self.average is not None:
+            self.average.update()
 
-
-def _differences(clock: Sequence[float]) -> list[float]:
-    return [after - before for before, after in pairwise(clock)]
+    def _deal(self, chosen: Sequence[int], iteration: int, epoch: int) -> list[list[int]]:
+        """The samples of every update of an epoch; how many processes there are does not matter."""
+        train = self.recipe.train
+        updates, rows = train.updates_per_rollout, train.micro_batch
+        random = generator(self.recipe.seed, "updates", iteration, epoch)
+        if not self.policy.rows_are_equal:
+            # An even share of each row of the micro-batch, so that no row waits for another.
+            order = torch.randperm(len(chosen), generator=random).tolist()
+            dealt = sorted((chosen[i] for i in order), key=lambda sample: sample % rows)
+            return [sorted(dealt[update::updates]) for update in range(updates)]
+        # One of each run of neighbours, so that no process waits for another, whichever neighbours it has.
+        hands: list[list[int]] = [[] for _ in range(updates)]
+        for first in range(0, len(chosen), updates):
+            order = torch.randperm(updates, generator=random).tolist()
+            for sample, update in zip(chosen[first : first + updates], order, strict=False):
+                hands[update].append(sample)
+        return hands

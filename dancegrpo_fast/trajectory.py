@@ -48,3 +48,25 @@ class Trajectory:
         """Samples `start` to `stop` as views of the same memory."""
         outputs = None if self.outputs is None else self.outputs[start:stop]
         return Trajectory(self.latents[start:stop], self.log_probs[start:stop], self.denoised[start:stop], outputs)
+
+    def like(self, batch: int) -> "Trajectory":
+        """Uninitialised buffers for `batch` samples of the same steps, shape and dtypes."""
+        outputs = None if self.outputs is None else self.outputs.new_empty(batch, *self.outputs.shape[1:])
+        return Trajectory(
+            self.latents.new_empty(batch, *self.latents.shape[1:]),
+            self.log_probs.new_empty(batch, *self.log_probs.shape[1:]),
+            self.denoised.new_empty(batch, *self.denoised.shape[1:]),
+            outputs,
+        )
+
+    def put(self, start: int, other: "Trajectory", samples: Tensor) -> None:
+        """Copies `samples` (int64 `[n]`) of another trajectory to the rows from `start` on."""
+        rows = self.rows(start, start + len(samples))
+        for ours, theirs in (
+            (rows.latents, other.latents),
+            (rows.log_probs, other.log_probs),
+            (rows.denoised, other.denoised),
+            (rows.outputs, other.outputs),
+        ):
+            if ours is not None and theirs is not None:
+                torch.index_select(theirs, 0, samples, out=ours)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-BASES = ("digits", "digits_ddim", "signs")
+BASES = ("digits", "digits_ddim", "signs", "video", "video_i2v")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,9 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="build again even if the base is there")
     options = parser.parse_args(arguments)
     if options.what == "prompts":
-        from .data import write_prompts
+        from . import data, video
 
-        for path in write_prompts(options.output or Path("recipes/prompts")):
+        folder = options.output or Path("recipes/prompts")
+        for path in [*data.write_prompts(folder), *video.write_prompts(folder)]:
             print(path)
         return 0
     import torch

@@ -58,22 +58,32 @@ def build_reward(settings: RewardSettings) -> Reward:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:
         raise ValueError(
-            f'rewards: "{settings.name}" needs a package that is not installed: {error} (extras: train, demo, ocr)'
+            f'rewards: "{settings.name}" needs what is not installed: {error} (extras: train, demo, judge, ocr)'
         ) from error
     except TypeError as error:
         raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
 
 
 class RewardSet:
-    """Several rewards, scored together and checked: nothing is scored by default."""
+    """Several rewards, scored together and checked: nothing is scored by default.
+
+    Attributes:
+        names: of the rewards, as metrics and tables show them.
+        weights: of their advantages.
+        compares_groups: a score depends on the other samples of its group, which must be scored together.
+    """
 
     def __init__(self, settings: Sequence[RewardSettings]) -> None:
         self._settings = list(settings)
         self._rewards = [build_reward(one) for one in self._settings]
         self.names = [_label(one) for one in self._settings]
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"rewards: got {self.names}, want each one once")
+            raise ValueError(f"rewards: got {self.names}, want each one once, or a label for each")
         self.weights = [one.weight for one in self._settings]
+        self.compares_groups = any(
+            one.win_rate or getattr(reward, "compares_groups", False)
+            for one, reward in zip(self._settings, self._rewards, strict=True)
+        )
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Scores float32 `[K, N]` on the CPU.
@@ -114,6 +124,8 @@ class RewardSet:
 
 
 def _label(settings: RewardSettings) -> str:
+    if settings.label is not None:
+        return settings.label
     name = settings.name.rpartition(":")[2]
     if settings.win_rate:
         return f"{name}_win_rate"

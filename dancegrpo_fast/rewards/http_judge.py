@@ -110,6 +110,8 @@ class HttpPreference:
         ValueError: an argument is out of range, or the environment variable is not set.
     """
 
+    compares_groups = True
+
     def __init__(
         self,
         url: str,

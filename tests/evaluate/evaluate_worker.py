@@ -20,7 +20,8 @@ def main(rank: int, folder: Path) -> None:
 
     with group(folder, "evaluate", False, rank):
         recipe, _ = load_recipe([str(folder / "recipe.json")])
-        (folder / f"table.{rank}").write_text(evaluate(recipe, None, folder / "scores", samplers=["ode"]))
+        table = evaluate(recipe, None, folder / "scores", samplers=["ode"])
+        assert (table is None) == (rank != 0)
     with group(folder, "sharded", True, rank):
         try:
             evaluate(recipe, None, folder / "sharded", samplers=["ode"])

@@ -133,7 +133,7 @@ def test_processes_share_out_the_prompts(base: Path, tmp_path: Path) -> None:
     for row in rows_of(tmp_path / "alone"):
         ours, theirs = (Image.open(tmp_path / name / row["file"]) for name in ("scores", "alone"))
         assert ours.tobytes() == theirs.tobytes()
-    tables = {(tmp_path / name).read_text() for name in ("table.0", "table.1", "scores/table.md", "alone/table.md")}
+    tables = {(tmp_path / name).read_text() for name in ("scores/table.md", "alone/table.md")}
     assert len(tables) == 1
     assert all("got FSDP2" in (tmp_path / f"error.{rank}").read_text() for rank in range(2))
 
@@ -249,3 +249,14 @@ def test_weights_of_another_model_are_refused(base: Path, trained: Path, tmp_pat
     small = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"checkpoint: .* lacks"):
         load_weights(small, trained)
+
+
+def test_one_sample_a_prompt(base: Path, tmp_path: Path) -> None:
+    settings = EvaluationSettings(samples_per_prompt=1, grid_samples=1, rewards=[tiny.reward("Brightness")])
+    recipe = replace(recipe_for(base, tmp_path / "unused"), evaluation=settings)
+    evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]
+    assert (row["within"], row["diversity"], row["samples"]) == (None, None, 3)
+    assert row["std"] == pytest.approx(stdev([one["scores"]["Brightness"] for one in rows_of(tmp_path / "out")]))
+    with pytest.raises(ValueError, match=r"evaluation.samples_per_prompt: got 1"):
+        Trainer(replace(recipe, output_dir=str(tmp_path / "run")))

@@ -93,6 +93,8 @@ def test_overrides() -> None:
         ("--train.micro_batch", "1000", "micro_batch"),
         ("--train.best_of_n", "7", "best_of_n"),
         ("--train.timestep_fraction", "0", "timestep_fraction"),
+        ("--train.ema_decay", "1", "ema_decay"),
+        ("--train.offload", "[disk]", "offload"),
         ("--train.updates_per_rollout", "500", "updates_per_rollout"),
         ("--rewards", "[]", "rewards"),
     ],

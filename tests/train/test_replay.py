@@ -81,9 +81,9 @@ def test_gradient_is_that_of_the_formula(
     seen: dict[str, Any] = {}
     original = module.backward_update
 
-    def keep(policy: Any, denoiser: Any, table: Any, data: Any, samples: Any, *rest: Any) -> bool:
-        changed = original(policy, denoiser, table, data, samples, *rest)
-        seen.update(data=data, samples=samples, grads=[p.grad.clone() for p in denoiser.parameters()])
+    def keep(policy: Any, denoiser: Any, table: Any, data: Any, *rest: Any, **settings: Any) -> bool:
+        changed = original(policy, denoiser, table, data, *rest, **settings)
+        seen.update(data=data, grads=[p.grad.clone() for p in denoiser.parameters()])
         return changed
 
     module.backward_update = keep
@@ -96,10 +96,10 @@ def test_gradient_is_that_of_the_formula(
     data, table = seen["data"], trainer.table
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    for sample in seen["samples"]:
+    for sample in range(len(data.steps)):
         for step in data.steps[sample]:
             x, target = data.trajectory.latents[sample, step], data.trajectory.latents[sample, step + 1]
-            embeds = {name: value[sample // 4][None] for name, value in data.conditioning.items()}
+            embeds = {name: value[data.prompts_host[sample]][None] for name, value in data.conditioning.items()}
             time = table.times[step].float()[None]
             output = trainer.model.predict(trainer.denoiser, x[None], time, embeds, None, 1.0)[0][0].double()
             a, b, tau = (float(column[step]) for column in (table.a, table.b, table.tau))

@@ -1,11 +1,10 @@
 """A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
 
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,24 @@ from dancegrpo_fast.trainer import Trainer
 from .tiny import LoraSettings, make_recipe
 
 RUNNER = """
-import json, sys
 from dancegrpo_fast.cli import load_recipe
 from dancegrpo_fast.trainer import Trainer
-recipe, options = load_recipe(sys.argv[1:], resume=None)
+recipe, options = load_recipe(arguments, resume=None)
 Trainer(recipe, options["resume"]).run()
 """
+# What every run imports, imported once: processes are forked from one that has it.
+IMPORTED = [
+    "accelerate",
+    "dancegrpo_fast.trainer",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers",
+    "jsonargparse",
+    "torch.utils.tensorboard",
+]
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(IMPORTED)
 
 RECIPE = """
 name: tiny
@@ -47,7 +58,8 @@ class Brightness:
 
 
 @pytest.fixture
-def workspace(base: Path, tmp_path: Path) -> Path:
+def workspace(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tiny_rewards.py").write_text(REWARDS)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red\ngreen\nblue\n")
@@ -56,12 +68,16 @@ def workspace(base: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(workspace: Path, output: str, *options: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(workspace), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", RUNNER, str(workspace / "recipe.yaml")]
-    return subprocess.Popen(
-        [*command, "--output_dir", str(workspace / output), *options], env=environment, cwd=workspace
-    )
+def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:
+    arguments = [str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
+    process = FORKED.Process(target=exec, args=(RUNNER, {"arguments": arguments}))
+    process.start()
+    return process
+
+
+def wait(process: ForkServerProcess) -> int | None:
+    process.join()
+    return process.exitcode
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -70,17 +86,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
-    assert start(workspace, "whole").wait() == 0
+    assert wait(start(workspace, "whole")) == 0
     killed = 0
     # Killed before the first checkpoint, between an evaluation and the checkpoint after it, and after a checkpoint.
     for name, rows in (("metrics", 1), ("evaluations", 3), ("metrics", 5)):
         process = start(workspace, "cut", "--resume", "auto")
-        while len(lines(workspace / "cut" / f"{name}.jsonl")) < rows and process.poll() is None:
+        while len(lines(workspace / "cut" / f"{name}.jsonl")) < rows and process.is_alive():
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        process.kill()
+        killed += wait(process) == -signal.SIGKILL
     assert killed == 3
-    assert start(workspace, "cut", "--resume", "auto").wait() == 0
+    assert wait(start(workspace, "cut", "--resume", "auto")) == 0
 
     whole, cut = workspace / "whole", workspace / "cut"
     assert lines(whole / "metrics.jsonl") == lines(cut / "metrics.jsonl")

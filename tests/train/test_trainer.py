@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast import checkpoint, replay
+from dancegrpo_fast import checkpoint, replay, sampling
 from dancegrpo_fast import trainer as module
+from dancegrpo_fast.metrics import metrics_row
 from dancegrpo_fast.trainer import Trainer
 
 from .tiny import LoraSettings, make_recipe, reward
@@ -86,17 +87,16 @@ def test_shared_first_step_changes_nothing_but_the_work(
     # With one row a call, sharing changes neither the shape nor the bits of any call.
     options: dict[str, Any] = {"micro_batch": 1, "iterations": 1, "timestep_fraction": 1.0}
     shared = train(base, tmp_path / "shared", **options)[0]
-    rollout, experience = module.rollout, module.Experience
+    sample, experience = sampling.sample, sampling.Experience
 
-    def separate_rollout(policy: Any, table: Any, noise: Any, *rest: Any, **settings: Any) -> Any:
-        settings["shared_first_step"] = False
-        return rollout(policy, table, noise.repeat_interleave(4, dim=0), *rest, **settings)
+    def separate_sample(policy: Any, table: Any, start: Any, index: Any, *rest: Any, **settings: Any) -> Any:
+        return sample(policy, table, start.latents[index, 0], index, *rest, **settings)
 
     def separate_experience(**fields: Any) -> Any:
-        return experience(**fields | {"shared_first_step": False})
+        return experience(**fields | {"shared_step": None})
 
-    monkeypatch.setattr(module, "rollout", separate_rollout)
-    monkeypatch.setattr(module, "Experience", separate_experience)
+    monkeypatch.setattr(sampling, "sample", separate_sample)
+    monkeypatch.setattr(sampling, "Experience", separate_experience)
     separate = train(base, tmp_path / "separate", **options)[0]
     # Three prompts, of whose four samples three need no first step of their own.
     assert shared["skipped"]["shared_rows_saved"] == 9
@@ -141,18 +141,20 @@ def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraS
 
 def test_best_of_n_trains_on_the_ends(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    original = module.backward_update
+    original = module.Trainer._update
 
-    def keep(*arguments: Any) -> bool:
-        seen.append((arguments[3].advantages, arguments[4]))
-        return original(*arguments)
+    def keep(trainer: Any, iteration: int, batch: Any) -> Any:
+        seen.append(batch)
+        return original(trainer, iteration, batch)
 
-    monkeypatch.setattr(module, "backward_update", keep)
+    monkeypatch.setattr(module.Trainer, "_update", keep)
     row = train(base, tmp_path / "run", iterations=1, best_of_n=1)[0]
-    (advantages, samples) = seen[0]
-    groups = advantages.reshape(3, 4)
+    (batch,) = seen
+    groups = batch.advantages.reshape(3, 4)
     ends = torch.stack([groups.argmax(dim=1), groups.argmin(dim=1)], dim=1) + 4 * torch.arange(3)[:, None]
-    assert samples == sorted(ends.flatten().tolist())
+    assert batch.chosen == batch.kept == sorted(ends.flatten().tolist())
+    assert batch.data.advantages_host == batch.advantages[batch.kept].tolist()
+    assert len(batch.data.trajectory.latents) == 6
     assert row["pairs"] == 3 * 2 * 2
     assert row["ratio_first_update_max_dev"] == 0.0
 
@@ -181,21 +183,22 @@ def test_a_first_update_without_samples_is_not_called_exact(flux: Path, tmp_path
     for row in rows:
         if row["skipped"]["zero_advantage_skipped"] == 0:
             assert row["ratio_first_update_max_dev"] == 0.0
-    tally = module.Tally()
-    quiet = trainer._row(1, torch.full((1, 12), 0.5), torch.zeros(12), replace(tally, grad_norms=[torch.zeros(())]))
+    tally = replace(module.Tally(), grad_norms=[torch.zeros(())])
+    equal = torch.full((1, 12), 0.5)
+    quiet = metrics_row(1, ["Brightness"], equal, torch.zeros(12), 4, tally, trainer.processes, with_kl=False)
     assert "ratio_first_update_max_dev" not in quiet
 
 
 def test_a_ratio_off_one_is_warned_about(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run"))
-    rollout = module.rollout
+    sample = sampling.sample
 
     def shifted(*arguments: Any, **settings: Any) -> Any:
-        trajectory = rollout(*arguments, **settings)
+        trajectory = sample(*arguments, **settings)
         trajectory.log_probs.add_(1e-3)
         return trajectory
 
-    monkeypatch.setattr(module, "rollout", shifted)
+    monkeypatch.setattr(sampling, "sample", shifted)
     with pytest.warns(UserWarning, match="away from 1"):
         row = trainer.iteration(1)
     assert row["ratio_first_update_max_dev"] > 0

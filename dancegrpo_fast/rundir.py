@@ -1,0 +1,72 @@
+"""The directory of a run."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+
+
+class RunDirectory:
+    """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.metrics = root / "metrics.jsonl"
+        self.evaluations = root / "evaluations.jsonl"
+
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """Adds one JSON line, on disk when this returns."""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_until(self, iteration: int) -> None:
+        """Drops the rows of iterations that the resumed run will do again."""
+        for path in (self.metrics, self.evaluations):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if self._iteration(line, line is lines[-1]) <= iteration]
+                checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+
+    def find_checkpoint(self, resume: str | None) -> Path | None:
+        """The checkpoint to continue from.
+
+        Args:
+            resume: "auto" for the newest one there is, a checkpoint folder, or None to start anew.
+
+        Raises:
+            ValueError: the directory holds a run, or results that the continued one would overwrite.
+        """
+        if resume is None:
+            if self.metrics.exists() or checkpoint.complete(self.checkpoints):
+                raise ValueError(
+                    f"output_dir: {self.root} already holds a run; continue it with --resume auto, or give another one"
+                )
+            return None
+        found = checkpoint.complete(self.checkpoints)
+        if resume == "auto":
+            return found[-1] if found else None
+        chosen = Path(resume)
+        own = chosen.resolve().parent == self.checkpoints.resolve()
+        later = [path.name for path in found if not own or path.name > chosen.name]
+        if later or (not own and self.metrics.exists()):
+            raise ValueError(
+                f"resume: {self.root} holds results that a run from {chosen} would overwrite "
+                f"(checkpoints {', '.join(later) or 'none'}); move them away or give another output_dir"
+            )
+        return chosen
+
+    @staticmethod
+    def _iteration(line: str, last: bool) -> float:
+        try:
+            return int(json.loads(line)["iteration"])
+        except json.JSONDecodeError:
+            # A crash can leave half a last line, which belongs to an iteration that is done again.
+            if last:
+                return math.inf
+            raise

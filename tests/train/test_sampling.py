@@ -1,0 +1,170 @@
+"""Work that is saved while samples are drawn: it changes no bit of them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast import checkpoint, sampling
+from dancegrpo_fast import trainer as module
+from dancegrpo_fast.ops.noise import gaussian_noise
+from dancegrpo_fast.rollout import Policy, model_calls, rollout, sample
+from dancegrpo_fast.trainer import Trainer
+
+from .tiny import Carried, EvaluationSettings, make_recipe, reward
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["dense", "rows"])
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_best_of_n_keeps_what_it_trains_on(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, equal: bool
+) -> None:
+    monkeypatch.setattr(module, "rows_are_equal", lambda *_: equal)
+    drawn: list[int] = []
+    original, found = sampling.sample, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        drawn.append(len(settings["sample_ids"]))
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(sampling, "sample", counted)
+    for name in ("sets", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(sampling.Sampler, "_parts", lambda _self, _policy, mine: [mine])
+        trainer = Trainer(make_recipe(flux, tmp_path / name, best_of_n=1, micro_batch=micro_batch))
+        rows = [{k: v for k, v in trainer.iteration(i).items() if k != "seconds"} for i in (1, 2)]
+        found.append((rows, [p.detach() for p in trainer.names]))
+    # A group of four is one set; three prompts, two iterations.
+    assert drawn == [4] * 6 + [12] * 2
+    (sets, ours), (whole, theirs) = found
+    assert sets == whole
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("window", [[1], [2], None], ids=str)
+def test_steps_before_the_first_noise_are_made_once(base: Path, tmp_path: Path, window: list[int] | None) -> None:
+    trainer = Trainer(make_recipe(base, tmp_path / "run", micro_batch=1, window=window, timestep_fraction=1.0))
+    calls = [0]
+
+    class Counted(Policy):
+        def __call__(self, *arguments: Any) -> Any:
+            calls[0] += 1
+            return super().__call__(*arguments)
+
+    policy = Counted(**vars(trainer.policy))
+    ids = torch.arange(6)
+    noise = gaussian_noise(trainer.model.latent_shape, seed=1, sample_ids=ids[:2])
+    embeds = trainer.model.encode(trainer.prompts[:2])
+    options: dict[str, Any] = {"seed": 2, "sample_ids": ids, "keep_outputs": True}
+    shared = rollout(policy, trainer.table, noise, 3, embeds, shared_noise=True, **options)
+    made = calls[0]
+    alone = sample(policy, trainer.table, noise.repeat_interleave(3, dim=0), ids // 3, embeds, **options)
+    assert made == model_calls(policy, trainer.table, 2, 6, shared=True)
+    assert made < calls[0] - made == model_calls(policy, trainer.table, 2, 6, shared=False) == 6 * 4
+    # Where the first stochastic step is k, four of six samples need no call of their own up to it.
+    first = 0 if window is None else window[0]
+    assert made == 6 * 4 - 4 * (first + 1)
+    for ours, theirs in zip(vars(shared).values(), vars(alone).values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert bool((shared.latents[0, first + 1] != shared.latents[1, first + 1]).any())
+
+
+def test_a_window_is_replayed_in_the_row_it_was_drawn_in(base: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_recipe(base, tmp_path / "run", window=[1, 2], timestep_fraction=1.0, micro_batch=3))
+    row = trainer.iteration(1)
+    assert row["ratio_first_update_max_dev"] == 0.0
+    # Step 1 of the four samples of each of three prompts is one row.
+    assert row["skipped"]["shared_rows_saved"] == 9
+    assert row["pairs"] == 24
+
+
+def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
+    decay = 0.75
+    settings = EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=1, rewards=[reward("Brightness")])
+    trainer = Trainer(
+        make_recipe(
+            base, tmp_path / "run", ema_decay=decay, evaluation=settings, keep_checkpoints=3, prompts_per_iteration=1
+        )
+    )
+    expected = {name: p.detach().clone() for p, name in trainer.names.items()}
+    evaluated: list[dict[str, torch.Tensor]] = []
+    evaluator: Any = trainer.evaluator
+
+    def evaluate(*arguments: Any) -> Any:
+        evaluated.append({name: p.detach().clone() for p, name in trainer.names.items()})
+        return evaluator(*arguments)
+
+    trainer.evaluator = evaluate  # type: ignore[assignment]  # as it is called
+    trainer.run()
+    folders = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert len(folders) == 2 and len(evaluated) == 6
+    for number, folder in enumerate(folders, start=1):
+        tensors = checkpoint.load(folder)[0]
+        for name, value in tensors["model"].items():
+            expected[name] = expected[name].lerp(value, 1 - decay)
+            assert torch.equal(tensors["ema"][name], expected[name])
+            assert torch.equal(evaluated[2 * number][name], expected[name])
+    assert all(torch.equal(p, tensors["model"][name]) for p, name in trainer.names.items())
+    part = "transformer" if (base / "transformer").is_dir() else "unet"
+    assert (tmp_path / "run" / "model_ema" / part / "config.json").is_file()
+
+
+def test_what_waits_on_the_host(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Carried.events
+    events.clear()
+    original, moved = module.Trainer._update, []
+
+    def update(*arguments: Any) -> Any:
+        events.append("update")
+        return original(*arguments)
+
+    monkeypatch.setattr(module.Trainer, "_update", update)
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", rewards=[reward("Carried")], offload=["vae", "rewards"]))
+    monkeypatch.setattr(trainer.model.vae, "to", lambda device: moved.append(str(device)))
+    trainer.run()
+    assert events == ["to cpu", "scores", "to cpu", "update"] * 2
+    assert moved == ["cpu", "cpu"] * 2
+
+    class Part:
+        def __init__(self) -> None:
+            self.devices: list[str] = []
+
+        def to(self, device: Any) -> None:
+            self.devices.append(str(device))
+
+    fake: Any = Part()
+    fake.vae = Part()
+    resting = sampling.Resting(["vae"], fake, [fake], torch.device("meta"))
+    resting.wake()
+    resting.rest()
+    assert fake.vae.devices == ["meta", "cpu"] and fake.devices == []
+    sampling.Resting(["rewards"], fake, [fake], torch.device("meta")).wake()
+    assert fake.devices == ["meta"]
+    with pytest.raises(ValueError, match=r'train\.offload: got "vae" for Part, which has no decoder'):
+        sampling.Resting(["vae"], fake.vae, [], torch.device("cpu"))
+
+
+def test_a_micro_batch_fits_the_samples(flux: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_recipe(flux, tmp_path / "run"))
+    trainer.processes.count = 4
+    parts = (trainer.model, trainer.table, trainer.trainable_steps, trainer.rewards, trainer.processes)
+    with pytest.raises(ValueError, match=r"micro_batch: got 4, want at most the 3 samples of each of 4 processes"):
+        sampling.Sampler(trainer.recipe, *parts, trainer._resting)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 5])
+@pytest.mark.parametrize("equal", [True, False])
+def test_updates_share_out_the_samples(flux: Path, tmp_path: Path, updates: int, equal: bool) -> None:
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", updates_per_rollout=updates))
+    trainer.policy = replace(trainer.policy, rows_are_equal=equal)
+    hands = trainer._deal(range(12), 1, 0)
+    assert sorted(sample for hand in hands for sample in hand) == list(range(12))
+    assert all(hand == sorted(hand) for hand in hands)
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+    if equal and updates > 1:
+        # Any process, whichever neighbours it has, is asked for an even share.
+        for hand in hands:
+            inside = [sample for sample in hand if sample < 6]
+            assert abs(len(inside) - 6 / updates) < 1
