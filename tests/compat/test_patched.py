@@ -1,6 +1,7 @@
 """Replacing functions in imported modules, and in scripts that stay as they are."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,21 +126,33 @@ def write(folder: Path, name: str) -> Path:
     return folder / "train.py"
 
 
-def launch(script: Path, out: Path, *command: str) -> tuple[dict[str, Tensor], str]:
-    after = [str(script), *(["--"] if command else []), str(out), "--flag", "x"]
-    done = subprocess.run([sys.executable, *command, *after], capture_output=True, text=True, cwd=script.parent)
-    assert done.returncode == 7, done.stderr
-    return torch.load(out), done.stderr
+def run_plainly(script: Path, out: Path) -> dict[str, Tensor]:
+    """What `python script out --flag x` gives, without a process that imports torch again."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [str(script), str(out), "--flag", "x"])
+        patch.syspath_prepend(str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "steps"]:
+        del sys.modules[name]
+    assert stop.value.code == 7
+    return torch.load(out)
 
 
 RUN = ("-m", "dancegrpo_fast.cli", "run")
 
 
+def launch(script: Path, out: Path, *options: str) -> tuple[dict[str, Tensor], str]:
+    command = [sys.executable, *RUN, *options, str(script), "--", str(out), "--flag", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+    assert done.returncode == 7, done.stderr
+    return torch.load(out), done.stderr
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_as_it_is(name: str, tmp_path: Path) -> None:
     script = write(tmp_path, name)
-    before, _ = launch(script, tmp_path / "before.pt")
-    after, told = launch(script, tmp_path / "after.pt", *RUN, "--rounding", "reference")
+    before = run_plainly(script, tmp_path / "before.pt")
+    after, told = launch(script, tmp_path / "after.pt", "--rounding", "reference")
     assert "dancegrpo-fast run: " in told and " -> dancegrpo_fast.compat." in told
     for key in ("file", "path", "argv"):
         assert before[key] == after[key]

@@ -15,7 +15,7 @@ def test_a_grid_run_by_the_host_equals_the_cpu_kernels(tmp_path: Path) -> None:
     program = tmp_path / "grid_test"
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     warnings = ("-Wall", "-Wextra", "-Werror")
-    build = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", *sanitizers, *warnings)
+    build = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", *sanitizers, *warnings)
     subprocess.run([COMPILER, *build, str(HERE / "grid_test.cpp"), "-o", str(program)], check=True)
     found = subprocess.run([program], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]

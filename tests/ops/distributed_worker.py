@@ -1,6 +1,6 @@
-"""One of two gloo processes: a rollout step, two updates of the policy loss. Started by test_distributed.py.
+"""One of two gloo processes: by each kind of wrapper a rollout step and two updates. Started by test_distributed.py.
 
-Usage: distributed_worker.py KIND RANK WORLD STORE OUTPUT
+Usage: distributed_worker.py RANK WORLD STORE OUTPUT
 """
 
 import sys
@@ -12,6 +12,7 @@ from torch import Tensor
 from dancegrpo_fast import policy_loss, transition_step
 from dancegrpo_fast.transitions import flow_sde, shifted_sigmas
 
+KINDS = ("ddp", "fsdp")
 PER_RANK, SIZE, STEP = 3, 48, 1
 TABLE = flow_sde(shifted_sigmas(4, 3.0), 0.7)
 
@@ -64,24 +65,27 @@ def whole(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
+def wrap(kind: str, model: torch.nn.Module, world: int) -> torch.nn.Module:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def main() -> None:
-    kind, rank, world, store, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    rank, world, store, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    model = make_model()
-    if kind == "ddp":
-        wrapped: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in (model[0], model[2]):
-            fully_shard(layer, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    found = update(wrapped, [rank], world)
-    weights = {name.removeprefix("module."): whole(p) for name, p in wrapped.named_parameters()}
-    torch.save(found | weights, f"{output}.{rank}")
+    for kind in KINDS:
+        wrapped = wrap(kind, make_model(), world)
+        found = update(wrapped, [rank], world)
+        weights = {name.removeprefix("module."): whole(p) for name, p in wrapped.named_parameters()}
+        torch.save(found | weights, f"{output}.{kind}.{rank}")
     dist.destroy_process_group()
 
 

@@ -18,7 +18,8 @@ from dancegrpo_fast.kernels.transition import reference
 
 from .cases import BACKENDS, BF16, F16, F32, F64, TABLES, Case, assert_same_bits, dtype_id, make_case
 
-COMPILERS = ["aot_eager"] + (["inductor"] if shutil.which("g++") or shutil.which("clang++") else [])
+# Inductor compiles what "aot_eager" would run.
+COMPILER = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 SIZE = 16
 
 
@@ -59,7 +60,10 @@ def test_opcheck(op: str, dtypes: tuple, cfg: bool, channels_last: bool, backend
     if channels_last:
         case = case.map(lambda t: t.contiguous(memory_format=torch.channels_last))
     arguments = op_arguments(case, backend, rounding=not cfg)[op]
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = ("test_schema", "test_faketensor")
+    # What is traced depends on which arguments there are, not on their dtypes: all that dtypes change is in the fakes.
+    if dtypes == (F32, BF16, F16):
+        tests += ("test_aot_dispatch_dynamic",)
     torch.library.opcheck(getattr(torch.ops.dgf, op), arguments, test_utils=tests)
 
 
@@ -152,12 +156,11 @@ def compiled() -> Callable[[Callable, str], Callable]:
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiled_bits_are_the_eager_ones(compiler: str, run: Callable, per_sample: bool, compiled: Callable) -> None:
+def test_compiled_bits_are_the_eager_ones(run: Callable, per_sample: bool, compiled: Callable) -> None:
     step = torch.tensor([2, 0, 1]) if per_sample else 2
     case = make_case((3, 5, SIZE), TABLES["flow"], cfg=run in LOSSES, step=step)
     eager = outcome(run, case, step)
-    assert_same_bits(outcome(compiled(run, compiler), case, step), eager)
+    assert_same_bits(outcome(compiled(run, COMPILER), case, step), eager)
     assert run is sampling or "layer.weight" in eager
 
 
@@ -273,6 +276,7 @@ def test_import_loads_nothing_heavy() -> None:
         heavy = ["triton", "diffusers", "transformers", "accelerate", "peft", "dancegrpo_fast._cpu"]
         print([name for name in [*heavy, "dancegrpo_fast.ops"] if name in sys.modules])
         dancegrpo_fast.transition_step
+        import dancegrpo_fast.info
         print([name for name in heavy if name in sys.modules])
     """
     assert python(code) == "[]\n[]\n"

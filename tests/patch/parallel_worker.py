@@ -1,6 +1,6 @@
-"""One of two gloo processes: FLUX split by tokens, or its blocks' weights split. Started by test_parallel.py.
+"""One of two gloo processes: FLUX with its blocks' weights split, then by tokens. Started by test_parallel.py.
 
-Usage: parallel_worker.py KIND RANK STORE OUTPUT
+Usage: parallel_worker.py RANK STORE OUTPUT
 """
 
 import sys
@@ -32,7 +32,7 @@ def split_weights(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def main(kind: str, rank: int, store: str, output: str) -> None:
+def main(rank: int, store: str, output: str) -> None:
     sys.path.append(str(Path(__file__).parents[2]))
     from dancegrpo_fast import accelerate
     from tests.patch.models import TINY
@@ -42,21 +42,22 @@ def main(kind: str, rank: int, store: str, output: str) -> None:
     # Both processes get equally many tokens of each stream.
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :6].contiguous()
     inputs["txt_ids"] = inputs["txt_ids"][:6]
-    found = {}
-    for name in ("eager", "lossless"):
-        model = TINY["flux"].model()
-        if name != "eager":
-            accelerate(model, name, recompute="all")
-        (split_by_tokens if kind == "tokens" else split_weights)(model)
-        out = model(**inputs, return_dict=False)[0]
-        out.square().mean().backward()
-        grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-        local = {key: getattr(grad, "_local_tensor", grad) for key, grad in grads.items()}
-        found[name] = {"output": out.detach()} | local
-    torch.save(found, f"{output}.{rank}")
-    dist.barrier()
+    for kind, split in (("weights", split_weights), ("tokens", split_by_tokens)):
+        found = {}
+        for name in ("eager", "lossless"):
+            model = TINY["flux"].model()
+            if name != "eager":
+                accelerate(model, name, recompute="all")
+            split(model)
+            out = model(**inputs, return_dict=False)[0]
+            out.square().mean().backward()
+            grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+            local = {key: getattr(grad, "_local_tensor", grad) for key, grad in grads.items()}
+            found[name] = {"output": out.detach()} | local
+        torch.save(found, f"{output}.{kind}.{rank}")
+        dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main(int(sys.argv[1]), *sys.argv[2:])

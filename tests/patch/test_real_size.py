@@ -124,12 +124,11 @@ def test_lossless_and_fast(name: str) -> None:
 
     model.requires_grad_(False)
     plain, plain_grads = outputs, grads[:3]
-    dgf.accelerate(model, "fast")
+    undo = dgf.accelerate(model, "fast")
     fast, fast_grads = _run(call, inputs, inputs)
     del leaves, grads, outputs, found, found_grads
-    undo = None
-    model, call, inputs = _make(name)
-    model.requires_grad_(False).double()
+    undo()
+    model.double()
     doubled = [t.detach().double().requires_grad_() for t in inputs]
     truth, truth_grads = _run(call, doubled, doubled)
     for actual, right, like in zip(fast + fast_grads, truth + truth_grads, plain + plain_grads, strict=True):

@@ -4,6 +4,7 @@ Collected by test_interpreted.py only, with TRITON_INTERPRET=1.
 """
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ..ops.cases import (
     F32,
     F64,
     TABLES,
+    Case,
     assert_same_bits,
     bits,
     dtype_id,
@@ -91,6 +93,15 @@ def test_noise_keys() -> None:
     test_noise.test_seeded_step_equals_the_same_noise_given((F32, BF16, F32), "triton")
 
 
+@cache
+def of_runs(
+    shape: tuple[int, ...], name: str, dtypes: tuple = (F32, F32, F32), cfg: bool = False, steps: tuple[int, ...] = ()
+) -> tuple[Case, dict[str, torch.Tensor]]:
+    """Contiguous tensors and all that comes of them."""
+    case = make_case(shape, TABLES[name], dtypes, cfg=cfg, step=torch.tensor(steps) if steps else 1)
+    return case, everything(case, TABLES[name], backend="triton")
+
+
 # A layout of five dimensions that do not merge is one more than the kernel steps through.
 LAYOUTS = test_transition.LAYOUTS | {
     "strided everywhere": lambda t: torch.nn.functional.pad(t, (0, 1) * (t.ndim - 1))[
@@ -106,20 +117,17 @@ LAYOUTS = test_transition.LAYOUTS | {
     ids=str,
 )
 def test_layout_does_not_matter(shape: tuple[int, ...], dtypes: tuple, layout: str) -> None:
-    table = TABLES["mixed"]
-    case = make_case(shape, table, dtypes, cfg=True, step=torch.tensor([1, 0]))
-    strided = case.map(LAYOUTS[layout])
-    assert_same_bits(everything(strided, table, backend="triton"), everything(case, table, backend="triton"))
+    case, wanted = of_runs(shape, "mixed", dtypes, cfg=True, steps=(1, 0))
+    assert_same_bits(everything(case.map(LAYOUTS[layout]), TABLES["mixed"], backend="triton"), wanted)
 
 
 @pytest.mark.parametrize("changed", ["latents", "output", "next_latents", "noise"])
 def test_one_strided_operand_among_runs(changed: str) -> None:
     """Each operand has its own strides; the others stay on the fast path."""
-    table = TABLES["flow"]
-    case = make_case((2, 4, 9, 70), table)
+    case, wanted = of_runs((2, 4, 9, 70), "flow")
     mixed = case.map(lambda t: LAYOUTS["channels last"](t) if t is getattr(case, changed) else t)
     assert not getattr(mixed, changed).is_contiguous()
-    assert_same_bits(everything(mixed, table, backend="triton"), everything(case, table, backend="triton"))
+    assert_same_bits(everything(mixed, TABLES["flow"], backend="triton"), wanted)
 
 
 @pytest.mark.parametrize("dims", [(0,), (3,), (1, 2, 3), (0, 1, 2, 3)], ids=str)

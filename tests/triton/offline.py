@@ -5,7 +5,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ class _Driver:
         return 0
 
 
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _output(tool: str, *arguments: object) -> str:
+    return subprocess.run([_TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of one launch."""
@@ -51,26 +58,23 @@ class Compiled:
     spilled: int
     shared: int
     ptx: str
-    sass: str
+    cubin: Path
 
-
-@lru_cache(maxsize=1)
-def _cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    @cached_property
+    def sass(self) -> str:
+        """Machine code, disassembled where it is read only: that takes as long as to compile."""
+        return _output("nvdisasm", "-c", "-ndf", self.cubin)
 
 
 def _inspect(kernel: Any, programs: int, folder: Path) -> Compiled:
-    cubin = folder / "kernel.cubin"
+    cubin = folder / f"{kernel.hash}.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    usage, sass = (
-        subprocess.run([_cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
-        for option in ("-res-usage", "-sass")
-    )
+    usage = _output("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
     shared = kernel.metadata.shared
-    return Compiled(kernel.metadata.name, programs, registers, stack + local, shared, kernel.asm["ptx"], sass)
+    return Compiled(kernel.metadata.name, programs, registers, stack + local, shared, kernel.asm["ptx"], cubin)
 
 
 @contextlib.contextmanager
