@@ -166,8 +166,10 @@ def main() -> None:
     with tempfile.NamedTemporaryFile() as file:
         dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
     where = environment()
-    rows = [row for name in options.recipe or RECIPES for row in measure(name, options.iterations, where)]
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows: list[dict[str, Any]] = []
+    for name in options.recipe or RECIPES:
+        rows += measure(name, options.iterations, where)
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figure.draw(rows, options.out.with_suffix(".png"))
     print(f"\n{table(rows)}\n\n{NOTES}\n\n{len(rows)} rows in {options.out}")
     dist.destroy_process_group()

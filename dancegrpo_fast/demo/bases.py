@@ -58,8 +58,8 @@ RECIPES = {
     "digits": Recipe("flux", "digits", wrong=0.5, steps=1200, batch=64, rate=4e-3),
     "digits_ddim": Recipe("unet", "digits", wrong=0.5, steps=1200, batch=64, rate=2e-3),
     "signs": Recipe("flux", "signs", wrong=0.35, steps=1200, batch=64, rate=4e-3),
-    "video": Recipe("hunyuan_video", "clips", wrong=0.5, steps=1100, batch=48, rate=4e-3),
-    "video_i2v": Recipe("skyreels_i2v", "clips", wrong=0.5, steps=800, batch=48, rate=4e-3),
+    "video": Recipe("hunyuan_video", "clips", wrong=0.5, steps=2500, batch=48, rate=4e-3),
+    "video_i2v": Recipe("skyreels_i2v", "clips", wrong=0.5, steps=2000, batch=48, rate=4e-3),
 }
 
 

@@ -21,10 +21,7 @@ from ..models.prompt_store import PromptStore, given_identity
 from . import bases, video
 
 CHANNELS = 8  # of the latents
-
-
-CHANNELS = 8  # of the latents
-VAE_STEPS = 700
+VAE_STEPS = 1500
 SHAKE = 1.5  # pixels
 
 

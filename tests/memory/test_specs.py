@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.memory import specs
+from dancegrpo_fast.memory import planner, specs
+from dancegrpo_fast.memory.settings import Settings
 from dancegrpo_fast.memory.trace import trace
 
 from ..tolerances import assert_as_printed
@@ -221,3 +222,14 @@ def test_empty_batches_and_texts_are_refused() -> None:
         specs.inputs(spec, 1, 512, 512, batch=0)
     with pytest.raises(ValueError, match="text_tokens: got 0, want at least 1"):
         specs.inputs(spec, 1, 512, 512, text_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "by_batch"),
+    [("sd14", True), ("flux-dev", False), ("hunyuan-video", False), ("skyreels-i2v", True), ("wan21-1.3b", True)],
+)
+def test_who_guides_by_a_second_row(model: str, by_batch: bool) -> None:
+    assert specs.resolve(model).guides_by_batch is by_batch
+    frames = 5 if specs.resolve(model).is_video else 1
+    assert planner._rows(Settings(model, frames, 256, 256, cfg=5.0), 3) == (6 if by_batch else 3)
+    assert planner._rows(Settings(model, frames, 256, 256, cfg=1.0), 3) == 3

@@ -166,14 +166,6 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
     assert [(one.parameters, one.bytes_per_parameter) for one in asked.rewards] == [(parameters, 4)]
 
 
-def test_a_second_half_of_the_batch_is_counted_beside_embedded_guidance(flux: Path, tmp_path: Path) -> None:
-    recipe, model = loaded(flux, tmp_path)
-    model.denoiser.register_to_config(guidance_embeds=True)
-    assert setup._settings(model, recipe, checks.CPU, 3, 24.0).micro_batch == 4
-    model.unconditional = lambda scale: {"prompt_embeds": torch.zeros(1, 3, 16)}
-    assert setup._settings(model, recipe, checks.CPU, 3, 24.0).micro_batch == 8
-
-
 def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:
     recipe, model = loaded(flux, tmp_path)
     trained = [RewardSettings("videoalign_vq"), RewardSettings("hps", args={"dtype": "float16"})]
