@@ -117,8 +117,8 @@ def markdown(rows: list[Row]) -> str:
         "| saved: traced | planner | ledger | allocator |",
         "|---" * 14 + "|",
     ]
-    columns = ("measured_fixed", "predicted_peak", "planned_peak", "measured_peak", "measured_allocator_peak")
-    columns += ("predicted_saved", "planned_saved", "measured_saved", "measured_allocator_saved")  # type: ignore[assignment]
+    columns = ["measured_fixed", "predicted_peak", "planned_peak", "measured_peak", "measured_allocator_peak"]
+    columns += ["predicted_saved", "planned_saved", "measured_saved", "measured_allocator_saved"]
     for row in rows:
         is_train = row["policy"] != "rollout"
         shown = [row.get(name) if is_train or "saved" not in name else None for name in columns]
