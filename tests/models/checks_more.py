@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast import checkpoint
+from dancegrpo_fast.config import Recipe
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.prompts import Prompt
@@ -65,10 +66,14 @@ def check_sample(base: Path, output: Path, call: dict[str, Any], **changes: Any)
     assert_same_frames(frames, pixels if pixels.ndim == 5 else pixels.unsqueeze(1))
 
 
+def small_recipe(base: Path, output: Path, **changes: Any) -> Recipe:
+    small = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "iterations": 3}
+    return make_recipe(base, output, prompt_cache=str(base.parent / "cache"), **small | changes)
+
+
 def train(base: Path, output: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` of two iterations, the first update of each with ratio 1 and a gradient."""
-    small = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "prompt_cache": str(base.parent / "cache")}
-    Trainer(make_recipe(base, output, **small | changes)).run()
+    """Rows of `metrics.jsonl` of three iterations, the first update of each with ratio 1 and a gradient."""
+    Trainer(small_recipe(base, output, **changes)).run()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["ratio_first_update_max_dev"] == 0.0
@@ -97,6 +102,20 @@ def check_training(base: Path, output: Path, **changes: Any) -> None:
             plain = output / f"{ours.name}-plain"
             train(base, plain, **options)
             assert_same_weights(ours, plain)
+
+
+def check_resume_and_policies(base: Path, output: Path, **changes: Any) -> None:
+    """A run continued after its first iteration, and one under every checkpoint policy, end in the same bits."""
+    for lora in (None, LoraSettings(rank=2, alpha=4)):
+        options = changes | {"lora": lora, "micro_batch": 4}
+        whole, parts = output / f"whole-{lora is None}", output / f"parts-{lora is None}"
+        train(base, whole, **options)
+        Trainer(small_recipe(base, parts, **options | {"iterations": 1})).run()
+        Trainer(small_recipe(base, parts, **options), resume="auto").run()
+        assert_same_weights(whole, parts)
+    for policy in ("full", "attention", "matmul", "first:1"):
+        train(base, output / policy, checkpointing=policy, **changes | {"lora": None, "micro_batch": 4})
+        assert_same_weights(output / "whole-True", output / policy)
 
 
 def check_lora_round_trip(base: Path, output: Path, **changes: Any) -> None:

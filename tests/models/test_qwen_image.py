@@ -42,5 +42,9 @@ def test_training_has_ratio_one(base: Path, tmp_path: Path) -> None:
     checks.check_training(base, tmp_path, guidance_scale=3.0, **QWEN)
 
 
+def test_resume_and_policies_change_no_bit(base: Path, tmp_path: Path) -> None:
+    checks.check_resume_and_policies(base, tmp_path, guidance_scale=3.0, **QWEN)
+
+
 def test_lora_comes_back(base: Path, tmp_path: Path) -> None:
     checks.check_lora_round_trip(base, tmp_path / "run", **QWEN)
