@@ -72,9 +72,11 @@ def small_recipe(base: Path, output: Path, **changes: Any) -> Recipe:
 
 
 def train(base: Path, output: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` of three iterations, the first update of each with ratio 1 and a gradient."""
-    Trainer(small_recipe(base, output, **changes)).run()
+    """Rows of `metrics.jsonl` of all iterations, the first update of each with ratio 1 and a gradient."""
+    recipe = small_recipe(base, output, **changes)
+    Trainer(recipe).run()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == recipe.train.iterations
     for row in rows:
         assert row["ratio_first_update_max_dev"] == 0.0
         assert row["grad_norm"] > 0.0

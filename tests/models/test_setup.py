@@ -137,8 +137,7 @@ def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
 )
 def test_lora_over_float8_weights(flux: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     lora = LoraSettings(rank=2, alpha=2)
-    rows = checks.train(flux, tmp_path / "run", quantization="fp8", lora=lora, **BF16, **changes)
-    assert len(rows) == 2
+    checks.train(flux, tmp_path / "run", quantization="fp8", lora=lora, **BF16, **changes)
     _, model = loaded(flux, tmp_path, quantization="fp8", lora=lora, **BF16)
     parts = model.denoiser.transformer_blocks[0].attn.to_q
     assert parts.base_layer.weight.dtype == torch.float8_e4m3fn
