@@ -20,7 +20,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch triton
 	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  e = p['optional-dependencies']; names = {'demo', 'judge', 'ocr', 'train', 'test', 'bench', 'dev'}; \
+	  e = p['optional-dependencies']; names = {'demo', 'judge', 'ocr', 'quantized', 'train', 'test', 'bench', 'dev'}; \
 	  print('\n'.join(r for n in sorted(names) for r in e[n] if not r.startswith('dancegrpo_fast')))" > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
 	touch $@

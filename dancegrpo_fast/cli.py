@@ -1,21 +1,18 @@
 """`dancegrpo-fast`: train a recipe, plan its memory, run a script of another project, say what is installed."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import Recipe
-
-if TYPE_CHECKING:
-    from .memory.settings import Settings
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
        dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
                                [--by COLUMN] [--weights model|ema] [--evaluation.prompts FILE ...]
        dancegrpo-fast run [--rounding exact|reference] [--backend NAME] SCRIPT.py [-- ARGUMENTS]
-       dancegrpo-fast memory MODEL [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...] [--json FILE]
+       dancegrpo-fast memory MODEL|RECIPE.yaml [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...]
+                             [--json FILE] [--figures FOLDER]
        dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--train.micro_batch 4 ...]
        dancegrpo-fast info
 
@@ -92,61 +89,6 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(table)
 
 
-def load_settings(arguments: Sequence[str]) -> tuple["Settings", str | None, str | None, bool]:
-    """What `memory` plans, the JSON file, the folder for pictures, and whether advice is thorough.
-
-    Raises:
-        ValueError: an unknown setting, or a value of the wrong type or range.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from .memory.settings import REWARDS, Settings
-
-    parser = ArgumentParser(prog="dancegrpo-fast memory", exit_on_error=False)
-    parser.add_argument("model", type=str, help="a shipped name, a diffusers folder, or a name on the hub")
-    lists = ("lora_targets", "offload", "rewards")
-    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", *lists})
-    parser.add_argument("--gpu", type=float, default=80.0, help="GiB of the device")
-    parser.add_argument("--lora_targets", type=str, default=",".join(Settings.lora_targets), help="comma-separated")
-    parser.add_argument("--offload", type=str, default="", help="comma-separated")
-    parser.add_argument("--rewards", type=str, default="", help=f"comma-separated: {', '.join(REWARDS)}")
-    parser.add_argument("--json", type=str | None, default=None, help="writes the plan to this file")
-    parser.add_argument("--figures", type=str | None, default=None, help="draws four pictures into this folder")
-    parser.add_argument("--thorough", type=bool, default=False, help="more advice, which takes longer")
-    try:
-        found = vars(parser.instantiate(parser.parse_args(list(arguments))))
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"memory: {error}") from error
-    given = {name: tuple(part for part in found.pop(name).split(",") if part) for name in lists}
-    unknown = [name for name in given["rewards"] if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"rewards: got {', '.join(unknown)}, want some of {', '.join(REWARDS)}")
-    rewards = tuple(REWARDS[name] for name in given.pop("rewards"))
-    file, folder, thorough, gpu = (found.pop(name) for name in ("json", "figures", "thorough", "gpu"))
-    return Settings(**found | given | {"gpu_gib": gpu, "rewards": rewards}), file, folder, thorough
-
-
-def memory(arguments: Sequence[str]) -> int:
-    """Prints a plan; 0 if the device holds it, 1 if not, 2 for bad input."""
-    try:
-        settings, file, folder, thorough = load_settings(arguments)
-        from .memory.planner import plan
-
-        found = plan(settings, thorough=thorough)
-        print(found.table())
-        if file is not None:
-            Path(file).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
-        if folder is not None:
-            from .memory.figures import draw
-
-            for drawn in draw(found, folder):
-                print(drawn)
-    except (ValueError, OSError) as error:
-        print(f"dancegrpo-fast memory: {error}", file=sys.stderr)
-        return 2
-    return 0 if found.fits(settings.gpu_gib) else 1
-
-
 def profile(arguments: Sequence[str]) -> None:
     """Measures a recipe's iterations and prints the report; what is no iteration count overrides the recipe."""
     from .memory.profiler import profile_recipe
@@ -180,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             script = prepare(rest)
         elif command == "memory" and rest:
+            from .memory.command import run as memory
+
             return memory(rest)
         elif command == "profile" and rest:
             profile(rest)

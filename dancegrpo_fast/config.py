@@ -53,8 +53,9 @@ class ModelSettings:
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
         prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
         max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
-        quantization: how frozen bfloat16 weights under LoRA are stored: "fp8" (cast while their layer runs, and kept
-            so for its backward in blocks that are not checkpointed); null: as they are.
+        quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
+            row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
+            blocks that are not checkpointed); null: as they are.
     """
 
     family: str
@@ -68,7 +69,7 @@ class ModelSettings:
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
 
     def __post_init__(self) -> None:
         known = ("none", "full", "attention", "matmul", "auto")
@@ -190,7 +191,8 @@ class TrainSettings:
             until the samples are drawn. Samples are the same.
         ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
             beside them; null: none.
-        offload: what waits in host memory during the replay, "vae" and "rewards".
+        offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards", and
+            "block_inputs" of blocks that are checkpointed, until their backward.
     """
 
     iterations: int
@@ -212,7 +214,7 @@ class TrainSettings:
     gradient_sync: Literal["update", "call"] = "update"
     rollout_replica: bool = False
     ema_decay: float | None = None
-    offload: list[Literal["vae", "rewards"]] = field(default_factory=list)
+    offload: list[Literal["denoiser", "vae", "rewards", "block_inputs"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
@@ -306,6 +308,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards: got none, want at least one")
+        if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
+            raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
         _at_least("seed", self.seed, 0)
         _at_least("checkpoint_every", self.checkpoint_every, 1)
         _at_least("keep_checkpoints", self.keep_checkpoints, 1)

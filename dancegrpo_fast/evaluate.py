@@ -17,6 +17,7 @@ from .evaluation import Evaluator, ScoredSet, diversity
 from .models import load_model
 from .parallel import Processes
 from .prompts import load_prompts
+from .residence import Residence
 from .rollout import Policy
 
 SAMPLERS = ("ode", "sde")
@@ -289,7 +290,8 @@ def evaluate(
         "mixed_precision": recipe.train.mixed_precision,
     }
     scores = Scores(output, described, processes.is_main)
-    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, processes.device)
+    residence = Residence(recipe.train.offload, model, processes.device)
+    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, processes.device, residence)
     scale = recipe.sampler.guidance_scale
     policy = Policy(model, recipe.train.micro_batch, scale, model.unconditional(scale))
     samples, places = settings.samples_per_prompt, range(len(prompts))

@@ -12,6 +12,7 @@ from .models import GeneratorModel
 from .ops.noise import gaussian_noise
 from .parallel import Processes
 from .prompts import Prompt
+from .residence import Residence
 from .rewards import RewardInput, RewardSet
 from .rng import derive_seed
 from .rollout import Policy, chunks, fill_calls, model_calls, rollout
@@ -77,6 +78,7 @@ class Evaluator:
         model: GeneratorModel,
         seed: int,
         device: torch.device,
+        residence: Residence,
     ) -> None:
         self._settings = settings
         self._model = model
@@ -87,6 +89,8 @@ class Evaluator:
         self._dtype = sampler.torch_dtype()
         self._fps = sampler.fps
         self._device = device
+        self._residence = residence
+        residence.add(self.rewards)
         self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
 
     def sets(self, rows: int) -> list[slice]:
@@ -102,6 +106,7 @@ class Evaluator:
         noise = gaussian_noise(
             self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=ids, dtype=self._dtype
         )
+        self._residence.use("denoiser")
         trajectory = rollout(
             policy,
             self._tables[sampler],
@@ -112,7 +117,9 @@ class Evaluator:
             sample_ids=ids,
             shared_noise=False,
         )
+        self._residence.use("vae")
         frames = decode(self._model, trajectory.denoised, policy.rows)
+        self._residence.use(self.rewards)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         scores = self.rewards(
             RewardInput(
@@ -148,6 +155,7 @@ class Evaluator:
             calls = [self._calls(policy, sampler, one) for one in shares]
             missing = max(calls) - calls[processes.index]
             fill_calls(policy, self._tables[sampler], self._model.encode(self.prompts[:1]), missing)
+        self._residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
         return Evaluation(

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .ops.noise import gaussian_noise
 from .parallel import Processes, share
 from .prompts import Prompt
 from .replay import Experience
+from .residence import Residence
 from .rewards import RewardInput, RewardSet
 from .rng import derive_seed, generator
 from .rollout import Policy, Start, fill_calls, model_calls, sample, shared_start, shared_step
@@ -46,41 +46,6 @@ class Batch:
     seconds: dict[str, float]
 
 
-class Resting:
-    """Keeps what only decoding and scoring need in host memory while it is not used.
-
-    Args:
-        names: some of "vae" and "rewards".
-        model: its decoder is `model.vae`.
-        rewards: every set of the run.
-        device: where they work.
-
-    Raises:
-        ValueError: the model has no such decoder.
-    """
-
-    def __init__(
-        self, names: Sequence[str], model: GeneratorModel, rewards: Sequence[RewardSet], device: torch.device
-    ) -> None:
-        self._device = device
-        self._moved: list[Any] = list(rewards) if "rewards" in names else []
-        if "vae" in names:
-            vae = getattr(model, "vae", None)
-            if vae is None:
-                raise ValueError(f'train.offload: got "vae" for {type(model).__name__}, which has no decoder to move')
-            self._moved.append(vae)
-
-    def wake(self) -> None:
-        """Moves everything to the device."""
-        for one in self._moved:
-            one.to(self._device)
-
-    def rest(self) -> None:
-        """Moves everything to the host."""
-        for one in self._moved:
-            one.to("cpu")
-
-
 class Sampler:
     """Draws and scores the samples of an iteration.
 
@@ -97,7 +62,7 @@ class Sampler:
         trainable_steps: Sequence[int],
         rewards: RewardSet,
         processes: Processes,
-        resting: Resting,
+        residence: Residence,
     ) -> None:
         self.batch = recipe.train.prompts_per_iteration * recipe.train.group_size
         smallest = self.batch // processes.count
@@ -119,7 +84,7 @@ class Sampler:
                 f"train.prompts_per_iteration: got {recipe.train.prompts_per_iteration} on {processes.count} "
                 "processes, want a multiple of them where a reward compares the samples of a group"
             )
-        self._rewards, self._processes, self._resting = rewards, processes, resting
+        self._rewards, self._processes, self._residence = rewards, processes, residence
 
     def __call__(self, policy: Policy, iteration: int, prompts: Sequence[Prompt]) -> Batch:
         """The samples of iteration `iteration` (from 1), `group_size` of each of `prompts`."""
@@ -132,15 +97,17 @@ class Sampler:
         kept: list[int] = []
         buffer: Trajectory | None = None
         for part in parts:
+            self._residence.use("denoiser")
             with self._processes.sampling(policy.model.denoiser, self._recipe.train.rollout_replica):
                 if start is None:
                     start = self._start(policy, iteration, mine, conditioning)
                 trajectory = self._draw(policy, iteration, mine, part, start, conditioning)
                 if part is parts[-1]:
                     fill_calls(policy, self._table, conditioning, self._missing_calls(policy))
-            self._resting.wake()
+            self._residence.use("vae")
             frames = phase("decode")(decode)(self._model, trajectory.denoised, policy.rows)
             clock.stop("sample")
+            self._residence.use(self._rewards)
             rewards[:, part.start : part.stop] = self._score(frames, part, prompts)
             clock.stop("reward")
             if len(parts) > 1:
@@ -149,7 +116,7 @@ class Sampler:
                     buffer = trajectory.like(len(found) * len(mine) // len(part))
                 buffer.put(len(kept), trajectory, torch.tensor(found, device=self._processes.device) - part.start)
                 kept += found
-        self._resting.rest()
+        self._residence.use("denoiser")
         rewards = self._processes.sum(rewards).cpu()
         advantages = self._advantages(rewards)
         chosen = self._choose(advantages)

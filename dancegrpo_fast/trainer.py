@@ -24,11 +24,12 @@ from .parallel import Processes, like, whole
 from .prompts import load_prompts, prompts_of_iteration
 from .replay import Objective, Tally, backward_update, plan_update
 from .report import progress_line, save_samples
+from .residence import Residence
 from .rewards import RewardSet
 from .rng import derive_seed, generator
 from .rollout import Policy, rows_are_equal
 from .rundir import RunDirectory
-from .sampling import Batch, Clock, Resting, Sampler
+from .sampling import Batch, Clock, Sampler
 
 # What may differ between a run and its continuation, of the recipe and of its `train`.
 FREE_ON_RESUME = ("output_dir", "checkpoint_every", "keep_checkpoints", "threads")
@@ -64,9 +65,14 @@ class Trainer:
             raise ValueError(f"train.rollout_replica: got true in {self.processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and self.processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
+        if "denoiser" in train.offload and self.processes.count > 1:
+            raise ValueError(f'train.offload: got "denoiser" in {self.processes.name}, want one process')
 
         self.prompts = load_prompts(recipe.prompts)
         rewards = RewardSet(recipe.rewards)
+        if "rewards" in train.offload:
+            # The text encoders are loaded next.
+            rewards.to("cpu")
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         evaluated = self.prompts
         if evaluation is not None and evaluation.samples_per_prompt < 2:
@@ -77,15 +83,18 @@ class Trainer:
         denoiser = self.model.denoiser.eval()
         self.table = self.model.table(recipe.sampler)
         self.trainable_steps = [t for t in range(len(self.table) - 1) if self.table.tau[t] > 0]
+        self.residence = Residence(train.offload, self.model, self.device)
+        self.residence.add(rewards)
         self.evaluator = None
         if evaluation is not None:
-            self.evaluator = Evaluator(evaluation, recipe.sampler, evaluated, self.model, recipe.seed, self.device)
-        sets = [rewards] if self.evaluator is None else [rewards, self.evaluator.rewards]
-        self._resting = Resting(train.offload, self.model, sets, self.device)
+            self.evaluator = Evaluator(
+                evaluation, recipe.sampler, evaluated, self.model, recipe.seed, self.device, self.residence
+            )
         self.sampler = Sampler(
-            recipe, self.model, self.table, self.trainable_steps, rewards, self.processes, self._resting
+            recipe, self.model, self.table, self.trainable_steps, rewards, self.processes, self.residence
         )
         self.rewards = rewards
+        self.residence.use("denoiser")
 
         self.objective = self._objective(denoiser)
         self.model.denoiser = self.processes.prepare(denoiser)
@@ -257,7 +266,6 @@ class Trainer:
     def _evaluate(self, iteration: int) -> None:
         if self.evaluator is None:
             return
-        self._resting.wake()
         for sampler in ("ode", "sde"):
             with (
                 nullcontext() if self.average is None else self.average.applied(),
@@ -270,7 +278,6 @@ class Trainer:
                 save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
-        self._resting.rest()
 
     def iteration(self, iteration: int) -> dict[str, Any]:
         """One rollout and its updates; returns the row of `metrics.jsonl`, the same in every process."""

@@ -26,7 +26,7 @@ def knobs(plan: Plan, *, thorough: bool) -> Iterator[Knob]:
     for policy in ("none", "full", *(("attention", "matmul") if thorough else ())):
         if policy != plan.policy:
             yield Knob(f"policy {policy}", {"policy": policy}, same_policy=False)
-    away = [("denoiser", "weights and states wait on the host while other models run")]
+    away = [("denoiser", "weights wait on the host while other models run")]
     away += [("vae", "the VAE waits on the host")] if top != "decode" else []
     away += [("rewards", "reward models wait on the host")] if s.rewards else []
     away += [("optimizer", "states and their step on the host")] if s.lora == 0 else []

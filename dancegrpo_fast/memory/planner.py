@@ -54,7 +54,8 @@ def _rows(settings: Settings, batch: int) -> int:
     return batch * (2 if settings.cfg != 1 and resolved(settings.model).guides_by_batch else 1)
 
 
-def _case(settings: Settings, rows: int, name: str, *, train: bool, dtype: str = "") -> Case:
+def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
+    """What is traced: a call of `rows` rows with the attention kernel of that name."""
     # Under FSDP the gathered weights are bf16 and no autocast makes copies.
     kept = "bf16" if settings.is_sharded else settings.dtype
     return Case(
@@ -64,7 +65,7 @@ def _case(settings: Settings, rows: int, name: str, *, train: bool, dtype: str =
         settings.width,
         rows,
         settings.text_tokens,
-        dtype or kept,
+        kept,
         settings.lora,
         settings.lora_targets if settings.lora else (),
         settings.lora_dtype if settings.lora and kept == "bf16" else "fp32",
@@ -88,13 +89,13 @@ class Iteration:
         self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
         rows = _rows(settings, settings.micro_batch)
         equal_text = settings.cfg == 1 or not self.spec.guides_by_batch
-        case = _case(settings, rows, "flash", train=True)
+        case = case_of(settings, rows, "flash", train=True)
         name, why = kernel(case, settings.attention, settings.device, equal_text)
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
         self.rest: Rest = rest(settings, self.replay)
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
-        self.rewards = sum(reward.parameters * reward.bytes_per_parameter for reward in settings.rewards)
+        self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
         if self.spec.vae is not None:
             self.decode = decode(
@@ -124,13 +125,14 @@ class Iteration:
         if s.text_encoders == "precomputed":
             sizes["text_encoders"] = 0
         away = {*s.offload, *(["text_encoders"] if s.text_encoders == "freed" else [])}
-        return {"other models": sum(size for name, size in sizes.items() if name in running or name not in away)}
+        there = sum(size for name, size in sizes.items() if name in running or name not in away)
+        return {"other models": there + sum(other.bytes for other in s.others)}
 
     def resting(self, *, denoiser: bool, gradients: bool = False) -> Vector:
         """Weights and states of the denoiser between its calls."""
-        if not denoiser and "denoiser" in self.settings.offload:
-            return {}
-        return added((1, self.rest.weights), (1, self.rest.optimizer), (1, self.rest.gradients if gradients else {}))
+        there = denoiser or "denoiser" not in self.settings.offload
+        weights = self.rest.weights if there else {}
+        return added((1, weights), (1, self.rest.optimizer), (1, self.rest.gradients if gradients else {}))
 
     def margins(self) -> dict[str, int]:
         """Guesses."""
@@ -142,7 +144,7 @@ class Iteration:
         return found | ({"NCCL": round(NCCL * GIB)} if self.settings.fsdp > 1 else {})
 
     def _carried(self, *names: str, denoiser: bool = False) -> float:
-        """Seconds to bring what waits on the host, and to take the denoiser's trained part there and back."""
+        """Seconds to bring what waits on the host, and to take the denoiser there and back."""
         s = self.settings
         sizes = {
             "vae": self.decode.weights if self.decode else 0,
@@ -151,8 +153,7 @@ class Iteration:
         }
         moved = sum(float(sizes[name]) for name in names if name in s.offload)
         if denoiser and "denoiser" in s.offload:
-            trained = weights_of(self.replay).trainable_bytes + sum(self.rest.optimizer.values())
-            moved += sum(self.rest.weights.values()) + sum(self.rest.optimizer.values()) + trained
+            moved += 2 * sum(self.rest.weights.values())
         return moved / (s.rates.pcie_gb_s * 1e9)
 
     # Phases.

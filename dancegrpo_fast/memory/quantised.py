@@ -2,7 +2,7 @@
 
 nf4 and int8 are bitsandbytes', as diffusers loads them: every linear layer of the model, in blocks or not, but for
 those that diffusers keeps in float32; biases stay bfloat16. Bytes of a layer with n weights in r rows, as bitsandbytes
-0.50 stores them (tests/memory/test_quantised.py, where it is installed):
+0.48 and 0.50 store them (tests/memory/test_quantised.py, where it is installed):
     nf4     n / 2, a float32 scale for 64 weights, and a table of 16 float32 values (no double quantisation)
     int8    n, and a float32 scale a row
 In the forward and again in the backward one layer at a time is there in bfloat16. LLM.int8 also keeps each layer's
@@ -72,7 +72,7 @@ def nf4_bytes(n: int) -> int:
 
 def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
     """On the `meta` device diffusers' own hooks cast what they would cast."""
-    from ..models.setup import store_in_fp8
+    from ..models.quantization import store_in_fp8
 
     store_in_fp8(model, torch.bfloat16)
     casts = dict.fromkeys(paths, 0)

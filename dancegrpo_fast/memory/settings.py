@@ -28,6 +28,11 @@ class Reward:
     source: str
     bytes_per_parameter: int = 2
 
+    @property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return self.parameters * self.bytes_per_parameter
+
 
 _CLIP_H = "transformers.CLIPModel with the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _CLIP_L = "transformers.CLIPModel with the configuration of openai/clip-vit-large-patch14"
@@ -101,6 +106,7 @@ class Settings:
         vae_tiling: decode in tiles.
         optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA) or "adamw_8bit" (bitsandbytes').
         rewards: reward models.
+        others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
         trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
         gpu_gib: capacity.
@@ -136,6 +142,7 @@ class Settings:
     vae_tiling: bool = False
     optimizer: str = "adamw_fused"
     rewards: tuple[Reward, ...] = ()
+    others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
     trajectory_copies: int = 1
     gpu_gib: float = 80.0

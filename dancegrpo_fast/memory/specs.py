@@ -289,16 +289,18 @@ def resolve(model: str | Path) -> Spec:
     """The model of this name.
 
     Args:
-        model: a shipped name (see `names`), a local diffusers folder, or the name of a repository on the hub.
+        model: a shipped name (see `names`), a local diffusers folder, or the name of a repository on the hub, which is
+            not asked for a shipped model's.
 
     Raises:
         ValueError: nothing of that name, an unreachable hub, or an architecture that is not known.
     """
-    if str(model) in names():
-        known = json.loads((CONFIGS / f"{model}.json").read_text(encoding="utf-8"))
-        return _spec(str(model), known.pop("denoiser"), known.pop("vae"), **known)
-    if Path(model).is_dir():
+    if str(model) not in names() and Path(model).is_dir():
         return _from_folder(Path(model))
+    for name in names():
+        known = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+        if str(model) in (name, known["hub"]):
+            return _spec(str(model), known.pop("denoiser"), known.pop("vae"), **known)
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise ValueError(
             f'model: got "{model}", want one of {", ".join(names())}, a diffusers folder, or a name on the hub'

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
 from ..transitions import TransitionTable
+from . import quantization
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 
 Conditioning = Mapping[str, Tensor]
@@ -112,9 +113,10 @@ class DiffusersModel:
             texts.append(sampler.negative_prompt)
         self._store = self._open_store(texts)
         self._text_length = self._longest(texts) if self.mask else None
-        self.denoiser = self._part(self.denoiser_class, self.denoiser_part)
+        self.denoiser = self._load_denoiser()
         if settings.lora is not None:
-            add_lora(self.denoiser, settings.lora.rank, settings.lora.alpha, settings.lora.target_modules)
+            lora = settings.lora
+            add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         """`latent_shape` from the VAE's configuration; raises ValueError for a size that cannot be made."""
@@ -132,12 +134,23 @@ class DiffusersModel:
     def _guided_by_batch(self, guidance_scale: float) -> bool:
         return self.negative and guidance_scale != 1.0
 
-    def _part(self, name: str, subfolder: str) -> Any:
+    def _load_denoiser(self) -> nn.Module:
+        kind = self.settings.quantization
+        more = quantization.loading(kind, self.device)
+        if not more:
+            return cast(nn.Module, self._part(self.denoiser_class, self.denoiser_part))
+        try:
+            return cast(nn.Module, self._part(self.denoiser_class, self.denoiser_part, **more))
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
+
+    def _part(self, name: str, subfolder: str, **more: Any) -> Any:
         import diffusers
 
         if not (self.folder / subfolder).is_dir():
             raise ValueError(f"model.path: got {self.folder}, want {subfolder}/ in it for the family {self.family}")
-        part = getattr(diffusers, name).from_pretrained(self.folder, subfolder=subfolder, **loaded_in(self.dtype))
+        load = getattr(diffusers, name).from_pretrained
+        part = load(self.folder, subfolder=subfolder, **loaded_in(self.dtype), **more)
         return part.to(self.device).eval()
 
     def _scheduler(self, name: str = "FlowMatchEulerDiscreteScheduler", **changes: Any) -> Any:
@@ -320,8 +333,21 @@ def find_folder(path: str) -> Path:
         ) from error
 
 
-def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
-    """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`."""
+def add_lora(
+    denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], dtype: torch.dtype | None = None
+) -> None:
+    """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
+
+    Args:
+        denoiser: a diffusers model.
+        rank: of the update matrices.
+        alpha: its scale is `alpha / rank`.
+        target_modules: endings of module names.
+        dtype: of the layers; None: peft's choice, each its module's, and float32 for some quantised ones.
+
+    Raises:
+        ValueError: no module has such a name.
+    """
     from peft import LoraConfig
 
     denoiser.requires_grad_(False)
@@ -330,6 +356,10 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequenc
         denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     except ValueError as error:
         raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
+    if dtype is not None:
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
 
 def save_denoiser(denoiser: nn.Module, folder: Path, subfolder: str, save_lora: Any) -> None:

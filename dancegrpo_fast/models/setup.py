@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ..config import Recipe
 from ..memory import checkpointing
-from ..memory.settings import GIB, REWARDS, Reward, Settings
+from ..memory.recipe import settings_of
+from ..memory.settings import GIB, Settings
 from ..memory.trace import collected
 from ..patch import accelerate
 from ..prompts import Prompt
 from .base import DiffusersModel
+from .quantization import store_in_fp8
 
 if TYPE_CHECKING:
     from ..memory.planner import Iteration
@@ -24,15 +26,6 @@ JOINT = (
     "QwenImageTransformer2DModel",
     "SD3Transformer2DModel",
 )
-# The planner's name of the model behind a reward, and the dtype that it has unasked.
-REWARD_MODELS = {
-    "hps": ("hps-v2.1", "float32"),
-    "clip_score": ("clip", "float32"),
-    "pickscore": ("pickscore", "float32"),
-    "videoalign_vq": ("videoalign", "bfloat16"),
-    "videoalign_mq": ("videoalign", "bfloat16"),
-    "videoalign_ta": ("videoalign", "bfloat16"),
-}
 
 
 def prepare(
@@ -52,6 +45,7 @@ def prepare(
     """
     settings = recipe.model
     if settings.quantization == "fp8":
+        # After LoRA was added, whose layers stay as they are.
         store_in_fp8(model.denoiser, settings.torch_dtype())
     if settings.block_ops != "off":
         try:
@@ -65,15 +59,6 @@ def prepare(
         if training:
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
-
-
-def store_in_fp8(denoiser: Any, compute: torch.dtype) -> None:
-    """Frozen weights of linear layers and convolutions as float8 (e4m3), cast to `compute` while their layer runs.
-
-    Autograd keeps the cast copy of a layer for its backward: memory is saved where blocks are checkpointed.
-    """
-    skipped = (*(denoiser._skip_layerwise_casting_patterns or ()), "norm", "pos_embed", "lora_")
-    denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute, skip_modules_pattern=skipped)
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -112,7 +97,7 @@ def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.devic
     asked = recipe.model.checkpointing
     kind, _, count = asked.partition(":")
     policy: checkpointing.Policy = checkpointing.FirstBlocks(int(count)) if kind == "first" else asked
-    offload = False
+    offload = "block_inputs" in recipe.train.offload
     if asked == "auto":
         if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
             raise ValueError(
@@ -197,67 +182,18 @@ def _processes() -> tuple[int, str]:
     return state.num_processes, "full_shard" if state.fsdp_plugin.reshard_after_forward else "shard_grad_op"
 
 
-def _others(model: DiffusersModel, recipe: Recipe, shards: int, reduced_late: bool) -> tuple[Reward, ...]:
-    """What rests on the device beside the denoiser and the VAE while it is replayed."""
-    train = recipe.train
-    found: dict[str, Reward] = {}
-    scored = [*recipe.rewards, *(recipe.evaluation.rewards if recipe.evaluation else [])]
-    for reward in scored if "rewards" not in train.offload else []:
-        if reward.name in REWARD_MODELS:
-            name, dtype = REWARD_MODELS[reward.name]
-            width = 4 if reward.args.get("dtype", dtype) == "float32" else 2
-            found[name] = replace(REWARDS[name], bytes_per_parameter=width)
-    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    copies = {
-        "the model of the KL": (
-            train.kl_weight > 0 and recipe.model.lora is None,
-            count // shards,
-            trained[0].itemsize,
-        ),
-        "the moving average": (train.ema_decay is not None, count // shards, 4),
-        "gradients before they are reduced": (reduced_late, count, trained[0].itemsize),
-    }
-    for name, (there, size, width) in copies.items():
-        if there:
-            found[name] = Reward(name, size, "as many as are trained", width)
-    return tuple(found.values())
-
-
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
-    """The recipe in the planner's words: what one process has of it."""
-    given, sampler, train = recipe.model, recipe.sampler, recipe.train
+    """The recipe in the planner's words, with what is known of the loaded model."""
     processes, strategy = _processes()
-    shards = processes if strategy != "none" else 1
-    samples = -(-train.prompts_per_iteration * train.group_size // processes)
-    trained = next(p for p in model.denoiser.parameters() if p.requires_grad)
-    return Settings(
-        str(model.folder),
-        sampler.frames,
-        sampler.height,
-        sampler.width,
-        # Of all prompts together; a call has as many rows whatever there is to compute.
-        group_size=max(samples, train.micro_batch),
-        micro_batch=train.micro_batch,
-        rollout_batch=train.micro_batch,
-        steps=sampler.num_steps,
-        train_fraction=train.timestep_fraction,
-        cfg=sampler.guidance_scale,
-        text_tokens=text_tokens,
-        dtype="bf16" if given.dtype == "bfloat16" else "fp32_master",
-        lora=given.lora.rank if given.lora else 0,
-        lora_targets=tuple(given.lora.target_modules) if given.lora else (),
-        lora_dtype="bf16" if trained.dtype == torch.bfloat16 else "fp32",
-        base=given.quantization or "none",
-        # As torch's own SDPA keeps it.
-        attention=given.attention or "flash",
-        device=str(device),
-        block_ops=given.block_ops,
-        fsdp=shards,
+    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
+    return settings_of(
+        recipe,
+        model=str(model.folder),
+        processes=processes,
         strategy=strategy,
-        offload=("vae",) if "vae" in train.offload else (),
-        vae_tiling=given.vae_tiling == "on",
-        rewards=_others(model, recipe, shards, shards > 1 and train.gradient_sync == "update"),
+        trained=(sum(p.numel() for p in trained), trained[0].itemsize),
+        text_tokens=text_tokens,
         text_encoders="precomputed",
+        device=str(device),
         gpu_gib=gib,
     )

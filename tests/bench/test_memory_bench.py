@@ -20,8 +20,8 @@ from bench.memory.families import FAMILIES
 from bench.memory.ledger import measure
 from bench.memory.scenarios import SCENARIOS, Scenario
 from bench.memory.table import Setting
-from dancegrpo_fast.cli import load_settings
 from dancegrpo_fast.memory import specs
+from dancegrpo_fast.memory.command import parse
 
 WHERE = {name: name for name in ("torch", "diffusers", "peft", "git", "date")}
 
@@ -103,7 +103,7 @@ def test_settings_have_every_policy_dtype_and_patch() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[s.name for s in SCENARIOS])
 def test_scenarios_are_valid_commands(scenario: Scenario) -> None:
-    settings, *_ = load_settings(scenario.command.split())
+    settings = parse(scenario.command.split()).settings
     assert settings.policy == "auto" and settings.model in specs.names()
     assert f"{settings.gpu_gib:g} GiB" in scenario.name
     assert sum(s.name == scenario.name for s in SCENARIOS) == 1

@@ -157,6 +157,7 @@ def test_denoiser_waits_while_others_run(flux: Plan) -> None:
     for phase in away.phases:
         if phase.name in ("decode", "rewards"):
             assert "parameters" not in phase.budget and phase.budget["other models"] > 0
+            assert phase.budget["optimizer"] > 0
         if phase.name.startswith("replay"):
             assert "other models" not in phase.budget
     assert away.seconds > flux.seconds

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dancegrpo_fast.config import EvaluationSettings, ModelSettings, Recipe, RewardSettings
+from dancegrpo_fast.config import EvaluationSettings, Recipe, RewardSettings
 from dancegrpo_fast.memory.blocks import compose
 from dancegrpo_fast.memory.settings import GIB
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.prompts import Prompt
 
-from ..train.tiny import LoraSettings, make_flux, make_recipe, reward
+from ..train.tiny import make_flux, make_recipe, reward
 from . import checks_more as checks
 
 # The planner keeps whole bytes of margins.
@@ -132,27 +131,6 @@ def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
     assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=small, vae_tiling="off")[1].vae.use_tiling
 
 
-@pytest.mark.parametrize(
-    "changes", [{"micro_batch": 1}, {"micro_batch": 4, "checkpointing": "full", "block_ops": "lossless"}], ids=str
-)
-def test_lora_over_float8_weights(flux: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    lora = LoraSettings(rank=2, alpha=2)
-    checks.train(flux, tmp_path / "run", quantization="fp8", lora=lora, **BF16, **changes)
-    _, model = loaded(flux, tmp_path, quantization="fp8", lora=lora, **BF16)
-    parts = model.denoiser.transformer_blocks[0].attn.to_q
-    assert parts.base_layer.weight.dtype == torch.float8_e4m3fn
-    assert {p.dtype for name, p in model.denoiser.named_parameters() if p.requires_grad} == {torch.bfloat16}
-    wide = [p for p in model.denoiser.parameters() if p.dtype != torch.float8_e4m3fn and not p.requires_grad]
-    assert sum(p.numel() for p in wide) < sum(p.numel() for p in model.denoiser.parameters()) / 4
-
-
-def test_float8_weights_are_for_lora_on_bfloat16() -> None:
-    with pytest.raises(ValueError, match=r'model.quantization: got "fp8" without model.lora, want both'):
-        ModelSettings("flux", "folder", "bfloat16", quantization="fp8")
-    with pytest.raises(ValueError, match=r'model.quantization: got "fp8" with float32, want bfloat16'):
-        ModelSettings("flux", "folder", lora=LoraSettings(), quantization="fp8")
-
-
 def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None:
     recipe, model = loaded(
         flux, tmp_path, mixed_precision="bf16", kl_weight=0.1, rewards=[reward("Brightness")], block_ops="fast"
@@ -162,7 +140,7 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
     assert (asked.dtype, asked.block_ops, asked.device, asked.gpu_gib) == ("fp32_master", "fast", "cpu", 24.0)
     # The model that the KL is taken to is a second one.
     parameters = sum(p.numel() for p in model.denoiser.parameters())
-    assert [(one.parameters, one.bytes_per_parameter) for one in asked.rewards] == [(parameters, 4)]
+    assert [(one.parameters, one.bytes_per_parameter) for one in asked.others] == [(parameters, 4)]
 
 
 def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:
@@ -178,10 +156,10 @@ def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: 
     recipe, model = loaded(flux, tmp_path, micro_batch=2, ema_decay=0.9, offload=["vae", "rewards"])
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     alone = setup._settings(model, recipe, checks.CPU, 3, 24.0)
-    assert (alone.samples, alone.fsdp, alone.strategy, alone.offload) == (12, 1, "none", ("vae",))
-    assert [(one.parameters, one.bytes_per_parameter) for one in alone.rewards] == [(parameters, 4)]
+    assert (alone.samples, alone.fsdp, alone.strategy, alone.offload) == (12, 1, "none", ("vae", "rewards"))
+    assert [(one.parameters, one.bytes_per_parameter) for one in alone.others] == [(parameters, 4)]
     monkeypatch.setattr(setup, "_processes", lambda: (8, "full_shard"))
     shared = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (shared.samples, shared.fsdp, shared.strategy) == (2, 8, "full_shard")
     # The average is in shards, gradients are whole until an update's last call.
-    assert [one.parameters for one in shared.rewards] == [parameters // 8, parameters]
+    assert [one.parameters for one in shared.others] == [parameters // 8, parameters]

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ import torch
 from dancegrpo_fast import checkpoint, sampling
 from dancegrpo_fast import trainer as module
 from dancegrpo_fast.ops.noise import gaussian_noise
+from dancegrpo_fast.residence import Residence
 from dancegrpo_fast.rollout import Policy, model_calls, rollout, sample
 from dancegrpo_fast.trainer import Trainer
 
-from .tiny import Carried, EvaluationSettings, make_recipe, reward
+from .tiny import EvaluationSettings, make_recipe, reward
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["dense", "rows"])
@@ -111,39 +112,56 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model_ema" / part / "config.json").is_file()
 
 
-def test_what_waits_on_the_host(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Carried.events
-    events.clear()
-    original, moved = module.Trainer._update, []
+@pytest.mark.parametrize("judged", [False, True])
+def test_one_model_at_a_time(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: bool) -> None:
+    judges = EvaluationSettings(every=1, samples_per_prompt=2, rewards=[reward("Brightness")], grid_samples=1)
+    changes: dict[str, Any] = {"rewards": [reward("Carried")], "evaluation": judges if judged else None}
+    plain = Trainer(make_recipe(flux, tmp_path / "plain", **changes))
+    plain.run()
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", offload=["denoiser", "vae", "rewards"], **changes))
+    where = {"denoiser": "meta", "vae": "cpu", "rewards": "cpu"}
+    ran: list[str] = []
+    model: Any = trainer.model
 
-    def update(*arguments: Any) -> Any:
-        events.append("update")
-        return original(*arguments)
+    def watch(name: str, part: Any, owner: Any, method: str) -> None:
+        original = getattr(owner, method)
 
-    monkeypatch.setattr(module.Trainer, "_update", update)
-    trainer = Trainer(make_recipe(flux, tmp_path / "run", rewards=[reward("Carried")], offload=["vae", "rewards"]))
-    monkeypatch.setattr(trainer.model.vae, "to", lambda device: moved.append(str(device)))
+        def runs(*arguments: Any, **keywords: Any) -> Any:
+            ran.append(name)
+            assert where == dict.fromkeys(where, "cpu") | {name: "meta"}
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, method, runs)
+        monkeypatch.setattr(part, "to", lambda device: where.update({name: str(device)}), raising=False)
+
+    scored = trainer.rewards._rewards[0]
+    watch("denoiser", model.denoiser, model.denoiser, "forward")
+    watch("vae", model.vae, model.vae, "decode")
+    watch("rewards", scored, type(scored), "__call__")
+    monkeypatch.setattr(trainer.residence, "_device", torch.device("meta"))
     trainer.run()
-    assert events == ["to cpu", "scores", "to cpu", "update"] * 2
-    assert moved == ["cpu", "cpu"] * 2
+    assert set(ran) == set(where) and where["denoiser"] == "meta"
+    for name, parameter in model.denoiser.named_parameters():
+        assert torch.equal(parameter, plain.model.denoiser.get_parameter(name))
 
+
+def test_a_set_of_rewards_comes_alone() -> None:
     class Part:
-        def __init__(self) -> None:
-            self.devices: list[str] = []
+        device = ""
 
         def to(self, device: Any) -> None:
-            self.devices.append(str(device))
+            self.device = str(device)
 
-    fake: Any = Part()
-    fake.vae = Part()
-    resting = sampling.Resting(["vae"], fake, [fake], torch.device("meta"))
-    resting.wake()
-    resting.rest()
-    assert fake.vae.devices == ["meta", "cpu"] and fake.devices == []
-    sampling.Resting(["rewards"], fake, [fake], torch.device("meta")).wake()
-    assert fake.devices == ["meta"]
+    model, rewards, judges = Part(), Part(), Part()
+    residence = Residence(["rewards"], cast(Any, model), torch.device("meta"))
+    for one in (rewards, judges):
+        residence.add(cast(Any, one))
+    residence.use(cast(Any, judges))
+    assert (model.device, rewards.device, judges.device) == ("", "cpu", "meta")
+    residence.use("denoiser")
+    assert (model.device, rewards.device, judges.device) == ("", "cpu", "cpu")
     with pytest.raises(ValueError, match=r'train\.offload: got "vae" for Part, which has no decoder'):
-        sampling.Resting(["vae"], fake.vae, [], torch.device("cpu"))
+        Residence(["vae"], cast(Any, model), torch.device("cpu"))
 
 
 def test_a_micro_batch_fits_the_samples(flux: Path, tmp_path: Path) -> None:
@@ -151,7 +169,7 @@ def test_a_micro_batch_fits_the_samples(flux: Path, tmp_path: Path) -> None:
     trainer.processes.count = 4
     parts = (trainer.model, trainer.table, trainer.trainable_steps, trainer.rewards, trainer.processes)
     with pytest.raises(ValueError, match=r"micro_batch: got 4, want at most the 3 samples of each of 4 processes"):
-        sampling.Sampler(trainer.recipe, *parts, trainer._resting)
+        sampling.Sampler(trainer.recipe, *parts, trainer.residence)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 5])

@@ -1,0 +1,119 @@
+"""Frozen weights in fewer bits: bitsandbytes' on its CPU kernels, which diffusers lets nobody use, and float8."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast.config import ModelSettings
+from dancegrpo_fast.memory.phases import Case
+from dancegrpo_fast.memory.quantised import quantised
+from dancegrpo_fast.models import load_model
+from dancegrpo_fast.prompts import Prompt
+from dancegrpo_fast.trainer import Trainer
+
+from ..train.tiny import LoraSettings, make_flux, make_recipe
+from . import checks_more as checks
+
+KINDS = ("nf4", "int8", "fp8")
+LORA = LoraSettings(rank=2, alpha=2)
+OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "lora": LORA}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flux(tmp_path_factory.mktemp("flux") / "base")
+
+
+@pytest.fixture
+def without_gpu() -> Iterator[None]:
+    """Takes diffusers' check for a GPU away, and a layout of bitsandbytes that only CPUs use."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+            patch.setattr(quantizer, "validate_environment", lambda *args, **kwargs: None)
+        patch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)
+        yield
+
+
+def loaded(flux: Path, folder: Path, kind: str) -> Any:
+    recipe = make_recipe(flux, folder / "run", quantization=kind, **OPTIONS)
+    return load_model(recipe, checks.CPU, [Prompt("red", {})]).denoiser
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_stored_as_the_planner_counts_them(flux: Path, tmp_path: Path, kind: str) -> None:
+    denoiser = loaded(flux, tmp_path, kind)
+    expected = {"nf4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    assert denoiser.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == expected
+    assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.bfloat16}
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(denoiser)}
+    case = Case(
+        str(flux), 1, 64, 64, 1, None, "bf16", 2, tuple(LORA.target_modules), "bf16", "cpu", "off", "gelu", True
+    )
+    assert sum(held.values()) == quantised(case, kind).stored
+
+
+def _tensors(denoiser: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, and what bitsandbytes keeps beside them."""
+    for parameter in denoiser.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        yield from (state.absmax, state.code) if state is not None else ()
+        scale = getattr(parameter, "SCB", None)
+        yield from () if scale is None else (scale,)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch": 1}, {"micro_batch": 4, "checkpointing": "full", "block_ops": "lossless"}], ids=str
+)
+def test_training_has_ratio_one(flux: Path, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    checks.train(flux, tmp_path / "run", quantization=kind, **OPTIONS, **changes)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_and_policies_change_no_bit(flux: Path, tmp_path: Path, kind: str) -> None:
+    options = OPTIONS | {"quantization": kind, "micro_batch": 4}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    checks.train(flux, whole, **options)
+    Trainer(checks.small_recipe(flux, parts, **options | {"iterations": 1})).run()
+    Trainer(checks.small_recipe(flux, parts, **options), resume="auto").run()
+    checks.assert_same_weights(whole, parts)
+    for policy in ("full", "attention"):
+        checks.train(flux, tmp_path / policy, checkpointing=policy, **options)
+        checks.assert_same_weights(whole, tmp_path / policy)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_its_neighbours(flux: Path, tmp_path: Path, kind: str) -> None:
+    layer = loaded(flux, tmp_path, kind).x_embedder
+    rows = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    # What LLM.int8 would take for an outlier, in one row only.
+    rows[0, 0] = 50.0
+    together = layer(rows)
+    rows[0, 0] = 0.0
+    assert torch.equal(layer(rows)[1:], together[1:])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_wants_a_gpu(flux: Path, tmp_path: Path, kind: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=rf'model.quantization: got "{kind}" on cpu, .*GPU'):
+        loaded(flux, tmp_path, kind)
+
+
+def test_weights_in_fewer_bits_are_for_lora_on_bfloat16() -> None:
+    with pytest.raises(ValueError, match=r'model.quantization: got "nf4" without model.lora, want both'):
+        ModelSettings("flux", "folder", "bfloat16", quantization="nf4")
+    with pytest.raises(ValueError, match=r'model.quantization: got "fp8" with float32, want bfloat16'):
+        ModelSettings("flux", "folder", lora=LoraSettings(), quantization="fp8")
