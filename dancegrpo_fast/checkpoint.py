@@ -87,16 +87,18 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors and state of a checkpoint.
+def _others(folder: Path) -> str:
+    others = [path.name for path in complete(folder.parent) if path != folder]
+    return f"; other checkpoints there: {', '.join(others) or 'none'}"
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
 
     Raises:
-        ValueError: the folder is not a checkpoint, or a file of it is missing or damaged.
+        ValueError: the folder is not a checkpoint, or the file is damaged.
     """
-    from safetensors.torch import load_file
-
-    others = [path.name for path in complete(folder.parent) if path != folder]
-    hint = f"; other checkpoints there: {', '.join(others) or 'none'}"
+    hint = _others(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -105,11 +107,22 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         raise ValueError(f"resume: {folder}/state.json is damaged: {error}{hint}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"resume: {folder} has another format, want {FORMAT}{hint}")
-    tensors = {}
+    return state
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        ValueError: the folder is not a checkpoint, or a file of it is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    state, tensors = load_state(folder), {}
     for name, digest in state["sha256"].items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
-            raise ValueError(f"resume: {path} is {'damaged' if path.is_file() else 'missing'}{hint}")
+            raise ValueError(f"resume: {path} is {'damaged' if path.is_file() else 'missing'}{_others(folder)}")
         tensors[path.stem] = load_file(path)
     return tensors, state
 

@@ -1,6 +1,7 @@
 """`dancegrpo-fast`: train a recipe, plan its memory, run a script of another project, say what is installed."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,23 @@ USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [-
        dancegrpo-fast run [--rounding exact|reference] [--backend NAME] SCRIPT.py [-- ARGUMENTS]
        dancegrpo-fast memory MODEL|RECIPE.yaml [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...]
                              [--json FILE] [--figures FOLDER]
-       dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--train.micro_batch 4 ...]
+       dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--figures FOLDER] [--train.micro_batch 4 ...]
        dancegrpo-fast info
 
 `evaluate` samples the recipe's evaluation prompts and writes pictures, scores.jsonl and a table.
-`profile` measures one iteration of a recipe beside what was predicted, in a folder of its own.
+`profile` measures iterations of a recipe beside what was predicted, and draws them; the run's folder stays as it is.
 `memory` predicts every phase of an iteration without a GPU; it exits with 0 if the GPU holds it, 1 if not, 2 for bad
-input. `dancegrpo-fast memory --help` lists its settings.
+input. `dancegrpo-fast memory --help` lists its settings. With --figures it makes many plans: a minute or more.
 `run` executes a published training script with its step functions replaced by this library's, and says which.
 Every field of a recipe can be overridden: `dancegrpo-fast train RECIPE.yaml --help` lists them.
 """
+
+
+# Of commands' own options.
+HELP = {
+    "iterations": "how many are measured, after one that is not",
+    "figures": "draws what was measured into this folder",
+}
 
 
 def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
@@ -41,7 +49,7 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=str | None, default=default)
+        parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
@@ -52,8 +60,19 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         found = {name: namespace.pop(name) for name in options}
         namespace.pop("config", None)
         return Recipe(**vars(parser.instantiate(namespace))), found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe: got {path}, want UTF-8: {error}") from error
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"recipe: {path}: {error}") from error
+        raise ValueError(f"recipe: {path}: {_reason(error)}") from error
+    except ValueError as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What jsonargparse says, without the types that it tried and the whole of what it was given."""
+    frame = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not line.startswith((*frame, "Expected a <class 'NoneType'>")))
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -90,18 +109,18 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def profile(arguments: Sequence[str]) -> None:
-    """Measures a recipe's iterations and prints the report; what is no iteration count overrides the recipe."""
+    """Measures a recipe's iterations, prints the report and draws it."""
+    recipe, options = load_recipe(arguments, "profile", iterations="1", figures=None)
+    iterations = options["iterations"] or ""
+    if not iterations.isdecimal() or int(iterations) < 1:
+        raise ValueError(f"iterations: got {options['iterations']}, want a whole number of at least 1")
     from .memory.profiler import profile_recipe
 
-    path, *overrides = arguments
-    iterations = "1"
-    if "--iterations" in overrides[:-1]:
-        at = overrides.index("--iterations")
-        iterations = overrides[at + 1]
-        del overrides[at : at + 2]
-    if not iterations.isdigit() or int(iterations) < 1:
-        raise ValueError(f"iterations: got {iterations}, want a whole number of at least 1")
-    print(profile_recipe(path, int(iterations), overrides=overrides).table())
+    report = profile_recipe(recipe, int(iterations))
+    print(report.table())
+    if options["figures"] is not None:
+        for picture in report.figures(options["figures"]):
+            print(f"drew {picture}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'dancegrpo-fast {command}: {error}; want pip install "dancegrpo_fast[train]"', file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            # Of a reward, whose author needs the place.
+            traceback.print_exception(error.__cause__)
         print(f"dancegrpo-fast {command}: {error}", file=sys.stderr)
         return 1
     if script is not None:

@@ -1,5 +1,6 @@
 """A run as dataclasses: recipes are YAML files of these, and every field can be overridden on the command line."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -42,7 +43,10 @@ class ModelSettings:
     Args:
         family: "flux", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image" or "wan".
         path: a diffusers folder, or a name on the hub.
-        dtype: of the weights.
+        dtype: of the denoiser's weights.
+        denoiser: where the denoiser is instead, a folder or a name on the hub: in its `transformer/` or `unet/`, or
+            directly in it; null: in `path`.
+        frozen_dtype: of the VAE's and the text encoders' weights; null: as `dtype`.
         lora: train LoRA layers instead of the whole denoiser.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:K" (the first K
             blocks), or "auto": as little as `memory_gib` allows.
@@ -61,6 +65,8 @@ class ModelSettings:
     family: str
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    denoiser: str | None = None
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
     lora: LoraSettings | None = None
     checkpointing: str = "none"
     memory_gib: float | None = None
@@ -88,6 +94,10 @@ class ModelSettings:
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def frozen_torch_dtype(self) -> torch.dtype:
+        """`frozen_dtype` as torch names it."""
+        return torch.bfloat16 if (self.frozen_dtype or self.dtype) == "bfloat16" else torch.float32
 
 
 @dataclass
@@ -144,7 +154,7 @@ class RewardSettings:
 
     Args:
         name: a reward of this package, or `package.module:callable`.
-        weight: factor of its advantages.
+        weight: factor of its advantages; less than 0 makes it small.
         threshold: score 1 above it and 0 at or below it.
         win_rate: the score is the share of the other samples of its prompt's group that it beats, ties half. The mean
             of every group is 1/2, so report the plain score beside it.
@@ -160,6 +170,8 @@ class RewardSettings:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:
             raise ValueError(f"rewards.win_rate: got true beside threshold {self.threshold:g}, want one of the two")
 
@@ -220,9 +232,9 @@ class TrainSettings:
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.group_size", self.group_size, 2)
-        for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
+        for name in ("learning_rate", "max_grad_norm", "clip_range", "advantage_clip"):
             _positive(f"train.{name}", getattr(self, name))
-        for name in ("weight_decay", "clip_range", "kl_weight"):
+        for name in ("weight_decay", "kl_weight"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")

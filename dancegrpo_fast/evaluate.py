@@ -18,6 +18,7 @@ from .models import load_model
 from .parallel import Processes
 from .prompts import load_prompts
 from .residence import Residence
+from .resume import FREE, differences, joined, model_identity
 from .rollout import Policy
 
 SAMPLERS = ("ode", "sde")
@@ -101,22 +102,29 @@ class Scores:
         writes: this process writes the files; others only keep the same `rows`.
 
     Raises:
-        ValueError: the folder holds scores of other settings.
+        ValueError: the folder holds scores of other settings, or a file of it is damaged.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
         self.path, self._writes = folder / "scores.jsonl", writes
         recorded = folder / "settings.json"
-        if recorded.is_file() and json.loads(recorded.read_text(encoding="utf-8")) != settings:
-            raise ValueError(f"output: {folder} holds scores of other settings, want another folder")
+        if recorded.is_file():
+            free = [name for name in FREE if name.startswith("model.")]
+            found = differences(json.loads(json.dumps(settings)), _read(recorded, 1, recorded.read_bytes()), free)
+            if found:
+                raise ValueError(
+                    f"output: {folder} holds scores of other settings, want another folder; {joined(found)}"
+                )
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_text(recorded, json.dumps(settings, indent=1))
         self.rows: list[dict[str, Any]] = []
         self._whole = True
         if self.path.is_file():
-            *lines, part = self.path.read_text(encoding="utf-8").split("\n")
-            self.rows = [json.loads(line) for line in lines]
+            *lines, part = self.path.read_bytes().split(b"\n")
+            self.rows = [
+                _read(self.path, number, line, "sampler", "prompt_index") for number, line in enumerate(lines, start=1)
+            ]
             # A crash leaves at most a part of a line.
             self._whole = not part
 
@@ -142,6 +150,17 @@ class Scores:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read(path: Path, line: int, text: bytes, *keys: str) -> dict[str, Any]:
+    """A JSON object of a file, which has these keys."""
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict) or not found.keys() >= set(keys):
+            raise ValueError(f"want an object with {list(keys)}")
+    except ValueError as error:
+        raise ValueError(f"output: {path} is damaged in line {line} ({error}), want it whole or removed") from error
+    return found
 
 
 def _rows(
@@ -258,11 +277,14 @@ def evaluate(
         weights: "model" or "ema".
 
     Raises:
-        ValueError: a recipe without `evaluation`, unknown samplers or weights, a folder with other scores, or FSDP2.
+        ValueError: a recipe without `evaluation`, unknown samplers or weights, an `output` that is a file or has
+            other scores, prompts that a reward cannot score, or FSDP2.
     """
     settings = recipe.evaluation
     if settings is None:
         raise ValueError("evaluation: got none in the recipe, want evaluation.rewards at least")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: got {output}, which is a file, want a folder")
     if not samplers or set(samplers) - set(SAMPLERS):
         raise ValueError(f"samplers: got {list(samplers)}, want some of {list(SAMPLERS)}")
     prompts = load_prompts(settings.prompts or recipe.prompts, "test" if settings.prompts else "train")
@@ -280,6 +302,7 @@ def evaluate(
     model.denoiser = processes.prepare(model.denoiser)
     described = {
         "model": asdict(recipe.model),
+        "loaded": model_identity(model),
         "sampler": asdict(recipe.sampler),
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
@@ -292,6 +315,9 @@ def evaluate(
     scores = Scores(output, described, processes.is_main)
     residence = Residence(recipe.train.offload, model, processes.device)
     evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, processes.device, residence)
+    evaluator.rewards.check(prompts)
+    if evaluator.rewards.compares_groups and settings.samples_per_prompt < 2:
+        raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2, which a reward compares")
     scale = recipe.sampler.guidance_scale
     policy = Policy(model, recipe.train.micro_batch, scale, model.unconditional(scale))
     samples, places = settings.samples_per_prompt, range(len(prompts))

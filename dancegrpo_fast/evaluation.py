@@ -106,13 +106,14 @@ class Evaluator:
         noise = gaussian_noise(
             self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=ids, dtype=self._dtype
         )
+        conditioning = self._residence.encode(prompts)
         self._residence.use("denoiser")
         trajectory = rollout(
             policy,
             self._tables[sampler],
             noise,
             samples,
-            self._model.encode(prompts),
+            conditioning,
             seed=derive_seed(self._seed, "steps"),
             sample_ids=ids,
             shared_noise=False,
@@ -154,7 +155,7 @@ class Evaluator:
         if processes.sharded:
             calls = [self._calls(policy, sampler, one) for one in shares]
             missing = max(calls) - calls[processes.index]
-            fill_calls(policy, self._tables[sampler], self._model.encode(self.prompts[:1]), missing)
+            fill_calls(policy, self._tables[sampler], self._residence.encode(self.prompts[:1]), missing)
         self._residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()

@@ -10,6 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+# That processes wait for one which encodes prompts or writes a checkpoint, before they take it for dead.
+PATIENCE = timedelta(hours=3)
 
 
 def share(count: int, index: int, processes: int) -> range:
@@ -50,7 +54,7 @@ class Processes:
 
     def __init__(self, mixed_precision: str, project_dir: Path) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, is_tensorboard_available
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
 
         plugin = _fsdp_plugin()
         self.accelerator = Accelerator(
@@ -58,6 +62,7 @@ class Processes:
             log_with="tensorboard" if is_tensorboard_available() else None,
             project_dir=str(project_dir),
             fsdp_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         kind = self.accelerator.distributed_type
         if kind not in (
@@ -120,7 +125,7 @@ class Processes:
     def prepare(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser as rollout calls it: split under FSDP2, and run in the precision of the recipe.
 
-        Parameters are other objects afterwards under FSDP2.
+        Under FSDP2 the main process's weights are handed out, and parameters are other objects afterwards.
         """
         if self.sharded:
             self._plain[denoiser] = _without_data(denoiser)
@@ -146,9 +151,29 @@ class Processes:
             "mesh": init_device_mesh(self.device.type, (self.count,)),
             "mp_policy": policy,
         }
+        # One after the other: the whole is never on a device.
         for unit in units:
+            self._hand_out(unit)
             fully_shard(unit, reshard_after_forward=self._reshard, **options)
+        self._hand_out(denoiser)
         fully_shard(denoiser, reshard_after_forward=False, **options)
+
+    @torch.no_grad()
+    def _hand_out(self, part: nn.Module) -> None:
+        """Puts the main process's weights on every device; what is split already stays."""
+        from torch.distributed.tensor import DTensor
+
+        for module in part.modules():
+            for values in (module._parameters, module._buffers):
+                for name, value in values.items():
+                    if value is None or isinstance(value, DTensor):
+                        continue
+                    there = value.to(self.device) if self.is_main else torch.empty_like(value, device=self.device)
+                    dist.broadcast(there, 0)
+                    if value.is_meta and isinstance(value, nn.Parameter):
+                        values[name] = nn.Parameter(there, value.requires_grad)
+                    else:
+                        value.data = there
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The prepared denoiser as the update calls it: inside DDP where gradients are reduced by that."""
@@ -235,12 +260,21 @@ class Processes:
         return found.cpu() if self.is_main else None
 
 
+def _fsdp_asked() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def is_sharded() -> bool:
+    """Whether the processes of this run split the denoiser (FSDP2)."""
+    return _fsdp_asked() and dist.is_available() and dist.is_initialized()
+
+
 def _fsdp_plugin() -> Any:
     """accelerate's FSDP settings where its configuration asks for FSDP, checked; or None.
 
     On the CPU accelerate itself leaves them out.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not _fsdp_asked():
         return None
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy

@@ -27,14 +27,23 @@ class Prompt:
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".parquet":
         try:
-            from pyarrow import parquet
+            from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise ValueError(
                 f'prompts: got {path}, want pyarrow installed (pip install "dancegrpo_fast[train]")'
             ) from error
-        yield from parquet.read_table(path).to_pylist()
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"prompts: got {path}, want a parquet file that can be read: {error}") from error
+        yield from rows
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: got {path}, want UTF-8: {error}") from error
+    # Not `splitlines`, which also ends lines at characters that a prompt may have, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         if path.suffix == ".txt":
@@ -93,3 +102,9 @@ def prompts_of_iteration(prompts: Sequence[Prompt], count: int, iteration: int, 
             orders[epoch] = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch)).tolist()
         chosen.append(prompts[orders[epoch][place]])
     return chosen
+
+
+def prompts_of_run(prompts: Sequence[Prompt], count: int, iterations: int, seed: int) -> list[Prompt]:
+    """The prompts of the first `iterations` iterations, each once, in the order in which they come up."""
+    # The first epoch has every prompt once.
+    return prompts_of_iteration(prompts, min(count * iterations, len(prompts)), 0, seed)

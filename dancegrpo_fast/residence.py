@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .models import GeneratorModel
+from .models import Conditioning, GeneratorModel
+from .prompts import Prompt
 from .rewards import RewardSet
 
 
@@ -44,3 +45,9 @@ class Residence:
         # First away, so that two are never there together; sets may share a model, which then comes back.
         for part, wanted in sorted(parts, key=lambda pair: pair[1]):
             part.to(self._device if wanted else "cpu")
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """What the model makes of the prompts; the VAE is there where it has to see pictures of theirs."""
+        if self._model.encodes_with_vae(prompts):
+            self.use("vae")
+        return self._model.encode(prompts)

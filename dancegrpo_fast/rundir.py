@@ -10,9 +10,15 @@ from . import checkpoint
 
 
 class RunDirectory:
-    """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`."""
+    """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`.
+
+    Raises:
+        ValueError: `root` is a file.
+    """
 
     def __init__(self, root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"output_dir: got {root}, which is a file, want a folder")
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.metrics = root / "metrics.jsonl"
@@ -26,11 +32,22 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def keep_until(self, iteration: int) -> None:
-        """Drops the rows of iterations that the resumed run will do again."""
+        """Drops the rows of iterations that the resumed run will do again.
+
+        Raises:
+            ValueError: a row is damaged, and not by the crash that ended the file.
+        """
         for path in (self.metrics, self.evaluations):
             if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if self._iteration(line, line is lines[-1]) <= iteration]
+                try:
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"output_dir: {path} is damaged ({error}), want rows of metrics") from error
+                kept = [
+                    line
+                    for number, line in enumerate(lines, start=1)
+                    if self._iteration(path, number, line, number == len(lines)) <= iteration
+                ]
                 checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
     def find_checkpoint(self, resume: str | None) -> Path | None:
@@ -40,7 +57,8 @@ class RunDirectory:
             resume: "auto" for the newest one there is, a checkpoint folder, or None to start anew.
 
         Raises:
-            ValueError: the directory holds a run, or results that the continued one would overwrite.
+            ValueError: the directory holds a run, or results that the continued one would overwrite; or `resume` is
+                neither "auto" nor a checkpoint.
         """
         if resume is None:
             if self.metrics.exists() or checkpoint.complete(self.checkpoints):
@@ -52,6 +70,10 @@ class RunDirectory:
         if resume == "auto":
             return found[-1] if found else None
         chosen = Path(resume)
+        if not (chosen / "state.json").is_file():
+            inside = [str(path) for path in checkpoint.complete(chosen / "checkpoints")]
+            hint = f"; checkpoints of that run: {', '.join(inside)}" if inside else ""
+            raise ValueError(f'resume: got {resume}, want "auto" or the folder of a checkpoint{hint}')
         own = chosen.resolve().parent == self.checkpoints.resolve()
         later = [path.name for path in found if not own or path.name > chosen.name]
         if later or (not own and self.metrics.exists()):
@@ -62,11 +84,11 @@ class RunDirectory:
         return chosen
 
     @staticmethod
-    def _iteration(line: str, last: bool) -> float:
+    def _iteration(path: Path, number: int, line: str, last: bool) -> float:
         try:
             return int(json.loads(line)["iteration"])
-        except json.JSONDecodeError:
+        except (ValueError, KeyError, TypeError) as error:
             # A crash can leave half a last line, which belongs to an iteration that is done again.
-            if last:
+            if last and isinstance(error, json.JSONDecodeError):
                 return math.inf
-            raise
+            raise ValueError(f"output_dir: {path} line {number} is damaged ({error}), want a row of metrics") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .advantages import best_and_worst, group_advantages
-from .config import Recipe
+from .config import Recipe, SamplerSettings
 from .evaluation import decode
 from .memory._phases import phase
 from .models import Conditioning, GeneratorModel
@@ -74,6 +74,8 @@ class Sampler:
         self._recipe, self._model, self._table = recipe, model, table
         self._trainable_steps = trainable_steps
         self.steps_per_sample = int(recipe.train.timestep_fraction * len(trainable_steps) + 1e-9)
+        if not trainable_steps:
+            raise ValueError(_without_noise(recipe.sampler))
         if self.steps_per_sample < 1:
             raise ValueError(
                 f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(trainable_steps)} "
@@ -90,7 +92,8 @@ class Sampler:
         """The samples of iteration `iteration` (from 1), `group_size` of each of `prompts`."""
         clock = Clock()
         group, mine = self._recipe.train.group_size, self._processes.share(self.batch)
-        conditioning = phase("text encoding")(self._model.encode)(prompts[mine.start // group : -(-mine.stop // group)])
+        ours = prompts[mine.start // group : -(-mine.stop // group)]
+        conditioning = phase("text encoding")(self._residence.encode)(ours)
         rewards = torch.zeros(len(self._rewards.names), self.batch)
         parts = self._parts(policy, mine)
         start: Start | Tensor | None = None
@@ -248,6 +251,14 @@ class Sampler:
             steps=steps,
             shared_step=shared_step(self._table) if self._recipe.sampler.shared_noise else None,
         )
+
+
+def _without_noise(sampler: SamplerSettings) -> str:
+    if sampler.kind == "ode":
+        return 'sampler.kind: got "ode", want one with noise to train on'
+    if sampler.eta == 0:
+        return "sampler.eta: got 0, want more than 0, for noise to train on"
+    return f"sampler.window: got {sampler.window}, want at least one step with noise before the last"
 
 
 class Clock:

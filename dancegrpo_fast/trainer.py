@@ -21,19 +21,16 @@ from .memory._phases import phase
 from .metrics import metrics_row
 from .models import load_model
 from .parallel import Processes, like, whole
-from .prompts import load_prompts, prompts_of_iteration
+from .prompts import load_prompts, prompts_of_iteration, prompts_of_run
 from .replay import Objective, Tally, backward_update, plan_update
 from .report import progress_line, save_samples
 from .residence import Residence
+from .resume import check_model, check_run, model_identity, run_identity
 from .rewards import RewardSet
 from .rng import derive_seed, generator
 from .rollout import Policy, rows_are_equal
 from .rundir import RunDirectory
 from .sampling import Batch, Clock, Sampler
-
-# What may differ between a run and its continuation, of the recipe and of its `train`.
-FREE_ON_RESUME = ("output_dir", "checkpoint_every", "keep_checkpoints", "threads")
-FREE_IN_TRAIN = ("iterations", "offload", "rollout_replica")
 
 
 class Trainer:
@@ -46,6 +43,7 @@ class Trainer:
 
     Attributes:
         processes: of the run; `accelerator` is theirs and `device` this one's.
+        reached: the prompts that training comes to, of all `prompts`; only these are encoded, and evaluation's.
         denoiser: as the update calls it. `model.denoiser` is what is inside.
         names: the trained parameters' names.
 
@@ -69,20 +67,27 @@ class Trainer:
             raise ValueError(f'train.offload: got "denoiser" in {self.processes.name}, want one process')
 
         self.prompts = load_prompts(recipe.prompts)
+        evaluated = [] if evaluation is None else self.prompts
+        if evaluation is not None and evaluation.prompts is not None:
+            evaluated = load_prompts(evaluation.prompts, "test")
+        self._identity = run_identity(recipe, self.prompts, evaluated)
+        if found is not None:
+            check_run(found, checkpoint.load_state(found), self._identity)
         rewards = RewardSet(recipe.rewards)
+        rewards.check(self.prompts)
         if "rewards" in train.offload:
             # The text encoders are loaded next.
             rewards.to("cpu")
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
-        evaluated = self.prompts
         if evaluation is not None and evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
-        if evaluation is not None and evaluation.prompts is not None:
-            evaluated = load_prompts(evaluation.prompts, "test")
-        self.model = load_model(recipe, self.device, [*self.prompts, *evaluated])
+        self.reached = prompts_of_run(self.prompts, train.prompts_per_iteration, train.iterations, recipe.seed)
+        prompts, reached = [*self.prompts, *evaluated], [*self.reached, *evaluated]
+        self.model = load_model(recipe, self.device, prompts, reached=reached)
         denoiser = self.model.denoiser.eval()
         self.table = self.model.table(recipe.sampler)
         self.trainable_steps = [t for t in range(len(self.table) - 1) if self.table.tau[t] > 0]
+        self._identity["model"] = model_identity(self.model)
         self.residence = Residence(train.offload, self.model, self.device)
         self.residence.add(rewards)
         self.evaluator = None
@@ -90,6 +95,7 @@ class Trainer:
             self.evaluator = Evaluator(
                 evaluation, recipe.sampler, evaluated, self.model, recipe.seed, self.device, self.residence
             )
+            self.evaluator.rewards.check(evaluated)
         self.sampler = Sampler(
             recipe, self.model, self.table, self.trainable_steps, rewards, self.processes, self.residence
         )
@@ -127,8 +133,10 @@ class Trainer:
         train, scale = self.recipe.train, self.recipe.sampler.guidance_scale
         policy = Policy(self.model, train.micro_batch, scale, self.model.unconditional(scale))
         if equal is None:
+            conditioning = self.residence.encode(self.reached[: train.micro_batch])
+            self.residence.use("denoiser")
             with self.processes.sampling(self.model.denoiser, resident=False):
-                ours = rows_are_equal(policy, self.table, self.model.encode(self.prompts[: train.micro_batch]))
+                ours = rows_are_equal(policy, self.table, conditioning)
             equal = all(self.processes.collect([ours]))
         return replace(policy, rows_are_equal=equal)
 
@@ -158,13 +166,7 @@ class Trainer:
 
     def _restore(self, folder: Path) -> dict[str, Any]:
         tensors, state = checkpoint.load(folder)
-        ours = self._comparable(self.recipe.as_dict())
-        theirs = self._comparable(state["recipe"])
-        different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-        if different:
-            raise ValueError(
-                f"resume: {folder} was made with another recipe, different in {different}; want the same one"
-            )
+        check_model(folder, state, self._identity)
         parameters = {name: parameter for parameter, name in self.names.items()}
         if parameters.keys() != tensors["model"].keys():
             raise ValueError(f"resume: {folder} holds other parameters than this model trains")
@@ -175,12 +177,7 @@ class Trainer:
             self.average.load(tensors.get("ema", {}))
         checkpoint.restore_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}))
         checkpoint.restore_rng(tensors["rng"])
-        now_and_then = {
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "processes": self.processes.name,
-        }
-        for name, now in now_and_then.items():
+        for name, now in self._surroundings().items():
             if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
                     f"resume: {folder} was made with {name} {state.get(name)}, this is {now}; "
@@ -189,11 +186,15 @@ class Trainer:
                 )
         return state
 
-    @staticmethod
-    def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in recipe.items() if key not in FREE_ON_RESUME}
-        kept["train"] = {key: value for key, value in recipe["train"].items() if key not in FREE_IN_TRAIN}
-        return kept
+    def _surroundings(self) -> dict[str, Any]:
+        """What may differ in a continuation, with a warning."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "processes": self.processes.name,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+        }
 
     def _save(self, iteration: int) -> None:
         full = self.processes.full
@@ -211,12 +212,10 @@ class Trainer:
             return
         tensors["rng"] = checkpoint.rng_tensors()
         state = {
-            "recipe": self.recipe.as_dict(),
+            **self._identity,
+            **self._surroundings(),
             "prompts_seen": iteration * self.recipe.train.prompts_per_iteration,
             "rows_are_equal": self.policy.rows_are_equal,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "processes": self.processes.name,
         }
         checkpoint.save(self.directory.checkpoints, iteration, tensors, state)
         checkpoint.prune(self.directory.checkpoints, self.recipe.keep_checkpoints)
@@ -234,6 +233,8 @@ class Trainer:
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
+        if self.start == train.iterations:
+            self._say(f"{recipe.name}: all {self.start} iterations are done, for more raise train.iterations")
         if self.start == 0:
             self._evaluate(0)
         began = time.perf_counter()

@@ -15,5 +15,9 @@ lives: weights, gradients, inputs, activations. `activations_off` is the deviati
 call. With inputs of blocks in host memory the whole is compared with the traced model, as both are on one CPU, and the
 rest with the planner, which leaves them out.
 
+`auto` is what the planner chooses where it is given half of the bytes that full checkpointing saves.
+
+`rows`: figures of an earlier count of published models at real size, and the planner's beside them (`earlier.py`).
+
 `scenarios`: what `--policy auto` does with the settings in `scenarios.py`, each in a process of its own.
 """

@@ -11,11 +11,11 @@ import torch
 
 from bench.harness import environment
 
-from . import choices, report, table
+from . import choices, earlier, fsdp, report, table
 from .families import FAMILIES
 
 RESULTS = Path(__file__).parents[1] / "results"
-PARTS = ("table", "scenarios")
+PARTS = ("table", "rows", "fsdp", "scenarios")
 
 
 def _where() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated: " + ", ".join(PARTS))
-    parser.add_argument("--name", default="", help="only families or scenarios whose name contains this")
+    parser.add_argument("--name", default="", help="only families, models or scenarios whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="families at once, each in a process with one thread")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
@@ -53,6 +53,14 @@ def main() -> None:
             found += rows
             print(f"{rows[0]['family']}: {report.worst_line(rows)}", flush=True)
             _write(options.output, "memory-measured", found, report.markdown(found))
+    if "rows" in parts:
+        answers = earlier.rows(where, options.name)
+        if answers:
+            _write(options.output, "memory-rows", answers, earlier.markdown(answers))
+    if "fsdp" in parts:
+        shards = [row for name in fsdp.MODELS if options.name in name for row in fsdp.rows(name, where)]
+        if shards:
+            _write(options.output, "memory-fsdp", shards, fsdp.markdown(shards))
     if "scenarios" in parts:
         plans = choices.rows(where, options.name)
         if plans:

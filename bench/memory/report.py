@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .table import OFFLOADED
+from .table import AUTO, FIRST
 
 Row = dict[str, Any]
 # The share that a prediction may be off without an explanation.
@@ -39,14 +39,16 @@ def reason(row: Row, key: str) -> str:
     if key == "allocator_off":
         within = row["measured_allocator_op"].replace("autograd::engine::evaluate_function: ", "")
         return f"within {within.partition(' > autograd')[0]} torch's CPU allocator has more than the live tensors"
-    if key == "planned_off" and row["policy"] == OFFLOADED and row["family"] == UNET:
+    if key == "planned_off" and row["offload"] and row["family"] == UNET:
         return "the planner leaves the block inputs of a UNet on the device"
-    if key == "planned_off" and row["policy"] == OFFLOADED:
+    if key == "planned_off" and row["offload"]:
         return "the planner counts the inputs of two blocks, as a GPU fetches the next one's; a CPU fetches none ahead"
     if key == "peak_off" and row["patch"] != "off":
         return "block ops see the recorder's module hooks and run their feed-forward in other steps than without"
     if key == "planned_off" and abs(row["peak_off"]) > WITHIN / 2:
         return "as the traced model it is composed of"
+    if key == "planned_saved_off" and row["policy"] in (AUTO, f"first {FIRST}") and row[key] > 0:
+        return "each block counts as one in the middle; a last one that is kept whole hands no text on and keeps less"
     return (
         "composed of models with fewer blocks; the whole model, traced, does not deviate"
         if "planned" in key
@@ -68,6 +70,27 @@ def _label(row: Row) -> str:
     return " | ".join(str(row[key]) for key in ("family", "dtype", "trained", "patch", "policy"))
 
 
+def choices(rows: list[Row]) -> list[str]:
+    """What `auto` chose, what it was given, and what that took."""
+    lines = [
+        "",
+        "## What `auto` chose",
+        "",
+        "Given halfway from the planner's peak under full checkpointing to that under none, with the CPU's attention.",
+        "In float32 the choice for bfloat16 is applied. Without what waits in host memory, MiB.",
+        "",
+        "| family | dtype | trained | policy | given | planner | ledger | of what was given |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        if row["policy"] == AUTO and row["limit"]:
+            share = f"{100 * row['measured_device_peak'] / row['limit']:.1f} %"
+            sizes = (row["limit"], row.get("planned_peak"), row["measured_device_peak"])
+            cells = [row["family"], row["dtype"], row["trained"], row["chosen"], *map(_mib, sizes), share]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _mib(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.3f}"
 
@@ -84,6 +107,11 @@ def markdown(rows: list[Row]) -> str:
         f"told in `bench/memory/__init__.py`. torch {where['torch']}, diffusers {where['diffusers']}, peft",
         f"{where['peft']}, revision {where['git']}, {where['date'][:10]}. Deviations: predicted over measured, less 1.",
         "Peaks are of all that lives, weights and gradients included; `fixed` is their part.",
+        "",
+        "float32 and bfloat16, all weights and LoRA: every policy, and what `auto` takes. Left out, as they would",
+        "repeat what other rows show: rollouts of LoRA without block ops, autocast with LoRA and with policies that",
+        "keep the results of single operators, and block ops under these. float32 has no planner column: the planner",
+        "knows float32 weights under autocast only.",
         "",
         "## Worst deviation of each family",
         "",
@@ -109,6 +137,7 @@ def markdown(rows: list[Row]) -> str:
     if errors := [row for row in rows if "planned_error" in row]:
         lines += ["", "The planner has no plan for:", ""]
         lines += [f"- {_label(row)}: {row['planned_error']}" for row in errors]
+    lines += choices(rows)
     lines += [
         "",
         "## Every row, MiB",

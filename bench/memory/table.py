@@ -4,7 +4,7 @@ import gc
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.blocks import compose
+from dancegrpo_fast.memory.blocks import Blocks, compose
 from dancegrpo_fast.memory.phases import Case, kinds_of
+from dancegrpo_fast.memory.policy import Picked, automatic, seconds
+from dancegrpo_fast.memory.settings import Settings
 from dancegrpo_fast.memory.trace import trace
 
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
@@ -24,6 +26,7 @@ Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float32, autocast": torch.float32}
 FIRST = 2
 OFFLOADED = "full, offloaded inputs"
+AUTO = "auto"
 POLICIES: dict[str, checkpointing.Policy] = {
     "none": "none",
     "full": "full",
@@ -32,6 +35,7 @@ POLICIES: dict[str, checkpointing.Policy] = {
     f"first {FIRST}": checkpointing.FirstBlocks(FIRST),
     OFFLOADED: "full",
 }
+EVERY = (*POLICIES, AUTO)
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,13 @@ class Setting:
 
 
 def settings(patched: bool) -> Iterator[Setting]:
-    """Every dtype, policy, kind of training and patch, though not every combination."""
+    """Every dtype, policy and kind of training; patches, autocast and rollouts where they bring something else."""
     for dtype, trained, policies in (
-        ("float32", "full", (*POLICIES, "rollout")),
-        ("bfloat16", "full", ("none",)),
-        ("bfloat16", "LoRA", ("none", "full", f"first {FIRST}", OFFLOADED)),
-        ("float32, autocast", "full", ("none",)),
+        ("float32", "full", (*EVERY, "rollout")),
+        ("float32", "LoRA", EVERY),
+        ("bfloat16", "full", (*EVERY, "rollout")),
+        ("bfloat16", "LoRA", EVERY),
+        ("float32, autocast", "full", ("none", "full", AUTO)),
     ):
         yield from (Setting(dtype, trained, "off", policy) for policy in policies)
     for dtype, trained, patch, policies in (
@@ -75,25 +80,25 @@ def settings(patched: bool) -> Iterator[Setting]:
         yield from (Setting(dtype, trained, patch, policy) for policy in policies if patched)
 
 
-def _apply(model: nn.Module, policy: str) -> None:
-    if policy not in ("none", "rollout"):
-        checkpointing.apply(model, POLICIES[policy], offload=policy == OFFLOADED)
+@dataclass(frozen=True)
+class Checkpoints:
+    """A policy as `checkpointing` takes it; of `auto`, its name and the bytes that it was to stay under."""
+
+    policy: checkpointing.Policy
+    offload: bool = False
+    name: str = ""
+    limit: int = 0
+
+    def apply(self, model: nn.Module) -> None:
+        """Sets it."""
+        if self.policy != "none":
+            checkpointing.apply(model, self.policy, offload=self.offload)
 
 
-def predicted(family: Family, spec: specs.Spec, setting: Setting) -> tuple[int, int]:
-    """Bytes at the peak and kept, of the whole model on fake tensors."""
-    dtype = DTYPES[setting.dtype]
-    model = prepare(specs.build(spec, dtype), setting.lora, setting.patch)
-    _apply(model, setting.policy)
-    inputs = specs.inputs(spec, *family.sizes, dtype=dtype)
-    found = trace(model, inputs, train=setting.train, attention="cpu", autocast=setting.autocast)
-    return found.peak.bytes, found.kept_bytes
-
-
-def planned(family: Family, spec: specs.Spec, setting: Setting) -> tuple[int, int]:
-    """The same as the planner composes it of models with one or two blocks of each kind."""
+def case_of(family: Family, spec: specs.Spec, setting: Setting) -> Case:
+    """What the planner traces for it."""
     mode, _, recompute = setting.patch.partition(", ")
-    case = Case(
+    return Case(
         spec.name,
         *family.sizes,
         dtype="fp32_master" if setting.autocast else "bf16",
@@ -105,22 +110,67 @@ def planned(family: Family, spec: specs.Spec, setting: Setting) -> tuple[int, in
         recompute=recompute or "gelu",
         train=setting.train,
     )
+
+
+def _peak(blocks: Blocks, train: bool = True) -> float:
+    phases = ("forward", "backward") if train else ("rollout",)
+    return max(sum(blocks.peak(phase).bytes.values()) for phase in phases)
+
+
+def _chosen(case: Case) -> tuple[Picked, int]:
+    """What `auto` takes where half of what full checkpointing saves is there, and the bytes that it is given."""
+    limit = round((_peak(compose(case, "none")) + _peak(compose(case, "full"))) / 2)
+    sizes = {"frames": case.frames, "height": case.height, "width": case.width, "text_tokens": case.text_tokens}
+    asked = Settings(case.spec, group_size=case.rows, micro_batch=case.rows, **sizes)  # type: ignore[arg-type]
+
+    def takes(blocks: Blocks) -> float:
+        moved = 2 * blocks.host_bytes() / (asked.rates.pcie_gb_s * 1e9)
+        parts = ("forward", "recompute", "backward")
+        return max(moved, sum(seconds(asked, blocks.flops(part), blocks.traffic(part)) for part in parts))
+
+    return automatic(asked, case, _peak, takes, limit), limit
+
+
+def checkpoints(family: Family, spec: specs.Spec, setting: Setting) -> Checkpoints:
+    """What the setting's policy is; `auto` chooses for float32 as for bfloat16, as the planner has no float32."""
+    if setting.policy == "rollout":
+        return Checkpoints("none")
+    if setting.policy != AUTO:
+        return Checkpoints(POLICIES[setting.policy], setting.policy == OFFLOADED)
+    as_planned = replace(setting, dtype="bfloat16") if setting.dtype == "float32" else setting
+    picked, limit = _chosen(case_of(family, spec, as_planned))
+    policies: Any = picked.blocks.policies
+    policy = checkpointing.PerBlock(policies) if picked.blocks.kinds else policies[0]
+    return Checkpoints(policy, picked.blocks.host_inputs, picked.name, limit if setting == as_planned else 0)
+
+
+def predicted(family: Family, spec: specs.Spec, setting: Setting, policy: Checkpoints) -> tuple[int, int]:
+    """Bytes at the peak and kept, of the whole model on fake tensors."""
+    dtype = DTYPES[setting.dtype]
+    model = prepare(specs.build(spec, dtype), setting.lora, setting.patch)
+    policy.apply(model)
+    inputs = specs.inputs(spec, *family.sizes, dtype=dtype)
+    found = trace(model, inputs, train=setting.train, attention="cpu", autocast=setting.autocast)
+    return found.peak.bytes, found.kept_bytes
+
+
+def planned(family: Family, spec: specs.Spec, setting: Setting, policy: Checkpoints) -> tuple[int, int]:
+    """The same as the planner composes it of models with one or two blocks of each kind."""
     kinds = kinds_of(spec)
-    policies: Any = setting.policy.partition(",")[0] if setting.train else "none"
-    if isinstance(first := POLICIES.get(setting.policy), checkpointing.FirstBlocks):
-        rest = sum(kind.blocks for kind in kinds) - FIRST
-        policies = ["full"] * FIRST + ["none"] * rest if kinds else first
-    blocks = compose(case, policies, host_inputs=setting.policy == OFFLOADED)
-    phases = ("forward", "backward") if setting.train else ("rollout",)
-    peak = max(sum(blocks.peak(phase).bytes.values()) for phase in phases)
-    return round(peak), round(sum(blocks.saved().values()))
+    policies: Any = policy.policy
+    if kinds and isinstance(policies, checkpointing.FirstBlocks):
+        policies = ["full"] * FIRST + ["none"] * (sum(kind.blocks for kind in kinds) - FIRST)
+    elif kinds and isinstance(policies, checkpointing.PerBlock):
+        policies = list(policies.policies)
+    blocks = compose(case_of(family, spec, setting), policies, host_inputs=policy.offload)
+    return round(_peak(blocks, setting.train)), round(sum(blocks.saved().values()))
 
 
-def measured(family: Family, spec: specs.Spec, setting: Setting) -> Account:
+def measured(family: Family, spec: specs.Spec, setting: Setting, policy: Checkpoints) -> Account:
     """Of the real model."""
     dtype = DTYPES[setting.dtype]
     model = prepare(real(spec, dtype), setting.lora, setting.patch)
-    _apply(model, setting.policy)
+    policy.apply(model)
     return measure(model, real_inputs(spec, family.sizes, dtype), train=setting.train, autocast=setting.autocast)
 
 
@@ -131,8 +181,9 @@ def _off(guess: int, truth: int, fixed: int = 0) -> float | None:
 
 def row(family: Family, spec: specs.Spec, setting: Setting, where: Row) -> Row:
     """One line of the results: bytes, and how far what is predicted lies from what is measured."""
-    account = measured(family, spec, setting)
-    peak, saved = predicted(family, spec, setting)
+    policy = checkpoints(family, spec, setting)
+    account = measured(family, spec, setting, policy)
+    peak, saved = predicted(family, spec, setting, policy)
     train = setting.train
     found: Row = {
         "op": "memory",
@@ -141,6 +192,9 @@ def row(family: Family, spec: specs.Spec, setting: Setting, where: Row) -> Row:
         "trained": setting.trained,
         "patch": setting.patch,
         "policy": setting.policy,
+        "offload": policy.offload,
+        "chosen": policy.name or None,
+        "limit": policy.limit or None,
         "predicted_peak": peak,
         "predicted_saved": saved,
         **{f"measured_{name}": value for name, value in vars(account).items()},
@@ -153,7 +207,7 @@ def row(family: Family, spec: specs.Spec, setting: Setting, where: Row) -> Row:
     # The planner knows no weights in float32 without autocast.
     if setting.dtype != "float32":
         try:
-            peak, saved = planned(family, spec, setting)
+            peak, saved = planned(family, spec, setting, policy)
         except Exception as error:
             # That there is no plan is a result.
             return found | {"planned_error": f"{type(error).__name__}: {error}", "environment": where}

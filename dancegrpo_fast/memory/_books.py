@@ -1,12 +1,13 @@
 """The profiler's books: `Recorder` on a real run of any length, with categories settled phase by phase."""
 
+import bisect
 import contextlib
 import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,11 +21,16 @@ from .result import Storage
 
 # Storages on the books before dead ones are dropped.
 COMPACT = 50_000
+# Moments of a segment that are kept: at most so many, and half as many at least once it made so many storages.
+MOMENTS = 80
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One uninterrupted piece of a phase: what lived at its peak, and what ran then."""
+    """One uninterrupted piece of a phase: what lived at its peak, and what ran then.
+
+    `timeline` has (share of its time that has passed, bytes by category) of the highest moment in each of some parts.
+    """
 
     name: str
     seconds: float
@@ -33,11 +39,22 @@ class Segment:
     op: str
     module: str
     start_bytes: int
+    timeline: tuple[tuple[float, dict[str, int]], ...] = ()
 
     @property
     def bytes(self) -> int:
         """At the peak."""
         return sum(self.budget.values())
+
+
+class _Moment(NamedTuple):
+    """The most bytes among some consecutive storages: the clock's time of it, what ran, and the second."""
+
+    bytes: int
+    at: int
+    op: str
+    module: str
+    second: float
 
 
 def sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -75,8 +92,10 @@ class Books(Recorder):
         self.device, self.boundary, self.wait = device, boundary, wait
         self.names: list[str] = []
         self._parameters: dict[int, Tensor] = {}
-        self._bytes = self._peak = self._peak_at = self._start_bytes = 0
-        self._peak_op = self._peak_module = ""
+        self._bytes = self._start_bytes = 0
+        # The highest moment of every `_stride` storages; of the last ones, `_made` so far, it may still change.
+        self._moments: list[_Moment] = []
+        self._made, self._stride = 0, 1
         self._limit = COMPACT
         self._graph = False
         self._began = 0.0
@@ -91,8 +110,13 @@ class Books(Recorder):
         if len(self.storages) == count:
             return
         self._bytes += self.storages[-1].size
-        if self._bytes > self._peak:
-            self._peak, self._peak_at, self._peak_op, self._peak_module = self._bytes, self._clock, op, module
+        if self._made == self._stride:
+            self._next_moment()
+        self._made += 1
+        if self._made == 1:
+            self._moments.append(self._now(op, module))
+        elif self._bytes > self._moments[-1].bytes:
+            self._moments[-1] = self._now(op, module)
         if count > self._limit:
             self._compact()
 
@@ -103,13 +127,30 @@ class Books(Recorder):
     def _workspace(self, size: int, op: str, module: str) -> None:
         """An estimate, which is not measured."""
 
-    def _at_peak(self) -> list[Storage]:
-        return [s for s in self.storages if s.born < self._peak_at and (s.died is None or s.died >= self._peak_at)]
+    def _now(self, op: str, module: str) -> _Moment:
+        return _Moment(self._bytes, self._clock, op, module, time.perf_counter())
+
+    def _next_moment(self) -> None:
+        self._made = 0
+        if len(self._moments) >= MOMENTS:
+            pairs = [self._moments[i : i + 2] for i in range(0, len(self._moments), 2)]
+            self._moments = [max(pair, key=lambda moment: moment.bytes) for pair in pairs]
+            self._stride *= 2
+
+    def _budgets(self) -> list[list[Storage]]:
+        """What lived at each of the moments."""
+        times = [moment.at for moment in self._moments]
+        found: list[list[Storage]] = [[] for _ in times]
+        for s in self.storages:
+            last = len(times) if s.died is None else bisect.bisect_right(times, s.died)
+            for i in range(bisect.bisect_right(times, s.born), last):
+                found[i].append(s)
+        return found
 
     def _compact(self) -> None:
-        """Drops what is dead and did not live at the peak so far."""
-        peak = {id(s) for s in self._at_peak()}
-        self.storages = [s for s in self.storages if s.died is None or id(s) in peak]
+        """Drops what is dead and lived at no moment that is kept."""
+        seen = {id(s) for alive in self._budgets() for s in alive}
+        self.storages = [s for s in self.storages if s.died is None or id(s) in seen]
         self._checkpointed &= {id(s) for s in self.storages}
         self._limit = COMPACT + 2 * len(self.storages)
 
@@ -193,9 +234,9 @@ class Books(Recorder):
         self._limit = COMPACT + 2 * len(self.storages)
         self._graph = False
         self.boundary(None)
-        self._peak = self._start_bytes = self._bytes
-        self._peak_at, self._peak_op, self._peak_module = self._clock, "", ""
+        self._start_bytes = self._bytes
         self._began = time.perf_counter()
+        self._moments, self._made, self._stride = [self._now("", "")], 1, 1
 
     def close(self) -> None:
         """It ends: what was made in it gets its category."""
@@ -206,16 +247,22 @@ class Books(Recorder):
         for storage in self.storages:
             if not storage.category:
                 storage.category = self._category(storage, id(storage) in grads)
-        peak = self._at_peak()
+        budgets = self._budgets()
+        top = max(range(len(budgets)), key=lambda i: self._moments[i].bytes)
+        moment, peak = self._moments[top], budgets[top]
         self.boundary(
             Segment(
                 self.names[-1],
                 seconds,
                 sums((s.category, s.size) for s in peak),
                 sums((s.group, s.size) for s in peak if s.category == "saved"),
-                self._peak_op,
-                self._peak_module,
+                moment.op,
+                moment.module,
                 self._start_bytes,
+                tuple(
+                    (min((m.second - self._began) / (seconds or 1.0), 1.0), sums((s.category, s.size) for s in alive))
+                    for m, alive in zip(self._moments, budgets, strict=True)
+                ),
             )
         )
 

@@ -1,4 +1,4 @@
-"""What a trainer's rollout and replay will take: the trainer's own code, on fake tensors."""
+"""What a trainer's phases will take: on the CPU its own code on fake tensors, on a GPU the planner."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +9,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import decode
 from ..models import Conditioning
 from ..replay import Experience, Item, Tally, _losses
 from ..rollout import Policy, rollout, shared_step
 from ..trajectory import Trajectory
 from ._books import sums
 from .result import Peak, Trace
+from .settings import GIB
 from .trace import trace
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -
 
 
 def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bytes by category at the peaks of "rollout", "replay forward" and "replay backward".
+    """Bytes by category at the peaks of "rollout", "decode", "replay forward", "replay backward" and "optimizer".
 
     Args:
         trainer: on the CPU.
@@ -67,7 +69,7 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     """
     recipe, train, sampler = trainer.recipe, trainer.recipe.train, trainer.recipe.sampler
     batch, shape = train.prompts_per_iteration * train.group_size, trainer.model.latent_shape
-    prompts = (list(trainer.prompts) * train.prompts_per_iteration)[: train.prompts_per_iteration]
+    prompts = (list(trainer.reached) * train.prompts_per_iteration)[: train.prompts_per_iteration]
     conditioning = dict(trainer.model.encode(prompts))
     starts = len(prompts) if sampler.shared_noise else batch
     noise = torch.empty(starts, *shape, dtype=sampler.torch_dtype(), device="meta")
@@ -130,11 +132,67 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
         loss=lambda found: torch.stack([one.loss for one in found[1]]).sum(),
         call=losses,
     )
+    drawn = _budget(sampled, sampled.peak_of("rollout"), before, "trajectories")
+    # What a rollout begins and ends with stays until its samples are scored.
+    after = {**before, "trajectories": drawn.get("trajectories", 0)}
     return {
-        "rollout": _budget(sampled, sampled.peak_of("rollout"), before, "trajectories"),
+        "rollout": drawn,
+        "decode": sums([*after.items(), *_decoded(trainer, left.denoised)]),
         "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
         "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),
+        "optimizer": _stepped(trainer, before, replay.live("load").get("inputs", 0)),
     }
+
+
+def _decoded(trainer: "Trainer", denoised: Tensor) -> list[tuple[str, int]]:
+    """Of the decode's peak, what is not there before it."""
+    model: Any = trainer.model
+
+    def call(latents: Tensor) -> Tensor:
+        return decode(model, latents, trainer.policy.rows)
+
+    found = trace(model.vae, {"latents": denoised}, train=False, attention="cpu", call=call)
+    names = {"temporaries": "temporaries", "workspace": "workspace", "outputs": "trajectories"}
+    peak = found.peak_of("rollout").by_category
+    return [(name, peak.get(category, 0)) for category, name in names.items()]
+
+
+def _stepped(trainer: "Trainer", before: Mapping[str, int], data: int) -> dict[str, int]:
+    """At the peak of clipping the gradients and of the step; `data` are bytes of what is replayed."""
+
+    def clipped() -> Tensor:
+        parameters = [p for p in trainer.denoiser.parameters() if p.requires_grad]
+        torch.nn.utils.clip_grad_norm_(parameters, trainer.recipe.train.max_grad_norm)
+        return parameters[0].sum()
+
+    found = trace(trainer.denoiser, {}, attention="cpu", optimizer="single", call=clipped)
+    peak = max(map(found.peak_of, ("forward", "optimizer")), key=lambda peak: peak.bytes)
+    return sums([*_budget(found, peak, before, "temporaries").items(), ("trajectories", data)])
+
+
+def planned(trainer: "Trainer") -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Bytes by category at the peaks of the planner's phases, and what is not predicted and why.
+
+    Args:
+        trainer: its model is loaded; the planner is told what is known of it.
+    """
+    from ..models.setup import _settings
+    from .planner import plan
+    from .recipe import uncounted
+
+    recipe = trainer.recipe
+    if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
+        return {}, ["not predicted: the planner counts no model in float32 throughout"]
+    text_tokens = int(trainer.model.encode(list(trainer.reached)[:1])["prompt_embeds"].shape[1])
+    gib = recipe.model.memory_gib or torch.cuda.get_device_properties(trainer.device).total_memory / GIB
+    model: Any = trainer.model
+    found = plan(_settings(model, recipe, trainer.device, text_tokens, gib), advise=False)
+    budgets = {phase.name: phase.budget for phase in found.phases}
+    notes = ["predicted by the planner; activations of reward models are not in it"]
+    if left_out := uncounted(recipe):
+        budgets.pop("rewards", None)
+        notes.append(f"rewards are not predicted: the models of {', '.join(left_out)} are not known")
+    return budgets, notes
 
 
 def _calls_per_update(trainer: "Trainer", rows: Sequence[Mapping[str, Any]]) -> float:

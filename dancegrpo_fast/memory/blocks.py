@@ -154,6 +154,13 @@ class Blocks:
         most = max(self.input_bytes(kind) for kind in range(len(self.kinds)))
         return bytes_ | {"block inputs": min(bytes_.get("block inputs", 0), fixed.get("block inputs", 0) + most)}
 
+    def host_bytes(self) -> float:
+        """Inputs of all checkpointed blocks, which go to the host and come back."""
+        if not self.host_inputs:
+            return 0.0
+        pairs = zip(self.order, self.policies, strict=True)
+        return sum(self.input_bytes(kind) for kind, policy in pairs if policy != "none")
+
     def input_bytes(self, kind: int) -> float:
         """That checkpointing one block of this kind keeps."""
         return max(

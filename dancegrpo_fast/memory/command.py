@@ -1,6 +1,7 @@
 """`dancegrpo-fast memory`: a plan of a model or of a recipe, from the command line."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,12 +49,12 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--offload", type=str, help="comma-separated")
     parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARDS)}")
     parser.add_argument("--json", type=str, help="writes the plan to this file")
-    parser.add_argument("--figures", type=str, help="draws four pictures into this folder")
+    parser.add_argument("--figures", type=str, help="draws four pictures into this folder, which takes about a minute")
     parser.add_argument("--thorough", type=bool, help="more advice, which takes longer (default: False)")
     try:
         given: dict[str, Any] = parser.parse_args(list(arguments), defaults=False).as_dict()
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"memory: {error}") from error
+        raise ValueError(_in_short(str(error))) from error
     what, model = given.pop("what"), given.pop("model", None)
     file, folder, thorough = given.pop("json", None), given.pop("figures", None), given.pop("thorough", False)
     if Path(what).suffix in (".yaml", ".yml"):
@@ -63,6 +64,12 @@ def parse(arguments: Sequence[str]) -> Request:
     else:
         base, left_out = Settings(what), []
     return Request(_changed(base, given), left_out, file, folder, thorough)
+
+
+def _in_short(message: str) -> str:
+    """jsonargparse's words about one value as `name: got X, want Y`."""
+    found = re.match(r'Parser key "(\w+)":\s*Expected an? <class \'(\w+)\'>\. Got value: (.*)', message, re.DOTALL)
+    return message if found is None else f"{found[1]}: got {found[3]}, want {found[2]}"
 
 
 def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Settings, list[str]]:
@@ -84,7 +91,7 @@ def _changed(base: Settings, given: dict[str, Any]) -> Settings:
     changes = dict(given)
     for name in LISTS:
         if name in changes:
-            changes[name] = tuple(part for part in changes[name].split(",") if part)
+            changes[name] = tuple(part.strip() for part in changes[name].split(",") if part.strip())
     if "rewards" in changes:
         unknown = [name for name in changes["rewards"] if name not in REWARDS]
         if unknown:
@@ -115,6 +122,7 @@ def run(arguments: Sequence[str]) -> int:
             for drawn in draw(found, asked.figures):
                 print(drawn)
     except (ValueError, OSError) as error:
-        print(f"dancegrpo-fast memory: {error}", file=sys.stderr)
+        # As it is called here.
+        print(f"dancegrpo-fast memory: {re.sub('^gpu_gib:', 'gpu:', str(error))}", file=sys.stderr)
         return 2
     return 0 if found.fits(asked.settings.gpu_gib) else 1

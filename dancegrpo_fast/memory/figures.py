@@ -1,43 +1,24 @@
 """Pictures of a plan: an iteration's timeline, policies compared, what is kept, and what fits at which size."""
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ._comparisons import LADDER, Cell, cells, compared, front, with_policy
+from ._drawing import COLOURS, bars, figure, title, write
 from ._labels import place
-from .planner import CAPACITIES, CATEGORIES, Phase, Plan
+from ._timeline import Strip, legend, mark_peak, stacked
+from .planner import CAPACITIES, Plan
 from .planner import plan as planned
 from .settings import GIB, Settings
 
-# Neighbours in the stack differ in lightness, and all can be told apart by the colour-blind.
-COLOURS = {
-    "parameters": "#4f6d8f",
-    "unsharded block": "#a9c3dd",
-    "gradients": "#f2d16b",
-    "optimizer": "#8a7a3c",
-    "master weights": "#2f4358",
-    "block inputs": "#7fc8b0",
-    "saved": "#d9642c",
-    "recomputation": "#f2b48a",
-    "temporaries": "#5d3a6e",
-    "workspace": "#c9a3cf",
-    "trajectories": "#2b8a7e",
-    "other models": "#b5bcc4",
-    "replica": "#7d8790",
-}
 # Of `LADDER`.
 SHADES = ("#fdf1e4", "#f5bd8a", "#d9642c", "#7a2e0e")
 UNFIT = "#d5d9de"
-STYLE = {"font.size": 8.0, "svg.fonttype": "none", "svg.hashsalt": "plan", "hatch.linewidth": 0.5}
-DPI = 200
-WIDTH = 5.4
-# Phases that take no time to speak of are drawn this wide, so that they are seen.
-LEAST_WIDTH = 0.075
 
 
 def draw(plan: Plan, folder: str | Path) -> list[Path]:
@@ -53,43 +34,35 @@ def draw(plan: Plan, folder: str | Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    import matplotlib
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    with matplotlib.rc_context(STYLE):
-        for name, picture in (("timeline", timeline), ("policies", policies), ("saved", saved), ("sizes", sizes)):
-            figure = picture(plan)
-            for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                found.append(folder / f"{name}.{kind}")
-                figure.savefig(found[-1], dpi=DPI, metadata=metadata)
-    return found
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panel = figure.subplots()
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_axisbelow(True)
-    return figure, panel
-
-
-def _title(panel: Any, text: str, pad: float = 6.0, letters: int = 76) -> None:
-    """Over the panel, in lines of at most so many letters."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, letters)]
-    panel.set_title("\n".join(lines), loc="left", fontsize=8, pad=pad)
+    pictures = {"timeline": timeline, "policies": policies, "saved": saved, "sizes": sizes}
+    return write(folder, {name: partial(picture, plan) for name, picture in pictures.items()})
 
 
 def _subject(settings: Settings, *, size: bool = True) -> str:
     """The run in a line."""
-    pixels = f"{settings.height} x {settings.width}"
-    frames = f"{settings.frames} frames, " if settings.frames > 1 else ""
-    trained = f"LoRA {settings.lora}" if settings.lora else "full fine-tuning"
-    shared = f", {settings.strategy} over {settings.fsdp} GPUs" if settings.is_sharded else ""
-    return f"{Path(settings.model).name}, {f'{frames}{pixels}, ' if size else ''}{trained}, {settings.dtype}{shared}"
+    s = settings
+    trained = f"LoRA {s.lora}" if s.lora else "full fine-tuning"
+    parts = [
+        Path(s.model).name,
+        f"{s.frames} frames" if size and s.frames > 1 else "",
+        f"{s.height} x {s.width}" if size else "",
+        f"CFG {s.cfg:g}" if s.cfg != 1 else "",
+        trained + (f" on an {s.base} base" if s.base != "none" else ""),
+        s.dtype.replace("_", " "),
+        f"FSDP {s.strategy.replace('_', ' ')} over {s.fsdp} GPUs"
+        if s.is_sharded
+        else f"{s.fsdp} GPUs"
+        if s.fsdp > 1
+        else "",
+        "rollout replica" if s.replica else "",
+        f"block ops {s.block_ops}" if s.block_ops != "off" else "",
+        "VAE in tiles" if s.vae_tiling else "",
+        s.optimizer.replace("_", " ") if s.optimizer != "adamw_fused" else "",
+        "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
+        if s.offload
+        else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _short(policy: str) -> str:
@@ -110,21 +83,6 @@ def _margins(plan: Plan) -> float:
 # The timeline.
 
 
-def _line(phases: Sequence[Phase]) -> tuple[list[float], list[dict[str, int]], list[float]]:
-    """Places and bytes of all moments, and where phases end; the whole is 1 wide."""
-    total = sum(phase.seconds for phase in phases) or 1.0
-    widths = [max(phase.seconds / total, LEAST_WIDTH) for phase in phases]
-    ends, places, budgets = [0.0], [], []
-    for phase, width in zip(phases, widths, strict=True):
-        start, width = ends[-1], width / sum(widths)
-        moments = sorted(phase.timeline, key=lambda moment: moment[0]) or [(0.5, phase.budget)]
-        for at, budget in ((0.0, moments[0][1]), *moments, (1.0, moments[-1][1])):
-            places.append(start + at * width)
-            budgets.append(budget)
-        ends.append(start + width)
-    return places, budgets, ends
-
-
 def _capacities(plan: Plan, most: float) -> list[float]:
     """GiB of the devices up to the first that holds so much, and of the one that was given."""
     sizes = sorted({*map(float, CAPACITIES), plan.settings.gpu_gib})
@@ -132,84 +90,36 @@ def _capacities(plan: Plan, most: float) -> list[float]:
     return [size for size in sizes if size <= max(holding[:1], default=most) or size == plan.settings.gpu_gib]
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s" if seconds >= 0.05 else "< 0.1 s"
-
-
 def timeline(plan: Plan) -> Any:
     """Bytes by category over one iteration; a call of a phase stands for all of its calls."""
-    figure, panel = _figure(4.0)
-    places, budgets, ends = _line(plan.phases)
-    shown = [name for name in CATEGORIES if any(budget.get(name) for budget in budgets)]
-    panel.stackplot(
-        places,
-        [[budget.get(name, 0) / GIB for budget in budgets] for name in shown],
-        colors=[COLOURS[name] for name in shown],
-        labels=shown,
-        step="mid",
-        linewidth=0,
-    )
-    peak = plan.peak
-    top = peak.bytes / GIB
-    sizes = _capacities(plan, top)
-    highest = max(top * 1.28, sizes[-1] * 1.26 if sizes[-1] < 1.25 * top else sizes[-1] * 1.08)
+    drawn = stacked([Strip(p.name, p.seconds, p.timeline or ((0.5, p.budget),)) for p in plan.phases], (GIB, "GiB"))
+    peak, panel = plan.peak, drawn.panel
+    most = max(drawn.tops)
+    sizes = _capacities(plan, most)
+    panel.set_ylim(0, max(1.05 * most, 1.03 * sizes[-1]))
     _capacity_lines(plan, panel, sizes, across=True)
-    panel.set_xlim(0, 1)
-    panel.set_ylim(0, highest)
-    for end in ends[1:-1]:
-        panel.axvline(end, color="white", linewidth=1.0, zorder=1.5)
-    centres = [(a + b) / 2 for a, b in pairwise(ends)]
-    names = [phase.name + (f", {_seconds(phase.seconds)}" if phase.seconds else "") for phase in plan.phases]
-    panel.set_xticks(centres, names, rotation=32, ha="right", rotation_mode="anchor")
-    panel.tick_params(axis="x", length=0)
-    panel.set_ylabel("GiB")
-    _mark_peak(panel, peak, places, budgets, sizes)
-    _title(
+    title(
         panel,
-        f"{_subject(plan.settings)}\npolicy {_short(plan.policy)}\nwidths: predicted seconds, short phases widened",
+        _subject(plan.settings),
+        f"policy {_short(plan.policy)}",
+        "widths: predicted seconds, short phases widened; shaded: margins",
     )
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(
-        handles[::-1], labels[::-1], loc="outside lower center", ncols=5, frameon=False, fontsize=7, handlelength=1.2
-    )
-    return figure
-
-
-def _mark_peak(
-    panel: Any, peak: Phase, places: list[float], budgets: list[dict[str, int]], sizes: Sequence[float]
-) -> None:
-    """A dot, and above it what runs there, where no capacity line is crossed."""
-    where = next((p for p, b in zip(places, budgets, strict=True) if sum(b.values()) == peak.bytes), 0.5)
-    top, highest = peak.bytes / GIB, panel.get_ylim()[1]
-    text = f"peak {top:.1f} GiB, {peak.name}\n{peak.op}" + (f"\n{peak.module}" if peak.module else "")
-    tall = 0.17 * highest
-    low = top + 0.02 * highest
-    free = [low, *(size + 0.01 * highest for size in sizes if size >= low)]
-    bottom = next((y for y in free if y + tall < highest and not any(y - 1e-9 < s < y + tall for s in sizes)), None)
-    left = where > 0.5
-    panel.plot(where, top, "o", color="black", markersize=3.5, clip_on=False, zorder=5)
-    panel.annotate(
-        text,
-        (where, top),
-        (where - 0.05 if left else where + 0.05, low if bottom is None else bottom),
-        ha="right" if left else "left",
-        va="bottom",
-        fontsize=7,
-        arrowprops={"arrowstyle": "-", "linewidth": 0.7, "shrinkB": 2},
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        zorder=6,
-    )
+    legend(drawn)
+    bands = [(size, size) for size in sizes] + [(plan.settings.gpu_gib - _margins(plan), plan.settings.gpu_gib)]
+    text = f"peak {most:.1f} GiB, {peak.name}\n{peak.op}"
+    mark_peak(drawn, text, peak.module, tops=drawn.tops, bands=bands)
+    return drawn.figure
 
 
 def _capacity_lines(plan: Plan, panel: Any, sizes: Sequence[float], *, across: bool) -> None:
-    """Dashed; the given one is heavier, with the margins shaded below it."""
+    """Dashed, named beside the panel; the given one is heavier, with the margins shaded below it."""
     gpu = plan.settings.gpu_gib
     for size in sizes:
         mine = size == gpu
         look = {"color": "#222222" if mine else "#777777", "linewidth": 1.2 if mine else 0.8, "linestyle": (0, (4, 2))}
         if across:
             panel.axhline(size, **look)
-            spot, offset, where = (0.0, size), (3, 1.5), {"ha": "left", "va": "bottom"}
+            spot, offset, where = (1.0, size), (3, 0), {"ha": "left", "va": "center"}
         else:
             panel.axvline(size, **look)
             spot, offset, where = (size, 1.0), (0, 2), {"ha": "center", "va": "bottom"}
@@ -237,7 +147,7 @@ def _capacity_lines(plan: Plan, panel: Any, sizes: Sequence[float], *, across: b
 
 def policies(plan: Plan) -> Any:
     """Seconds of an iteration against its peak for every policy."""
-    figure, panel = _figure(3.6)
+    drawn, panel = figure(3.6)
     points = compared(plan.settings)
     merged: dict[tuple[int, float], list[str]] = {}
     for point in points:
@@ -263,15 +173,18 @@ def policies(plan: Plan) -> Any:
     given = "margins of the given GPU are shaded" if gpu in sizes else f"{gpu:g} GiB are given"
     panel.set_xlabel(f"peak of the iteration, GiB (exact; {given})")
     panel.set_ylabel("predicted seconds of an iteration")
-    _title(
-        panel, f"{_subject(plan.settings)}\ncircled: this plan; line: none is better in both; auto n: for n GiB", pad=14
+    title(
+        panel,
+        _subject(plan.settings),
+        "circled: this plan; line: none is better in both; auto n: for n GiB",
+        pad=14,
     )
-    figure.draw_without_rendering()
+    drawn.draw_without_rendering()
     lines = [((size, low), (size, high)) for size in sizes for low, high in [panel.get_ylim()]]
     lines += [((a.bytes / GIB, a.seconds), (b.bytes / GIB, b.seconds)) for a, b in pairwise(best)]
     texts = [((size / GIB, seconds), ", ".join(labels)) for (size, seconds), labels in merged.items()]
-    place(figure, panel, texts, lines)
-    return figure
+    place(drawn, panel, texts, lines)
+    return drawn
 
 
 # What is kept.
@@ -280,7 +193,7 @@ def policies(plan: Plan) -> Any:
 def saved(plan: Plan) -> Any:
     """What the replay's forward keeps without checkpointing, by op group, with and without block ops."""
     mode = plan.settings.block_ops if plan.settings.block_ops != "off" else "lossless"
-    bars: list[tuple[str, dict[str, int], str]] = []
+    rows: list[tuple[str, dict[str, int], str]] = []
     for label, ops, recompute, colour in (
         ("diffusers", "off", "none", "#9aa5b1"),
         (f"block ops {mode}, recompute gelu", mode, "gelu", "#e8935a"),
@@ -292,35 +205,14 @@ def saved(plan: Plan) -> Any:
         except ValueError:
             # This model has no block ops.
             continue
-        bars.append((label, found.saved_by_group, colour))
+        rows.append((label, found.saved_by_group, colour))
     groups = sorted(
-        {name for _, sizes, _ in bars for name in sizes}, key=lambda name: -max(s.get(name, 0) for _, s, _ in bars)
+        {name for _, sizes, _ in rows for name in sizes}, key=lambda name: -max(s.get(name, 0) for _, s, _ in rows)
     )
-    groups = [name for name in groups if any(sizes.get(name, 0) >> 20 for _, sizes, _ in bars)]
-    figure, panel = _figure(0.15 * len(groups) * len(bars) + 1.5)
-    thick = 0.8 / len(bars)
-    for i, (label, sizes, colour) in enumerate(bars):
-        shift = thick * (i - (len(bars) - 1) / 2)
-        values = [sizes.get(name, 0) / GIB for name in groups]
-        panel.barh(
-            [y + shift for y in range(len(groups))],
-            values,
-            0.9 * thick,
-            color=colour,
-            label=f"{label}: {sum(sizes.values()) / GIB:.1f} GiB",
-        )
-        for y, value in enumerate(values):
-            text = f"{value:.2f}" if value < 10 else f"{value:.1f}"
-            panel.annotate(text, (value, y + shift), (3, 0), textcoords="offset points", va="center", fontsize=7)
-    panel.set_yticks(range(len(groups)), groups)
-    panel.tick_params(axis="y", length=0)
-    panel.set_ylim(len(groups) - 0.45, -0.55)
-    panel.margins(x=0.1)
-    panel.grid(axis="x", alpha=0.3)
-    panel.set_xlabel("kept for the backward, GiB, by the group of the operators that made it")
-    _title(panel, f"{_subject(plan.settings)}\nwithout checkpointing")
-    panel.legend(frameon=False, loc="lower right")
-    return figure
+    groups = [name for name in groups if any(sizes.get(name, 0) >> 20 for _, sizes, _ in rows)]
+    drawn, panel = bars(groups, rows, (GIB, "GiB"))
+    title(panel, _subject(with_policy(plan.settings, "none")), "without checkpointing")
+    return drawn
 
 
 # Sizes.
@@ -336,7 +228,7 @@ def _draw_map(plan: Plan, columns: list[dict[str, int]], rows: list[dict[str, in
     from matplotlib.patches import Rectangle
 
     shades = LinearSegmentedColormap.from_list("recomputation", SHADES)
-    figure, panel = _figure(0.5 * len(rows) + 1.35)
+    drawn, panel = figure(0.5 * len(rows) + 1.35)
     for y, line in enumerate(cells):
         for x, found in enumerate(line):
             fits = math.isfinite(found.level)
@@ -364,11 +256,12 @@ def _draw_map(plan: Plan, columns: list[dict[str, int]], rows: list[dict[str, in
     panel.set_ylabel(name.replace("_", "-"))
     panel.set_xlabel("height x width")
     s = plan.settings
-    _title(
+    title(
         panel,
-        f"{_subject(s, size=False)}: cheapest of {', '.join(LADDER[:3])} that fits {s.gpu_gib:g} GiB\n"
-        f"k/n: so many blocks, the rest one step cheaper; peak in GiB, margins of {_margins(plan):.1f} beside it\n"
+        _subject(s, size=False),
+        f"the cheapest of {', '.join(LADDER[:3])} that fits {s.gpu_gib:g} GiB",
+        f"k/n: so many blocks, the rest one step cheaper; peak in GiB, beside margins of {_margins(plan):.1f}",
         "three sizes are planned, those between are interpolated; blocks count as equal",
-        letters=90,
+        letters=88,
     )
-    return figure
+    return drawn

@@ -36,7 +36,11 @@ def added(*parts: tuple[float, Mapping[str, float]]) -> Vector:
 
 @dataclass(frozen=True)
 class Case:
-    """What a trace of a denoiser depends on, beside its policy and its number of blocks."""
+    """What a trace of a denoiser depends on, beside its policy and its number of blocks.
+
+    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
+    """
 
     spec: str
     frames: int
@@ -52,6 +56,7 @@ class Case:
     block_ops: str
     recompute: str
     train: bool
+    fresh: bool = False
 
 
 class Kind(NamedTuple):
@@ -108,12 +113,14 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
     """
-    from ..models.base import add_lora
+    from ..models.base import add_lora, unmatched
     from ..patch import accelerate
 
     spec = _sized(resolved(case.spec), counts)
     model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
     if case.lora:
+        if lost := unmatched(model, case.lora_targets):
+            raise ValueError(f"lora_targets: got {', '.join(lost)}, want endings of names in {case.spec}")
         try:
             with torch.device("meta"):
                 add_lora(model, case.lora, case.lora, case.lora_targets)
@@ -124,6 +131,10 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
         if case.lora_dtype == "bf16":
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.dtype == "bf16_autocast":
+        # Also what the model keeps in float32.
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16)
     if case.block_ops != "off":
         # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
         accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
@@ -135,15 +146,11 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     model = build(case, counts)
     if policy != "none":
         checkpointing.apply(model, policy)
-    inputs = specs.inputs(spec, case.frames, case.height, case.width, case.rows, case.text_tokens)
-    autocast = torch.bfloat16 if case.dtype == "fp32_master" else None
-    return trace(
-        model,
-        inputs,
-        train=case.train,
-        attention=case.kernel,
-        autocast=autocast,
-    )
+    sizes = case.frames, case.height, case.width, case.rows, case.text_tokens
+    # The trainer hands a model inputs of its own dtype.
+    inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    autocast = None if case.dtype == "bf16" else torch.bfloat16
+    return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
 
 
 class Moment(NamedTuple):
@@ -156,6 +163,7 @@ class Moment(NamedTuple):
 
 # The block more of `grown`: the second of its kind, so that a model's first and last blocks stay what they are.
 EXTRA, PLACE = "extra", 1
+ENTRY = " entry"
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,8 @@ class Summary:
     """Of one trace.
 
     Attributes:
-        regions: a peak for each (phase, and kind of block, or the block more, or what is before or after all blocks).
+        regions: a peak for each (phase, and kind of block, or the block more, or what is before or after all blocks);
+            and (phase + `ENTRY`, the block more) before its forward. Without kinds: for each block's path.
         static: bytes by category before the call.
         kept: bytes by category at the end of its forward.
         flops, traffic: by phase and group.
@@ -244,27 +253,57 @@ def _regions(
     return regions
 
 
+def _by_block(found: Trace, blocks: Sequence[str]) -> list[tuple[str, str] | None]:
+    """Of each event of a model without kinds: the block that ran last."""
+    regions: list[tuple[str, str] | None] = [None] * len(found.events)
+    owners: dict[str, str | None] = {}
+    for phase, (start, stop) in found.phases.items():
+        if phase == "load":
+            continue
+        current = ""
+        for i, event in enumerate(found.events[start:stop], start):
+            if event.size > 0:
+                if event.module not in owners:
+                    owners[event.module] = _owner(event.module, blocks)
+                current = owners[event.module] or current
+            regions[i] = phase, current
+    return regions
+
+
 def _summary(
     found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None, blocks: Sequence[str]
 ) -> Summary:
     casts = _casts(found) if case.dtype == "fp32_master" else {}
-    regions = _regions(found, kinds, counts, extra)
+    # Sharded blocks' gradients are told apart by where the backward of all blocks begins and ends.
+    regions = _regions(found, kinds, counts, extra) if kinds or case.fresh else _by_block(found, blocks)
     best: dict[tuple[str, str], int] = {}
     for i, region in enumerate(regions):
         if region is not None and (region not in best or found.timeline[i] > found.timeline[best[region]]):
             best[region] = i
     wanted = {i: region for region, i in best.items()}
+    begun = {regions.index(region): region for region in best}
+    entries: dict[tuple[str, str], Moment] = {}
     live: Counter[str] = Counter()
     moments: dict[tuple[str, str], Moment] = {}
     ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
     for i, (sign, storage) in enumerate(found._changes):
         if i in ends:
             ends[i] = dict(live)
+        if i in begun:
+            entries[begun[i]] = Moment(dict(live), "all_gather", storage.module)
         live[_category(storage, casts)] += sign * storage.size
         if i in wanted:
             moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
     if len(found._changes) in ends:
         ends[len(found._changes)] = dict(live)
+    if case.fresh:
+        _own_gradients(moments, entries)
+    for (phase, name), entry in entries.items():
+        if name == EXTRA:
+            moments[phase + ENTRY, name] = entry
+            if _block(moments[phase, name].module, kinds, counts) != (extra, PLACE):
+                # An operator of the model itself.
+                moments[phase, name] = moments[phase, name]._replace(module=entry.module)
     return Summary(
         moments,
         ends[found.phases["load"][1]],
@@ -276,6 +315,14 @@ def _summary(
         _work(found, blocks),
         found.handed,
     )
+
+
+def _own_gradients(moments: dict[tuple[str, str], Moment], starts: Mapping[tuple[str, str], Moment]) -> None:
+    """Leaves in each moment of the backward the gradients of its block and of what follows all blocks."""
+    regions = [region for region in moments if region[0] == "backward" and region[1] != "after"]
+    begun = [starts[region].bytes.get("gradients", 0) for region in regions]
+    for region, size in zip(regions, begun, strict=True):
+        moments[region].bytes["gradients"] = moments[region].bytes.get("gradients", 0) - size + min(begun)
 
 
 def _forward(found: Trace) -> str:

@@ -1,6 +1,8 @@
 """Bytes and seconds of every phase of one GRPO iteration, before there is a GPU."""
 
 import math
+import re
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,9 +15,9 @@ from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
 from .decode import Decode, decode
 from .phases import Case, Moment, Vector, added, build, kinds_of, numbers, resolved
-from .quantised import kept_casts, quantised
+from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, KERNELS, Settings
-from .sharding import Rest, rest, weights_of, without
+from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
 from .trace import collected
 
 __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
@@ -33,10 +35,17 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     Raises:
         ValueError: a backend that cannot be used, or is unknown.
     """
-    from . import attention
-
     if asked in KERNELS:
         return asked, f"attention {asked}: as asked"
+    try:
+        return _chosen(case, asked, device, equal_text)
+    except ValueError as error:
+        raise ValueError(re.sub("^backend:", "attention:", str(error))) from error
+
+
+def _chosen(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
+    from . import attention
+
     spec = resolved(case.spec)
     model = build(case, tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec)))
     tokens = specs.tokens(spec, case.frames, case.height, case.width)
@@ -56,8 +65,12 @@ def _rows(settings: Settings, batch: int) -> int:
 
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
-    # Under FSDP the gathered weights are bf16 and no autocast makes copies.
-    kept = "bf16" if settings.is_sharded else settings.dtype
+    kept, fresh = settings.dtype, False
+    if settings.is_sharded:
+        # Gathered masters are bf16, of which autocast makes no copies.
+        kept = "bf16_autocast" if kept == "fp32_master" else kept
+        # A model that is traced as a whole would have the gradients of all blocks.
+        fresh = bool(kinds_of(resolved(settings.model)))
     return Case(
         settings.model,
         settings.frames,
@@ -73,6 +86,7 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.block_ops,
         settings.recompute if settings.block_ops != "off" else "gelu",
         train,
+        fresh and train,
     )
 
 
@@ -93,6 +107,7 @@ class Iteration:
         name, why = kernel(case, settings.attention, settings.device, equal_text)
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
+        self.reasons += [INT8] if settings.base == "int8" else []
         self.rest: Rest = rest(settings, self.replay)
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
@@ -128,11 +143,11 @@ class Iteration:
         there = sum(size for name, size in sizes.items() if name in running or name not in away)
         return {"other models": there + sum(other.bytes for other in s.others)}
 
-    def resting(self, *, denoiser: bool, gradients: bool = False) -> Vector:
+    def resting(self, *, denoiser: bool) -> Vector:
         """Weights and states of the denoiser between its calls."""
         there = denoiser or "denoiser" not in self.settings.offload
         weights = self.rest.weights if there else {}
-        return added((1, weights), (1, self.rest.optimizer), (1, self.rest.gradients if gradients else {}))
+        return added((1, weights), (1, self.rest.optimizer))
 
     def margins(self) -> dict[str, int]:
         """Guesses."""
@@ -167,7 +182,10 @@ class Iteration:
 
     def _call(self, name: str, phase: str, blocks: Blocks, fixed: Vector, seconds: float) -> Phase:
         static = blocks.static()
-        moments = [Moment(without(m.bytes, static), m.op, m.module) for m in blocks.moments(phase)]
+        found = blocks.moments(phase)
+        if self.settings.is_sharded:
+            found = Gathers(self.settings, weights_of(self.replay), phase).moments(blocks, phase)
+        moments = [Moment(without(m.bytes, static), m.op, m.module) for m in found]
         return self._phase(name, moments, fixed, seconds)
 
     def weights(self) -> Phase:
@@ -189,19 +207,19 @@ class Iteration:
     def rollout(self) -> Phase:
         """All sampling steps."""
         s = self.settings
-        case = replace(self.replay, rows=_rows(s, s.rollout_batch), train=False)
-        if s.replica:
-            case = replace(case, dtype="bf16")
+        case = replace(self.replay, rows=_rows(s, s.rollout_batch), train=False, fresh=False)
         blocks = compose(case, "none")
         fixed = added(
             (1, self.resting(denoiser=True)),
-            (1, self.rest.rollout),
+            (1, self.rest.call),
             (1, self.others()),
             (1, {"trajectories": self.trajectories}),
         )
         calls = math.ceil(s.samples / s.rollout_batch) * s.steps
         each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
-        each = max(each, 0.0 if s.replica else self._gather_seconds(1))
+        each += self._conversion_seconds(blocks)[0]
+        gathered_once = s.replica or s.strategy == "shard_grad_op"
+        each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -230,9 +248,10 @@ class Iteration:
         )
         return self._phase("rewards", [Moment({}, "load", "rewards")], fixed, self._carried("rewards"))
 
-    def _replay_fixed(self) -> Vector:
+    def _replay_fixed(self, gradients: Vector) -> Vector:
         return added(
-            (1, self.resting(denoiser=True, gradients=True)),
+            (1, self.resting(denoiser=True)),
+            (1, gradients),
             (1, self.others()),
             (1, {"trajectories": self.latents * self.settings.trajectory_copies + self.embeddings}),
         )
@@ -245,38 +264,49 @@ class Iteration:
         backward = sum(
             policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in ("backward", "recompute")
         )
-        moved = 0.0
-        if blocks.host_inputs:
-            moved = sum(blocks.input_bytes(kind) for kind in blocks.order) / (s.rates.pcie_gb_s * 1e9)
-        sharded = self._gather_seconds(1), self._gather_seconds(2 if s.strategy == "full_shard" else 1)
-        forward, backward = max(forward, moved, sharded[0]), max(backward, moved, sharded[1])
-        fixed = self._replay_fixed()
-        there, back = added((1, fixed), (1, self.rest.forward)), added((1, fixed), (1, self.rest.backward))
+        converting = self._conversion_seconds(blocks)
+        forward, backward = forward + converting[0], backward + converting[1]
+        moved = blocks.host_bytes() / (s.rates.pcie_gb_s * 1e9)
+        again = 1 if s.strategy == "full_shard" else 0
+        reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
+        forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
+        there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
+        back = there
         if s.base == "fp8":
-            kept, again = kept_casts(quantised(self.replay, s.base), blocks.policies)
+            kept, cast_again = kept_casts(quantised(self.replay, s.base), blocks.policies)
+            back = added((1, there), (1, {"saved": kept, "recomputation": cast_again}))
             there = added((1, there), (1, {"saved": kept}))
-            back = added((1, back), (1, {"saved": kept, "recomputation": again}))
         return (
             self._call("replay forward", "forward", blocks, there, calls * forward),
             self._call("replay backward", "backward", blocks, back, calls * backward),
         )
 
-    def _gather_seconds(self, times: int) -> float:
-        """Of gathering (or reducing) all weights so often, which overlaps with computing."""
+    def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
+        """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
+        s = self.settings
+        if s.base == "none":
+            return 0.0, 0.0
+        forward, backward = conversion_bytes(quantised(self.replay, s.base), s.base, blocks.policies)
+        bandwidth = s.rates.bandwidth_gb_s * 1e9
+        return forward / bandwidth, backward / bandwidth
+
+    def _gather_seconds(self, times: int, reductions: float = 0) -> float:
+        """Of gathering all weights and reducing their gradients so often, which overlaps with computing."""
         s = self.settings
         if not s.is_sharded:
             return 0.0
-        numbers_ = weights_of(self.replay).numbers
-        return times * 2 * numbers_ * (s.fsdp - 1) / s.fsdp / (s.rates.link_gb_s * 1e9)
+        weights = weights_of(self.replay)
+        moved = times * weights.bytes + reductions * REDUCE * weights.trainable
+        return moved * (s.fsdp - 1) / s.fsdp / (s.rates.link_gb_s * 1e9)
 
     def step(self) -> Phase:
         """The optimiser."""
         s = self.settings
-        fixed = self._replay_fixed()
+        fixed = self._replay_fixed(self.rest.reduced)
         rates = s.rates
         seconds = self.rest.step_traffic / (rates.bandwidth_gb_s * 1e9)
         if "optimizer" in s.offload:
-            moved = 2 * sum(self.rest.gradients.values())
+            moved = 2 * sum(self.rest.reduced.values())
             seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
@@ -285,18 +315,25 @@ class Iteration:
         s = self.settings
         if s.policy != "auto":
             return policies.named(s, self.replay)
-        limit = s.gpu_gib * GIB - sum(self.margins().values())
-        least = sum(self._replay_fixed().values())
+        margins = self.margins()
+        limit = s.gpu_gib * GIB - sum(margins.values())
+        least = sum(self._replay_fixed(self.rest.gradients).values())
         if least > limit:
+            # Fragmentation is a share of what is wanted.
+            fixed = least + sum(margins.values()) - margins["fragmentation"]
+            wanted = math.ceil(10 * fixed / (1 - FRAGMENTATION) / GIB) / 10
             raise ValueError(
-                f"gpu_gib: got {s.gpu_gib:g}, want more than {(s.gpu_gib * GIB - limit + least) / GIB:.1f}: weights,"
+                f"gpu_gib: got {s.gpu_gib:g}, want more than {wanted:.1f}: weights,"
                 f" gradients, states and margins alone; or smaller ones (lora, base, fsdp, offload, adamw_8bit)"
             )
 
         def peak(blocks: Blocks) -> float:
             return max(phase.bytes for phase in self.training(blocks))
 
-        return policies.automatic(s, self.replay, peak, limit)
+        def replay_seconds(blocks: Blocks) -> float:
+            return sum(phase.seconds for phase in self.training(blocks))
+
+        return policies.automatic(s, self.replay, peak, replay_seconds, limit)
 
 
 def _ordered(vector: Vector) -> dict[str, int]:
@@ -328,21 +365,25 @@ def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> 
         iteration = Iteration(settings)
         picked = iteration.pick()
         found = _plan(iteration, picked)
-        return replace(found, advice=_advised(found, picked, thorough)) if advise else found
+        return replace(found, advice=_advised(iteration, found, picked, thorough)) if advise else found
 
 
-def _advised(found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
+def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
     from .advice import advice
 
     def again(changed: Settings, same_policy: bool) -> Plan:
         other = Iteration(changed)
         if not same_policy:
-            return _plan(other, policies.named(changed, other.replay))
+            return _plan(other, other.pick())
         chosen = list(picked.blocks.policies) if picked.blocks.kinds else picked.blocks.policies[0]
         host = picked.blocks.host_inputs or "block_inputs" in changed.offload
         return _plan(other, replace(picked, blocks=compose(other.replay, chosen, host_inputs=host)))
 
-    return advice(found, again, thorough=thorough)
+    def mixed(each: list[Hashable]) -> Plan:
+        blocks = compose(iteration.replay, each, host_inputs=picked.blocks.host_inputs)
+        return _plan(iteration, replace(picked, blocks=blocks))
+
+    return advice(found, picked.blocks, again, mixed, thorough=thorough)
 
 
 def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:

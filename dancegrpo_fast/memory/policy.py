@@ -17,6 +17,9 @@ UNET = (
 )
 # Of the capacity: less than that left over is not worth another solution.
 CLOSE = 0.01
+# What a choice may recompute more than the cheapest, as a share of that.
+GAP = 0.001
+HOST = " + block inputs on the host"
 
 
 @dataclass(frozen=True)
@@ -99,38 +102,70 @@ def named(settings: Settings, case: Case) -> Picked:
     return Picked(settings.policy, compose(case, each, host_inputs=host), ())
 
 
-def automatic(settings: Settings, case: Case, peak: Callable[[Blocks], float], limit: float) -> Picked:
+def automatic(
+    settings: Settings,
+    case: Case,
+    peak: Callable[[Blocks], float],
+    replay_seconds: Callable[[Blocks], float],
+    limit: float,
+) -> Picked:
     """The cheapest policy under which the replay's peak stays under the limit, or the smallest there is.
+
+    Block inputs wait on the host if the settings say so, or where all on the device takes longer or does not fit.
 
     Args:
         settings: what is planned.
         case: of the training call.
         peak: exact bytes of the replay under some policy.
+        replay_seconds: of all replays; copies to the host overlap with computing.
         limit: capacity less the margins.
     """
-    host = "block_inputs" in settings.offload
-    plain, full = compose(case, "none"), compose(case, "full", host_inputs=host)
+    asked = "block_inputs" in settings.offload
+    plain = compose(case, "none")
     there = f"{limit / GIB:.1f} GiB are there"
-    if peak(plain) <= limit and not host:
-        return Picked(
-            "none", plain, (f"policy none: nothing needs recomputation ({peak(plain) / GIB:.1f} GiB, {there})",)
-        )
+    if peak(plain) <= limit:
+        kept = ", and no block has inputs to keep on the host" if asked else ""
+        why = f"policy none: nothing needs recomputation ({peak(plain) / GIB:.1f} GiB, {there}){kept}"
+        return Picked("none", plain, (why,))
     reasons = [f"without checkpointing the replay takes {peak(plain) / GIB:.1f} GiB, and {there}"]
-    picked = _solved(settings, case, peak, limit, host)
-    if picked is not None:
-        return Picked(picked.name, picked.blocks, (*reasons, *picked.reasons))
-    if peak(full) <= limit:
-        return Picked("full", full, (*reasons, f"policy full fits: {peak(full) / GIB:.1f} GiB"))
-    if not host and plain.kinds:
-        reasons.append(f"full checkpointing takes {peak(full) / GIB:.1f} GiB")
-        offloaded = replace(full, host_inputs=True)
-        if peak(offloaded) < peak(full):
-            full = offloaded
-            reasons.append(f"block inputs wait in host memory: {peak(full) / GIB:.1f} GiB")
-    over = peak(full) - limit
-    if over > 0:
-        reasons.append(f"the least recomputation can do is {over / GIB:.1f} GiB too much")
-    return Picked("full" + (" + block inputs on the host" if full.host_inputs else ""), full, tuple(reasons))
+    places = (asked,) if asked or not plain.kinds else (False, True)
+    least = {host: compose(case, "full", host_inputs=host) for host in places}
+    fitting: dict[bool, Picked] = {}
+    for host, full in least.items():
+        found = _solved(settings, case, peak, limit, host)
+        if found is None and peak(full) <= limit:
+            found = Picked("full", full, (f"policy full fits: {peak(full) / GIB:.1f} GiB",))
+        if found is not None:
+            fitting[host] = found
+    if fitting:
+        # Of equals the first, which is on the device.
+        host = min(fitting, key=lambda host: replay_seconds(fitting[host].blocks))
+        if host and not asked:
+            reasons.append(_why_host(least[False], fitting, peak, replay_seconds))
+        picked = fitting[host]
+        return Picked(picked.name + (HOST if host and not asked else ""), picked.blocks, (*reasons, *picked.reasons))
+    host = min(least, key=lambda host: peak(least[host]))
+    full = least[host]
+    if host and not asked:
+        reasons.append(f"full checkpointing takes {peak(least[False]) / GIB:.1f} GiB")
+        reasons.append(f"block inputs wait in host memory: {peak(full) / GIB:.1f} GiB")
+    reasons.append(f"the least recomputation can do is {(peak(full) - limit) / GIB:.1f} GiB too much")
+    return Picked("full" + (HOST if host and not asked else ""), full, tuple(reasons))
+
+
+def _why_host(
+    full: Blocks,
+    fitting: dict[bool, Picked],
+    peak: Callable[[Blocks], float],
+    replay_seconds: Callable[[Blocks], float],
+) -> str:
+    if False not in fitting:
+        return f"block inputs wait in host memory: with them on the device it takes {peak(full) / GIB:.1f} GiB at least"
+    here, away = (replay_seconds(fitting[host].blocks) for host in (False, True))
+    return (
+        f"block inputs wait in host memory, which leaves more to keep: {away:.0f} s of replay, and {here:.0f} s with"
+        " them on the device"
+    )
 
 
 def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], limit: float, host: bool) -> Picked | None:
@@ -145,7 +180,7 @@ def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], lim
     # What solve counts of a recomputation is a bound, and the peak may be elsewhere: the budget is corrected by both.
     for _ in range(4):
         try:
-            solution = solve(blocks, max(0, int(budget)), offload=host)
+            solution = solve(blocks, max(0, int(budget)), offload=host, gap=GAP)
         except ValueError:
             break
         chosen: list[Hashable] = ["none" if keep is None else str(keep) for keep in solution.policies]

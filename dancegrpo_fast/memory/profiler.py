@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,10 @@ from ._books import Books, Segment
 from ._cuda import Counters, Reading
 from .budget import CATEGORIES, Plan
 
+if TYPE_CHECKING:
+    from ..config import Recipe
+
 phase = _phases.phase
-GIB, MIB = 2**30, 2**20
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Row:
         allocator: the same peak by torch's CPU allocator, which also sees what operators allocate within; or None.
         allocated, reserved: CUDA's `max_memory_allocated` and `max_memory_reserved`, or None.
         resident: with a snapshot, CUDA's blocks at the end of the last piece by category.
+        timeline: (share of that piece's time that has passed, bytes by category) at its highest moments.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Row:
     allocated: int | None = None
     reserved: int | None = None
     resident: dict[str, int] = field(default_factory=dict)
+    timeline: tuple[tuple[float, dict[str, int]], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -58,7 +62,7 @@ class Row:
         self.seconds += segment.seconds
         if segment.bytes >= self.bytes:
             self.budget, self.saved_by_group = segment.budget, segment.saved_by_group
-            self.op, self.module = segment.op, segment.module
+            self.op, self.module, self.timeline = segment.op, segment.module, segment.timeline
         if reading is not None:
             self.allocated = max(self.allocated or 0, reading.allocated)
             self.reserved = max(self.reserved or 0, reading.reserved)
@@ -74,12 +78,16 @@ class Report:
         rows: of every phase, in the order in which they first ran; "other" is what ran in none.
         before: bytes by category that were there at the start.
         predicted: bytes by category at the peak of phases, where there is a prediction.
+        title: of pictures: what ran.
+        notes: lines below the table.
     """
 
     device: str
     rows: dict[str, Row] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = field(default_factory=dict)
+    title: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Marks a stage of what is measured: `with report.phase("rollout"):`, or as a decorator."""
@@ -119,9 +127,28 @@ class Report:
             ],
         }
 
+    def figures(self, folder: str | Path) -> list[Path]:
+        """Draws the phases' bytes by category with the predicted peaks, and what is kept for the backward.
+
+        Args:
+            folder: made if it is not there; "timeline" and "saved" are written in it, as PNG and as SVG.
+
+        Returns:
+            The files.
+
+        Raises:
+            OSError: the folder cannot be written.
+            ValueError: nothing was measured.
+        """
+        from ._measured import draw
+
+        return draw(self, folder)
+
     def table(self) -> str:
         """Phases by categories at each phase's peak, in GiB or MiB, with what was predicted."""
-        unit, name = (GIB, "GiB") if self.peak.bytes >= GIB else (MIB, "MiB")
+        from ._measured import unit_of
+
+        unit, name = unit_of(self)
         shown = [c for c in CATEGORIES if any(row.budget.get(c) for row in self.rows.values())]
         extra = [c for c in ("allocator", "allocated", "reserved") if any(getattr(r, c) for r in self.rows.values())]
         prediction = ["predicted", "deviation"] if self.predicted else []
@@ -149,9 +176,9 @@ class Report:
     def _notes(self) -> list[str]:
         known = [(row.bytes, row.allocator) for row in self.rows.values() if row.allocator]
         if not known:
-            return []
+            return self.notes
         worst = max((allocator / size - 1 for size, allocator in known if size), key=abs)
-        return [f"torch's CPU allocator: {worst:+.2%} of a phase's total at most, beside these tensors"]
+        return [f"torch's CPU allocator: {worst:+.2%} of a phase's total at most, beside these tensors", *self.notes]
 
 
 class _Profiler:
@@ -262,29 +289,31 @@ def profile(
 
 
 def profile_recipe(
-    path: str | Path, iterations: int = 1, *, overrides: Sequence[str] = (), predicted: Plan | None = None
+    recipe: "Recipe | str | Path", iterations: int = 1, *, overrides: Sequence[str] = (), predicted: Plan | None = None
 ) -> Report:
     """Profiles iterations of a recipe's training, after one that is not measured, so that the optimiser has its state.
 
-    It writes to a temporary folder and evaluates nothing. Without `predicted`, on the CPU, rollout and replay are
-    predicted by running the same model with the same settings on fake tensors.
+    It writes to a temporary folder and evaluates nothing. Without `predicted`, on the CPU, what the trainer's own code
+    does is predicted by running it with the same settings on fake tensors; on a GPU, all phases are by the planner.
 
     Args:
-        path: the recipe.
+        recipe: or its file.
         iterations: to measure.
-        overrides: as on the command line, `["--train.micro_batch", "4"]`.
+        overrides: of a file, as on the command line: `["--train.micro_batch", "4"]`.
         predicted: a planner's `Plan` to compare with.
 
     Raises:
         ValueError: a recipe that cannot be run, or fewer than 1 iteration.
     """
     from ..cli import load_recipe
+    from ..config import Recipe
     from ..trainer import Trainer
-    from ._predict import predict
+    from ._predict import planned, predict
 
     if iterations < 1:
         raise ValueError(f"iterations: got {iterations}, want at least 1")
-    recipe, _ = load_recipe([str(path), *overrides])
+    if not isinstance(recipe, Recipe):
+        recipe, _ = load_recipe([str(recipe), *overrides])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(replace(recipe, output_dir=folder, evaluation=None))
         try:
@@ -292,8 +321,27 @@ def profile_recipe(
             on_cpu = trainer.device.type == "cpu"
             with profile(predicted, device=trainer.device, allocator=on_cpu) as report:
                 rows = [trainer.iteration(number) for number in range(2, iterations + 2)]
+            report.title = _title(recipe)
             if predicted is None and on_cpu:
                 report.predicted = predict(trainer, report.before, rows)
+            elif predicted is None:
+                report.predicted, notes = planned(trainer)
+                report.notes += notes
         finally:
             trainer.accelerator.end_training()
     return report
+
+
+def _title(recipe: "Recipe") -> str:
+    model, sampler = recipe.model, recipe.sampler
+    parts = [
+        recipe.name,
+        f"{sampler.frames} frames" if sampler.frames > 1 else "",
+        f"{sampler.height} x {sampler.width}",
+        f"micro-batch {recipe.train.micro_batch}",
+        f"LoRA {model.lora.rank}" if model.lora else "full fine-tuning",
+        model.dtype + (" under autocast" if recipe.train.mixed_precision != "no" else ""),
+        f"{model.quantization} base" if model.quantization else "",
+        f"checkpointing {model.checkpointing}",
+    ]
+    return ", ".join(part for part in parts if part)

@@ -6,7 +6,8 @@ those that diffusers keeps in float32; biases stay bfloat16. Bytes of a layer wi
     nf4     n / 2, a float32 scale for 64 weights, and a table of 16 float32 values (no double quantisation)
     int8    n, and a float32 scale a row
 In the forward and again in the backward one layer at a time is there in bfloat16. LLM.int8 also keeps each layer's
-input for the backward, and makes float16 and int8 copies of it, which is not counted.
+input until the backward, where autograd's hooks do not see it, so that checkpointing does not drop it; and makes
+float16 and int8 copies of it. Neither is counted: `INT8` says so.
 
 fp8 is the trainer's, diffusers' layerwise casting after LoRA was added: weights and biases of linear and convolution
 layers, one byte each, but for norms and embeddings. A layer is cast to bfloat16 while it runs, and autograd keeps that
@@ -14,15 +15,20 @@ copy of a linear layer's weight until its backward: without checkpointing all co
 takes. (The few layers whose input needs no gradient or whose result is not used are counted like the others.)
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpointing
-from .phases import Case, block_paths, build, kinds_of, resolved
+from .phases import Case, build, kinds_of, resolved
+
+INT8 = (
+    "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"
+    " copies it to convert it; neither is counted (nf4 does not)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,37 @@ class Quantised:
         stored: of all parameters.
         largest: of the largest layer in bfloat16.
         casts: of what autograd keeps of each block that is not checkpointed.
+        converted, in_blocks: what the layers would take in bfloat16, of the whole model and of each block.
     """
 
     stored: int
     largest: int
     casts: tuple[int, ...]
+    converted: int
+    in_blocks: tuple[int, ...]
+
+
+# Read of a weight's two bytes in bfloat16 when it is converted: half a byte and its scale, or one byte.
+_READ = {"nf4": (0.5 + 4 / 64) / 2, "int8": 0.5, "fp8": 0.5}
+
+
+def conversion_bytes(found: Quantised, base: str, policies: Sequence[Hashable]) -> tuple[float, float]:
+    """What converting the weights to bfloat16 reads and writes in a forward, and in its backward.
+
+    nf4 converts in the forward, in the backward, and where a checkpointed block runs again; int8, which multiplies in
+    int8, in the backward only; fp8 in the forward and where a block runs again.
+
+    Args:
+        found: of the model.
+        base: "nf4", "int8" or "fp8".
+        policies: as of `kept_casts`.
+    """
+    chosen = _chosen(policies, len(found.in_blocks))
+    again = sum(size for size, policy in zip(found.in_blocks, chosen, strict=True) if policy not in (None, "none"))
+    once = 1 + _READ[base]
+    forward = 0 if base == "int8" else found.converted
+    backward = {"nf4": found.converted + again, "int8": found.converted, "fp8": again}[base]
+    return once * forward, once * backward
 
 
 def quantised(case: Case, base: str) -> Quantised:
@@ -51,18 +83,29 @@ def _quantised(case: Case, base: str) -> Quantised:
     spec = resolved(case.spec)
     model = build(case, tuple(kind.blocks for kind in kinds_of(spec)))
     if base == "fp8":
-        return _layerwise(model, block_paths(case))
+        return _layerwise(model, _paths(model))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     layers = [
-        (module.weight.shape[0], module.weight.numel(), module.weight.element_size())
+        (name, module.weight.shape[0], module.weight.numel(), module.weight.element_size())
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and not module.weight.requires_grad
         and not set(name.split(".")) & set(spec.keep_in_float32)
     ]
-    stored = sum(nf4_bytes(n) if base == "nf4" else n + 4 * rows for rows, n, _ in layers)
-    saved = sum(n * size for _, n, size in layers)
-    return Quantised(whole - saved + stored, 2 * max((n for _, n, _ in layers), default=0), ())
+    stored = sum(nf4_bytes(n) if base == "nf4" else n + 4 * rows for _, rows, n, _ in layers)
+    saved = sum(n * size for *_, n, size in layers)
+    sizes = {name: 2 * n for name, _, n, _ in layers}
+    in_blocks = tuple(_by_block(sizes, _paths(model)))
+    return Quantised(whole - saved + stored, max(sizes.values(), default=0), (), sum(sizes.values()), in_blocks)
+
+
+def _paths(model: nn.Module) -> list[str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in checkpointing.blocks_of(model)]
+
+
+def _by_block(sizes: Mapping[str, int], paths: Sequence[str]) -> list[int]:
+    return [sum(size for name, size in sizes.items() if name.startswith(path + ".")) for path in paths]
 
 
 def nf4_bytes(n: int) -> int:
@@ -75,18 +118,17 @@ def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
     from ..models.quantization import store_in_fp8
 
     store_in_fp8(model, torch.bfloat16)
-    casts = dict.fromkeys(paths, 0)
-    largest = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module.weight.dtype != torch.float8_e4m3fn:
-            continue
-        size = 2 * module.weight.numel()
-        largest = max(largest, size)
-        for path in paths:
-            if name.startswith(path + "."):
-                casts[path] += size
+    layers = {
+        name: (module, 2 * module.weight.numel())
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dtype == torch.float8_e4m3fn
+    }
+    linear = {name: size for name, (module, size) in layers.items() if isinstance(module, nn.Linear)}
+    casts = tuple(_by_block(linear, paths))
+    sizes = {name: size for name, (_, size) in layers.items()}
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Quantised(stored, largest, tuple(casts.values()))
+    largest = max(linear.values(), default=0)
+    return Quantised(stored, largest, casts, sum(sizes.values()), tuple(_by_block(sizes, paths)))
 
 
 def kept_casts(found: Quantised, policies: Sequence[Hashable]) -> tuple[int, int]:
@@ -98,11 +140,13 @@ def kept_casts(found: Quantised, policies: Sequence[Hashable]) -> tuple[int, int
     """
     if not found.casts:
         return 0, 0
-    chosen = list(policies) if len(policies) == len(found.casts) else _each(policies[0], len(found.casts))
+    chosen = _chosen(policies, len(found.casts))
     kept = sum(size for size, policy in zip(found.casts, chosen, strict=True) if policy in (None, "none"))
     again = [size for size, policy in zip(found.casts, chosen, strict=True) if policy not in (None, "none")]
     return kept, max(again, default=0)
 
 
-def _each(policy: Hashable, count: int) -> list[Hashable]:
-    return list(checkpointing.resolve(policy, count))  # type: ignore[arg-type]  # a policy
+def _chosen(policies: Sequence[Hashable], count: int) -> list[Hashable]:
+    if len(policies) == count:
+        return list(policies)
+    return list(checkpointing.resolve(policies[0], count))  # type: ignore[arg-type]  # a policy

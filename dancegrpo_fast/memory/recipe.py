@@ -34,7 +34,7 @@ def settings_of(
 
     Args:
         recipe: the run.
-        model: what is planned for, if not `recipe.model.path`.
+        model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
         processes: that share the samples.
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
         trained: numbers that are trained and bytes of each; None counts them on the meta device.
@@ -51,7 +51,7 @@ def settings_of(
     samples = -(-train.prompts_per_iteration * train.group_size // processes)
     half = given.dtype == "bfloat16"
     settings = Settings(
-        model or given.path,
+        model or given.denoiser or given.path,
         sampler.frames,
         sampler.height,
         sampler.width,
@@ -76,6 +76,7 @@ def settings_of(
         fsdp=processes,
         strategy=strategy,
         replica=train.rollout_replica and shards > 1,
+        gradient_sync=train.gradient_sync,
         offload=tuple(train.offload),
         vae_tiling=given.vae_tiling == "on",
         rewards=_rewards(recipe),
@@ -100,6 +101,8 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
     for reward in _scored(recipe):
         if reward.name in REWARD_MODELS:
             name, dtype = REWARD_MODELS[reward.name]
+            if name == "clip" and "ViT-H-14" in str(reward.args.get("path")):
+                name = "clip-h"
             width = 4 if reward.args.get("dtype", dtype) == "float32" else 2
             found[name] = replace(REWARDS[name], bytes_per_parameter=width)
     return tuple(found.values())
@@ -108,8 +111,7 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
 def _copies(recipe: Recipe, settings: Settings, trained: tuple[int, int] | None) -> tuple[Reward, ...]:
     """What is as large as what is trained."""
     train = recipe.train
-    late = settings.is_sharded and train.gradient_sync == "update"
-    wanted = train.kl_weight > 0 and recipe.model.lora is None, train.ema_decay is not None, late
+    wanted = train.kl_weight > 0 and recipe.model.lora is None, train.ema_decay is not None
     if not any(wanted):
         return ()
     if trained is None:
@@ -117,13 +119,9 @@ def _copies(recipe: Recipe, settings: Settings, trained: tuple[int, int] | None)
         trained = weights.trainable, weights.dtypes[0].itemsize
     count, width = trained
     share = count // (settings.fsdp if settings.is_sharded else 1)
-    copies = (
-        ("the model of the KL", share, width),
-        ("the moving average", share, 4),
-        ("gradients before they are reduced", count, width),
-    )
+    copies = (("the model of the KL", width), ("the moving average", 4))
     return tuple(
-        Reward(name, size, "as many as are trained", bytes_each)
-        for (name, size, bytes_each), there in zip(copies, wanted, strict=True)
+        Reward(name, share, "as many as are trained", bytes_each)
+        for (name, bytes_each), there in zip(copies, wanted, strict=True)
         if there
     )

@@ -14,6 +14,7 @@ KERNELS = ("flash", "efficient", "cudnn", "math")
 BLOCK_OPS = ("off", "lossless", "fast")
 RECOMPUTE = ("none", "gelu", "all")
 STRATEGIES = ("full_shard", "shard_grad_op", "none")
+GRADIENT_SYNCS = ("update", "call")
 OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
 OPTIMIZERS = ("adamw_fused", "adamw_foreach", "adamw_8bit")
 TEXT_ENCODERS = ("resident", "freed", "precomputed")
@@ -42,6 +43,7 @@ REWARDS = {
         Reward("hps-v2.1", 986_109_441, _CLIP_H),
         Reward("pickscore", 986_109_441, _CLIP_H),
         Reward("clip", 427_616_513, _CLIP_L),
+        Reward("clip-h", 986_109_441, _CLIP_H),
         Reward(
             "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
         ),
@@ -86,7 +88,7 @@ class Settings:
         cfg: guidance scale. Other than 1 it doubles the rows of a call, unless the model has embedded guidance.
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         dtype: "bf16": weights, gradients and states; "fp32_master": all in float32 and bf16 autocast; under FSDP
-            float32 shards, gathered in bf16.
+            float32 shards, gathered in bf16, and autocast too.
         lora: rank, or 0 for full fine-tuning.
         lora_targets: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a bf16 model: "bf16", as diffusers' `add_adapter` and so the trainer makes
@@ -101,7 +103,9 @@ class Settings:
         recompute: its argument of that name.
         fsdp: how many GPUs share the weights.
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
-        replica: a bf16 copy of all weights stays on the device for rollouts.
+        replica: under FSDP, weights stay gathered during a rollout.
+        gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
+            every model "call". Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles.
         optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA) or "adamw_8bit" (bitsandbytes').
@@ -138,6 +142,7 @@ class Settings:
     fsdp: int = 1
     strategy: str = "full_shard"
     replica: bool = False
+    gradient_sync: str = "update"
     offload: tuple[str, ...] = ()
     vae_tiling: bool = False
     optimizer: str = "adamw_fused"
@@ -149,6 +154,15 @@ class Settings:
     rates: Rates = Rates()
 
     def __post_init__(self) -> None:
+        for name in ("model", "policy", "attention", "device"):
+            _is(name, getattr(self, name), str, "a string")
+        for name in ("replica", "vae_tiling"):
+            _is(name, getattr(self, name), bool, "True or False")
+        _is("rates", self.rates, Rates, "Rates")
+        for name in ("lora_targets", "offload"):
+            _tuple(name, getattr(self, name), str, "strings")
+        for name in ("rewards", "others"):
+            _tuple(name, getattr(self, name), Reward, "Rewards")
         for name in ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "steps"):
             _integer(name, getattr(self, name), 1)
         _integer("fsdp", self.fsdp, 1)
@@ -163,17 +177,21 @@ class Settings:
             ("block_ops", BLOCK_OPS),
             ("recompute", RECOMPUTE),
             ("strategy", STRATEGIES),
+            ("gradient_sync", GRADIENT_SYNCS),
             ("optimizer", OPTIMIZERS),
             ("text_encoders", TEXT_ENCODERS),
         ):
             _one_of(name, getattr(self, name), known)
         for what in self.offload:
             _one_of("offload", what, OFFLOAD)
+        if "" in self.lora_targets:
+            raise ValueError(f"lora_targets: got {self.lora_targets!r}, want endings of module names")
         _number("gpu_gib", self.gpu_gib)
         _number("cfg", self.cfg)
         for field in fields(Rates):
             _number(f"rates.{field.name}", getattr(self.rates, field.name))
-        if not 0 < self.train_fraction <= 1:
+        _number("train_fraction", self.train_fraction)
+        if self.train_fraction > 1:
             raise ValueError(f"train_fraction: got {self.train_fraction}, want more than 0 and at most 1")
         self.first_blocks()
         self._check_together()
@@ -191,12 +209,12 @@ class Settings:
             raise ValueError(f'base: got "{self.base}" with dtype "{self.dtype}", want dtype "bf16"')
         if self.lora and not self.lora_targets:
             raise ValueError(f"lora_targets: got none with rank {self.lora}, want endings of module names")
-        if self.replica and self.lora:
-            raise ValueError("replica: got True with LoRA, want it for full fine-tuning (merging is not planned)")
-        if self.replica and not self.is_sharded and self.dtype == "bf16":
-            raise ValueError("replica: got True with whole bf16 weights, want fsdp above 1 or float32 masters")
-        if "block_inputs" in self.offload and self.policy == "none":
-            raise ValueError('offload: got block_inputs with policy "none", want a policy that checkpoints')
+        if self.replica and not self.is_sharded:
+            raise ValueError(f'replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards')
+        if "block_inputs" in self.offload and (self.policy == "none" or self.first_blocks() == 0):
+            raise ValueError(f'offload: got block_inputs with policy "{self.policy}", want a policy that checkpoints')
+        if "optimizer" in self.offload and self.optimizer == "adamw_8bit":
+            raise ValueError("offload: got optimizer with adamw_8bit, which steps on the device, want another")
         if "denoiser" in self.offload and self.is_sharded:
             raise ValueError(f"offload: got denoiser with fsdp {self.fsdp}, want fsdp 1")
         if self.text_encoders == "precomputed" and "text_encoders" in self.offload:
@@ -236,6 +254,16 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def _is(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: got {value!r}, want {wanted}")
+
+
+def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(part, kind) for part in value):
+        raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
 
 
 def _integer(name: str, value: object, low: int) -> None:

@@ -1,17 +1,19 @@
 """The cheapest recomputation that fits a budget: which block keeps what."""
 
+import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import NamedTuple, TypeAlias
 
-from torch import nn
-
-from .checkpointing import KEEPABLE, Checkpointed, Keep, PerBlock, apply, blocks_of
+from .checkpointing import KEEPABLE, Keep
 from .operators import GROUPS
 
 GIB = 2**30
+# Sums are rounded, so that a bound equal to a limit may come out a little above.
+ROUNDING = 1 - 1e-12
+PROMISING = 8
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class _Relaxation:
     """A lower bound on the cost of the blocks that are still open, if a block could be split between two options."""
 
     def __init__(self, sizes: Sequence[int], choices: Sequence[list[Option]]) -> None:
-        self.hulls = [_hull(options) for options in choices]
+        self.fronts = [_front(options) for options in choices]
+        self.hulls = [_hull(front) for front in self.fronts]
         self.sizes = sizes
 
     def __call__(self, kind: int, done: int, budget: int) -> float:
@@ -171,33 +174,43 @@ def _hull(front: Sequence[Option]) -> list[Option]:
     return hull
 
 
-def _cheapest(kinds: Kinds, budget: int, cost_limit: float) -> tuple[int, float, list[list[Option]]] | None:
+def _cheapest(kinds: Kinds, budget: int, cost_limit: float, gap: float) -> tuple[int, float, list[list[Option]]] | None:
     """Kept bytes, cost and options per kind of the cheapest choice under the limit; of equals the one that keeps less.
 
     Blocks are added one by one; of partial choices only those stay that none beats in both bytes and cost, and whose
-    lower bound does not exceed a choice that is known to fit.
+    lower bound does not exceed a choice that is known to fit. With a gap, of those that differ in cost by less than one
+    block's share of it the one that keeps least stays.
     """
     sizes = [len(members) for members, _ in kinds]
-    fronts = [_front(options) for _, options in kinds]
-    bound = _Relaxation(sizes, fronts)
+    bound = _Relaxation(sizes, [options for _, options in kinds])
+    least = bound(0, 0, budget)
+    if least == math.inf or least * ROUNDING > cost_limit:
+        return None
+    spare = gap * least
+    step = spare / sum(sizes)
     states: list[State] = [(0, 0, None)]
-    for k, front in enumerate(fronts):
-        for done in range(1, sizes[k] + 1):
+    for k, size in enumerate(sizes):
+        for done in range(size):
+            # Those that may become the cheapest say what fits; to ask all takes longer than it saves.
+            for kept, cost, _ in heapq.nsmallest(PROMISING, states, key=lambda s: s[1] + bound(k, done, budget - s[0])):
+                cost_limit = min(cost_limit, cost + _rounded(bound, k, done, budget - kept))
             grown = sorted(
-                ((kept + o.kept, cost + o.cost, (o, (kept, cost, path))) for kept, cost, path in states for o in front),
+                (
+                    (kept + o.kept, cost + o.cost, (o, (kept, cost, path)))
+                    for kept, cost, path in states
+                    for o in bound.fronts[k]
+                ),
                 key=lambda state: state[:2],
             )
             states = []
             for state in grown:
-                if states and state[1] >= states[-1][1]:
+                if states and state[1] >= states[-1][1] - step:
                     continue
-                lower = state[1] + bound(k, done, budget - state[0])
-                # The bound is rounded, so that one equal to the limit may come out a little above.
-                if lower * (1 - 1e-12) <= cost_limit and lower < math.inf:
+                lower = state[1] + bound(k, done + 1, budget - state[0])
+                if lower * ROUNDING <= cost_limit + spare and lower < math.inf:
                     states.append(state)
             if not states:
                 return None
-            cost_limit = min(cost_limit, *(s[1] + _rounded(bound, k, done, budget - s[0]) for s in states))
     kept, cost, path = min(states, key=lambda state: (state[1], state[0]))
     chosen: list[Option] = []
     while path is not None:
@@ -238,7 +251,7 @@ def _rounded(bound: _Relaxation, kind: int, done: int, budget: int) -> float:
     return cost
 
 
-def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = False) -> Solution:
+def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = False, gap: float = 0.0) -> Solution:
     """What each block keeps, so that recomputation costs least within the budget; the optimum, and always the same.
 
     The budget bounds what all blocks keep plus the largest recomputation of one. Blocks with equal figures are
@@ -248,6 +261,7 @@ def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = 
         blocks: one entry per block, in the order in which the model runs them.
         budget_bytes: for what blocks keep and compute again; weights, gradients and the rest are not in it.
         offload: inputs of checkpointed blocks wait in host memory.
+        gap: the share of its cost that the choice may cost more than the optimum, which is found sooner then.
 
     Raises:
         ValueError: impossible figures, or a budget below the minimum, which the message gives.
@@ -258,6 +272,8 @@ def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = 
         block.check(f"blocks[{i}]")
     if isinstance(budget_bytes, bool) or not (math.isfinite(budget_bytes) and budget_bytes >= 0):
         raise ValueError(f"budget_bytes: got {budget_bytes}, want a finite number of at least 0")
+    if not 0 <= gap < 1:
+        raise ValueError(f"gap: got {gap}, want a share of at least 0 and below 1")
     members: list[tuple[BlockFigures, list[int]]] = []
     for i, block in enumerate(blocks):
         same = next((where for known, where in members if known == block), None)
@@ -282,8 +298,15 @@ def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = 
             f" ({minimum / GIB:.2f} GiB): the least that these blocks can keep, and the recomputation of one"
         )
     best: tuple[int, float, list[list[Option]]] | None = None
-    for cap, found in usable.items():
-        result = _cheapest(found, math.floor(budget_bytes) - cap, math.inf if best is None else best[1])
+    room = math.floor(budget_bytes)
+
+    def bound(cap: int) -> float:
+        found = usable[cap]
+        return _Relaxation([len(where) for where, _ in found], [options for _, options in found])(0, 0, room - cap)
+
+    # Where the least can be hoped for comes first, and leaves little to look for in the others.
+    for cap in sorted(usable, key=bound):
+        result = _cheapest(usable[cap], room - cap, math.inf if best is None else best[1], gap)
         if result is not None and (best is None or (result[1], result[0]) < (best[1], best[0])):
             best = result
     assert best is not None
@@ -321,35 +344,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def auto(
-    model: nn.Module,
-    budget_gib: float,
-    measure: Callable[[nn.Module], Sequence[BlockFigures]],
-    *,
-    offload: bool = False,
-) -> tuple[Checkpointed, Solution]:
-    """Measures the blocks of a diffusers model, solves, and applies the cheapest policy that fits.
-
-    Args:
-        model: as for `checkpointing.apply`.
-        budget_gib: for what blocks keep and compute again, in GiB of 2^30 bytes.
-        measure: gives the figures of `checkpointing.blocks_of(model)`, one by one.
-        offload: inputs of checkpointed blocks wait in host memory.
-
-    Returns:
-        The policy in place (calling it undoes it), and the choice with its explanation.
-
-    Raises:
-        ValueError: as `solve` and `apply` do, or figures for another number of blocks.
-    """
-    if isinstance(budget_gib, bool) or not (math.isfinite(budget_gib) and budget_gib >= 0):
-        raise ValueError(f"budget_gib: got {budget_gib}, want a finite number of at least 0")
-    wanted = len(blocks_of(model))
-    figures = measure(model)
-    if len(figures) != wanted:
-        raise ValueError(f"measure: got figures for {len(figures)} blocks, want the model's {wanted}")
-    solution = solve(figures, int(budget_gib * GIB), offload=offload)
-    checkpointed = any(policy is not None for policy in solution.policies)
-    return apply(model, PerBlock(solution.policies), offload=offload and checkpointed), solution

@@ -18,7 +18,7 @@ from .fake import CudaOperators, fake_tensors
 from .recorder import Recorder, tensors_in
 from .result import Trace
 
-OPTIMIZERS = ("fused", "foreach")
+OPTIMIZERS = ("fused", "foreach", "single")
 # torch.optim hides its modules.
 _adam = importlib.import_module("torch.optim.adam")
 
@@ -150,7 +150,8 @@ def trace(
         train: forward and backward; False: one forward without gradients.
         attention: "flash", "efficient", "cudnn" or "math", as on CUDA, or "cpu".
         grads: `.grad` is there before the forward, as in every micro-step but the first.
-        optimizer: "fused" or "foreach": AdamW, its state there from the start, and a step at the end. None: neither.
+        optimizer: "fused", "foreach" or "single" (one tensor after another, as on the CPU): AdamW, its state there from
+            the start, and a step at the end. None: neither.
         autocast: dtype of CUDA's autocast around the forward, or None.
         loss: makes a scalar from the output; by default the backward starts from a gradient of the output.
         call: what to call instead of the model, such as a VAE's `decode`.

@@ -25,14 +25,22 @@ FAMILIES = {
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, prompts: Sequence[Prompt], *, training: bool = True
+    recipe: Recipe,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    *,
+    reached: Sequence[Prompt] | None = None,
+    training: bool = True,
 ) -> GeneratorModel:
-    """The model that the recipe names, on `device`, ready to encode `prompts`, set up as `recipe.model` says.
+    """The model that the recipe names, on `device`, ready to encode `reached`, set up as `recipe.model` says.
+
+    Where accelerate's configuration says FSDP2, the denoiser waits for `Processes.prepare` on the host.
 
     Args:
         recipe: the run.
         device: of the model.
-        prompts: all that will be encoded.
+        prompts: of the recipe's files; how long text is depends on them.
+        reached: those that will be encoded; None: all.
         training: whether a backward follows; without one nothing is set up to be computed again.
 
     Raises:
@@ -44,6 +52,8 @@ def load_model(
         raise ValueError(f'model.family: got "{family}", want one of {", ".join(FAMILIES)}')
     module, _, name = FAMILIES[family].partition(":")
     factory = getattr(importlib.import_module(f".{module}", __name__), name)
-    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, prompts)
-    prepare(model, recipe, device, prompts, training=training)
+    encoded = prompts if reached is None else reached
+    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded)
+    model.cut_text(prompts)
+    prepare(model, recipe, device, encoded, training=training)
     return cast(GeneratorModel, model)

@@ -1,8 +1,8 @@
 """What the trainer needs of a model family, and what the families share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
 from ..transitions import TransitionTable
 from . import quantization
+from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 
 Conditioning = Mapping[str, Tensor]
@@ -29,6 +30,10 @@ class GeneratorModel(Protocol):
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning tensors, one row per prompt of those the model was loaded for; rows do not depend on others."""
+        ...
+
+    def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether `encode` will run the VAE, which has to be on the device then."""
         ...
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
@@ -70,8 +75,8 @@ class DiffusersModel:
     The VAE comes first, so that a size it cannot make is refused before anything large is read; then the text encoders,
     where the store lacks a prompt, which are freed before the denoiser is loaded.
 
-    A family names its parts below and defines `_shape`, `_encode_text`, `table`, `predict` and `decode`. In
-    `__init__`, after this class', it may check the denoiser's configuration.
+    A family names its parts below and defines `_shape`, `_encode_text`, `table`, `predict` and `decode`, and with a
+    `mask` `_count_tokens`. In `__init__`, after this class', it may check the denoiser's configuration.
 
     Attributes:
         family: as in recipes.
@@ -102,17 +107,16 @@ class DiffusersModel:
         self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
     ) -> None:
         self.settings, self.sampler, self.device = settings, sampler, device
-        self.dtype = settings.torch_dtype()
-        self.folder = find_folder(settings.path)
-        self.vae = self._part(self.vae_class, "vae").requires_grad_(False)
+        self.dtype, self.frozen_dtype = settings.torch_dtype(), settings.frozen_torch_dtype()
+        elsewhere = () if settings.denoiser is None else (self.denoiser_part,)
+        self.folder = find_folder(settings.path, *elsewhere)
+        self.denoiser_folder = self._find_denoiser()
+        self.vae = self._load_vae()
         if settings.vae_tiling == "on":
             self.tile_vae(True)
         self.latent_shape = self._shape(sampler)
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-        if self._guided_by_batch(sampler.guidance_scale):
-            texts.append(sampler.negative_prompt)
-        self._store = self._open_store(texts)
-        self._text_length = self._longest(texts) if self.mask else None
+        self._store = self._open_store(self._texts(prompts))
+        self._text_length: int | None = None
         self.denoiser = self._load_denoiser()
         if settings.lora is not None:
             lora = settings.lora
@@ -131,27 +135,45 @@ class DiffusersModel:
         """
         raise NotImplementedError
 
+    def _count_tokens(self, pipeline: Any, text: str) -> int:
+        """Tokens that `_encode_text` would mark in `mask`, by a pipeline with the tokenizers only."""
+        raise NotImplementedError
+
     def _guided_by_batch(self, guidance_scale: float) -> bool:
         return self.negative and guidance_scale != 1.0
 
-    def _load_denoiser(self) -> nn.Module:
-        kind = self.settings.quantization
-        more = quantization.loading(kind, self.device)
-        if not more:
-            return cast(nn.Module, self._part(self.denoiser_class, self.denoiser_part))
-        try:
-            return cast(nn.Module, self._part(self.denoiser_class, self.denoiser_part, **more))
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
+    def _part(self, name: str) -> Path:
+        if not (self.folder / name).is_dir():
+            raise ValueError(f"model.path: got {self.folder}, want {name}/ in it for the family {self.family}")
+        return self.folder / name
 
-    def _part(self, name: str, subfolder: str, **more: Any) -> Any:
+    def _find_denoiser(self) -> Path:
+        given = self.settings.denoiser
+        return self._part(self.denoiser_part) if given is None else find_denoiser(given, self.denoiser_part)
+
+    @property
+    def planned_as(self) -> str:
+        """What the memory planner takes for this model: a name or a folder."""
+        given = self.settings.denoiser
+        return str(self.folder) if given is None else published_as(given, self.denoiser_folder)
+
+    def _load_vae(self) -> Any:
         import diffusers
 
-        if not (self.folder / subfolder).is_dir():
-            raise ValueError(f"model.path: got {self.folder}, want {subfolder}/ in it for the family {self.family}")
-        load = getattr(diffusers, name).from_pretrained
-        part = load(self.folder, subfolder=subfolder, **loaded_in(self.dtype), **more)
-        return part.to(self.device).eval()
+        vae = getattr(diffusers, self.vae_class).from_pretrained(self._part("vae"), **loaded_in(self.frozen_dtype))
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    def _load_denoiser(self) -> nn.Module:
+        import diffusers
+
+        cls, kind = getattr(diffusers, self.denoiser_class), self.settings.quantization
+        more = quantization.loading(kind, self.device)
+        if not more:
+            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device)
+        try:
+            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device, **more)
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
 
     def _scheduler(self, name: str = "FlowMatchEulerDiscreteScheduler", **changes: Any) -> Any:
         """The folder's scheduler, a new one at every call."""
@@ -168,33 +190,62 @@ class DiffusersModel:
             store = PromptStore(given, given_identity(self.family))
             store.check(texts)
             return store
-        identity = text_identity(self.family, self.folder, parts, self.settings.max_text_tokens, self.dtype)
+        longest = self.settings.max_text_tokens
+        identity = text_identity(self.family, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype)
         store = PromptStore(cache_folder(Path(self.settings.prompt_cache), identity), identity)
         store.encode(texts, self._load_text_encoders)
         return store
 
-    def _load_text_encoders(self) -> Any:
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        """Of embeddings: the encoders', or the denoiser's where that is narrower, so that it sees the same."""
+        return min(self.frozen_dtype, self.dtype, key=lambda dtype: dtype.itemsize)
+
+    def _load_pipeline(self, wanted: Iterable[str]) -> Any:
         import diffusers
 
         cls = getattr(diffusers, self.pipeline)
         parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
-        absent = dict.fromkeys(parts - set(self.text_parts))
-        pipeline = cls.from_pretrained(self.folder, **loaded_in(self.dtype), **absent)
-        pipeline.to(self.device)
+        absent = dict.fromkeys(parts - set(wanted))
+        return cls.from_pretrained(self.folder, **loaded_in(self.frozen_dtype), **absent)
+
+    def _load_text_encoders(self) -> Any:
+        pipeline = self._load_pipeline(self.text_parts).to(self.device)
 
         @torch.no_grad()
         def encode(text: str) -> Mapping[str, Tensor]:
-            return self._encode_text(pipeline, text)
+            row = self._encode_text(pipeline, text)
+            return {name: v.to(self._stored_dtype) if v.is_floating_point() else v for name, v in row.items()}
 
         return encode
 
-    def _longest(self, texts: Sequence[str]) -> int:
-        """Tokens of the longest prompt. One length for the whole run: rollout and replay must have equal shapes."""
-        longest = 1
-        for text in texts:
+    def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Of the prompts and the negative one, each once."""
+        texts = [prompt.text for prompt in prompts]
+        if self._guided_by_batch(self.sampler.guidance_scale):
+            texts.append(self.sampler.negative_prompt)
+        return list(dict.fromkeys(texts))
+
+    def cut_text(self, prompts: Sequence[Prompt]) -> None:
+        """Cuts text after the longest of the prompts and the negative one, encoded or not.
+
+        One length for the whole run, and for one that goes on longer: rollout and replay must have equal shapes.
+        """
+        if not self.mask:
+            return
+        texts = self._texts(prompts)
+        missing = self._store.missing(texts)
+        names = [name for name in self.text_parts if name.startswith("tokenizer") and (self.folder / name).is_dir()]
+        if missing and not names:
+            self._store.check(missing)
+        lengths = [1]
+        for text in set(texts) - set(missing):
             used = self._store.rows([text], [self.mask])[self.mask][0].nonzero()
-            longest = max(longest, int(used.max()) + 1 if len(used) else 1)
-        return longest
+            lengths.append(int(used.max()) + 1 if len(used) else 1)
+        if missing:
+            pipeline = self._load_pipeline(names)
+            lengths += [self._count_tokens(pipeline, text) for text in missing]
+        self._text_length = max(lengths)
 
     def _text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the store on the device, in the model's dtype where they are floating-point."""
@@ -208,6 +259,9 @@ class DiffusersModel:
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         return self._text([prompt.text for prompt in prompts])
+
+    def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
+        return False
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
         return self._text([self.sampler.negative_prompt]) if self._guided_by_batch(guidance_scale) else None
@@ -247,13 +301,6 @@ def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Te
         return output, None
     conditional, uncond_output = output.chunk(2)
     return conditional, uncond_output
-
-
-def loaded_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """`from_pretrained`'s argument for the dtype of weights, which newer diffusers call otherwise."""
-    from diffusers.pipelines import pipeline_utils
-
-    return {"dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype": dtype}
 
 
 def to_frames(pixels: Tensor) -> Tensor:
@@ -310,27 +357,10 @@ def video_grid(sampler: SamplerSettings, multiple: int, scale: int, time_scale: 
     return (sampler.frames - 1) // time_scale + 1, sampler.height // scale, sampler.width // scale
 
 
-def find_folder(path: str) -> Path:
-    """A local diffusers folder, or the local snapshot of a model on the hub, downloaded where it is not there yet.
-
-    Raises:
-        ValueError: neither, or the hub cannot be reached.
-    """
-    folder = Path(path)
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/")):
-        raise ValueError(f"model.path: got {path}, want a diffusers folder (no model_index.json there) or a hub name")
-    from diffusers import DiffusionPipeline
-
-    # Parts that no family here uses.
-    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"))
-    try:
-        return Path(DiffusionPipeline.download(path, **unused))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: got {path}, want a diffusers folder or a name on the hub that can be reached ({error})"
-        ) from error
+def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The targets in which no module's name ends."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
 
 
 def add_lora(
@@ -350,6 +380,8 @@ def add_lora(
     """
     from peft import LoraConfig
 
+    if lost := unmatched(denoiser, target_modules):
+        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
     denoiser.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
     try:

@@ -88,4 +88,4 @@ class Flux(DiffusersModel):
         grid = grid.reshape(batch, channels // 4, 2 * rows, 2 * columns)
         config = self.vae.config
         scaled = grid / config.scaling_factor + config.shift_factor
-        return to_frames(self.vae.decode(scaled.to(self.dtype), return_dict=False)[0])
+        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])

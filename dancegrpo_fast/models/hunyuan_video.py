@@ -38,10 +38,18 @@ class HunyuanVideo(DiffusersModel):
         return (int(self.vae.config.latent_channels), *video_grid(sampler, 2 * space, space, time))
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
-        embeds, pooled, mask = pipeline.encode_prompt(
-            text, device=self.device, max_sequence_length=self.settings.max_text_tokens or 256
-        )
+        embeds, pooled, mask = pipeline.encode_prompt(text, device=self.device, max_sequence_length=self._most_tokens)
         return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": pooled}
+
+    @property
+    def _most_tokens(self) -> int:
+        return self.settings.max_text_tokens or 256
+
+    def _count_tokens(self, pipeline: Any, text: str) -> int:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        asked = pipeline.tokenizer(DEFAULT_PROMPT_TEMPLATE["template"].format(text)).input_ids
+        return min(len(asked) - int(DEFAULT_PROMPT_TEMPLATE["crop_start"]), self._most_tokens)
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
         if guidance_scale != 1.0 and not (self._guided or self.negative):
@@ -87,5 +95,5 @@ class HunyuanVideo(DiffusersModel):
         return split_guided(output, unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.dtype) / self.vae.config.scaling_factor
+        scaled = latents.to(self.frozen_dtype) / self.vae.config.scaling_factor
         return to_frames(self.vae.decode(scaled, return_dict=False)[0])

@@ -1,7 +1,7 @@
 """Prompt embeddings on disk, made once per model and prompt, read row by row.
 
-A store is a folder: `identity.json` says what made the rows, and each shard of at most a thousand prompts is
-`<name>.safetensors` (one row per prompt in every tensor) with `<name>.json`, the list of their texts.
+A store is a folder: `identity.json` says what made the rows, and each shard, of at most a thousand prompts and a GiB,
+is `<name>.safetensors` (one row per prompt in every tensor) with `<name>.json`, the list of their texts.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import write_text
+from ..parallel import share
 
 FORMAT = 1
-SHARD = 1000
+SHARD, SHARD_BYTES = 1000, 1 << 30
+# Seconds after which a network file system shows what another host wrote.
+SEEN_AFTER = 90
 # Weight files are told apart by their size and by this many pieces of this many bytes.
 PIECES, PIECE = 64, 1 << 20
 
@@ -40,7 +44,12 @@ def _fingerprint(file: Path) -> str:
 
 
 def text_identity(
-    family: str, folder: Path, parts: Iterable[str], max_text_tokens: int | None, dtype: torch.dtype
+    family: str,
+    folder: Path,
+    parts: Iterable[str],
+    max_text_tokens: int | None,
+    dtype: torch.dtype,
+    stored: torch.dtype,
 ) -> Identity:
     """What the embeddings of a model folder depend on.
 
@@ -50,12 +59,14 @@ def text_identity(
         parts: its subfolders of text encoders and tokenizers, whose files are fingerprinted.
         max_text_tokens: as set; None is the pipeline's own.
         dtype: of the text encoders.
+        stored: of the embeddings.
     """
     files = sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file())
     return {
         "format": FORMAT,
         "family": family,
         "dtype": str(dtype).removeprefix("torch."),
+        "stored": str(stored).removeprefix("torch."),
         "max_text_tokens": max_text_tokens,
         "files": {file.relative_to(folder).as_posix(): _fingerprint(file) for file in files},
     }
@@ -70,6 +81,10 @@ def cache_folder(root: Path, identity: Identity) -> Path:
     """`<root>/<family>-<digest of the identity>`."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return root / f"{identity['family']}-{digest[:16]}"
+
+
+def _rows_of_a_shard(row: Mapping[str, Tensor]) -> int:
+    return max(1, min(SHARD, SHARD_BYTES // sum(value.nbytes for value in row.values())))
 
 
 class PromptStore:
@@ -159,8 +174,9 @@ class PromptStore:
         """Writes rows `[len(texts), ...]` of every tensor."""
         from safetensors.torch import save_file
 
-        for start in range(0, len(texts), SHARD):
-            part = slice(start, start + SHARD)
+        rows = _rows_of_a_shard({name: value[:1] for name, value in tensors.items()}) if texts else 1
+        for start in range(0, len(texts), rows):
+            part = slice(start, start + rows)
             document = json.dumps(list(texts[part]))
             name = hashlib.sha256(document.encode()).hexdigest()[:16]
             temporary = self.folder / f".{name}.{os.getpid()}"
@@ -172,30 +188,50 @@ class PromptStore:
         self._scan()
 
     def encode(self, texts: Iterable[str], load: Callable[[], EncodeOne]) -> None:
-        """Makes the rows that are missing; one process of each host does, and the others wait for it.
+        """Makes the rows that are missing, each process a share of them; afterwards every process has all.
 
         Args:
-            texts: of the run.
+            texts: of the run, the same in every process.
             load: called where something is missing, gives a function from a text to its tensors `[1, ...]`. What it
                 loaded is freed afterwards.
+
+        Raises:
+            ValueError: the processes do not share the folder.
         """
         from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        state, wanted = PartialState(), list(dict.fromkeys(texts))
+        # As the first process sees them, before any process writes.
+        (missing,) = broadcast_object_list([self.missing(wanted)])
+        mine = share(len(missing), state.process_index, state.num_processes)
+        if mine:
+            self._make(missing[mine.start : mine.stop], load)
+        state.wait_for_everyone()
+        self._see(wanted)
+
+    def _make(self, texts: Sequence[str], load: Callable[[], EncodeOne]) -> None:
         from accelerate.utils.memory import clear_device_cache
 
-        wanted = list(texts)
-        with PartialState().local_main_process_first():
-            missing = self.missing(wanted)
-            if not missing:
+        encode, made, rows = load(), 0, []
+        for text in texts:
+            # One by one: in a batch, a matrix product may give a row other bits.
+            rows.append({name: value.cpu() for name, value in encode(text).items()})
+            last = made + len(rows)
+            if len(rows) == _rows_of_a_shard(rows[0]) or last == len(texts):
+                self.add(texts[made:last], {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+                made, rows = last, []
+                print(f"encoded {made} of {len(texts)} prompts into {self.folder}", flush=True)
+        del encode
+        clear_device_cache(garbage_collection=True)
+
+    def _see(self, texts: Sequence[str]) -> None:
+        """Takes up what other processes wrote."""
+        for _ in range(SEEN_AFTER):
+            if not self.missing(texts):
                 return
-            encode = load()
-            for start in range(0, len(missing), SHARD):
-                part = missing[start : start + SHARD]
-                # One by one: in a batch, a matrix product may give a row other bits.
-                rows = [{name: value.cpu() for name, value in encode(text).items()} for text in part]
-                self.add(part, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-                print(f"encoded {start + len(part)} of {len(missing)} prompts into {self.folder}", flush=True)
-            del encode
-            clear_device_cache(garbage_collection=True)
+            time.sleep(1)
+        raise ValueError(f"model.prompt_cache: got {self.folder}, want a folder that all processes share")
 
     def check(self, texts: Iterable[str]) -> None:
         """Raises ValueError for a text that is not in the store."""

@@ -46,15 +46,22 @@ class QwenImage(DiffusersModel):
         return (self._grid[0] * self._grid[1], 4 * int(self.vae.config.z_dim))
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
-        longest = self.settings.max_text_tokens or 512
-        embeds, mask = pipeline.encode_prompt(text, device=self.device, max_sequence_length=longest)
+        embeds, mask = pipeline.encode_prompt(text, device=self.device, max_sequence_length=self._most_tokens)
         # The pipeline gives no mask where all tokens are the prompt's.
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device) if mask is None else mask
-        missing = longest - embeds.shape[1]
+        missing = self._most_tokens - embeds.shape[1]
         return {
             "prompt_embeds": F.pad(embeds, (0, 0, 0, missing)),
             "prompt_embeds_mask": F.pad(mask.to(torch.int64), (0, missing)),
         }
+
+    @property
+    def _most_tokens(self) -> int:
+        return self.settings.max_text_tokens or 512
+
+    def _count_tokens(self, pipeline: Any, text: str) -> int:
+        asked = pipeline.tokenizer(pipeline.prompt_template_encode.format(text)).input_ids
+        return min(len(asked) - int(pipeline.prompt_template_encode_start_idx), self._most_tokens)
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
@@ -95,7 +102,7 @@ class QwenImage(DiffusersModel):
         batch, _, channels = latents.shape
         grid = latents.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
         grid = grid.reshape(batch, channels // 4, 1, 2 * rows, 2 * columns)
-        return to_frames(self.vae.decode(unscaled(self.vae, grid).to(self.dtype), return_dict=False)[0])
+        return to_frames(self.vae.decode(unscaled(self.vae, grid).to(self.frozen_dtype), return_dict=False)[0])
 
 
 def unscaled(vae: Any, latents: Tensor) -> Tensor:

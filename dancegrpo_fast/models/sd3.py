@@ -69,4 +69,4 @@ class StableDiffusion3(DiffusersModel):
     def decode(self, latents: Tensor) -> Tensor:
         config = self.vae.config
         scaled = latents / config.scaling_factor + config.shift_factor
-        return to_frames(self.vae.decode(scaled.to(self.dtype), return_dict=False)[0])
+        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])

@@ -37,7 +37,7 @@ def prepare(
         model: as its family loads it.
         recipe: the run; `recipe.model` has the settings, the rest says how large calls are.
         device: of the model.
-        prompts: of the run, at least one; the first is encoded to see how long text is.
+        prompts: that were encoded, at least one; the first shows how long text is.
         training: whether a backward follows.
 
     Raises:
@@ -71,7 +71,7 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
 
     asked, sampler, train = recipe.model.attention, recipe.sampler, recipe.train
     assert asked is not None
-    spec = specs.resolve(model.folder)
+    spec = specs.resolve(model.planned_as)
     tokens = specs.tokens(spec, sampler.frames, sampler.height, sampler.width)
     tokens += text_tokens if spec.denoiser in JOINT else 0
     rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
@@ -135,7 +135,7 @@ def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, boo
     )
     each = cast(tuple[str | checkpointing.Keep, ...], picked.blocks.policies)
     policy = checkpointing.PerBlock(each) if picked.blocks.kinds else each[0]
-    return policy, picked.blocks.host_inputs
+    return policy, picked.blocks.host_inputs and set(each) != {"none"}
 
 
 def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -162,7 +162,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     from ..memory.planner import Iteration
 
     found = Iteration(_settings(model, recipe, device, text_tokens, gib))
-    if found.decode is not None and recipe.model.dtype == "float32":
+    if found.decode is not None and recipe.model.frozen_torch_dtype() == torch.float32:
         # The planner counts in bf16.
         double = {name: 2 * size for name, size in found.decode.peak.items()}
         found.decode = replace(found.decode, weights=2 * found.decode.weights, peak=double)
@@ -188,7 +188,7 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
     trained = [p for p in model.denoiser.parameters() if p.requires_grad]
     return settings_of(
         recipe,
-        model=str(model.folder),
+        model=model.planned_as,
         processes=processes,
         strategy=strategy,
         trained=(sum(p.numel() for p in trained), trained[0].itemsize),

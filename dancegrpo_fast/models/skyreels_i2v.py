@@ -42,6 +42,9 @@ class SkyReelsI2V(HunyuanVideo):
         first_frames = torch.stack([self._first_frame(_image_path(prompt)) for prompt in prompts])
         return {**super().encode(prompts), "first_frame": first_frames}
 
+    def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
+        return any(_image_path(prompt) not in self._digests for prompt in prompts)
+
     def _first_frame(self, path: str) -> Tensor:
         """Latents `[C, H', W']` of a file, drawn from the VAE's posterior with noise that its content seeds."""
         if path not in self._digests:
@@ -63,7 +66,7 @@ class SkyReelsI2V(HunyuanVideo):
 
         processor = VideoProcessor(vae_scale_factor=self.vae.spatial_compression_ratio)
         pixels = processor.preprocess(image, height=self.sampler.height, width=self.sampler.width)
-        posterior = self.vae.encode(pixels.unsqueeze(2).to(self.device, self.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.unsqueeze(2).to(self.device, self.frozen_dtype)).latent_dist
         latents: Tensor = posterior.sample(noise)[0, :, 0].float() * self.vae.config.scaling_factor
         return latents.to(self.dtype)
 

@@ -71,4 +71,4 @@ class StableDiffusion(DiffusersModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents / self.vae.config.scaling_factor
-        return to_frames(self.vae.decode(scaled.to(self.dtype), return_dict=False)[0])
+        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])

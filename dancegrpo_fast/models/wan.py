@@ -94,4 +94,4 @@ class Wan(DiffusersModel):
         return split_guided(output, unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return to_frames(self.vae.decode(unscaled(self.vae, latents).to(self.dtype), return_dict=False)[0])
+        return to_frames(self.vae.decode(unscaled(self.vae, latents).to(self.frozen_dtype), return_dict=False)[0])

@@ -1,6 +1,7 @@
 """Rewards, one file each, behind one protocol: `RewardInput -> float32 [N]`."""
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import RewardSettings
+from ..prompts import Prompt
+from .base import Checking as Checking
 from .base import Movable as Movable
 from .base import Reward as Reward
 from .base import RewardInput as RewardInput
@@ -55,13 +58,15 @@ def build_reward(settings: RewardSettings) -> Reward:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
         return cast(Reward, factory)
     try:
+        inspect.signature(factory).bind(**settings.args)
+    except TypeError as error:
+        raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
+    try:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:
         raise ValueError(
             f'rewards: "{settings.name}" needs what is not installed: {error} (extras: train, demo, judge, ocr)'
         ) from error
-    except TypeError as error:
-        raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
 
 
 class RewardSet:
@@ -115,6 +120,20 @@ class RewardSet:
                 row = win_rates(row, inputs.group.cpu())
             rows.append(row)
         return torch.stack(rows)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Asks every reward that can tell whether it can score these prompts.
+
+        Raises:
+            ValueError: one cannot.
+        """
+        texts, meta = [prompt.text for prompt in prompts], [prompt.meta for prompt in prompts]
+        for settings, reward in zip(self._settings, self._rewards, strict=True):
+            if isinstance(reward, Checking):
+                try:
+                    reward.check(texts, meta)
+                except ValueError as error:
+                    raise ValueError(f'rewards: "{settings.name}" cannot score all prompts: {error}') from error
 
     def to(self, device: str | torch.device) -> None:
         """Moves every reward that holds a model to `device`; the others stay as they are."""

@@ -41,7 +41,7 @@ class RewardConfig:
     std: Tensor
 
 
-def folder_of(path: str) -> Path:
+def folder_of(path: str | Path) -> Path:
     """Return `path` where it is a folder, else the hub repository of that name, downloaded."""
     if Path(path).is_dir():
         return Path(path)
@@ -49,7 +49,7 @@ def folder_of(path: str) -> Path:
 
     files = ("model.pth", "adapter_model.safetensors", "non_lora_state_dict.pth")
     return Path(
-        snapshot_download(path, allow_patterns=["model_config.json", *(f"checkpoint-*/{one}" for one in files)])
+        snapshot_download(str(path), allow_patterns=["model_config.json", *(f"checkpoint-*/{one}" for one in files)])
     )
 
 

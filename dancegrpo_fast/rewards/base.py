@@ -38,6 +38,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class Checking(Protocol):
+    """What a reward that cannot score every prompt may offer besides: others are refused before a run samples."""
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a prompt that it cannot score, of N prompts and their columns, as in `RewardInput`."""
+        ...
+
+
+@runtime_checkable
 class Movable(Protocol):
     """What a reward that holds a model may offer besides, so that its memory is free while it is not asked."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,29 @@ class DigitNet(nn.Module):
         return logits
 
 
-class DigitProbability:
+class WantsDigit:
+    """What rewards of a digit share: every prompt says which one."""
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a row of `meta` without a digit in 0..9."""
+        for row, columns in enumerate(meta):
+            digit = columns.get("digit")
+            if not isinstance(digit, int) or isinstance(digit, bool) or not 0 <= digit <= 9:
+                raise ValueError(f'meta[{row}]["digit"]: got {digit!r}, want an integer in 0..9')
+
+    def wanted(self, inputs: RewardInput) -> Tensor:
+        """Return the digits, int64 [N].
+
+        Raises:
+            ValueError: rows of `meta` are not N, or one has no digit.
+        """
+        if len(inputs.meta) != len(inputs.frames):
+            raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(inputs.frames)}, one per sample")
+        self.check(inputs.prompts, inputs.meta)
+        return torch.tensor([columns["digit"] for columns in inputs.meta], dtype=torch.int64)
+
+
+class DigitProbability(WantsDigit):
     """Probability of the wanted digit under the CNN saved with a demo base.
 
     Args:
@@ -67,12 +90,12 @@ class DigitProbability:
         Raises:
             ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
         """
-        images, digits = _images(inputs).to(self.device), _wanted_digits(inputs)
+        images, digits = _images(inputs).to(self.device), self.wanted(inputs)
         probabilities: Tensor = self.net(images).softmax(dim=1).cpu()
         return probabilities.gather(1, digits[:, None]).squeeze(1)
 
 
-class DigitJudge:
+class DigitJudge(WantsDigit):
     """1.0 where an RBF SVM, trained at construction on the judge split, reads the wanted digit, else 0.0."""
 
     def __init__(self) -> None:
@@ -90,7 +113,7 @@ class DigitJudge:
         Raises:
             ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
         """
-        images, digits = _images(inputs), _wanted_digits(inputs)
+        images, digits = _images(inputs), self.wanted(inputs)
         if not len(images):
             return torch.empty(0)
         read = torch.as_tensor(self.machine.predict(_native(images)))
@@ -107,13 +130,3 @@ def _images(inputs: RewardInput) -> Tensor:
     if inputs.frames.ndim != 5 or shape[1:] != (1, 3, _SIZE, _SIZE):
         raise ValueError(f"frames: got shape {shape}, want [N, 1, 3, {_SIZE}, {_SIZE}]")
     return inputs.frames[:, 0].float()
-
-
-def _wanted_digits(inputs: RewardInput) -> Tensor:
-    if len(inputs.meta) != len(inputs.frames):
-        raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(inputs.frames)}, one per sample")
-    for row, columns in enumerate(inputs.meta):
-        digit = columns.get("digit")
-        if not isinstance(digit, int) or isinstance(digit, bool) or not 0 <= digit <= 9:
-            raise ValueError(f'meta[{row}]["digit"]: got {digit!r}, want an integer in 0..9')
-    return torch.tensor([columns["digit"] for columns in inputs.meta], dtype=torch.int64)

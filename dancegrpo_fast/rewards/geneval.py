@@ -7,7 +7,7 @@ folders that `dancegrpo-fast evaluate` writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .frames import sampled_bytes
 from .pixels import clip_pixels
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+POSITIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 MOST_OBJECTS = 16
 POSITION_MARGIN = 0.1
@@ -130,6 +131,32 @@ def is_correct(
     return not excluded and all(group is not None for group in groups)
 
 
+def _problem(columns: Mapping[str, Any], classes: Collection[str]) -> str | None:
+    """What is not as GenEval has it in the columns of a prompt, and what is wanted."""
+    include, exclude = columns.get("include"), columns.get("exclude", [])
+    if not isinstance(columns.get("tag"), str) or not include or not isinstance(include, list):
+        return f"columns {sorted(columns)}, want GenEval's tag and include"
+    if not isinstance(exclude, list):
+        return f"exclude {exclude!r}, want a list as include"
+    for place, wanted in enumerate([*include, *exclude]):
+        if not isinstance(wanted, Mapping) or not isinstance(wanted.get("count"), int) or wanted["count"] < 1:
+            return f"object {wanted!r}, want its class and a count of at least 1"
+        if wanted.get("class") not in classes:
+            return f'class "{wanted.get("class")}", want one of the detector\'s {len(classes)}'
+        if wanted.get("color", COLORS[0]) not in COLORS:
+            return f'color "{wanted["color"]}", want one of {COLORS}'
+        if "position" in wanted and not _is_position(wanted["position"], min(place, len(include))):
+            return f"position {wanted['position']!r}, want one of {POSITIONS} and the place of an object before it"
+    return None
+
+
+def _is_position(position: Any, objects: int) -> bool:
+    if not isinstance(position, (list, tuple)) or len(position) != 2:
+        return False
+    relation, target = position
+    return relation in POSITIONS and isinstance(target, int) and 0 <= target < objects
+
+
 class GenEval:
     """1.0 where an image is right in every respect of its GenEval prompt (columns tag, include, exclude), else 0.0.
 
@@ -177,6 +204,14 @@ class GenEval:
         self._model.to(device)
         return self
 
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a prompt without the columns of GenEval or with a class that the detector lacks."""
+        classes = set(self._names.values())
+        for prompt, columns in zip(prompts, meta, strict=True):
+            problem = _problem(columns, classes)
+            if problem is not None:
+                raise ValueError(f"prompts: got {prompt!r} with {problem}")
+
     @torch.no_grad()
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return 0.0 or 1.0 a sample, float32 [N].
@@ -188,20 +223,9 @@ class GenEval:
         pixels = sampled_bytes(inputs, "all").cpu()
         if pixels.shape[1] != 1:
             raise ValueError(f"frames: got {tuple(pixels.shape)}, want images, [N, 1, 3, H, W]")
-        for meta in inputs.meta:
-            self._check(meta)
+        self.check(inputs.prompts, inputs.meta)
         scores = [self._score(image, meta) for image, meta in zip(pixels[:, 0], inputs.meta, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
-
-    def _check(self, meta: Mapping[str, Any]) -> None:
-        if not isinstance(meta.get("tag"), str) or not isinstance(meta.get("include"), list):
-            raise ValueError(f"prompts: got columns {sorted(meta)}, want GenEval's tag and include")
-        known = set(self._names.values())
-        for wanted in [*meta["include"], *meta.get("exclude", ())]:
-            if wanted["class"] not in known:
-                raise ValueError(f'prompts: got class "{wanted["class"]}", want one of the detector\'s {len(known)}')
-            if wanted.get("color", "red") not in COLORS:
-                raise ValueError(f'prompts: got color "{wanted["color"]}", want one of {COLORS}')
 
     def _score(self, pixels: Tensor, meta: Mapping[str, Any]) -> float:
         values = self._processor(pixels.permute(1, 2, 0).numpy(), return_tensors="pt")

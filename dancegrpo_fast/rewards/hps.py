@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ class Hps(ClipReward):
         frames: Sampling = "all",
     ) -> None:
         super().__init__(load_towers(_hps_model, path, tokenizer, dtype, device), batch, frames, letterbox_pixels)
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a prompt that cannot be cleaned."""
+        for prompt in prompts:
+            clean_prompt(prompt)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return cosines, float32 [N].

@@ -8,14 +8,16 @@ judged, and gets the least score of the formula: that is a part of its definitio
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import RewardInput
-from .digits import DigitNet, _native, _wanted_digits
+from .digits import DigitNet, WantsDigit, _native
 
 # x to the right, y down
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
@@ -71,6 +73,13 @@ class MotionAlignment:
             raise ValueError(f"travel: got {travel}, want more than 0 pixels")
         self.travel = travel
 
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a row of `meta` without a direction."""
+        for row, columns in enumerate(meta):
+            direction = columns.get("direction")
+            if direction not in DIRECTIONS:
+                raise ValueError(f'meta[{row}]["direction"]: got {direction!r}, want one of {", ".join(DIRECTIONS)}')
+
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return scores in [-1, 1], float32 [N].
 
@@ -78,13 +87,8 @@ class MotionAlignment:
             ValueError: there is one frame, or a row of `meta` has no direction.
         """
         track, seen = centres(_clips(inputs, 2))
-        wanted = []
-        for row, columns in enumerate(inputs.meta):
-            if columns.get("direction") not in DIRECTIONS:
-                raise ValueError(
-                    f'meta[{row}]["direction"]: got {columns.get("direction")!r}, want one of {", ".join(DIRECTIONS)}'
-                )
-            wanted.append(DIRECTIONS[columns["direction"]])
+        self.check(inputs.prompts, inputs.meta)
+        wanted = [DIRECTIONS[columns["direction"]] for columns in inputs.meta]
         directions = torch.tensor(wanted, dtype=track.dtype, device=track.device).reshape(-1, 2)
         share = ((track[:, -1] - track[:, 0]) * directions).sum(dim=1) / self.travel
         return torch.where(seen.all(dim=1), share.clamp(-1, 1), -1.0).float()
@@ -106,7 +110,7 @@ class MotionQuality:
         return torch.where(seen.all(dim=1), (-2 * acceleration(track)).exp(), 0.0).float()
 
 
-class MovingDigit:
+class MovingDigit(WantsDigit):
     """Probability of the wanted digit under the CNN saved with a demo base, averaged over the frames.
 
     Each frame is looked at through a window of 8x8 pixels around its centre of mass, which a blank frame does not have:
@@ -134,14 +138,14 @@ class MovingDigit:
         Raises:
             ValueError: frames are not [N, T, 3, H, W], or a row of `meta` has no digit in 0..9.
         """
-        digits = _wanted_digits(inputs)
+        digits = self.wanted(inputs)
         images, seen = windows(_clips(inputs, 1).float().cpu())
         probabilities: Tensor = self.net(images.flatten(0, 1)).softmax(dim=1).view(*seen.shape, 10)
         wanted = probabilities[torch.arange(len(digits)), :, digits]
         return (wanted * seen).mean(dim=1)
 
 
-class MovingDigitJudge:
+class MovingDigitJudge(WantsDigit):
     """Share of the frames in which an RBF SVM reads the wanted digit, through the same window; 0 in a blank frame.
 
     The SVM is trained at construction on the judge split alone, seen through the window too.
@@ -163,7 +167,7 @@ class MovingDigitJudge:
         Raises:
             ValueError: frames are not [N, T, 3, H, W], or a row of `meta` has no digit in 0..9.
         """
-        digits = _wanted_digits(inputs)
+        digits = self.wanted(inputs)
         images, seen = windows(_clips(inputs, 1).float().cpu())
         if not len(images):
             return torch.empty(0)
@@ -177,6 +181,13 @@ class FirstFrame:
     `meta["image"]` is the path of the image, of the frames' size; 1 is the same frame, 0 is as far off as a black one.
     """
 
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a row of `meta` without the path of a file."""
+        for row, columns in enumerate(meta):
+            path = columns.get("image")
+            if not isinstance(path, str) or not Path(path).is_file():
+                raise ValueError(f'meta[{row}]["image"]: got {path!r}, want the path of an image')
+
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return scores of at most 1, float32 [N].
 
@@ -186,12 +197,10 @@ class FirstFrame:
         from PIL import Image
 
         frames = _clips(inputs, 1)[:, 0].double().cpu()
+        self.check(inputs.prompts, inputs.meta)
         scores = []
         for row, (frame, columns) in enumerate(zip(frames, inputs.meta, strict=True)):
-            path = columns.get("image")
-            if not isinstance(path, str) or not Path(path).is_file():
-                raise ValueError(f'meta[{row}]["image"]: got {path!r}, want the path of an image')
-            with Image.open(path) as file:
+            with Image.open(columns["image"]) as file:
                 channels = [torch.tensor(list(band.get_flattened_data())) for band in file.convert("RGB").split()]
                 image = torch.stack(channels).double().div(255).reshape(3, file.height, file.width)
             if image.shape != frame.shape or not bool(image.any()):

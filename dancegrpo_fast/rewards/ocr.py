@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ class _Ocr:
     ) -> None:
         self.frames = check_sampling(frames)
         self.reader = OcrReader(invert, upscale, margin, threads, detect)
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a prompt without exactly one text in double quotes."""
+        for prompt in prompts:
+            quoted_text(prompt)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return scores in [0, 1], float32 [N]; of a video, the mean over its sampled frames.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from ._videoalign_pixels import frame_indices, frame_size, patches
 from ._videoalign_prompt import AFTER, BEFORE, QUESTION, REWARD_TOKENS, VIDEO_TOKEN
 from ._videoalign_weights import HEAD, folder_of, merge, read_config, read_weights
 from .base import RewardInput
+from .clip import loaded
 from .frames import sampled_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,18 +40,18 @@ class VideoReward:
         # before, Qwen2VLModel was the language model alone
         if not hasattr(Qwen2VLModel, "get_rope_index"):
             raise ImportError("transformers >= 4.52")
-        folder = folder_of(path)
+        folder = loaded("path", path, folder_of)
         self.config = read_config(folder)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        self._tokenizer: Any = loaded("base", base, AutoTokenizer.from_pretrained)
         self._tokenizer.add_tokens(list(REWARD_TOKENS), special_tokens=True)
         self._reward_ids: list[int] = self._tokenizer.convert_tokens_to_ids(list(REWARD_TOKENS))
-        model = Qwen2VLModel.from_pretrained(base)
+        model: Any = loaded("base", base, Qwen2VLModel.from_pretrained)
         model.resize_token_embeddings(len(self._tokenizer), mean_resizing=False)
         # VideoReward was trained and published with its rotary frequencies in bfloat16: rounded whatever the dtype
         for module in model.modules():
             if hasattr(module, "inv_freq"):
                 module.inv_freq = module.inv_freq.bfloat16().float()
-        self.model: Any = model.to(dtype).eval().requires_grad_(False)
+        self.model = model.to(dtype).eval().requires_grad_(False)
         self.head = torch.empty(1, model.get_input_embeddings().embedding_dim)
         weights, complete = read_weights(folder)
         state = {**self.model.state_dict(), HEAD: self.head}
@@ -82,6 +83,13 @@ class VideoReward:
             raw = torch.cat(parts) if parts else torch.empty(0, 3)
             self._scored = weakref.ref(inputs), (raw - self.config.mean) / self.config.std
         return self._scored[1]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError for a prompt with a token of the question."""
+        for prompt in prompts:
+            # These tokens all begin so, and a question takes a while to split into its own.
+            if "<|" in prompt:
+                self._tokens(prompt, 0)
 
     @torch.no_grad()
     def _forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -154,6 +162,10 @@ class _Dimension:
         if shared is None:
             shared = _SHARED[key] = VideoReward(key[0], key[1], _DTYPES[dtype], torch.device(device))
         self.model = shared
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a prompt with a token of the question."""
+        self.model.check(prompts)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return one z-score per video, float32 [N].

@@ -1,6 +1,7 @@
 """`dancegrpo-fast evaluate`: every sample scored once, by the weights that were asked for."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,7 +111,7 @@ def test_continues_where_it_ended(base: Path, tmp_path: Path, monkeypatch: pytes
     evaluate(recipe, None, tmp_path / "parts")
     assert len(calls) == 3 + 4
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"output: .* other settings"):
+    with pytest.raises(ValueError, match=r"output: .* other settings, want another folder; seed: got 1, want 0$"):
         evaluate(replace(recipe, seed=1), None, tmp_path / "parts")
 
 
@@ -165,6 +166,41 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     reader = Scores(tmp_path, {"seed": 0}, writes=False)
     reader.add([row(2, 0)])
     assert len(reader.rows) == 5 and len(rows_of(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("damage", [b"garbage\n", b"[1]\n", b'{"sampler": "ode"}\n', b"\xff\xfe\n"])
+def test_damaged_scores_are_named(tmp_path: Path, damage: bytes) -> None:
+    scores = Scores(tmp_path, {"seed": 0})
+    scores.add([{"sampler": "ode", "prompt_index": 0}])
+    with scores.path.open("ab") as file:
+        file.write(damage)
+    with pytest.raises(ValueError, match=r"output: .*scores\.jsonl is damaged in line 2 \("):
+        Scores(tmp_path, {"seed": 0})
+    (tmp_path / "settings.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"output: .*settings\.json is damaged|output: .*other settings"):
+        Scores(tmp_path, {"seed": 0})
+
+
+def test_what_is_no_folder_and_what_cannot_be_compared_is_refused(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "unused")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output: got .*file, which is a file, want a folder"):
+        evaluate(recipe, None, tmp_path / "file")
+    rates = EvaluationSettings(samples_per_prompt=1, grid_samples=1, rewards=[tiny.reward("Brightness", win_rate=True)])
+    with pytest.raises(ValueError, match=r"evaluation\.samples_per_prompt: got 1, want at least 2"):
+        evaluate(replace(recipe, evaluation=rates), None, tmp_path / "out")
+
+
+def test_a_moved_model_is_the_same_and_a_changed_one_is_not(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "unused")
+    evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+    moved = shutil.copytree(base, tmp_path / "moved")
+    there = replace(recipe, model=replace(recipe.model, path=str(moved), checkpointing="full"))
+    evaluate(there, None, tmp_path / "out", samplers=["ode"])
+    config = moved / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"shift": 2.0', '"shift": 1.0'))
+    with pytest.raises(ValueError, match=r"output: .* other settings.*scheduler_config\.json: got"):
+        evaluate(there, None, tmp_path / "out", samplers=["ode"])
 
 
 def test_diversity_is_its_formula() -> None:

@@ -1,4 +1,6 @@
-"""One of two gloo processes: FLUX with its blocks' weights split, under every policy. Started by test_checkpointing.py.
+"""One of two gloo processes: FLUX with its blocks' weights split, under every policy.
+
+Started by test_checkpointing_parallel.py.
 
 Usage: parallel_worker.py RANK STORE OUTPUT
 """

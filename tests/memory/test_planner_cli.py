@@ -39,10 +39,13 @@ def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     ("given", "message"),
     [
         (["--frames", "2"], "frames: got 2"),
-        (["--gpu", "5"], "gpu_gib: got 5, want more than"),
+        (["--gpu", "5"], "memory: gpu: got 5, want more than"),
+        (["--gpu", "nan"], "memory: gpu: got nan, want"),
+        (["--attention", "foo"], 'memory: attention: got "foo", want'),
+        (["--lora_targets", "to_q, foo"], "lora_targets: got foo, want"),
         (["--rewards", "beauty"], "rewards: got beauty"),
         (["--offload", "everything"], 'offload: got "everything"'),
-        (["--steps", "many"], "steps"),
+        (["--steps", "many"], "memory: steps: got many, want int"),
         (["--no_such_setting", "1"], "no_such_setting"),
     ],
 )

@@ -4,6 +4,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
 
-from dancegrpo_fast.cli import main
-from dancegrpo_fast.memory import _phases
+from dancegrpo_fast.cli import load_recipe, main
+from dancegrpo_fast.memory import _books, _phases
 from dancegrpo_fast.memory._cuda import Counters
+from dancegrpo_fast.memory._predict import planned
 from dancegrpo_fast.memory.budget import CATEGORIES
 from dancegrpo_fast.memory.profiler import Report, phase, profile, profile_recipe
 from dancegrpo_fast.trainer import Trainer
@@ -29,7 +31,7 @@ from ..tolerances import PREDICTED_BYTES
 from ..train import tiny
 
 TRAINED = ("text encoding", "rollout", "decode", "rewards", "replay forward", "replay backward", "optimizer")
-PREDICTED = ("rollout", "replay forward", "replay backward")
+PREDICTED = ("rollout", "decode", "replay forward", "replay backward", "optimizer")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,10 @@ def check_sums(report: Report) -> None:
         assert row.bytes == sum(row.budget.values()) > 0
         assert sum(row.saved_by_group.values()) == row.budget.get("saved", 0)
         assert min(row.budget.values()) >= 0
+        shares = [share for share, _ in row.timeline]
+        assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
+        assert max(sum(budget.values()) for _, budget in row.timeline) == row.bytes
+        assert row.budget in [budget for _, budget in row.timeline]
 
 
 LORA = tiny.LoraSettings(rank=2)
@@ -95,11 +101,55 @@ def test_rollout_and_replay_are_predicted(flux: Path, tmp_path: Path, name: str)
 
 def test_command_line(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe_file(flux, tmp_path)
-    assert main(["profile", str(path), "--train.micro_batch", "2", "--iterations", "1"]) == 0
+    folder = tmp_path / "figures"
+    overrides = ["--train.micro_batch", "2", "--iterations", "1"]
+    assert main(["profile", str(path), *overrides, "--figures", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in TRAINED)
+    drawn = [folder / f"{name}.{kind}" for name in ("timeline", "saved") for kind in ("png", "svg")]
+    assert all(str(file) in printed and file.stat().st_size for file in drawn)
+    texts = ["".join(e.itertext()) for e in ElementTree.parse(drawn[1]).iter() if e.tag.endswith("}text")]
+    assert all(any(text.startswith(name) for text in texts) for name in TRAINED)
+    assert "predicted peak" in texts and "not predicted: text encoding, rewards" in texts
+    assert sum(text.endswith("%") for text in texts) == len(PREDICTED)
+    assert any(text.startswith("peak ") for text in texts)
     assert main(["profile", str(path), "--iterations", "none"]) == 1
     assert "iterations: got none, want a whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["profile", "--help"])
+    usage = capsys.readouterr().out
+    assert "dancegrpo-fast profile" in usage and "--iterations" in usage and "--figures" in usage
+
+
+def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
+    """Asked for on the CPU, whose attention differs; what rests does not."""
+    changes = {"dtype": "bfloat16", "checkpointing": "full", "memory_gib": 24.0, "shared_noise": False}
+    recipe, _ = load_recipe([str(recipe_file(flux, tmp_path, **changes))])
+    trainer = Trainer(recipe)
+    trainer.iteration(1)
+    with profile(device="cpu") as report:
+        trainer.iteration(2)
+    report.predicted, notes = planned(trainer)
+    assert set(PREDICTED) <= set(report.predicted)
+    assert "rewards" not in report.predicted and any(recipe.rewards[0].name in note for note in notes)
+    for name in ("parameters", "optimizer", "gradients"):
+        # Models of other tests may still be there.
+        there = report.rows["replay forward"].budget[name] - report.before.get(name, 0)
+        own = report.predicted["replay forward"][name]
+        assert own == pytest.approx(there if name == "gradients" else _own(trainer, name), rel=PREDICTED_BYTES)
+    assert trainer.recipe.model.dtype == "bfloat16"
+
+
+def _own(trainer: Trainer, name: str) -> int:
+    if name == "parameters":
+        return sum(p.nbytes for p in trainer.denoiser.parameters())
+    return sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values())
+
+
+def test_without_a_planner_there_is_a_reason(flux: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_recipe([str(recipe_file(flux, tmp_path))])[0])
+    budgets, [note] = planned(trainer)
+    assert not budgets and "float32" in note
 
 
 def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: Path) -> None:
@@ -166,6 +216,8 @@ def test_code_without_marks_has_its_backward_and_its_step_apart() -> None:
     weights = sum(p.nbytes for p in model.parameters())
     # Each tanh keeps its result for its own backward, and the last layer for its weight's: one storage.
     assert report.rows["second"].saved_by_group["activation"] == 512 * 256 * 4
+    heights = [sum(budget.values()) for _, budget in report.rows["backward"].timeline]
+    assert len(set(heights)) > 3 and max(heights) == report.rows["backward"].bytes
     assert report.rows["second"].budget["optimizer"] - report.before.get("optimizer", 0) == 2 * weights + 4 * 4
     assert report.rows["backward"].budget["gradients"] - report.before.get("gradients", 0) <= weights
     assert report.peak.bytes == max(row.bytes for row in report.rows.values())
@@ -183,10 +235,13 @@ def test_long_runs_forget_what_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
                 x = torch.cat([x, x])[:1000] + y
             books: Any = _phases.running[0]
             kept = len(books.books.storages)
-        totals.append((report.rows["rollout"].bytes, report.rows["rollout"].op, kept))
+        row = report.rows["rollout"]
+        assert _books.MOMENTS / 2 <= len(row.timeline) <= _books.MOMENTS
+        heights = [sum(budget.values()) for _, budget in row.timeline]
+        totals.append((row.bytes, row.op, heights, kept))
         del x, y
-    assert totals[0][:2] == totals[1][:2]
-    assert totals[0][2] < totals[1][2]
+    assert totals[0][:3] == totals[1][:3]
+    assert totals[0][3] < totals[1][3]
 
 
 def hooks() -> tuple[Any, ...]:

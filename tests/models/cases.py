@@ -27,10 +27,11 @@ class Case:
     Attributes:
         family: as in recipes.
         kind: of the sampler.
-        size: height and width.
-        frames: of the video.
+        size: height, and width where that is not given.
         guidance: its scale.
         call: the pipeline's arguments that say the same.
+        width: in pixels.
+        frames: of the video.
         targets: names of the modules that get LoRA.
         patched: whether there are block ops for it.
         image: the prompts have first frames.
@@ -41,6 +42,7 @@ class Case:
     size: int
     guidance: float
     call: dict[str, Any]
+    width: int | None = None
     frames: int = 1
     patched: bool = True
     image: bool = False
@@ -75,6 +77,29 @@ CASES = {
         frames=5,
         image=True,
     ),
+    "sd3": Case(
+        "sd3",
+        "dance_sde",
+        16,
+        4.0,
+        {"guidance_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 12},
+    ),
+    "qwen_image": Case(
+        "qwen_image",
+        "dance_sde",
+        16,
+        4.0,
+        {"true_cfg_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 24},
+    ),
+    "wan": Case(
+        "wan",
+        "dance_sde",
+        16,
+        5.0,
+        {"guidance_scale": 5.0, "negative_prompt": [NEGATIVE] * 2, "num_frames": 5, "max_sequence_length": 12},
+        width=32,
+        frames=5,
+    ),
 }
 
 
@@ -102,7 +127,7 @@ def make_recipe(case: Case, base: Path, output: Path, **changes: Any) -> Recipe:
         names = set(settings.__dataclass_fields__)  # type: ignore[attr-defined]  # every settings class is a dataclass
         return defaults | {name: changes.pop(name) for name in list(changes) if name in names}
 
-    if changes.get("lora"):
+    if changes.pop("lora", False):
         changes["lora"] = LoraSettings(rank=2, alpha=6, target_modules=case.targets)
     model = fields(
         ModelSettings,
@@ -117,7 +142,7 @@ def make_recipe(case: Case, base: Path, output: Path, **changes: Any) -> Recipe:
         num_steps=STEPS,
         eta=0.5,
         height=case.size,
-        width=case.size,
+        width=case.width or case.size,
         frames=case.frames,
         guidance_scale=case.guidance,
         negative_prompt=NEGATIVE,

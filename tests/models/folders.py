@@ -1,4 +1,4 @@
-"""Tiny FLUX, Stable Diffusion, HunyuanVideo and SkyReels folders as their pipelines save them, weights drawn here."""
+"""Tiny FLUX, Stable Diffusion, HunyuanVideo and SkyReels folders as their pipelines save them; `BUILDERS`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from . import folders_more
 from .folders_more import LETTERS, clip_tokenizer, randomised, t5_encoder, t5_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
@@ -178,4 +179,5 @@ BUILDERS: dict[str, Callable[..., Path]] = {
     "stable_diffusion": save_stable_diffusion,
     "hunyuan_video": save_hunyuan_video,
     "skyreels_i2v": save_skyreels,
+    **folders_more.BUILDERS,
 }

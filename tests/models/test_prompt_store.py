@@ -72,6 +72,22 @@ def test_a_shard_holds_a_thousand_prompts(tmp_path: Path) -> None:
     assert found.flatten().tolist() == [1499.0, 0.0, 1000.0]
 
 
+def test_a_shard_of_large_rows_holds_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A row has 24 bytes of embeddings and 16 of the mask.
+    monkeypatch.setattr(prompt_store, "SHARD_BYTES", 119)
+    texts = [letter * n for n, letter in enumerate("abcde", start=1)]
+    calls: list[str] = []
+    PromptStore(tmp_path / "encoded", IDENTITY).encode(texts, recorded(calls))
+    every = {name: torch.cat([row(text)[name] for text in texts]) for name in row("a")}
+    PromptStore(tmp_path / "added", IDENTITY).add(texts, every)
+    for folder in ("encoded", "added"):
+        files = [path for path in (tmp_path / folder).glob("*.json") if path.stem != "identity"]
+        assert sorted(len(json.loads(path.read_text())) for path in files) == [1, 2, 2]
+        found = PromptStore(tmp_path / folder, IDENTITY).rows(texts, ["embeds", "mask"])
+        assert all(torch.equal(found[name], every[name]) for name in every)
+    assert calls == ["load", *texts]
+
+
 def test_a_crash_loses_the_shard_in_the_making_and_nothing_else(tmp_path: Path) -> None:
     store = PromptStore(tmp_path / "store", IDENTITY)
     store.add(["a"], row("a"))
@@ -106,8 +122,18 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     ]
     printed = [writer.communicate(timeout=120)[0].splitlines() for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
-    # The host's first process encodes, the second finds everything there.
-    assert printed == [["load", "x", "y", f"encoded 2 of 2 prompts into {tmp_path / 'store'}"], []]
+    folder = tmp_path / "store"
+
+    def said(texts: list[str], where: Path) -> list[str]:
+        return ["load", *texts, f"encoded {len(texts)} of {len(texts)} prompts into {where}"]
+
+    def refused(name: str) -> str:
+        return f"model.prompt_cache: got {folder}-{name}, want a folder that all processes share"
+
+    # Of three prompts, then of one, then of two in folders that they do not share.
+    first = [*said(["x"], folder), *said(["x"], Path(f"{folder}-0")), refused("0")]
+    second = [*said(["y", "z"], folder), *said(["w"], folder), *said(["y"], Path(f"{folder}-1")), refused("1")]
+    assert printed == [first, second]
     store = PromptStore(tmp_path / "store", IDENTITY)
     for number in range(20):
         texts = [f"{number} {name}" for name in ("both", "too", "0", "1")]

@@ -1,21 +1,26 @@
 """Frozen weights in fewer bits: bitsandbytes' on its CPU kernels, which diffusers lets nobody use, and float8."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from dancegrpo_fast.cli import load_recipe
 from dancegrpo_fast.config import ModelSettings
+from dancegrpo_fast.memory.blocks import compose
 from dancegrpo_fast.memory.phases import Case
 from dancegrpo_fast.memory.quantised import quantised
 from dancegrpo_fast.models import load_model
+from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.trainer import Trainer
 
 from ..train.tiny import LoraSettings, make_flux, make_recipe
 from . import checks_more as checks
+from .planned import least_gib, pieces
 
 KINDS = ("nf4", "int8", "fp8")
 LORA = LoraSettings(rank=2, alpha=2)
@@ -102,6 +107,32 @@ def test_a_row_does_not_depend_on_its_neighbours(flux: Path, tmp_path: Path, kin
     together = layer(rows)
     rows[0, 0] = 0.0
     assert torch.equal(layer(rows)[1:], together[1:])
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_the_recipe_for_a_small_card(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a tiny model in it, and a card that is as tight for that."""
+    file = Path(__file__).parents[2] / "recipes" / "flux_lora_hps_16gib.yaml"
+    recipe, _ = load_recipe([str(file)])
+    tiny = make_recipe(flux, tmp_path / "run", iterations=2, learning_rate=recipe.train.learning_rate)
+    model = replace(recipe.model, path=str(flux), prompt_cache=str(tmp_path / "cache"), memory_gib=1.0)
+    train = replace(tiny.train, micro_batch=1, offload=recipe.train.offload)
+    tiny = replace(tiny, model=model, train=train)
+    plain = replace(
+        tiny,
+        model=replace(model, checkpointing="none", block_ops="off", attention=None, vae_tiling="off"),
+        train=replace(train, offload=[]),
+        output_dir=str(tmp_path / "plain"),
+    )
+    Trainer(plain).run()
+    asked = pieces(tiny, cast(DiffusersModel, load_model(tiny, checks.CPU, [Prompt("red", {})])))
+    full = asked.training(compose(asked.replay, "full", host_inputs=True))
+    tight = least_gib(asked, max(phase.bytes for phase in full) + 1)
+    capsys.readouterr()
+    Trainer(replace(tiny, model=replace(model, memory_gib=tight))).run()
+    said = capsys.readouterr().out
+    assert "checkpointing" in said and "checkpointing none" not in said and "ratio dev 0.0e+00" in said
+    checks.assert_same_weights(tmp_path / "run", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -1,4 +1,4 @@
-"""Qwen-Image against its pipeline, with prompts of different lengths, and in training."""
+"""What Qwen-Image alone does: text as long as the run's longest prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_qwen_image(tmp_path_factory.mktemp("qwen") / "base")
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_the_ode_is_the_pipeline(base: Path, tmp_path: Path, guidance: float) -> None:
-    call = {"true_cfg_scale": guidance, "negative_prompt": ["a blurry photograph"] * 2}
-    checks.check_sample(base, tmp_path, call, guidance_scale=guidance, negative_prompt="a blurry photograph", **QWEN)
-
-
 def test_text_is_as_long_as_the_longest_prompt_of_the_run(base: Path, tmp_path: Path) -> None:
     recipe = make_recipe(base, tmp_path / "run", prompt_cache=str(tmp_path / "cache"), **QWEN)
     short, longer = Prompt("b", {}), Prompt("a red fox", {})
@@ -36,15 +30,3 @@ def test_text_is_as_long_as_the_longest_prompt_of_the_run(base: Path, tmp_path: 
     assert lengths == [used[1]] * 2 and used[1] - used[0] == len("a red fox") - len("b")
     alone = load_model(recipe, checks.CPU, [short]).encode([short])["prompt_embeds"]
     assert torch.equal(both.encode([short])["prompt_embeds"][:, : used[0]], alone)
-
-
-def test_training_has_ratio_one(base: Path, tmp_path: Path) -> None:
-    checks.check_training(base, tmp_path, guidance_scale=3.0, **QWEN)
-
-
-def test_resume_and_policies_change_no_bit(base: Path, tmp_path: Path) -> None:
-    checks.check_resume_and_policies(base, tmp_path, guidance_scale=3.0, **QWEN)
-
-
-def test_lora_comes_back(base: Path, tmp_path: Path) -> None:
-    checks.check_lora_round_trip(base, tmp_path / "run", **QWEN)

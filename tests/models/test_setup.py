@@ -8,13 +8,12 @@ import pytest
 
 from dancegrpo_fast.config import EvaluationSettings, Recipe, RewardSettings
 from dancegrpo_fast.memory.blocks import compose
-from dancegrpo_fast.memory.settings import GIB
 from dancegrpo_fast.models import load_model, setup
-from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.prompts import Prompt
 
 from ..train.tiny import make_flux, make_recipe, reward
 from . import checks_more as checks
+from .planned import least_gib, pieces
 
 # The planner keeps whole bytes of margins.
 SLACK = 64
@@ -37,22 +36,6 @@ def unchanged(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(flux: Path, folder: Path, **changes: Any) -> tuple[Recipe, Any]:
     recipe = make_recipe(flux, folder / "run", **changes)
     return recipe, load_model(recipe, checks.CPU, [Prompt("red", {})])
-
-
-def pieces(recipe: Recipe, model: DiffusersModel) -> Any:
-    """The planner's, for this recipe."""
-    given = replace(recipe, model=replace(recipe.model, memory_gib=1.0))
-    return setup._iteration(model, given, checks.CPU, text_tokens=3)
-
-
-def least_gib(iteration: Any, size: int) -> float:
-    """Of a device that holds so many bytes with its margins, a part of which grows with the device."""
-    margins = []
-    for gib in (1.0, 2.0):
-        iteration.settings = replace(iteration.settings, gpu_gib=gib)
-        margins.append(sum(iteration.margins().values()) / GIB)
-    growth = margins[1] - margins[0]
-    return (size / GIB + margins[0] - growth) / (1 - growth)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +144,6 @@ def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(setup, "_processes", lambda: (8, "full_shard"))
     shared = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (shared.samples, shared.fsdp, shared.strategy) == (2, 8, "full_shard")
-    # The average is in shards, gradients are whole until an update's last call.
-    assert [one.parameters for one in shared.others] == [parameters // 8, parameters]
+    # The average is in shards.
+    assert [one.parameters for one in shared.others] == [parameters // 8]
+    assert shared.gradient_sync == "update"

@@ -10,9 +10,7 @@ from dancegrpo_fast.rewards import RewardSet
 from dancegrpo_fast.rewards.aesthetic import Aesthetic
 
 from ..tolerances import assert_within_budget
-from .tiny_clip import as_pil, make_inputs, pillow_processor, save_clip
-
-WIDTHS = {0: (24, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+from .tiny_clip import SIZES, aesthetic_layers, affine_map, as_pil, make_inputs, pillow_processor, save_clip
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +20,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    layers = {f"layers.{i}.weight": torch.randn(b, a) / a**0.5 for i, (a, b) in WIDTHS.items()}
-    return layers | {f"layers.{i}.bias": torch.randn(b) for i, (_, b) in WIDTHS.items()}
+    return aesthetic_layers()
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +41,13 @@ def ratings(clip: Path, state: dict[str, torch.Tensor], frames: torch.Tensor, dt
     words = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         embeds = model(pixel_values=pixels.to(dtype), input_ids=words).image_embeds
-    matrix, offset = torch.eye(24, dtype=dtype), torch.zeros(24, dtype=dtype)
-    for i in WIDTHS:
-        weight = state[f"layers.{i}.weight"].to(dtype)
-        matrix, offset = weight @ matrix, weight @ offset + state[f"layers.{i}.bias"].to(dtype)
+    matrix, offset = affine_map(state, dtype)
     return (embeds @ matrix.T + offset).reshape(frames.shape[:2])
 
 
-def test_ratings(clip: Path, head: Path, state: dict[str, torch.Tensor]) -> None:
-    inputs = make_inputs(6, length=2)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_ratings(clip: Path, head: Path, state: dict[str, torch.Tensor], height: int, width: int) -> None:
+    inputs = make_inputs(6, length=2, height=height, width=width)
     truth, plain = (ratings(clip, state, inputs.frames, dtype).mean(1) for dtype in (torch.float64, torch.float32))
     found = RewardSet([RewardSettings("aesthetic", args={"path": str(clip), "head": str(head)})])(inputs)[0]
     assert_within_budget(found, truth, plain)

@@ -213,7 +213,7 @@ def test_masks_of_unlikely_queries_change_nothing(detector: Path, clip: Path, mo
         scorer._thresholds = least, least
         counts = [sum(label == one and confidence > least for label, confidence, _ in every) for one in (0, 1)]
         for name, count in zip(("cat", "dog"), counts, strict=True):
-            for wanted in (count, count + 1):
+            for wanted in (max(count, 1), count + 1):
                 meta = {"tag": "x", "include": [{"class": name, "count": wanted}]}
                 assert scorer(replace(inputs, meta=[meta])).item() == float(wanted == count)
     assert 0 < min(enlarged) < len(masks)
@@ -236,8 +236,22 @@ def test_through_the_real_classes(scorer: GenEval) -> None:
     scores = scorer(replace(inputs, meta=[wanted, absent, wanted]))
     assert scores.dtype == torch.float32
     assert scores.tolist() == [1.0, 0.0, 1.0]
-    one = replace(inputs, frames=inputs.frames[2:], prompts=inputs.prompts[2:], meta=[wanted], group=inputs.group[2:])
-    assert scorer(one).tolist() == [1.0]
+
+
+def test_a_sample_alone_and_among_others(scorer: GenEval) -> None:
+    """Each image with every colour, of which another one is right: scores are each image's own."""
+    frames = make_inputs(8).frames[[0, 1, 5]]
+    metas = [{"tag": "colors", "include": [{"class": "cat", "count": 1, "color": color}]} for color in COLORS]
+    samples = [(image, meta) for meta in metas for image in range(3)]
+
+    def scores(part: list[tuple[int, Any]]) -> list[float]:
+        given = make_inputs(len(part), frames=frames[[image for image, _ in part]], meta=[meta for _, meta in part])
+        return scorer(given).tolist()
+
+    together = scores(samples)
+    assert together == [score for sample in samples for score in scores([sample])]
+    assert [sum(together[image::3]) for image in range(3)] == [1.0] * 3
+    assert len({together[image::3].index(1.0) for image in range(3)}) == 3
 
 
 def test_color_is_clips_choice_on_the_masked_crop(scorer: GenEval) -> None:

@@ -10,12 +10,12 @@ from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.rewards.ocr import _AT_A_TIME, OcrExact, OcrReader, OcrReward
 
 
-def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160) -> Tensor:
-    """Dark text at (x, y) on a light ground, float32 [3, H, W]."""
+def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160, font: int = 28) -> Tensor:
+    """Dark text of `font` pixels at (x, y) on a light ground, float32 [3, H, W]."""
     image = Image.new("RGB", (width, height), (205, 220, 240))
     draw = ImageDraw.Draw(image)
     for x, y, text in texts:
-        draw.text((x, y), text, fill=(25, 20, 60), font=ImageFont.load_default(28))
+        draw.text((x, y), text, fill=(25, 20, 60), font=ImageFont.load_default(font))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -40,6 +40,26 @@ def test_detection_finds_what_one_line_cannot_hold() -> None:
     prompt = 'a sign that says "open until noon"'
     assert OcrExact(detect=True)(inputs(frames, prompt)).tolist() == [1.0]
     assert OcrExact()(inputs(frames, prompt)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "font", "detect"),
+    [
+        (32, 130, 20, False),
+        (48, 190, 28, False),
+        (120, 420, 70, False),
+        (96, 200, 24, True),
+        (360, 640, 80, True),
+    ],
+)
+def test_images_of_any_size(height: int, width: int, font: int, detect: bool) -> None:
+    place = (20, height // 3) if detect else (font // 4, font // 4)
+    frames = torch.stack(
+        [picture((*place, text), height=height, width=width, font=font) for text in ("harbour", "fish")]
+    )
+    given = inputs(frames[:, None], 'a sign that says "harbour"', 'a sign that says "dish"')
+    assert OcrExact(detect=detect)(given).tolist() == [1.0, 0.0]
+    assert OcrReward(detect=detect)(given).tolist() == [1.0, 0.75]
 
 
 def line(text: str) -> Tensor:

@@ -1,5 +1,6 @@
 """VideoAlign against transformers and peft on the same random weights."""
 
+import functools
 import gc
 import hashlib
 import json
@@ -28,7 +29,7 @@ from dancegrpo_fast.rewards.videoalign import (
     VideoReward,
 )
 
-from ..tolerances import assert_as_printed, assert_within_budget
+from ..tolerances import assert_as_printed, assert_same_cosines, assert_within_budget
 from .tiny_videoreward import LORA_TARGETS, make_base, trained_model, videos, write_checkpoint, write_config
 
 DIMENSIONS = (VideoQuality, MotionQuality, TextAlignment)
@@ -87,18 +88,48 @@ def z_scores(raw: Tensor) -> Tensor:
     return (raw - torch.tensor([1.0, -1.0, 0.25]).double()) / torch.tensor([2.0, 0.5, 4.0]).double()
 
 
+# Height and width: enlarged, upright, and larger than the model takes.
+SIZES = [(30, 44), (200, 120), (480, 700)]
+
+
 @pytest.fixture(scope="module")
-def truth(base: Path) -> Tensor:
-    return z_scores(reference(base, videos(*PROMPTS), FRAMES, torch.float64))
+def truth(base: Path) -> Callable[[int, int], Tensor]:
+    return functools.cache(
+        lambda height, width: z_scores(
+            reference(base, videos(*PROMPTS, height=height, width=width), FRAMES, torch.float64)
+        )
+    )
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [("float32", 1), ("float32", 2), ("bfloat16", 2)])
-def test_scores(base: Path, checkpoint: Path, truth: Tensor, dtype: Any, batch: int) -> None:
+def scores(base: Path, checkpoint: Path, inputs: RewardInput, batch: int, dtype: Any) -> Tensor:
+    """z-scores, float32 [N, 3]."""
+    return torch.stack([kind(str(checkpoint), str(base), batch, dtype)(inputs) for kind in DIMENSIONS], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "size"),
+    [*(("float32", batch, size) for batch, size in zip((1, 2, 2), SIZES, strict=True)), ("bfloat16", 2, SIZES[0])],
+)
+def test_scores(
+    base: Path,
+    checkpoint: Path,
+    truth: Callable[[int, int], Tensor],
+    dtype: str,
+    batch: int,
+    size: tuple[int, int],
+) -> None:
     """Padded or alone, a video scores what transformers and peft say of it alone."""
-    inputs = videos(*PROMPTS)
+    inputs = videos(*PROMPTS, height=size[0], width=size[1])
     plain = z_scores(reference(base, inputs, FRAMES, getattr(torch, dtype)))
-    actual = [kind(str(checkpoint), str(base), batch, dtype)(inputs) for kind in DIMENSIONS]
-    assert_within_budget(torch.stack(actual, dim=1), truth, plain.float())
+    assert_within_budget(scores(base, checkpoint, inputs, batch, dtype), truth(*size), plain.float())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision(base: Path, checkpoint: Path, truth: Callable[[int, int], Tensor], dtype: str) -> None:
+    inputs = videos(*PROMPTS, height=200, width=120)
+    found, wanted = scores(base, checkpoint, inputs, 2, dtype), truth(200, 120)
+    assert_same_cosines(found, wanted, getattr(torch, dtype), float(wanted.abs().max()))
+    assert not torch.equal(found, scores(base, checkpoint, inputs, 2, "float32"))
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "adapter-old"])

@@ -11,6 +11,8 @@ from dancegrpo_fast.rewards import RewardInput
 HEADS = 16
 IMAGE_SIZE = 28
 CONTEXT = 20
+# Height and width of images: larger, as large and smaller than the tower's, upright and lying.
+SIZES = [(37, 45), (28, 28), (90, 61), (17, 30)]
 PROMPTS = ("a red bird", "two blue cats", "Ein Vogel & ein Fisch", "a red bird")
 _MERGES = ("r e", "re d</w>", "b i", "bi r", "bir d</w>", "c a", "ca t", "cat s</w>")
 
@@ -58,6 +60,25 @@ def save_clip(folder: Path, seed: int = 0, image_size: int = IMAGE_SIZE) -> Path
     stir(model)
     model.save_pretrained(folder)
     return folder
+
+
+AESTHETIC_WIDTHS = {0: (24, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+
+
+def aesthetic_layers() -> dict[str, torch.Tensor]:
+    """Random layers of the aesthetic predictor, named as published."""
+    torch.manual_seed(0)
+    layers = {f"layers.{i}.weight": torch.randn(b, a) / a**0.5 for i, (a, b) in AESTHETIC_WIDTHS.items()}
+    return layers | {f"layers.{i}.bias": torch.randn(b) for i, (_, b) in AESTHETIC_WIDTHS.items()}
+
+
+def affine_map(layers: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The five layers as one, matrix [1, 24] and offset [1]."""
+    matrix, offset = torch.eye(24, dtype=dtype), torch.zeros(24, dtype=dtype)
+    for i in AESTHETIC_WIDTHS:
+        weight = layers[f"layers.{i}.weight"].to(dtype)
+        matrix, offset = weight @ matrix, weight @ offset + layers[f"layers.{i}.bias"].to(dtype)
+    return matrix, offset
 
 
 @torch.no_grad()

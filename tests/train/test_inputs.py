@@ -1,14 +1,22 @@
 """Prompt files, recipes, rewards: what comes in, and the errors that name it."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dancegrpo_fast.cli import load_recipe, main
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.config import EvaluationSettings, RewardSettings
+from dancegrpo_fast.evaluate import evaluate
 from dancegrpo_fast.prompts import load_prompts, prompts_of_iteration
-from dancegrpo_fast.rewards import RewardSet, build_reward
+from dancegrpo_fast.rewards import RewardInput, RewardSet, build_reward
+from dancegrpo_fast.trainer import Trainer
+
+from .tiny import make_recipe, reward
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -30,6 +38,12 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "a.parquet")[0].meta["tag"] == "t"
 
 
+def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "one\u2028two"}\r\n{"prompt": "three"}'.encode())
+    assert [p.text for p in load_prompts(path)] == ["one\u2028two", "three"]
+
+
 def test_prompt_folders(tmp_path: Path) -> None:
     write(tmp_path / "train.txt", "one\n")
     write(tmp_path / "test.txt", "two\n")
@@ -49,12 +63,14 @@ def test_prompt_folders(tmp_path: Path) -> None:
         ("b.jsonl", "[1]", "line 1 is list"),
         ("c.jsonl", '{"text": "x"}', "row 1 has"),
         ("d.jsonl", '{"prompt": ""}', "row 1 has"),
+        ("latin.txt", "caf\udce9", "latin.txt, want UTF-8"),
+        ("a.parquet", "PAR1", "a.parquet, want a parquet file that can be read"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     path = tmp_path / name
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=rf"prompts: .*{message}"):
         load_prompts(path)
 
@@ -97,6 +113,12 @@ def test_overrides() -> None:
         ("--train.offload", "[disk]", "offload"),
         ("--train.updates_per_rollout", "500", "updates_per_rollout"),
         ("--rewards", "[]", "rewards"),
+        ("--rewards", "[{name: ocr, weight: 0}]", "^rewards.weight: got 0.0, want a number other than 0$"),
+        ("--train.clip_range", "0", "^train.clip_range: got 0.0, want more than 0$"),
+        # Without the list of what was tried, and all that was given.
+        ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
+        ("--evaluation.nothing", "1", "^recipe: [^ ]*digits.yaml: [^\n]*Option 'nothing' is not accepted$"),
+        ("--model.lora.rank", "0", "^model.lora.rank: got 0, want more than 0$"),
     ],
 )
 def test_bad_overrides(option: str, value: str, message: str) -> None:
@@ -107,10 +129,81 @@ def test_bad_overrides(option: str, value: str, message: str) -> None:
 def test_cli_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml, which does not exist" in capsys.readouterr().err
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    assert main(["train", str(tmp_path / "latin.yaml")]) == 1
+    assert "recipe: got" in (said := capsys.readouterr().err) and "latin.yaml, want UTF-8" in said
     assert main(["fly"]) == 2
     assert main([]) == 2
     assert main(["info"]) == 0
     assert "cpu        available" in capsys.readouterr().out
+
+
+class Faulty:
+    """Not a matter of its arguments."""
+
+    def __init__(self) -> None:
+        raise TypeError("a bug of its own")
+
+
+def test_a_reward_that_raises_shows_where(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "faulty_reward.py").write_text("def score(inputs):\n    return inputs.meta[0]['no']\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+name: tiny
+model: {{family: flux, path: {flux}}}
+sampler: {{kind: dance_sde, num_steps: 3, eta: 0.3, height: 16, width: 16}}
+prompts: {write(tmp_path / "prompts.txt", "red")}
+rewards: [{{name: "faulty_reward:score"}}]
+train: {{iterations: 1, prompts_per_iteration: 1, group_size: 2, micro_batch: 2}}
+output_dir: {tmp_path / "run"}
+threads: 1
+"""
+    )
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "faulty_reward.py\", line 2, in score\n    return inputs.meta[0]['no']\n" in said
+    assert said.endswith("dancegrpo-fast train: reward \"faulty_reward:score\" failed: KeyError: 'no'\n")
+
+
+def test_no_noise_is_named(flux: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"kind": "ode"}, 'sampler.kind: got "ode", want one with noise'),
+        ({"eta": 0.0}, "sampler.eta: got 0, want more than 0"),
+        ({"window": [3]}, r"sampler.window: got \[3\], want at least one step with noise before the last"),
+        ({"timestep_fraction": 0.1}, "train.timestep_fraction: got 0.1 of 3 stochastic steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(make_recipe(flux, tmp_path / "run", **changes))
+
+
+class Picky:
+    """Wants a colour of every prompt."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        raise AssertionError("nothing should be sampled")
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        for prompt, columns in zip(prompts, meta, strict=True):
+            if columns.get("colour") != prompt:
+                raise ValueError(f"prompts: got {prompt!r} without a colour")
+
+
+def test_prompts_that_a_reward_cannot_score_stop_the_run_at_once(flux: Path, tmp_path: Path) -> None:
+    picky = RewardSettings(f"{__name__}:Picky")
+    Trainer(recipe := make_recipe(flux, tmp_path / "run", rewards=[picky]))
+    evaluation = EvaluationSettings(rewards=[picky], prompts=str(write(tmp_path / "test.txt", "red\n")))
+    message = rf'rewards: "{__name__}:Picky" cannot score all prompts: prompts: got \'(red|blue)\' without'
+    with pytest.raises(ValueError, match=message):
+        Trainer(replace(recipe, rewards=[reward("Brightness")], evaluation=evaluation))
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(recipe, evaluation=evaluation), None, tmp_path / "scores")
+    prompts = Path(recipe.prompts)
+    prompts.write_text(prompts.read_text().replace('"colour": "blue"', '"colour": "red"'))
+    with pytest.raises(ValueError, match=message):
+        Trainer(recipe)
 
 
 def test_rewards_by_name() -> None:
@@ -120,5 +213,7 @@ def test_rewards_by_name() -> None:
         build_reward(RewardSettings("no.such.module:Thing"))
     with pytest.raises(ValueError, match="does not take"):
         build_reward(RewardSettings("digit_judge", args={"colour": 1}))
+    with pytest.raises(TypeError, match="a bug of its own"):
+        build_reward(RewardSettings(f"{__name__}:Faulty"))
     with pytest.raises(ValueError, match="each one once"):
         RewardSet([RewardSettings("ocr", args={}), RewardSettings("ocr", args={})])

@@ -1,6 +1,7 @@
 """Two gloo processes, DDP and FSDP2, through the one trainer: the samples, updates and files of one process."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from dancegrpo_fast import checkpoint
 from dancegrpo_fast.parallel import Processes, share
 from dancegrpo_fast.trainer import Trainer
 
+from ..models import cases, folders
 from ..tolerances import REORDERED_SUMS, assert_same_training
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
@@ -21,6 +23,10 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 
+SMALL: dict[str, Any] = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "iterations": 1}
+# Both are guided by the second half of every call; the latter's prompts have pictures.
+UNET: dict[str, Any] = SMALL | {"family": "stable_diffusion", "guidance_scale": 5.0}
+SKYREELS: dict[str, Any] = SMALL | {"family": "skyreels_i2v"}
 SETTINGS: dict[str, dict[str, Any]] = {
     # Whole prompts on each process.
     "even": {
@@ -41,25 +47,56 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # A reference model of its own, and gradients that are reduced in every call.
     "kl": {"prompts_per_iteration": 2, "kl_weight": 0.1, "gradient_sync": "call"},
+    "unet": UNET,
+    "unet-lora": UNET | {"lora": LoraSettings(rank=2, alpha=2)},
+    "first_frames": SKYREELS,
+    "first_frames-lora": SKYREELS | {"lora": True},
 }
 BF16: dict[str, Any] = {"prompts_per_iteration": 2, "mixed_precision": "bf16", "iterations": 1}
+# What the recipes for several GPUs have, and an average.
+RECIPE: dict[str, Any] = {
+    "mixed_precision": "bf16",
+    "gradient_sync": "call",
+    "ema_decay": 0.5,
+    "checkpointing": "auto",
+    "memory_gib": 4.0,
+    "attention": "auto",
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "unet-recipe": UNET | RECIPE,
+    "first_frames-recipe": SKYREELS | RECIPE | {"block_ops": "lossless"},
+}
 
 
-def recipe(base: Path, output: Path, **changes: Any) -> Any:
-    return make_recipe(base, output, **{"micro_batch": 2} | changes)
+def recipe(bases: dict[str, Path], output: Path, family: str = "flux", **changes: Any) -> Any:
+    if family != "skyreels_i2v":
+        return make_recipe(bases[family], output, **{"micro_batch": 2} | changes)
+    # Its prompts have pictures beside them.
+    made = cases.make_recipe(
+        cases.CASES[family], bases[family], output.parent / "pictures" / output.name, **{"micro_batch": 2} | changes
+    )
+    made.output_dir = str(output)
+    return made
 
 
 @pytest.fixture(scope="module")
-def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bases(flux: Path, diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the families."""
+    skyreels = folders.save_skyreels(tmp_path_factory.mktemp("skyreels") / "base")
+    return {"flux": flux, "stable_diffusion": diffusion, "skyreels_i2v": skyreels}
+
+
+@pytest.fixture(scope="module")
+def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    cases: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
 
     def add(name: str, sharded: bool, resume: str | None = None, **changes: Any) -> None:
-        made = recipe(flux, folder / name, **changes).as_dict()
+        made = recipe(bases, folder / name, **changes).as_dict()
         for one in (*made["rewards"], *(made["evaluation"] or {"rewards": []})["rewards"]):
             one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
-        cases[name] = {"sharded": sharded, "recipe": made, "resume": resume}
+        whole[name] = {"sharded": sharded, "recipe": made, "resume": resume}
 
     for kind, sharded in (("ddp", False), ("fsdp", True)):
         for name, changes in SETTINGS.items():
@@ -68,28 +105,30 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-bf16", True, **BF16)
-    (folder / "cases.json").write_text(json.dumps(cases))
+    for name, changes in RECIPES.items():
+        add(f"fsdp-{name}", True, **changes)
+    (folder / "cases.json").write_text(json.dumps(whole))
     command = [sys.executable, str(WORKER)]
     workers = []
     for rank in range(WORLD):
         # Into files: a full pipe would stop a process that the other one waits for.
         with (folder / f"errors.{rank}").open("w") as errors:
             workers.append(subprocess.Popen([*command, str(rank), str(folder)], stderr=errors, stdout=errors))
-    codes = [worker.wait(timeout=300) for worker in workers]
+    codes = [worker.wait(timeout=600) for worker in workers]
     assert codes == [0] * WORLD, [(folder / f"errors.{rank}").read_text()[-3000:] for rank in range(WORLD)]
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(
-    flux: Path, tmp_path_factory: pytest.TempPathFactory
+    bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, Any], dict[str, Any]]]:
     """Where one process ran each of the settings, its weights before and after."""
     from accelerate.state import AcceleratorState
 
     folder, found = tmp_path_factory.mktemp("alone"), {}
     for name, changes in SETTINGS.items():
-        trainer = Trainer(recipe(flux, folder / name, **changes))
+        trainer = Trainer(recipe(bases, folder / name, **changes))
         before = {key: p.detach().clone() for p, key in trainer.names.items()}
         trainer.run()
         found[name] = folder / name, before, {key: p.detach().clone() for p, key in trainer.names.items()}
@@ -137,9 +176,22 @@ def test_two_processes_train_as_one(runs: Path, alone: dict[str, Any], kind: str
             assert one[key] == pytest.approx(two[key], rel=REORDERED_SUMS)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_settings_of_other_families(runs: Path, name: str) -> None:
+    one, two = seen(runs, f"fsdp-{name}")
+    assert_same_bits(one["weights"], two["weights"])
+    (row,) = rows(runs / f"fsdp-{name}")
+    assert row["ratio_first_update_max_dev"] == 0.0
+    assert math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0.0
+    kept = newest(runs / f"fsdp-{name}")
+    assert kept["model"].keys() == kept["ema"].keys()
+    assert any(not torch.equal(kept["ema"][key], value) for key, value in kept["model"].items())
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_are_reduced_once_per_update(runs: Path, kind: str) -> None:
-    for name, updates in (("even", 4), ("uneven", 1), ("lonely", 2), ("lora", 2)):
+    others = [(name, 1) for name in SETTINGS if name.startswith(("unet", "first_frames"))]
+    for name, updates in (("even", 4), ("uneven", 1), ("lonely", 2), ("lora", 2), *others):
         assert [rank["reductions"] for rank in seen(runs, f"{kind}-{name}")] == [updates] * WORLD
     # Two processes with the same number of calls of full micro-batches; each of them is reduced.
     (one, two), calls = seen(runs, f"{kind}-kl"), rows(runs / f"{kind}-kl")
@@ -185,9 +237,11 @@ def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Path, kind: str, tmp_path: Path) -> None:
+def test_another_number_of_processes_resumes_with_a_warning(
+    bases: dict[str, Path], runs: Path, kind: str, tmp_path: Path
+) -> None:
     folder = runs / f"{kind}-even" / "checkpoints" / "000001"
-    made = recipe(flux, tmp_path / "run", **SETTINGS["even"])
+    made = recipe(bases, tmp_path / "run", **SETTINGS["even"])
     made.prompts = json.loads((runs / "cases.json").read_text())[f"{kind}-even"]["recipe"]["prompts"]
     for one in (*made.rewards, *made.evaluation.rewards):
         one.name = "tests.train.tiny:" + one.name.rpartition(":")[2]

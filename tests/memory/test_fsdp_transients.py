@@ -1,0 +1,38 @@
+"""What FSDP2 really has on a rank, and what the planner says of it: tiny real models in a group of fake ranks."""
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from bench.memory.families import RANK
+from bench.memory.fsdp import PHASES, Row, Setting, markdown, rows
+
+from ..tolerances import PREDICTED_BYTES
+
+WHERE = {name: name for name in ("torch", "diffusers", "git", "date")}
+MASTERS = "fp32_master"
+CASES = {
+    "HunyuanVideo": (Setting(dtype=MASTERS, gradient_sync="update", replica=True),),
+    "FLUX": (Setting(policy="none", strategy="shard_grad_op"), Setting(lora=RANK)),
+}
+
+
+def of_family(name: str) -> list[Row]:
+    found = list(rows(name, WHERE, CASES[name]))
+    assert len(found) == len(CASES[name]) and markdown(found).count(f"| {name} |") == len(found)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_fully_shard_has_is_planned(name: str) -> None:
+    for row in of_family(name):
+        for phase in PHASES:
+            planned, measured = row[f"planned_{phase}"], row[f"measured_{phase}"]
+            assert planned == pytest.approx(measured, rel=PREDICTED_BYTES), (row, phase)
+
+
+def test_a_unets_plan_is_an_upper_bound() -> None:
+    [row] = rows("SD UNet", WHERE, [Setting(dtype=MASTERS)])
+    for phase in PHASES:
+        assert row[f"planned_{phase}"] >= row[f"measured_{phase}"], phase
