@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Recipe
-from .models.prompt_store import _fingerprint
+from .models.prompt_store import fingerprint
 from .prompts import Prompt
 
 # Fields that change no result, each for the reason beside it.
@@ -99,7 +99,7 @@ def model_identity(model: Any) -> dict[str, Any]:
         if file.suffix in (".json", ".safetensors", ".bin"):
             files[f"{model.denoiser_part}/{file.name}"] = file
     return {
-        "files": {name: _fingerprint(file) for name, file in files.items() if file.is_file()},
+        "files": {name: fingerprint(file) for name, file in files.items() if file.is_file()},
         "vae_in_tiles": bool(getattr(model.vae, "use_tiling", False)),
     }
 

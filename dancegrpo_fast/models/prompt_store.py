@@ -31,7 +31,7 @@ Identity = Mapping[str, Any]
 EncodeOne = Callable[[str], Mapping[str, Tensor]]
 
 
-def _fingerprint(file: Path) -> str:
+def fingerprint(file: Path) -> str:
     """Of a small file's bytes; of a large file's size and evenly spaced pieces, since hashing 10 GB takes a minute."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -68,7 +68,7 @@ def text_identity(
         "dtype": str(dtype).removeprefix("torch."),
         "stored": str(stored).removeprefix("torch."),
         "max_text_tokens": max_text_tokens,
-        "files": {file.relative_to(folder).as_posix(): _fingerprint(file) for file in files},
+        "files": {file.relative_to(folder).as_posix(): fingerprint(file) for file in files},
     }
 
 
