@@ -89,9 +89,9 @@ def _policies(plan: Plan, host: bool, thorough: bool) -> Iterator[Knob]:
 
 
 def _labels(kinds: Sequence[Kind]) -> list[str]:
-    """What the blocks of each kind are called."""
-    if len(kinds) == 1:
-        return ["blocks"]
+    """What the blocks of each kind are called; a UNet has no kinds."""
+    if len(kinds) < 2:
+        return ["blocks"] * len(kinds)
     single = any(kind.path.startswith("single") for kind in kinds)
     names = ("double blocks", "single blocks") if single else ("blocks of dual attention", "blocks of plain attention")
     return list(names)

@@ -192,6 +192,13 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert ops == printed(ops.text, plan(advised.settings.changed(block_ops="lossless"), advise=False), advised)
 
 
+@pytest.mark.parametrize("model", ["sd14", "sd35-medium"])
+def test_advice_for_models_of_no_and_two_kinds_of_blocks(model: str) -> None:
+    advised = plan(Settings(model, height=256, width=256, attention="flash", policy="none", gpu_gib=40.0))
+    assert any(advice.text.startswith("policy full") for advice in advised.advice)
+    assert any("blocks" in advice.text for advice in advised.advice) == (model != "sd14")
+
+
 def test_advice_on_parts_of_the_blocks(flux: Plan) -> None:
     """Between full and no checkpointing there is room for some blocks."""
     none = plan(flux.settings.changed(policy="none"), advise=False)
