@@ -39,7 +39,7 @@ demo: install
 	$(BIN)/dancegrpo-fast train recipes/digits.yaml --resume auto
 
 test: install lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

@@ -242,9 +242,9 @@ def test_large_files_are_told_apart_by_any_of_their_pieces(tmp_path: Path, monke
         if changed is not None:
             data[changed] = 1
         file.write_bytes(data)
-        found.add(prompt_store._fingerprint(file))
+        found.add(prompt_store.fingerprint(file))
     file.write_bytes(bytes(5001))
-    found.add(prompt_store._fingerprint(file))
+    found.add(prompt_store.fingerprint(file))
     assert len(found) == 5
 
 
