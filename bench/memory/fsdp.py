@@ -62,16 +62,9 @@ class ShardLedger(Ledger):
         """The peak is what is there now."""
         self.peak, _ = self.live()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._inside:
-            return func(*args, **(kwargs or {}))
-        self._inside = True
-        out = func(*args, **(kwargs or {}))
-        self._inside = False
-        self._add((args, kwargs, out))
+    def _observe(self, *, new: bool) -> None:
         # Also without a new storage: one may have been filled again.
         self.peak = max(self.peak, self.live()[0])
-        return out
 
 
 @contextlib.contextmanager

@@ -88,10 +88,14 @@ class Ledger(TorchDispatchMode):
         self._inside = True
         out = func(*args, **(kwargs or {}))
         self._inside = False
-        if self._add((args, kwargs, out)):
+        self._observe(new=self._add((args, kwargs, out)))
+        return out
+
+    def _observe(self, *, new: bool) -> None:
+        """After an operator, which may have brought new storages."""
+        if new:
             total, device = self.live()
             self.peak, self.device_peak = max(self.peak, total), max(self.device_peak, device)
-        return out
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -120,8 +120,9 @@ def _peak(blocks: Blocks, train: bool = True) -> float:
 def _chosen(case: Case) -> tuple[Picked, int]:
     """What `auto` takes where half of what full checkpointing saves is there, and the bytes that it is given."""
     limit = round((_peak(compose(case, "none")) + _peak(compose(case, "full"))) / 2)
-    sizes = {"frames": case.frames, "height": case.height, "width": case.width, "text_tokens": case.text_tokens}
-    asked = Settings(case.spec, group_size=case.rows, micro_batch=case.rows, **sizes)  # type: ignore[arg-type]
+    asked = Settings(
+        case.spec, case.frames, case.height, case.width, case.rows, micro_batch=case.rows, text_tokens=case.text_tokens
+    )
 
     def takes(blocks: Blocks) -> float:
         moved = 2 * blocks.host_bytes() / (asked.rates.pcie_gb_s * 1e9)
