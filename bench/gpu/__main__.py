@@ -75,7 +75,7 @@ def main() -> None:
     build = REPOSITORY / "build"
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else build / "gpu-gate-out"
     out.mkdir(parents=True, exist_ok=True)
-    rows = out / f"gpu-{name}-{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}.jsonl"
+    rows = out / f"gpu-{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.jsonl"
     log = out / "gpu-gate.log"
     log.write_text("")
     build.mkdir(exist_ok=True)

@@ -108,7 +108,7 @@ def save_shared(ctx: Any, shared: tuple[Any, ...], *more: Tensor | None) -> None
 def saved_shared(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     """What `save_shared` kept: the shared arguments, and the further tensors."""
     shared, saved = list(ctx.settings), ctx.saved_tensors
-    for i, value in zip(ctx.tensors, saved, strict=False):
+    for i, value in zip(ctx.tensors, saved[: len(ctx.tensors)], strict=True):
         shared[i] = value
     return shared, saved[len(ctx.tensors) :]
 
