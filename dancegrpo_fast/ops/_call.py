@@ -132,6 +132,19 @@ def split(arguments: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
     return call, arguments[count:]
 
 
+def brief(result: Any) -> str:
+    """A named tuple of tensors by dtypes and shapes: a GPU would have to be waited for to show numbers."""
+
+    def of(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{where}"
+
+    fields = ", ".join(f"{name}={of(value)}" for name, value in result._asdict().items())
+    return f"{type(result).__name__}({fields})"
+
+
 def empty_gradients(model_output: Tensor, uncond_output: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the gradients of both outputs; without guidance the second is empty."""
     empty = table.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)

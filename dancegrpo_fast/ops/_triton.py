@@ -45,7 +45,7 @@ def needs_wide(numel: int) -> bool:
 
 def signed_words(seed: int) -> tuple[int, int]:
     """The seed's two words as int32, so that no value of it changes an argument's type."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
 
 

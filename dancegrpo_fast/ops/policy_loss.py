@@ -14,12 +14,13 @@ from ._call import (
     GradientTerms,
     LossOutputs,
     Objective,
+    brief,
     empty_gradients,
     gradients_fake,
     implementation,
     split,
 )
-from ._checks import check_like, check_per_sample
+from ._checks import check_optional, check_per_sample
 from .transition import check_scoring, library, save_shared, saved_shared, shared_gradients
 
 _PT2 = (torch.Tag.pt2_compliant_tag,)
@@ -52,6 +53,9 @@ class PolicyMetrics(NamedTuple):
     reference_kl: Tensor
     policy_loss: Tensor
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 class PolicyLoss(NamedTuple):
     """Result of `policy_loss`; only `loss` is differentiable."""
@@ -61,6 +65,9 @@ class PolicyLoss(NamedTuple):
     ratio: Tensor
     metrics: PolicyMetrics
     has_grad: Tensor
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def _loss_impl(*arguments: Any) -> LossOutputs:
@@ -182,8 +189,8 @@ def policy_loss(
     floats = (torch.float32, torch.float64)
     check_per_sample("old_log_prob", old_log_prob, latents, floats)
     check_per_sample("advantages", advantages, latents, floats)
-    check_like("reference_output", reference_output, latents)
-    check_like("old_output", old_output, latents)
+    check_optional("reference_output", reference_output, latents)
+    check_optional("old_output", old_output, latents)
     if not math.isfinite(kl_weight):
         raise ValueError(f"kl_weight: got {kl_weight}, want a finite number")
     if _non_negative("kl_weight", kl_weight) > 0 and reference_output is None:

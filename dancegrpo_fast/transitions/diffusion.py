@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ._arguments import as_float64, check_level
+from ..checks import SMALLEST, as_column, check_choice, check_level, check_number
 from .table import TransitionTable
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -34,31 +34,31 @@ def _diffusion_schedule(
     previous_timesteps: Tensor | Sequence[int] | None,
     final_alpha_cumprod: float,
 ) -> _DiffusionSchedule:
-    alphas = as_float64("alphas_cumprod", alphas_cumprod)
+    check_choice("prediction_type", prediction_type, get_args(PredictionType))
+    alphas = as_column("alphas_cumprod", alphas_cumprod)
     if bool((alphas <= 0).any()) or bool((alphas >= 1).any()):
         raise ValueError("alphas_cumprod: want values strictly between 0 and 1")
-    times = as_float64("timesteps", timesteps)
+    times = as_column("timesteps", timesteps)
     if not torch.equal(times, times.round()):
         raise ValueError(f"timesteps: got {times.tolist()}, want whole numbers")
     times = times.to(torch.int64)
-    if times.ndim != 1 or len(times) == 0:
+    if len(times) == 0:
         raise ValueError(f"timesteps: got shape {tuple(times.shape)}, want one dimension of at least one step")
     if bool((times < 0).any()) or bool((times >= len(alphas)).any()):
         raise ValueError(f"timesteps: got {times.tolist()}, want 0 to {len(alphas) - 1}")
     if previous_timesteps is None:
         previous = torch.cat([times[1:], torch.tensor([-1])])
     else:
-        previous = torch.as_tensor(previous_timesteps, device="cpu").to(torch.int64)
+        previous = as_column("previous_timesteps", previous_timesteps).to(torch.int64)
     if previous.shape != times.shape:
         raise ValueError(f"previous_timesteps: got {tuple(previous.shape)}, want {tuple(times.shape)}")
     if not bool((previous < times).all()):
         if previous_timesteps is None:
             raise ValueError(f"timesteps: got {times.tolist()}, want strictly decreasing values")
         raise ValueError(f"previous_timesteps: got {previous.tolist()}, want each below {times.tolist()}")
-    if not (0.0 < final_alpha_cumprod <= 1.0):
-        raise ValueError(f"final_alpha_cumprod: got {final_alpha_cumprod}, want a number in (0, 1]")
+    final_alpha_cumprod = check_number("final_alpha_cumprod", final_alpha_cumprod, SMALLEST, 1.0, "a number in (0, 1]")
     here = alphas[times]
-    after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], float(final_alpha_cumprod))
+    after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final_alpha_cumprod)
     if not bool((after >= here).all()):
         raise ValueError("alphas_cumprod: want a decreasing sequence, so that no step loses signal")
     signal, noise = here.sqrt(), (1.0 - here).sqrt()
@@ -67,10 +67,8 @@ def _diffusion_schedule(
         p, q, r, w = 1.0 / signal, -noise / signal, zero, one
     elif prediction_type == "v_prediction":
         p, q, r, w = signal, -noise, noise, signal
-    elif prediction_type == "sample":
-        p, q, r, w = zero, one, 1.0 / noise, -signal / noise
     else:
-        raise ValueError(f'prediction_type: got "{prediction_type}", want "epsilon", "v_prediction" or "sample"')
+        p, q, r, w = zero, one, 1.0 / noise, -signal / noise
     return _DiffusionSchedule(here, after, p, q, r, w, times.to(torch.float64))
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import as_float64, check_level
+from ..checks import SMALLEST, as_column, check_int, check_level, check_number
 from .table import TransitionTable
 
 
 def _check_sigmas(sigmas: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-    column = as_float64("sigmas", sigmas)
+    column = as_column("sigmas", sigmas)
     if len(column) < 2:
         raise ValueError(f"sigmas: got {len(column)} values, want at least 2 (one more than steps)")
     if bool((column < 0).any()) or bool((column > 1).any()):
@@ -25,12 +25,10 @@ def shifted_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
     """Flow schedule `shift u / (1 + (shift - 1) u)` with `u` from 1 to 0: float64 `[num_steps + 1]`.
 
     Raises:
-        ValueError: `num_steps` below 1 or `shift` not positive.
+        ValueError: `num_steps` not from 1 to 2^20, or `shift` not positive.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps: got {num_steps}, want at least 1")
-    if not (0.0 < shift < math.inf):
-        raise ValueError(f"shift: got {shift}, want a positive number")
+    num_steps = check_int("num_steps", num_steps, 1, 2**20)
+    shift = check_number("shift", shift, SMALLEST, wanted="a positive number")
     u = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
     return shift * u / (1.0 + (shift - 1.0) * u)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ._arguments import check_level
+from ..checks import check_level, shown
 from .diffusion import ddim, vp_sde
 from .flow import cps, dance_sde, flow_sde, ode
 from .table import TransitionTable, mixed
@@ -72,8 +72,8 @@ def from_scheduler(
         raise ValueError(f"scheduler: got {name}, want FlowMatchEulerDiscreteScheduler or DDIMScheduler")
     plain = next(iter(builders))
     chosen = plain if sampler is None else sampler
-    if chosen not in builders:
-        raise ValueError(f'sampler: got "{sampler}", want one of {list(builders)} for {name}')
+    if not isinstance(chosen, str) or chosen not in builders:
+        raise ValueError(f"sampler: got {shown(sampler)}, want one of {list(builders)} for {name}")
     if chosen == "ode" and noise_level > 0:
         raise ValueError(f"noise_level: got {noise_level} for the ODE, want 0 or a sampler of {list(builders)[1:]}")
     table = builders[chosen](noise_level)
