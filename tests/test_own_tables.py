@@ -1,4 +1,4 @@
-"""Tables of samplers that this package does not name, against diffusers' own schedulers; tables and results in words."""
+"""Tables of samplers that this package does not name, against diffusers' schedulers; tables and results in words."""
 
 from dataclasses import replace
 
