@@ -51,6 +51,7 @@ class TransitionTable:
         is_deterministic: no row adds noise.
         has_reference_rounding: `rounding="reference"` is defined for every row.
         has_step_size: every row has a flow step size, which `ratio_norm` needs.
+        unscored: the rows that score nothing: no noise, or kind "none". `policy_loss` takes them with weight 0 only.
 
     Raises:
         ValueError: a column of another length or dtype, numbers that are not finite, a negative `tau`, or one so small
@@ -71,6 +72,7 @@ class TransitionTable:
     is_deterministic: bool = field(init=False)
     has_reference_rounding: bool = field(init=False)
     has_step_size: bool = field(init=False)
+    unscored: tuple[int, ...] = field(init=False)
     _packed: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class TransitionTable:
         object.__setattr__(self, "is_deterministic", not bool((self.tau > 0).any()))
         object.__setattr__(self, "has_reference_rounding", not bool(torch.isnan(self.drift).any()))
         object.__setattr__(self, "has_step_size", bool((self.step_size > 0).all()))
+        object.__setattr__(self, "unscored", tuple((scale == 0).nonzero().flatten().tolist()))
 
     def __len__(self) -> int:
         return len(self.kind)
