@@ -60,7 +60,8 @@ class Objective(NamedTuple):
     weight: Tensor | None
     reference_output: Tensor | None
     old_output: Tensor | None
-    clip_range: float
+    clip_low: float
+    clip_high: float
     advantage_clip: float
     kl_weight: float
     ratio_norm: bool

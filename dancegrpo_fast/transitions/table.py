@@ -46,6 +46,7 @@ class TransitionTable:
         is_deterministic: no row adds noise.
         has_reference_rounding: `rounding="reference"` is defined for every row.
         has_step_size: every row has a flow step size, which `ratio_norm` needs.
+        unscored: the rows that score nothing: no noise, or kind "none". `policy_loss` takes them with weight 0 only.
         has_denoised: p and q are known in every row, which `return_denoised` needs.
 
     Raises:
@@ -67,6 +68,7 @@ class TransitionTable:
     is_deterministic: bool = field(init=False)
     has_reference_rounding: bool = field(init=False)
     has_step_size: bool = field(init=False)
+    unscored: tuple[int, ...] = field(init=False)
     has_denoised: bool = field(init=False)
     _packed: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -150,6 +152,7 @@ class TransitionTable:
         object.__setattr__(self, "is_deterministic", not bool((self.tau > 0).any()))
         object.__setattr__(self, "has_reference_rounding", not bool(torch.isnan(self.drift).any()))
         object.__setattr__(self, "has_step_size", bool((self.step_size > 0).all()))
+        object.__setattr__(self, "unscored", tuple((scale == 0).nonzero().flatten().tolist()))
         object.__setattr__(self, "has_denoised", not bool(unknown.any()))
 
     def __len__(self) -> int:
