@@ -84,7 +84,7 @@ def check_channels(name: str, value: Any, x: Tensor) -> None:
         return
     check_float(name, value)
     if value.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({x.shape[-1]},)")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({x.shape[-1]},) for x of {tuple(x.shape)}")
     check_device(name, value, x, "x")
 
 
@@ -101,7 +101,7 @@ def parameter_rows(name: str, value: Tensor | None, x: Tensor, split: int | None
     if value.ndim != 3 or (value.shape[0], value.shape[2]) != (batch, channels) or value.shape[1] not in rows:
         wanted = f"[{batch}, {channels}] or [{batch}, {tokens}, {channels}]"
         wanted = wanted if split is None else f"[{batch}, 2, {channels}], as split is given"
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted}")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted} for x of {tuple(x.shape)}")
     return value
 
 

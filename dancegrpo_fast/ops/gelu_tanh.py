@@ -92,7 +92,7 @@ def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, backend: str, n
         if prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
             raise ValueError(
                 f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want {x.dtype} of shape"
-                f" {(*x.shape[:-1], '...')}"
+                f" {(*x.shape[:-1], '...')} for {name} of {tuple(x.shape)}"
             )
 
 

@@ -45,7 +45,7 @@ def _diffusion_schedule(
     if len(times) == 0:
         raise ValueError(f"timesteps: got shape {tuple(times.shape)}, want one dimension of at least one step")
     if bool((times < 0).any()) or bool((times >= len(alphas)).any()):
-        raise ValueError(f"timesteps: got {times.tolist()}, want 0 to {len(alphas) - 1}")
+        raise ValueError(f"timesteps: got {times.tolist()}, want 0 to {len(alphas) - 1}, as alphas_cumprod has")
     if previous_timesteps is None:
         previous = torch.cat([times[1:], torch.tensor([-1])])
     else:

@@ -81,7 +81,7 @@ class TransitionTable:
         *,
         p: Tensor | Sequence[float] | float | None = None,
         q: Tensor | Sequence[float] | float | None = None,
-        times: Tensor | Sequence[float] | None = None,
+        times: Tensor | Sequence[float] | float | None = None,
         step_size: Tensor | Sequence[float] | float = 0.0,
         kind: LogProbKind | Sequence[LogProbKind] = "gaussian",
     ) -> "TransitionTable":
@@ -101,7 +101,8 @@ class TransitionTable:
         rows = len(first)
 
         def column(name: str, value: Any) -> Tensor:
-            return as_column(name, [value] * rows if isinstance(value, (int, float)) else value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            return as_column(name, [value] * rows if number else value)
 
         if (p is None) != (q is None):
             raise ValueError(f"{'p' if p is None else 'q'}: got None, want both p and q or neither")
@@ -132,7 +133,8 @@ class TransitionTable:
         for name in ("a", "b", "tau", "p", "q", "times", "step_size", "drift", "drift_weight", "denoised_weight"):
             column = getattr(self, name)
             if not isinstance(column, Tensor) or column.dtype != torch.float64 or column.shape != (rows,):
-                raise ValueError(f"{name}: got {shown(column)}, want a tensor of torch.float64 and shape ({rows},)")
+                wanted = f"a tensor of torch.float64 and shape ({rows},), as kind has"
+                raise ValueError(f"{name}: got {shown(column)}, want {wanted}")
             if column.device != _CPU:
                 raise ValueError(f"{name}: got a tensor on {column.device}, want it on the CPU")
             object.__setattr__(self, name, column.detach())

@@ -444,8 +444,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: gated_residual_norm_modulate(X, X[:, :2], ROW), r"y: got shape \(2, 2, 4\), want that of x, \(2, 3, 4\)"),
     (lambda: gated_residual_norm_modulate(X, X, None), "^gate: got None"),  # type: ignore[arg-type]
     (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 1, 4\)"),
-    (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of shape \(4, 3\)"),
-    (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of shape \(2, 3, 4\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of \(4, 3\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of \(2, 3, 4\)"),
     (lambda: gelu_tanh(torch.zeros(())), r"x: got shape \(\), want \[\.\.\., N\]"),
     (lambda: gelu_tanh(X, prefix=X.double()), "prefix: got torch.float64 of shape"),
     (lambda: gelu_tanh(X, prefix=X[:, :2]), r"prefix: got torch.float32 of shape \(2, 2, 4\)"),
