@@ -113,8 +113,8 @@ def gelu_linear(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, or a call under autocast.
     """
-    check_arguments(h, prefix, mode, "h")
-    if torch.is_autocast_enabled(h.device.type):
+    check_arguments(h, prefix, mode, backend, "h")
+    if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
         raise ValueError("autocast: got a call under it, want it off, as the products are of the dtype given")
     width = h.shape[-1] + (0 if prefix is None else prefix.shape[-1])
     check_float("weight", weight)
@@ -127,9 +127,13 @@ def gelu_linear(
     ):
         if value is None:
             continue
+        check_float(name, value)
         check_device(name, value, h, "h")
         if value.shape != wanted or value.dtype != h.dtype:
-            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, want {h.dtype} of {wanted}")
+            given = f"for h of {tuple(h.shape)} and " + (
+                "no prefix" if prefix is None else f"prefix of {prefix.shape[-1]}"
+            )
+            raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {h.dtype} of {wanted} {given}")
     out: Tensor = _GeluLinear.apply(h, prefix, weight, bias, h_bias, mode, backend)
     return out
 

@@ -38,7 +38,7 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
         "transition_step": (*sampled, case.noise, None, None, True),
         "transition_log_prob": scored,
         "transition_log_prob_backward": (*scored, grad),
-        "policy_loss": (*scored, *per_sample, *targets, 0.1, 5.0, 0.1, True),
+        "policy_loss": (*scored, *per_sample, *targets, 0.1, 0.2, 5.0, 0.1, True),
         "policy_loss_backward": (*scored, torch.tensor(0.5, dtype=compute), grad, grad, *targets),
     }
 
