@@ -34,6 +34,10 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def full(handle: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
     calls = []
 
@@ -146,8 +150,12 @@ def test_files_that_were_there_stay(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_store_of_prompts_holds_no_half_of_a_shard(tmp_path: Path) -> None:
+def test_a_store_of_prompts_holds_no_half_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PromptStore(tmp_path / "store", given_identity("flux"))
+    # What is in the system's cache may be refused only when it goes to the disk.
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"free: '.*\.safetensors'"):
+        patch.setattr("os.fsync", full)
+        store.add(["red"], {"prompt_embeds": torch.zeros(1, 8)})
     with pytest.raises(OSError, match=r"File too large: '.*\.safetensors'"), small_files():
         store.add(["red"], {"prompt_embeds": torch.zeros(1, 8)})
     assert [path.name for path in store.folder.iterdir()] == ["identity.json"]
