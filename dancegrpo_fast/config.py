@@ -1,10 +1,13 @@
 """A run as dataclasses: recipes are YAML files of these, and every field can be overridden on the command line."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+
+from .prompts import check_text
 
 
 def _positive(name: str, value: float) -> None:
@@ -142,6 +145,7 @@ class SamplerSettings:
         _at_least("sampler.frames", self.frames, 1)
         if self.fps is not None:
             _positive("sampler.fps", self.fps)
+        check_text("sampler.negative_prompt", self.negative_prompt)
 
     def torch_dtype(self) -> torch.dtype:
         """`latents_dtype` as torch names it."""
@@ -174,6 +178,10 @@ class RewardSettings:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:
             raise ValueError(f"rewards.win_rate: got true beside threshold {self.threshold:g}, want one of the two")
+        try:
+            json.dumps(self.args, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rewards.args: got {self.args}, want plain values: {error}") from error
 
 
 @dataclass
