@@ -177,7 +177,10 @@ def loss_call(draw: Draw) -> Call:
 
 
 def spoiled_loss_call(draw: Draw) -> Call:
-    """What does not count holds infinities or NaN, and loss and gradient are those of the samples that do."""
+    """What does not count holds infinities or NaN, and loss and gradient are those of the samples that do.
+
+    An advantage of 0 counts nothing either, however far its ratio has overflown.
+    """
     step = Step(draw, noisy=True)
     stored, batch = a_next(draw, step), len(step.latents)
     poison = draw.of(INF, -INF, NAN)
@@ -186,8 +189,9 @@ def spoiled_loss_call(draw: Draw) -> Call:
     spoiled = {"latents": step.latents.clone(), "model_output": step.output.clone(), "next_latents": stored.clone()}
     name = draw.of(*spoiled)
     spoiled[name][silent] = poison
-    per_sample = torch.ones(batch), torch.full((batch,), 0.1)
-    arguments = step.arguments | {"old_log_prob": per_sample[0], "advantages": per_sample[1], "weight": weight}
+    advantages = torch.tensor([draw.of(0.1, 0.1, 0.0) for _ in range(batch)])
+    old = torch.where(advantages == 0, -2000.0, 1.0)
+    arguments = step.arguments | {"old_log_prob": old, "advantages": advantages, "weight": weight}
     arguments |= {"rounding": "exact", "clip_range": INF}
     if draw.maybe():
         # A reference that no term reads.
@@ -199,7 +203,7 @@ def spoiled_loss_call(draw: Draw) -> Call:
     def check(found: Any) -> None:
         leaf_of_clean = clean["model_output"] = step.output.detach().clone().requires_grad_()
         wanted = policy_loss(**clean)
-        assert math.isfinite(float(found.loss)) and torch.equal(found.loss, wanted.loss)
+        assert math.isfinite(found.loss.item()) and torch.equal(found.loss, wanted.loss)
         assert torch.equal(*(torch.autograd.grad(r.loss, x)[0] for r, x in ((found, leaf), (wanted, leaf_of_clean))))
         assert bool((found.has_grad & silent).any()) is False
         for metric in ("samples", "clip_fraction", "ratio_mean", "ratio_max_dev", "approx_kl", "policy_loss"):

@@ -446,6 +446,15 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 1, 4\)"),
     (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of \(4, 3\)"),
     (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of \(2, 3, 4\)"),
+    (lambda: gated_projection(X, X.to("meta"), torch.zeros(4, 4), None, ROW), "^inputs: got a tensor on meta"),
+    (
+        lambda: gated_projection_norm_modulate(X, X, torch.zeros(4, 4), None, ROW, norm_weight=ROW),
+        r"^norm_weight: got shape \(2, 4\)",
+    ),
+    (
+        lambda: gated_projection_norm_modulate(X, X, torch.zeros(4, 4), None, ROW, norm_bias=ROW),
+        r"^norm_bias: got shape \(2, 4\)",
+    ),
     (lambda: gelu_tanh(torch.zeros(())), r"x: got shape \(\), want \[\.\.\., N\]"),
     (lambda: gelu_tanh(X, prefix=X.double()), "prefix: got torch.float64 of shape"),
     (lambda: gelu_tanh(X, prefix=X[:, :2]), r"prefix: got torch.float32 of shape \(2, 2, 4\)"),
