@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_columns_of_the_prompts_are_settings(base: Path, tmp_path: Path) -> None
 def test_columns_of_any_type_are_trained_on_and_evaluated(base: Path, tmp_path: Path) -> None:
     from pyarrow import Table, parquet
 
-    when, uuid = datetime(2024, 1, 2, 3, 4, 5, tzinfo=timezone.utc), UUID(int=7)
+    when, uuid = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC), UUID(int=7)
     columns: dict[str, Any] = {
         "when": when,
         "day": when.date(),
