@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..kernels.common import modulation as reference
 from ._block import (
     TAGS,
@@ -131,6 +132,7 @@ def call(
     check_tokens("x", x)
     check_tokens_like("y", y, x, "x")
     check_mode(mode)
+    check_name(backend)
     start = check_split(split, x)
     out: Tensor = _GatedResidual.apply(ungated, x, y, parameter_rows("gate", gate, x, split), start, mode, backend)
     return out

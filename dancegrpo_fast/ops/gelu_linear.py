@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..backends import check_name
 from ..kernels.gelu_tanh import reference
 from ._block import TAGS, Cost, check_device, packed, register, register_flops, triton_module
 from ._checks import check_float
@@ -114,6 +115,7 @@ def gelu_linear(
         ValueError: an argument of the wrong shape, dtype, device or range, or a call under autocast.
     """
     check_arguments(h, prefix, mode, "h")
+    check_name(backend)
     if torch.is_autocast_enabled(h.device.type):
         raise ValueError("autocast: got a call under it, want it off, as the products are of the dtype given")
     width = h.shape[-1] + (0 if prefix is None else prefix.shape[-1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..kernels.gelu_tanh import reference
 from ._block import TAGS, Cost, check_device, check_mode, prepare, register, register_flops, saved, triton_module
 from ._checks import check_float
@@ -114,6 +115,7 @@ def gelu_tanh(
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
     check_arguments(x, prefix, mode, "x")
+    check_name(backend)
     out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
     return out
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..kernels.common.modulation import compute_dtype, gated_residual
 from ..kernels.norm_modulate import reference
 from ._block import (
@@ -234,6 +235,7 @@ def call(
     """All forms; `ungated` hands y the gradient of `gate y` instead of its own."""
     check_tokens("x", x)
     check_mode(mode)
+    check_name(backend)
     check_eps(eps)
     if norm not in NORMS:
         raise ValueError(f'norm: got "{norm}", want "layer" or "rms"')

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..kernels.common.modulation import compute_dtype
 from ..kernels.qk_norm_rope import reference
 from ._block import (
@@ -286,6 +287,7 @@ def qk_norm_rope(
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
     check_mode(mode)
+    check_name(backend)
     check_eps(eps)
     for name, value, known in (
         ("norm", norm, NORMS),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..kernels.transition import reference
 from ..transitions import TransitionTable
 from ._call import SHARED, Noise, Transition, empty_gradients, gradients_fake, implementation, split
@@ -201,6 +202,7 @@ def transition_step(
     scale = check_guidance(uncond_output, guidance_scale, latents)
     index = check_step(step, table, latents)
     reference_rounding = check_rounding(rounding, table)
+    check_name(backend)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (latents, model_output, uncond_output)
     ):
@@ -262,6 +264,7 @@ def check_scoring(
     scale = check_guidance(uncond_output, guidance_scale, latents)
     index = check_step(step, table, latents)
     reference_rounding = check_rounding(rounding, table)
+    check_name(backend)
     dtype = reference.compute_dtype(latents, model_output, next_latents, uncond_output)
     return (
         latents.detach(),
