@@ -192,7 +192,7 @@ class TrainSettings:
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
-        clip_range: of the ratio.
+        clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher).
         advantage_clip: largest absolute advantage.
         kl_weight: of the KL to the model as loaded.
         ratio_norm: GRPO-Guard's RatioNorm.
@@ -218,7 +218,7 @@ class TrainSettings:
     learning_rate: float = 1e-5
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    clip_range: float = 1e-4
+    clip_range: float | tuple[float, float] = 1e-4
     advantage_clip: float = 5.0
     kl_weight: float = 0.0
     ratio_norm: bool = False
@@ -232,8 +232,10 @@ class TrainSettings:
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.group_size", self.group_size, 2)
-        for name in ("learning_rate", "max_grad_norm", "clip_range", "advantage_clip"):
+        for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
             _positive(f"train.{name}", getattr(self, name))
+        for bound in self.clip_range if isinstance(self.clip_range, (tuple, list)) else (self.clip_range,):
+            _positive("train.clip_range", bound)
         for name in ("weight_decay", "kl_weight"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:

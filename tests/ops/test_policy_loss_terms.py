@@ -9,7 +9,7 @@ from torch import Tensor
 from dancegrpo_fast import PolicyLoss, policy_loss
 from dancegrpo_fast.kernels.policy_loss import reference
 from dancegrpo_fast.kernels.transition import reference as transition
-from dancegrpo_fast.transitions import TransitionTable, ode
+from dancegrpo_fast.transitions import TransitionTable, ode, shifted_sigmas
 
 from ..tolerances import assert_same_formula
 from .cases import BACKENDS, F32, F64, TABLES, Case, bits, make_case
@@ -183,3 +183,20 @@ def test_one_number_is_both_sides(backend: str) -> None:
     pair, pair_grad = run_flow(case, old, given, clip_range=(0.05, 0.05), backend=backend)
     assert bits(both.loss.detach()) == bits(pair.loss.detach()) and bits(grad) == bits(pair_grad)
     assert bits(torch.stack(both.metrics)) == bits(torch.stack(pair.metrics))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_kl_is_flow_grpo_s_over_the_step_size(backend: str) -> None:
+    """Theirs divides by the variance without the step size: `kl_weight = beta (-dt)`."""
+    sigmas, level, table = shifted_sigmas(4, 3.0), 0.7, TABLES["flow"]
+    case = make_case((3, 50), table, (F64, F64, F64))
+    s, dt = sigmas[1], sigmas[2] - sigmas[1]
+    std = torch.sqrt(s / (1 - s)) * level
+
+    def mean_of(output: Tensor) -> Tensor:
+        return case.latents * (1 + std**2 / (2 * s) * dt) + output * (1 + std**2 * (1 - s) / (2 * s)) * dt
+
+    theirs = (mean_of(case.output) - mean_of(case.reference_output)).square().mean(1) / (2 * std**2)
+    settings = {"advantage_clip": 0.0, "weight": 1.0, "reference_output": case.reference_output, "backend": backend}
+    result, _ = run(case, table, kl_weight=float(-dt) * 0.04, **settings)
+    assert_same_formula(result.loss.detach(), 0.04 * theirs.mean())

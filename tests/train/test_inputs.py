@@ -115,6 +115,11 @@ def test_overrides() -> None:
         ("--rewards", "[]", "rewards"),
         ("--rewards", "[{name: ocr, weight: 0}]", "^rewards.weight: got 0.0, want a number other than 0$"),
         ("--train.clip_range", "0", "^train.clip_range: got 0.0, want more than 0$"),
+        ("--train.clip_range", "[1e-4, 0]", "^train.clip_range: got 0.0, want more than 0$"),
+        ("--train.clip_range", "[-1e-4, 1e-4]", "^train.clip_range: got -0.0001, want more than 0$"),
+        ("--train.clip_range", "[1e-4]", "clip_range"),
+        ("--train.clip_range", "[1e-4, 1e-4, 1e-4]", "clip_range"),
+        ("--train.clip_range", "wide", "clip_range"),
         # Without the list of what was tried, and all that was given.
         ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
         ("--evaluation.nothing", "1", "^recipe: [^ ]*digits.yaml: [^\n]*Option 'nothing' is not accepted$"),
