@@ -49,7 +49,9 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, also: st
     if not known or value < low or (high is not None and value > high):
         between = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}: got {shown(value)}, want an int {between}{also}")
-    number: int = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        value = int(value)
+    number: int = value
     return number
 
 
