@@ -193,10 +193,12 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
 def pick_block(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation of a transformer block op: Triton on a GPU where it can run, else the reference.
 
+    "checked" is as "auto", but an op in "lossless" mode takes the reference for what fails its self check.
+
     Raises:
         ValueError: an unknown name, or Triton where it cannot run such a call; the message says why.
     """
-    if backend == "auto":
+    if backend in ("auto", "checked"):
         return "triton" if device.type == "cuda" and not _refusal("triton", device, dtype) else "reference"
     if backend not in ("triton", "reference"):
         raise ValueError(f'backend: got "{backend}" for a block op, want "auto", "triton" or "reference"')

@@ -1,8 +1,8 @@
 """How far a result may lie from the truth. The tests themselves contain no tolerances.
 
-Truth is the reference in float64 on the exact low-precision inputs. The budget is twice the sum of the error
-that plain torch makes in the same dtype and one rounding of the output. Where the output is itself float64,
-the truth is no more precise than it, and the two only have to be the same formula.
+Truth is the reference in float64 on the exact low-precision inputs. The budget, twice the sum of the error that plain
+torch makes in the same dtype and one rounding of the output, is the package's own (`ops/_budget.py`). Where the output
+is itself float64, the truth is no more precise than it, and the two only have to be the same formula.
 """
 
 import math
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+
+from dancegrpo_fast.ops._budget import budget
 
 # Two float64 evaluations of one formula differ by accumulated roundings, a wrong formula by far more.
 FORMULA = torch.finfo(torch.float64).eps ** 0.75
@@ -29,12 +31,6 @@ PREDICTED_BYTES = 0.02
 KERNELS_APART_ULPS = 2
 
 
-def one_rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the spacing of `dtype` at each value, subnormals included."""
-    info = torch.finfo(dtype)
-    return 0.5 * info.eps * truth.abs().clamp(min=info.smallest_normal)
-
-
 def assert_within_budget(actual: Tensor, truth: Tensor, plain: Tensor, source: float = 0.0) -> None:
     """`actual` within twice (the worst error of `plain` + one rounding) of `truth`; like `plain` in shape.
 
@@ -50,11 +46,10 @@ def assert_within_budget(actual: Tensor, truth: Tensor, plain: Tensor, source: f
     finite = truth.isfinite() & plain.isfinite()
     overflow = ~finite & ~truth.isnan()
     assert torch.equal(actual[overflow], plain[overflow])
-    error = (plain.double() - truth)[finite].abs().max() if bool(finite.any()) else torch.tensor(0.0)
-    budget = 2.0 * (error.clamp(min=source) + one_rounding(truth, actual.dtype))
+    allowed = budget(truth, plain, source)
     off = (actual.double() - truth).abs()
-    bad = finite & ~(off <= budget)
-    assert not bool(bad.any()), f"{int(bad.sum())} values off by up to {off[bad].max()}, budget {budget[bad].min()}"
+    bad = finite & ~(off <= allowed)
+    assert not bool(bad.any()), f"{int(bad.sum())} values off by up to {off[bad].max()}, budget {allowed[bad].min()}"
 
 
 def assert_same_formula(actual: Tensor, expected: Tensor) -> None:

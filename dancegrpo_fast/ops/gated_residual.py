@@ -24,6 +24,7 @@ from ._block import (
     triton_module,
     unpacked,
 )
+from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 from .transition import library
 
 library.define(
@@ -36,12 +37,32 @@ library.define(
 )
 
 
-def _forward_impl(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, backend: str) -> Tensor:
+def _by_triton(triton: Any, x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Tensor]:
+    out = _forward_fake(x)
+    triton.forward(x, y, gate, split, mode, out)
+    return (out,)
+
+
+def _by_reference(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Tensor]:
+    return (reference.gated_residual(x, y, gate, split, mode == "fast").contiguous(),)
+
+
+def _sliced(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Any, ...]:
+    """Of the forward's arguments, or the backward's (gradient, y, gate)."""
+    part = Slice(x.shape[1], x.shape[2], split)
+    return part.tokens(x), part.tokens(y), part.parameter(gate), part.split, mode
+
+
+_FORWARD = Subject("gated_residual", "forward", _by_triton, _by_reference, _sliced, lambda *arguments: (True,))
+
+
+def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, backend: str) -> Tensor:
+    """The op's implementation, and of the first of `norm_modulate`'s two parts where one kernel cannot be both."""
     if triton := triton_module("gated_residual", backend, x, y, gate):
-        out = _forward_fake(x)
-        triton.forward(x, y, gate, split, mode, out)
-        return out
-    return reference.gated_residual(x, y, gate, split, mode == "fast").contiguous()
+        signature = (x.dtype, x.shape[2], y.dtype, parameter_kind(gate, split))
+        if mode == "fast" or trusted(_FORWARD, triton, signature, x.device, x, y, gate, split, mode, backend):
+            return _by_triton(triton, x, y, gate, split, mode)[0]
+    return _by_reference(x, y, gate, split, mode)[0]
 
 
 def _forward_fake(x: Tensor, *unused: Any) -> Tensor:
@@ -52,26 +73,53 @@ def _backward_outputs(grad: Tensor, gate: Tensor, wanted: Sequence[bool]) -> lis
     return [empty_unless(wanted[0], grad), empty_unless(wanted[1], gate)]
 
 
-def _backward_impl(
-    grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool], backend: str
-) -> tuple[Tensor, ...]:
-    if triton := triton_module("gated_residual", backend, grad, y, gate):
-        outputs = _backward_outputs(grad, gate, wanted)
-        triton.backward(grad, y, gate, split, mode, outputs)
-        return packed(outputs, grad)
+def _backward_by_triton(
+    triton: Any, grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    outputs = _backward_outputs(grad, gate, wanted)
+    triton.backward(grad, y, gate, split, mode, outputs)
+    return outputs
+
+
+def _backward_by_reference(
+    grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool]
+) -> list[Tensor | None]:
     zeros = torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
 
     def gated(y: Tensor, gate: Tensor) -> Tensor:
         return reference.gated_residual(zeros, y, gate, split, mode == "fast")
 
-    return packed(reference_gradients(gated, (grad if y is None else y, gate), wanted, (grad,)), grad)
+    return reference_gradients(gated, (grad if y is None else y, gate), wanted, (grad,))
+
+
+_BACKWARD = Subject(
+    "gated_residual",
+    "backward",
+    _backward_by_triton,
+    _backward_by_reference,
+    lambda *arguments: (*_sliced(*arguments[:5]), arguments[5]),
+    # The gate's is a sum over tokens, unless each has its own.
+    lambda grad, y, gate, split, mode, wanted: (True, parameter_kind(gate, split)[1] == "token"),
+)
+
+
+def _backward_impl(
+    grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    arguments = grad, y, gate, split, mode, wanted
+    found = None
+    if triton := triton_module("gated_residual", backend, grad, y, gate):
+        signature = (grad.dtype, grad.shape[2], kind(y), parameter_kind(gate, split), tuple(wanted))
+        if mode == "fast" or trusted(_BACKWARD, triton, signature, grad.device, *arguments, backend):
+            found = _backward_by_triton(triton, *arguments)
+    return packed(_backward_by_reference(*arguments) if found is None else found, grad)
 
 
 def _backward_fake(grad: Tensor, y: Tensor | None, gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return packed(_backward_outputs(grad, gate, rest[2]), grad)
 
 
-register("gated_residual", _forward_impl, _forward_fake, library)
+register("gated_residual", forward, _forward_fake, library)
 register("gated_residual_backward", _backward_impl, _backward_fake, library)
 
 

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.common.modulation import compute_dtype, gated_residual
-from ..kernels.norm_modulate import reference
 from ._block import (
     TAGS,
     Cost,
@@ -18,18 +16,14 @@ from ._block import (
     check_split,
     check_tokens,
     check_tokens_like,
-    empty_unless,
-    packed,
     parameter_rows,
     prepare,
-    reference_gradients,
     register,
     register_flops,
     saved,
-    summed,
-    triton_module,
     unpacked,
 )
+from ._norm_modulate import backward, backward_fake, forward, forward_fake
 from .transition import library
 
 NORMS = ("layer", "rms")
@@ -50,112 +44,8 @@ library.define(
 )
 
 
-def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
-    mean = torch.empty_like(rstd) if norm == "layer" else rstd.new_empty(0)
-    return h, torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
-
-
-def _forward_impl(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = h, out, mean, rstd = _forward_outputs(x, y, norm)
-    if triton := triton_module("norm_modulate", backend, x, y, gate, scale, shift, weight, bias):
-        triton.forward(x, y, gate, scale, shift, weight, bias, split, norm, eps, mode, norm_dtype, outputs)
-        return outputs
-    fast = mode == "fast"
-    if y is not None and gate is not None:
-        h = gated_residual(x, y, gate, split, fast).contiguous()
-    base = x if y is None else h
-    out = reference.norm_modulate(base, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
-    mean, rstd = reference.statistics(base, norm, eps)
-    return h, out.contiguous(), mean, rstd
-
-
-def _forward_fake(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(x, y, rest[6])
-
-
-def _backward_impl(
-    grad_h: Tensor | None,
-    grads: Sequence[Tensor],
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    if triton := triton_module("norm_modulate", backend, h, y, gate, scale, shift, weight, bias):
-        outputs = _backward_outputs(h, gate, scale, shift, weight, bias, wanted)
-        saved = (h, mean, rstd, y, gate, scale, shift, weight, bias)
-        triton.backward(grad_h, grads, *saved, split, norm, eps, mode, norm_dtype, outputs)
-        return packed(outputs, h)
-    fast = mode == "fast"
-
-    def modulated(
-        h: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        return reference.norm_modulate(h, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
-
-    through_norm = (wanted[0] or wanted[1] or wanted[2], *wanted[3:])
-    total = summed([g.to(compute_dtype(g.dtype)) for g in grads]).to(h.dtype) if fast else summed(grads)
-    grad, *more = reference_gradients(modulated, (h, scale, shift, weight, bias), through_norm, (total,))
-    if grad is not None and grad_h is not None:
-        grad = grad + grad_h
-    grad_y = grad_gate = None
-    if gate is not None and grad is not None:
-
-        def gated(y: Tensor, gate: Tensor) -> Tensor:
-            return gated_residual(torch.zeros_like(h), y, gate, split, fast)
-
-        grad_y, grad_gate = reference_gradients(gated, (h if y is None else y, gate), wanted[1:3], (grad,))
-    return packed([grad if wanted[0] else None, grad_y, grad_gate, *more], h)
-
-
-def _backward_outputs(
-    h: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    likes = (h, None if gate is None else h, gate, scale, shift, weight, bias)
-    return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
-
-
-def _backward_fake(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    h, _, _, _, gate, scale, shift, weight, bias = rest[:9]
-    return packed(_backward_outputs(h, gate, scale, shift, weight, bias, rest[-2]), h)
-
-
-register("norm_modulate", _forward_impl, _forward_fake, library)
-register("norm_modulate_backward", _backward_impl, _backward_fake, library)
+register("norm_modulate", forward, forward_fake, library)
+register("norm_modulate_backward", backward, backward_fake, library)
 
 
 class _NormModulate(torch.autograd.Function):

@@ -1,38 +1,32 @@
 """RMSNorm and rotary embedding of queries and keys, written into the joint buffers of both streams."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.common.modulation import compute_dtype
-from ..kernels.qk_norm_rope import reference
 from ._block import (
     TAGS,
     Cost,
     check_device,
     check_eps,
     check_mode,
-    empty_unless,
-    packed,
     prepare,
-    reference_gradients,
     register,
     register_flops,
     saved,
-    triton_module,
     unpacked,
 )
 from ._checks import check_float
+from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
+from ._qk_norm_rope import Stream as Stream
 from .transition import library
 
 NORMS = ("none", "head", "head_twice", "token")
 ROPES = ("interleaved", "half")
 GRADIENTS = ("each", "once")
-# Of one stream: query, key, query weight, key weight, cos, sin.
-STREAM = 6
 
 _STREAM = "Tensor{0} query{1}, Tensor? key{1}, Tensor? q_weight{1}, Tensor? k_weight{1}, Tensor? cos{1}, Tensor? sin{1}"
 _SETTINGS = "str norm, float eps, str rope, str rope_gradient, str mode"
@@ -45,123 +39,8 @@ library.define(
 )
 
 
-class Stream(NamedTuple):
-    """Queries and keys of one stream of tokens, and what is done to them.
-
-    query, key: `[B, S, H, D]`, any strides; no key where only queries (or only keys, passed as `query`) are processed.
-    q_weight, k_weight: of the norm, `[D]`, or `[H D]` for "token".
-    cos, sin: float32 `[R, D]`, or `[R, D / 2]` with one number a pair, of the first R tokens; None for no rotation.
-    """
-
-    query: Tensor
-    key: Tensor | None = None
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-
-def _streams(arguments: Sequence[Any]) -> list[Stream]:
-    """One stream or two, from an op's first arguments."""
-    first, second = Stream(*arguments[:STREAM]), arguments[STREAM : 2 * STREAM]
-    return [first] if second[0] is None else [first, Stream(*second)]
-
-
-def _tensors(streams: list[Stream]) -> list[Tensor]:
-    return [t for stream in streams for t in stream if t is not None]
-
-
-def _rstd(stream: Stream | None, norm: str, like: Tensor) -> Tensor:
-    """Room for the reciprocal root mean squares: `[1 or 2, B, S, H]`, one head for "token"."""
-    dtype = compute_dtype(like.dtype)
-    if stream is None or norm == "none":
-        return like.new_empty(0, dtype=dtype)
-    batch, tokens, heads, _ = stream.query.shape
-    return like.new_empty(1 if stream.key is None else 2, batch, tokens, 1 if norm == "token" else heads, dtype=dtype)
-
-
-def _forward_outputs(streams: list[Stream], norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query = streams[0].query
-    batch, _, heads, dim = query.shape
-    joint = query.new_empty(batch, sum(s.query.shape[1] for s in streams), heads, dim)
-    key = query.new_empty(0) if streams[0].key is None else torch.empty_like(joint)
-    second = streams[1] if len(streams) > 1 else None
-    return joint, key, _rstd(streams[0], norm, query), _rstd(second, norm, query)
-
-
-def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    streams, (norm, eps, rope, rope_gradient, mode, backend) = _streams(arguments), arguments[2 * STREAM :]
-    outputs = _forward_outputs(streams, norm)
-    if triton := triton_module("qk_norm_rope", backend, *_tensors(streams)):
-        triton.forward(streams, norm, eps, rope, rope_gradient, mode, outputs)
-        return outputs
-    settings = norm, eps, rope == "half", rope_gradient == "once", mode == "fast"
-    start = 0
-    for stream, rstd in zip(streams, outputs[2:], strict=False):
-        stop = start + stream.query.shape[1]
-        pairs = ((stream.query, stream.q_weight), (stream.key, stream.k_weight))
-        for i, (x, weight) in enumerate(pairs):
-            if x is not None:
-                outputs[i][:, start:stop] = reference.norm_rope(x, weight, stream.cos, stream.sin, *settings)
-                if norm != "none":
-                    rstd[i] = reference.reciprocal_rms(x, norm, eps)
-        start = stop
-    return outputs
-
-
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(_streams(arguments), arguments[2 * STREAM])
-
-
-def _backward_outputs(streams: list[Stream], wanted: Sequence[bool]) -> list[Tensor | None]:
-    likes = [like for stream in streams for like in stream[:4]]
-    likes += [None] * (len(wanted) - len(likes))
-    return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
-
-
-def _backward_impl(
-    grad_query: Tensor | None, grad_key: Tensor | None, rstd: Tensor, rstd2: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    streams, rest = _streams(arguments), arguments[2 * STREAM :]
-    norm, eps, rope, rope_gradient, mode, wanted, backend = rest
-    query = streams[0].query
-    if triton := triton_module("qk_norm_rope", backend, *_tensors(streams)):
-        outputs = _backward_outputs(streams, wanted)
-        triton.backward(grad_query, grad_key, (rstd, rstd2), streams, norm, eps, rope, rope_gradient, mode, outputs)
-        return packed(outputs, query)
-    settings = norm, eps, rope == "half", rope_gradient == "once", mode == "fast"
-    found: list[Tensor | None] = []
-    start = 0
-    for number, stream in enumerate(streams):
-        stop = start + stream.query.shape[1]
-        each: list[list[Tensor | None]] = []
-        for i, (x, weight, grad) in enumerate(
-            ((stream.query, stream.q_weight, grad_query), (stream.key, stream.k_weight, grad_key))
-        ):
-            keep = wanted[4 * number + i], wanted[4 * number + i + 2]
-
-            def turned(
-                x: Tensor, weight: Tensor | None, cos: Tensor | None = stream.cos, sin: Any = stream.sin
-            ) -> Tensor:
-                return reference.norm_rope(x, weight, cos, sin, *settings)
-
-            if x is None:
-                each.append([None, None])
-            else:
-                part = None if grad is None else grad[:, start:stop]
-                each.append(reference_gradients(turned, (x, weight), keep, (part,)))
-        found += [each[0][0], each[1][0], each[0][1], each[1][1]]
-        start = stop
-    return packed(found + [None] * (len(wanted) - len(found)), query)
-
-
-def _backward_fake(grad_query: Any, grad_key: Any, rstd: Tensor, rstd2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    streams = _streams(arguments)
-    return packed(_backward_outputs(streams, arguments[-2]), streams[0].query)
-
-
-register("qk_norm_rope", _forward_impl, _forward_fake, library)
-register("qk_norm_rope_backward", _backward_impl, _backward_fake, library)
+register("qk_norm_rope", forward, forward_fake, library)
+register("qk_norm_rope_backward", backward, backward_fake, library)
 
 
 class _QkNormRope(torch.autograd.Function):
@@ -316,7 +195,7 @@ def cost(batch: int, tokens: int, heads: int, dim: int, itemsize: int, *, norm: 
 
 
 def _cost_of(arguments: Sequence[Any]) -> Cost:
-    streams = _streams(arguments)
+    streams = streams_of(arguments)
     batch, _, heads, dim = streams[0].query.shape
     tokens = sum(s.query.shape[1] for s in streams)
     whole = cost(

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from dancegrpo_fast import backends
 from dancegrpo_fast.kernels.qk_norm_rope import triton_kernels as kernels
 from dancegrpo_fast.ops import _triton_qk_norm_rope as launcher
-from dancegrpo_fast.ops.qk_norm_rope import Stream, _backward_outputs, _forward_outputs
+from dancegrpo_fast.ops._qk_norm_rope import Stream, _backward_outputs, _forward_outputs
 
 from ..ops.cases import BF16, F16, F32
 from . import offline
