@@ -169,8 +169,10 @@ def main() -> None:
     try:
         copy_sources(REPOSITORY, tree)
         if options.prepare is not None:
-            problem = prepare(gate, options.prepare, options.architectures)
-            sys.exit(problem or f"in {options.prepare}: {', '.join(sorted(p.name for p in options.prepare.iterdir()))}")
+            if problem := prepare(gate, options.prepare, options.architectures):
+                sys.exit(problem)
+            runner.say(f"in {options.prepare}: {', '.join(sorted(p.name for p in options.prepare.iterdir()))}")
+            return
         if options.wheels is not None:
             runner.packages = tree / "site"
             runner.say(f"packages: {', '.join(unpack(options.wheels, runner.packages)) or 'no wheel'}")

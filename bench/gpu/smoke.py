@@ -118,9 +118,6 @@ def parts(dry: bool) -> dict[str, dict[str, Check]]:
     return found
 
 
-def names() -> list[str]:
-    """Labels of all checks, as in the rows."""
-    return [f"{part}: {check}" for part, every in parts(True).items() for check in every]
 
 
 def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> bool:
@@ -135,7 +132,7 @@ def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> boo
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-            detail = f"{type(error).__name__}: {error or place}"
+            detail = f"{type(error).__name__}: {str(error) or place}"
         seconds = round(time.monotonic() - begin, 2)
         detail = detail.strip().split("\n")[0][:300]
         row = {"op": "smoke", "part": part, "check": name, "passed": passed, "detail": detail, "seconds": seconds}
