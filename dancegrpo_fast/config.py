@@ -52,6 +52,8 @@ class ModelSettings:
             blocks), or "auto": as little as `memory_gib` allows.
         memory_gib: what "auto" may use; null: the device's memory.
         block_ops: put the block ops into the denoiser, "lossless" or "fast" (`dancegrpo_fast.accelerate`).
+        on_mismatch: "warn", or "eager" to compute by eager torch what "lossless" block ops compute otherwise on this
+            GPU.
         attention: a diffusers attention backend by name, or "auto" (`dancegrpo_fast.memory.attention.choose`); null
             leaves the model as it is.
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
@@ -71,6 +73,7 @@ class ModelSettings:
     checkpointing: str = "none"
     memory_gib: float | None = None
     block_ops: Literal["off", "lossless", "fast"] = "off"
+    on_mismatch: Literal["warn", "eager"] = "warn"
     attention: str | None = None
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     prompt_cache: str = "runs/prompt_cache"
@@ -86,6 +89,8 @@ class ModelSettings:
             value = getattr(self, name)
             if value is not None:
                 _positive(f"model.{name}", value)
+        if self.on_mismatch == "eager" and self.block_ops != "lossless":
+            raise ValueError(f'model.on_mismatch: got "eager" with block_ops "{self.block_ops}", want "lossless"')
         if self.quantization is not None and self.lora is None:
             raise ValueError(f'model.quantization: got "{self.quantization}" without model.lora, want both, or null')
         if self.quantization is not None and self.dtype != "bfloat16":

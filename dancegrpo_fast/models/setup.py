@@ -49,7 +49,7 @@ def prepare(
         store_in_fp8(model.denoiser, settings.torch_dtype())
     if settings.block_ops != "off":
         try:
-            accelerate(model.denoiser, settings.block_ops)
+            accelerate(model.denoiser, settings.block_ops, on_mismatch=settings.on_mismatch)
         except ValueError as error:
             raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
     text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])

@@ -46,6 +46,12 @@ def check_mode(mode: str) -> None:
         raise ValueError(f'mode: got "{mode}", want "lossless" or "fast"')
 
 
+def check_autocast(x: Tensor) -> None:
+    """No autocast: it would compute the products of a forward in another dtype than those of its backward."""
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("autocast: got a call under it, want it off, as the products are of the dtype given")
+
+
 def check_eps(eps: float) -> None:
     """A positive number."""
     if not eps > 0:
@@ -70,7 +76,10 @@ def check_tokens_like(name: str, value: Tensor, like: Tensor, like_name: str) ->
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
     """Both on one device."""
     if value.device != like.device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, want it on {like_name}'s device, {like.device}")
+        offloaded = "; whoever offloaded it must put it back before the block is called" if value.is_meta else ""
+        raise ValueError(
+            f"{name}: got a tensor on {value.device}, want it on {like_name}'s device, {like.device}{offloaded}"
+        )
 
 
 def check_channels(name: str, value: Tensor | None, x: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The ops by Triton: arguments for the kernels, room for their partial sums, and one launch a call."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -110,6 +112,21 @@ class Operands:
             tensor.copy_(room)
 
 
+def _kept(device: torch.device, make: Callable[..., tuple[Tensor, Tensor]], *counts: int) -> tuple[Tensor, Tensor]:
+    """What outlives the call, for the current stream, from the ordinary memory of the device.
+
+    A thread or a stream may have a pool of its own: that of `mode="reduce-overhead"` refuses whatever is still alive
+    after a call and none of its results. Another thread, on the default stream, has none.
+    """
+    with ThreadPoolExecutor(1) as elsewhere:
+        made = elsewhere.submit(make, *counts).result()
+    stream = torch.cuda.current_stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    for tensor in made:
+        tensor.record_stream(stream)
+    return made
+
+
 def _workspace(device: torch.device, tickets: int, room: int) -> tuple[Tensor, Tensor]:
     def make(ticket_count: int, room_count: int) -> tuple[Tensor, Tensor]:
         return (
@@ -124,7 +141,7 @@ def _workspace(device: torch.device, tickets: int, room: int) -> tuple[Tensor, T
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     kept = _workspaces.get(key)
     if kept is None or kept[0].numel() < tickets or kept[1].numel() < room:
-        kept = make(max(tickets, 1024), max(room, 1 << 15))
+        kept = _kept(device, make, max(tickets, 1024), max(room, 1 << 15))
         _workspaces[key] = kept
     return kept
 

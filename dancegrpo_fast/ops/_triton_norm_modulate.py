@@ -44,9 +44,11 @@ def _types(
     return {name: type_of(name.replace("_", " "), *kind) for name, kind in zip(names, kinds, strict=True)}
 
 
-def _settings(block: int, split: int, warps: int) -> dict[str, Any]:
+def _settings(channels: int, block: int, split: int, warps: int) -> dict[str, Any]:
     return {
         "segmented": split >= 0,
+        # Of what Triton knows of a stride.
+        "whole": channels % 16 == 0,
         "interpreted": backends.interpreting(),
         "block": block,
         "num_warps": max(1, warps),
@@ -79,7 +81,7 @@ def forward(
     del types["grad_type"]
     block = triton.next_power_of_2(channels)
     # 16 elements a thread.
-    settings = _settings(block, split, min(16, block // 512)) | types
+    settings = _settings(channels, block, split, min(16, block // 512)) | types
     _triton._launch_on(x.device, kernels.forward_kernel, batch * tokens, arguments, settings)
 
 
@@ -136,7 +138,7 @@ def backward(
         warps = block // 256 if chunks.sums and block <= LONG else min(8, block // 256)
         names = ("sums_gate", "sums_scale", "sums_shift")
         settings = {
-            **_settings(block, split, warps),
+            **_settings(channels, block, split, warps),
             **types,
             **{name: kept and t is not None for name, kept, t in zip(names, sums, part[2:5], strict=True)},
             "stages": 2 if ahead else 1,

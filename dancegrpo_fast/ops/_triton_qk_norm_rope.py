@@ -38,6 +38,16 @@ def _is_aligned(tensors: list[Tensor], dim: int, half_split: bool) -> bool:
     )
 
 
+def _in_runs(x: Tensor, half_split: bool) -> Tensor:
+    """A copy of what does not lie in such runs: the order of a head's sum then follows from its size alone.
+
+    Else a head that lies otherwise in the replay than in the rollout could be summed in another order.
+    """
+    if not _is_aligned([x], x.shape[-1], half_split):
+        return x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _table(table: Tensor | None) -> tuple[Any, ...] | None:
     return None if table is None else (table, *table.stride())
 
@@ -84,11 +94,12 @@ def forward(
     start = 0
     for stream, rstd in zip(streams, outputs[2:], strict=False):
         batch, tokens, heads, dim = stream.query.shape
+        half_split = rope == "half" and stream.cos is not None
         operands: list[Any] = [None, None]
         tensors = []
         for i, (x, weight) in enumerate(((stream.query, stream.q_weight), (stream.key, stream.k_weight))):
             if x is not None:
-                out = outputs[i][:, start : start + tokens]
+                x, out = _in_runs(x, half_split), outputs[i][:, start : start + tokens]
                 operands[i] = (x, *x.stride(), _vector(weight), out, *out.stride()[:2])
                 tensors += [x, out]
         arguments = (
@@ -117,6 +128,7 @@ def _backward_stream(
     chunk = max(1, min(CHUNK, tokens // CHUNKS))
     chunks = -(-tokens // chunk)
     width = heads * dim if norm == "token" else dim
+    half_split = rope == "half" and stream.cos is not None
     operands: list[Any] = [None, None]
     sums: list[Any] = [None, None]
     tensors = []
@@ -133,6 +145,7 @@ def _backward_stream(
             if wanted_weight is not None:
                 partial = torch.empty(batch * chunks, width, dtype=torch.float32, device=x.device)
                 sums[i] = (partial, wanted_weight)
+            x, grad = _in_runs(x, half_split), _in_runs(grad, half_split)
             given = (x, *x.stride(), _vector(weight), grad, *grad.stride())
             operands[i] = (*given, wanted, heads * dim, i, partial)
             tensors += [t for t in (x, grad, wanted) if t is not None]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import gated_residual as plain
 from . import norm_modulate
-from ._block import check_device, check_tokens
+from ._block import check_autocast, check_device, check_tokens
 from ._checks import check_float
 
 
@@ -63,6 +63,7 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     """The projection, and the gate without its gradient, which comes from the projection."""
     check_tokens("x", x)
     check_tokens("inputs", inputs)
+    check_autocast(x)
     for name, value in (("weight", weight), ("gate", gate), *((("bias", bias),) if bias is not None else ())):
         check_float(name, value)
         check_device(name, value, x, "x")
@@ -98,7 +99,8 @@ def gated_projection(
         `[B, S, C]` in x's dtype.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device; all but the gate must be of x's dtype.
+        ValueError: an argument of the wrong shape, dtype or device, or a call under autocast; all but the gate must be
+            of x's dtype.
     """
     y, gate = _projected(x, inputs, weight, bias, gate)
     return plain.call(x, y, gate, None, "fast", backend, ungated=True)
@@ -127,7 +129,7 @@ def gated_projection_norm_modulate(
         norm_weight, norm_bias: `[C]`, of an affine norm.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device.
+        ValueError: an argument of the wrong shape, dtype or device, or a call under autocast.
     """
     y, gate = _projected(x, inputs, weight, bias, gate)
     h, out = norm_modulate.call(

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.gelu_tanh import reference
-from ._block import TAGS, Cost, check_device, packed, register, register_flops, triton_module
+from ._block import TAGS, Cost, check_autocast, check_device, packed, register, register_flops, triton_module
 from ._checks import check_float
 from .gelu_tanh import check_arguments, joint_out, rows_of
 from .transition import library
@@ -114,8 +114,7 @@ def gelu_linear(
         ValueError: an argument of the wrong shape, dtype, device or range, or a call under autocast.
     """
     check_arguments(h, prefix, mode, "h")
-    if torch.is_autocast_enabled(h.device.type):
-        raise ValueError("autocast: got a call under it, want it off, as the products are of the dtype given")
+    check_autocast(h)
     width = h.shape[-1] + (0 if prefix is None else prefix.shape[-1])
     check_float("weight", weight)
     if weight.ndim != 2:

@@ -245,7 +245,7 @@ def _compared(
         blank = not any(bool((t != 0).any()) for ours, eager, _, _ in looked for t in (ours, eager))
     if blank:
         return None
-    worst = min(verdicts, key=lambda verdict: (verdict.passed, -verdict.difference))
+    worst = min(verdicts, key=lambda verdict: (verdict.passed, -verdict.difference, verdict.budget is None))
     check = Check(
         subject.op,
         subject.direction,

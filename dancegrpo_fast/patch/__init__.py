@@ -10,6 +10,7 @@ from ._common import RECOMPUTE, Accelerated, Family, Settings, check_sources
 
 __all__ = ["SUPPORTED", "Accelerated", "accelerate"]
 
+ON_MISMATCH = ("warn", "eager")
 SUPPORTED = {
     "FluxTransformer2DModel": "flux",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
@@ -53,6 +54,7 @@ def accelerate(
     recompute: str = "gelu",
     trim_text: bool | None = None,
     gates_from_weights: bool = False,
+    on_mismatch: str = "warn",
     backend: str = "auto",
 ) -> Accelerated:
     """Rewires the blocks of a diffusers transformer, on the instance, to the block ops.
@@ -72,6 +74,9 @@ def accelerate(
         gates_from_weights: full fine-tuning in "fast" mode: take the gradients of the gates from those of the
             projections' weights, so that what is gated is not kept. Layers that are frozen or not plain `nn.Linear`
             keep it as before.
+        on_mismatch: what follows where the first call of a "lossless" op with these dtypes, widths and operands differs
+            on this device from eager torch by more than it may (`ops/selfcheck.py`): "warn", or "eager", that call
+            and all like it computed by eager torch on every rank.
         backend: of the ops: "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
 
     Returns:
@@ -86,6 +91,11 @@ def accelerate(
         raise ValueError(f'recompute: got "{recompute}", want one of {", ".join(RECOMPUTE)}')
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f'backend: got "{backend}", want "auto", "triton" or "reference"')
+    if on_mismatch not in ON_MISMATCH:
+        raise ValueError(f'on_mismatch: got "{on_mismatch}", want one of {", ".join(ON_MISMATCH)}')
+    if on_mismatch == "eager" and (mode != "lossless" or backend == "triton"):
+        got = f'mode "{mode}" and backend "{backend}"'
+        raise ValueError(f'on_mismatch: got "eager" with {got}, want mode "lossless" and backend "auto"')
     if gates_from_weights and mode != "fast":
         raise ValueError(f'gates_from_weights: got True with mode "{mode}", want "fast" (it rounds elsewhere)')
     inner = _unwrapped(transformer)
@@ -95,5 +105,6 @@ def accelerate(
     check_sources(family)
     family.check(inner)
     trimmed = mode == "fast" if trim_text is None else trim_text
-    settings = Settings(mode, recompute, trimmed, gates_from_weights, backend)
+    checked = on_mismatch == "eager" and backend == "auto"
+    settings = Settings(mode, recompute, trimmed, gates_from_weights, "checked" if checked else backend)
     return Accelerated(inner, family.forwards(inner, settings))

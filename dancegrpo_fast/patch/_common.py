@@ -179,6 +179,22 @@ class Accelerated:
         self._placed.clear()
 
 
+def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm that is not called, or of none; accelerate's offloading holds them for a call only."""
+    hook = getattr(norm, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(norm)
+    found = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if hook is not None:
+        hook.post_forward(norm, None)
+    return found
+
+
+def weight_of(norm: Any) -> Tensor | None:
+    """The weight of a norm without a bias, or of none."""
+    return affine_of(norm)[0]
+
+
 def joined(first: Tensor, second: Tensor) -> Tensor:
     """`cat([first, second], dim=1)`, without a copy where both are the two parts of one tensor."""
     base = first._base if not torch.compiler.is_compiling() else None
@@ -236,7 +252,7 @@ def _left_unprojected(
 ) -> bool:
     if not settings.gates_from_weights or split is not None or not (gate.ndim == 2 or gate.shape[1] == 1):
         return False
-    plain = type(layer) is nn.Linear and not any(each.p > 0 and each.training for each in dropouts)
+    plain = type(layer) is nn.Linear and _unhooked(layer) and not any(each.p > 0 and each.training for each in dropouts)
     trained = plain and torch.is_grad_enabled() and gate.requires_grad and layer.weight.requires_grad
     same = trained and layer.weight.dtype == inputs.dtype
     return same and not torch.is_autocast_enabled(inputs.device.type)

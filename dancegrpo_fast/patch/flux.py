@@ -29,6 +29,7 @@ from ._common import (
     no_arguments,
     projected,
     want,
+    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_flux"
@@ -111,11 +112,11 @@ def double_block(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
             Stream(
                 c_query,
                 c_key,
-                attn.norm_added_q.weight,
-                attn.norm_added_k.weight,
+                weight_of(attn.norm_added_q),
+                weight_of(attn.norm_added_k),
                 *_tables(image_rotary_emb, 0, text_length),
             ),
-            Stream(query, key, attn.norm_q.weight, attn.norm_k.weight, *tables),
+            Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *tables),
         )
         attended = attend(settings, attn, query, key, torch.cat([c_value, value], dim=1), mask)
         c_attended, attended = attended.split_with_sizes([text_length, x.shape[1]], dim=1)
@@ -157,7 +158,8 @@ def single_block(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
             hidden = mlp.hidden(mlp_out)
             query, key, value = _projections(attn, layers, outs)
         tables = _tables(image_rotary_emb, 0, x.shape[1])
-        query, key = _norm_rope(settings, attn, Stream(query, key, attn.norm_q.weight, attn.norm_k.weight, *tables))
+        stream = Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *tables)
+        query, key = _norm_rope(settings, attn, stream)
         attended = attend(settings, attn, query, key, value, mask)
         x = clipped(gated(settings, x, mlp.project(hidden, attended), gate))
         return x[:, :text_length], x[:, text_length:]

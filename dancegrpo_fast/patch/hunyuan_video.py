@@ -32,6 +32,7 @@ from ._common import (
     projected,
     streams_of,
     want,
+    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_hunyuan_video"
@@ -111,8 +112,8 @@ def double_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
         query, key = _norm_rope(
             settings,
             attn,
-            Stream(query, key, _weight(attn.norm_q), _weight(attn.norm_k), *_tables(freqs_cis)),
-            Stream(c_query, c_key, _weight(attn.norm_added_q), _weight(attn.norm_added_k)),
+            Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *_tables(freqs_cis)),
+            Stream(c_query, c_key, weight_of(attn.norm_added_q), weight_of(attn.norm_added_k)),
         )
         attended = attend(settings, attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
         attended, c_attended = streams_of(attended, x.shape[1], attn.norm_q)
@@ -153,17 +154,13 @@ def single_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
         with settings.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
             query, key, value = heads_of(attn, layers[1:], outs)
-        stream = Stream(query, key, _weight(attn.norm_q), _weight(attn.norm_k), *_tables(image_rotary_emb))
+        stream = Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *_tables(image_rotary_emb))
         query, key = _norm_rope(settings, attn, stream)
         attended = attend(settings, attn, query, key, value, attention_mask)
         x = gated(settings, x, mlp.project(hidden, attended), gate, split=split)
         return x[:, :tokens], x[:, tokens:]
 
     return forward
-
-
-def _weight(norm: Any) -> Tensor | None:
-    return None if norm is None else norm.weight
 
 
 class _Lengths:

@@ -27,6 +27,7 @@ from ._common import (
     no_arguments,
     projected,
     want,
+    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"
@@ -99,7 +100,7 @@ def block_forward(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
             c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
         none = (None, None)
-        weights = [None if norm is None else norm.weight for norm in _norms(attn)]
+        weights = [weight_of(norm) for norm in _norms(attn)]
         norm, eps = ("none", 1e-6) if attn.norm_q is None else ("head_twice", attn.norm_q.eps)
         joint_query, joint_key = qk_norm_rope(
             Stream(c_query, c_key, *weights[2:], *(none if text_freqs is None else _tables(text_freqs))),

@@ -29,6 +29,7 @@ from ._common import (
     projected,
     streams_of,
     want,
+    weight_of,
 )
 
 _PROCESSOR = "JointAttnProcessor2_0"
@@ -60,7 +61,7 @@ def _norm(settings: Settings, attn: Any, first: Stream, second: Stream | None) -
 
 
 def _weights(*norms: Any) -> list[Tensor | None]:
-    return [None if norm is None else norm.weight for norm in norms]
+    return [weight_of(norm) for norm in norms]
 
 
 def _attend(settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

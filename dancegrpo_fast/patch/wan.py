@@ -14,6 +14,7 @@ from ._common import (
     Family,
     Settings,
     Unprojected,
+    affine_of,
     attend,
     check_feed_forward,
     check_processor,
@@ -23,6 +24,7 @@ from ._common import (
     gated_norm,
     projected,
     want,
+    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
@@ -46,7 +48,7 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 
 def _normed(settings: Settings, attn: Any, norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """RMSNorm over all heads of queries, or of keys, that are not rotated."""
-    stream = Stream(_heads(attn, x), q_weight=norm.weight)
+    stream = Stream(_heads(attn, x), q_weight=weight_of(norm))
     return qk_norm_rope(stream, norm="token", eps=_eps(norm, x), **settings.options)[0]
 
 
@@ -68,7 +70,7 @@ def _self_attention(
     # Tables [1, S, 1, D] hold every angle twice.
     tables = (None, None) if rotary is None else (rotary[0][0, :, 0, 0::2], rotary[1][0, :, 0, 1::2])
     joint_query, joint_key = qk_norm_rope(
-        Stream(_heads(attn, query), _heads(attn, key), attn.norm_q.weight, attn.norm_k.weight, *tables),
+        Stream(_heads(attn, query), _heads(attn, key), weight_of(attn.norm_q), weight_of(attn.norm_k), *tables),
         norm="token",
         eps=_eps(attn.norm_q, query),
         **settings.options,
@@ -121,7 +123,7 @@ def block_forward(settings: Settings) -> Callable[..., Tensor]:
         x, *outs = fanout(settings, self.norm1, hidden_states, scale, shift, layers, **in_float)
         y = _self_attention(settings, attn, outs, rotary_emb, gate)
         if isinstance(self.norm2, nn.LayerNorm):
-            affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
+            affine = dict(zip(("weight", "bias"), affine_of(self.norm2), strict=True))
             x, out = gated_norm(settings, self.norm2, x, y, gate, None, None, **affine, **in_float)
         else:
             x = out = gated(settings, x, y, gate)

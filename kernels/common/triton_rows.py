@@ -11,10 +11,16 @@ from . import triton_common as common
 
 
 @triton.jit
-def place(channels, block: tl.constexpr):
-    """Of this program: its row, chunk or token of all, its channels, and which of them exist."""
+def place(channels, block: tl.constexpr, whole: tl.constexpr = True):
+    """Of this program: its row, chunk or token of all, its channels, and which of them exist.
+
+    The order of a sum over a row follows from how wide the row's accesses are. Where rows are not `whole` 16-byte runs
+    no access may be, so that it is the length of a row that counts, and not where each operand happens to lie.
+    """
     blocks = tl.cdiv(channels, block)
     column = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    if not whole:
+        column = tl.max_contiguous(column, [1])
     return tl.program_id(0) // blocks, column, column < channels
 
 

@@ -51,6 +51,7 @@ def forward_kernel(
     scale_type: tl.constexpr,
     product_type: tl.constexpr,
     sum_type: tl.constexpr,
+    whole: tl.constexpr,
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -59,6 +60,9 @@ def forward_kernel(
     sample, token = index // tokens, index % tokens
     row = rows.parameter_row(token, split, segmented)
     column = tl.arange(0, block)
+    if not whole:
+        # As in `place`.
+        column = tl.max_contiguous(column, [1])
     mask = column < channels
     value = rows.load(x, sample, token, column, mask, interpreted)
     if y is not None:
@@ -134,11 +138,12 @@ def backward_kernel(
     sum_type: tl.constexpr,
     grad_type: tl.constexpr,
     stages: tl.constexpr,
+    whole: tl.constexpr,
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
     """Gradients of a chunk of tokens; with `sums_...` parameters' are partial sums, the affine norm's always."""
-    index, column, mask = rows.place(channels, block)
+    index, column, mask = rows.place(channels, block, whole)
     sample, part = index // chunks, index % chunks
     first, end = rows.chunk_tokens(part, tokens, split, length)
     share = tl.div_rn(tl.full((), 1.0, tl.float32), tl.full((), channels, tl.int32).to(tl.float32))

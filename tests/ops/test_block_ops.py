@@ -154,6 +154,16 @@ def test_gate_gradient_from_the_weights_is_exact(name: str) -> None:
     assert torch.autograd.gradcheck(call, tensors)
 
 
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projections_refuse_autocast(name: str) -> None:
+    call, tensors = PROJECTIONS[name][0](F32, "fast")
+    with (
+        torch.autocast("cpu", dtype=BF16),
+        pytest.raises(ValueError, match="autocast: got a call under it, want it off"),
+    ):
+        call(*tensors)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CALLS)
 def test_gradcheck(name: str, mode: str) -> None:

@@ -59,6 +59,16 @@ class Compiled:
     shared: int
     ptx: str
     cubin: Path
+    ttgir: str
+
+    @cached_property
+    def sums(self) -> list[str]:
+        """How the operands of sums across threads lie in them, which the order of additions follows from."""
+        layouts = dict(re.findall(r"^(#\w+) = (.*)$", self.ttgir, re.MULTILINE))
+        found = re.findall(r"}\) : \((tensor<.*?>)(?:, .*)?\) ->", self.ttgir)
+        # What is summed over several dimensions at once is reshaped before.
+        found += re.findall(r"tt\.reshape .*? : (tensor<.*?>) ->", self.ttgir)
+        return [re.sub(r"#\w+", lambda name: layouts[name[0]], each) for each in found]
 
     @cached_property
     def sass(self) -> str:
@@ -74,7 +84,8 @@ def _inspect(kernel: Any, programs: int, folder: Path) -> Compiled:
     assert found, usage
     registers, stack, local = map(int, found.groups())
     shared = kernel.metadata.shared
-    return Compiled(kernel.metadata.name, programs, registers, stack + local, shared, kernel.asm["ptx"], cubin)
+    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    return Compiled(kernel.metadata.name, programs, registers, stack + local, shared, ptx, cubin, ttgir)
 
 
 @contextlib.contextmanager

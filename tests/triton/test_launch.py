@@ -1,4 +1,7 @@
-"""The launcher's arithmetic: programs, words of the seed, merged dimensions. No kernel runs."""
+"""The launcher's arithmetic: programs, words of the seed, merged dimensions, room that is kept. No kernel runs."""
+
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +83,66 @@ def test_more_dimensions_than_the_kernel_has_are_copied() -> None:
     assert not torch.equal(out, source)
     operands.finish()
     assert torch.equal(out, source)
+
+
+class Room:
+    """A tensor on a device that is not there."""
+
+    def __init__(self, count: int, **options: Any):
+        self.count, self.made_in, self.streams = count, threading.get_ident(), []
+
+    def numel(self) -> int:
+        return self.count
+
+    def record_stream(self, stream: object) -> None:
+        self.streams.append(stream)
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.waited.append(other)
+
+
+class TestWorkspace:
+    """Memory pools belong to threads and streams; what is kept comes from neither."""
+
+    @pytest.fixture
+    def streams(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Stream, Stream]:
+        current, default = Stream(), Stream()
+        monkeypatch.setattr(_triton, "_workspaces", {})
+        for name in ("zeros", "empty"):
+            monkeypatch.setattr(torch, name, Room)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+        return current, default
+
+    def test_what_is_kept_lies_in_no_pool(self, streams: tuple[Stream, Stream]) -> None:
+        current, default = streams
+        first = _triton._workspace(torch.device("cuda", 0), 4, 100)
+        assert all(part.made_in != threading.get_ident() and part.streams == [current] for part in first)
+        assert current.waited == [default]
+        assert _triton._workspace(torch.device("cuda", 0), 1024, 1 << 15) is first
+        larger = _triton._workspace(torch.device("cuda", 0), 1025, 1)
+        assert larger is not first and larger[0].numel() == 1025 and larger[1].numel() == 1 << 15
+
+    def test_a_capture_has_its_own(self, streams: tuple[Stream, Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        found = [_triton._workspace(torch.device("cuda", 0), 4, 100) for _ in range(2)]
+        assert found[0][0] is not found[1][0] and _triton._workspaces == {}
+        assert all(part.made_in == threading.get_ident() and not part.streams for each in found for part in each)
+
+    def test_no_room_is_an_error_of_the_call(
+        self, streams: tuple[Stream, Stream], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*arguments: object, **options: object) -> None:
+            raise torch.cuda.OutOfMemoryError("full")
+
+        monkeypatch.setattr(torch, "zeros", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
+            _triton._workspace(torch.device("cuda", 0), 4, 100)
+        assert _triton._workspaces == {}
