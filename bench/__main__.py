@@ -21,9 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 PARTS = {"host": ("host", "launches"), "cases": GPU_OPS}
 
 
-def measure(
-    case: Case, plan: Plan, copy: tuple[Run, int], rounds: int, where: Row
-) -> tuple[list[Row], list[str]]:
+def measure(case: Case, plan: Plan, copy: tuple[Run, int], rounds: int, where: Row) -> tuple[list[Row], list[str]]:
     """Rows of one case, and the implementations that are wrong: they are not measured, and it is printed how."""
     torch._dynamo.reset()
     inputs = Inputs(case, plan)

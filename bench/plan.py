@@ -63,7 +63,20 @@ def gpu_plan() -> Plan:
     missing = {f"ours, {name}": b.detail for name, b in found.items() if not b.available}
     rotation = 8 * torch.cuda.get_device_properties(device).L2_cache_size
     host = HostClock(torch.cuda.synchronize)
-    return Plan(device, ours, missing, GPU_OPS, ELEMENTS, True, "inductor", False, rotation, DEVICE_COPY_BYTES, DeviceClock, host)
+    return Plan(
+        device,
+        ours,
+        missing,
+        GPU_OPS,
+        ELEMENTS,
+        True,
+        "inductor",
+        False,
+        rotation,
+        DEVICE_COPY_BYTES,
+        DeviceClock,
+        host,
+    )
 
 
 def dry_plan() -> Plan:
@@ -71,7 +84,9 @@ def dry_plan() -> Plan:
     stand_ins = {"ours, cuda": "cpu", "ours, triton": "reference"}
     cpu, clock = torch.device("cpu"), WallClock()
     host = HostClock(lambda: None)
-    return Plan(cpu, stand_ins, {}, GPU_OPS, (64, 1000), True, "aot_eager", False, 1 << 16, 1 << 16, lambda sets: clock, host)
+    return Plan(
+        cpu, stand_ins, {}, GPU_OPS, (64, 1000), True, "aot_eager", False, 1 << 16, 1 << 16, lambda sets: clock, host
+    )
 
 
 PLANS = {"cpu": cpu_plan, "cuda": gpu_plan, "dry": dry_plan}

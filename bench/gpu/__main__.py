@@ -1,4 +1,4 @@
-"""Tests, checks and measures on a GPU in eight minutes, without network: `bench/gpu_gate.sh`. Facts come in the order of their worth."""
+"""Tests, checks and measures on a GPU in eight minutes, without network, facts in the order of their worth."""
 
 import argparse
 import datetime
@@ -118,22 +118,20 @@ def judge(gate: Gate, name: str) -> list[Verdict]:
 
 def run_all(gate: Gate, summary: Summary, limits: dict[str, float]) -> None:
     """Every stage; what is known lies on disk before and behind each."""
-    publisher = None if gate.dry else Publisher(gate, summary)
+    publish = (lambda: None) if gate.dry else Publisher(gate, summary).write
     ends = time.monotonic()
     for name, seconds in limits.items():
         ends += seconds
         gate.runner.stage_ends = ends
         summary.begin(name)
+        publish()
         begin = time.monotonic()
         outcome = run_stage(gate, name)
         took = time.monotonic() - begin
         summary.end(name, outcome, took, judge(gate, name))
         gate.runner.say(f"{outcome[0]}: {name}, {took:.0f} s: {outcome[1]}")
-        if publisher is not None:
-            publisher.write()
     summary.finish()
-    if publisher is not None:
-        publisher.write()
+    publish()
 
 
 def private_tree(build: Path) -> Path:
@@ -185,10 +183,11 @@ def main() -> None:
         gate.rows = out / (rows or f"gpu-{machine}-{now:%Y-%m-%d}.jsonl")
         if not again:
             gate.rows.unlink(missing_ok=True)
+        found = gate.found
         head = {
             "started": now.isoformat(timespec="seconds"),
             "commit": commit,
-            "machine": f"{machine}, Python {gate.found['python']}, torch {gate.found['torch']}, Triton {gate.found['triton']}",
+            "machine": f"{machine}, Python {found['python']}, torch {found['torch']}, Triton {found['triton']}",
             "command": " ".join(["bench/gpu_gate.sh", *sys.argv[1:]]),
             "dry": options.dry,
             "rows": gate.rows.name,

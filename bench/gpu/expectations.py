@@ -64,7 +64,9 @@ def _smoke(found: Evidence) -> list[Verdict]:
     for name, pattern in SMOKE.items():
         mine = [row for row in found.of("smoke") if re.match(pattern, row["case"])]
         bad = [f"{row['case']}: {row['detail']}" for row in mine if not row["passed"]]
-        text = f"{len(mine) - len(bad)} of {len(mine)} first calls by {name} agree" if mine else f"{name} was not called"
+        text = (
+            f"{len(mine) - len(bad)} of {len(mine)} first calls by {name} agree" if mine else f"{name} was not called"
+        )
         verdicts.append(Verdict(f"smoke-{name}", bool(mine) and not bad, "; ".join([text, *bad])))
     orders = found.of("scalar order")
     known = [f"{row['order']} {row['scalar']}: {row['rounding']}" for row in orders]
@@ -192,9 +194,12 @@ def _predicted(found: Evidence) -> list[Verdict]:
     for row in found.of("memory", "decode memory"):
         decode = row["op"] == "decode memory"
         name = f"decode of {row['model']}, {row['sample']}" if decode else row["case"]
-        for claim, key in (("decode-peak", "peak_off"),) if decode else (("memory-peak", "peak_off"), ("memory-saved", "saved_off")):
+        for claim, key in (
+            (("decode-peak", "peak_off"),) if decode else (("memory-peak", "peak_off"), ("memory-saved", "saved_off"))
+        ):
             off = row[key]
-            text = f"{name}: {claim} predicted {'nothing' if off is None else f'{off:+.1%} off'}, expected {MEMORY_OFF:.0%}"
+            found_off = "nothing" if off is None else f"{off:+.1%} off"
+            text = f"{name}: {claim} predicted {found_off}, expected {MEMORY_OFF:.0%}"
             verdicts.append(Verdict(claim, off is not None and abs(off) <= MEMORY_OFF, text))
         if row["reserved_bytes"] is not None:
             beside = row["reserved_bytes"] - row["allocated_bytes"]
@@ -208,7 +213,9 @@ def _predicted(found: Evidence) -> list[Verdict]:
 def _memory(found: Evidence) -> list[Verdict]:
     rows = [row for row in found.of("attention memory") if row["masked"] and row["attention"] in MASKED]
     runs = [
-        Verdict("masked-attention", row["runs"], f"{row['attention']} with a mask: {row.get('error') or row['kernels']}")
+        Verdict(
+            "masked-attention", row["runs"], f"{row['attention']} with a mask: {row.get('error') or row['kernels']}"
+        )
         for row in rows
     ]
     return _predicted(found) + (runs or [Verdict("masked-attention", False, "no attention with a mask was run")])
@@ -231,7 +238,11 @@ def _ncu(found: Evidence) -> list[Verdict]:
     verdicts = []
     for pattern, name in KERNELS.items():
         share = next((value for kernel, value in shares.items() if pattern in kernel), None)
-        text = "was not profiled" if share is None else f"takes {share:.0f} % of the memory's throughput, expected {NCU_SHARE:g}"
+        text = (
+            "was not profiled"
+            if share is None
+            else f"takes {share:.0f} % of the memory's throughput, expected {NCU_SHARE:g}"
+        )
         verdicts.append(Verdict("ncu", share is not None and share >= NCU_SHARE, f"{name} {text}"))
     return verdicts
 
@@ -247,9 +258,12 @@ def _tests(stage: str) -> Callable[[Evidence], list[Verdict]]:
             mine = [line for line in found.tests if re.search(job["tests"], line["test"])]
             outcomes = [line["outcome"] for line in mine]
             bad = [line["test"] for line in mine if line["outcome"] == "failed"]
-            text = f"{job['id']}: {outcomes.count('passed')} passed, {len(bad)} failed, {outcomes.count('skipped')} skipped"
+            counted = ", ".join(f"{outcomes.count(each)} {each}" for each in ("passed", "failed", "skipped"))
+            text = f"{job['id']}: {counted}"
             met = not bad and "passed" in outcomes
-            verdicts.append(Verdict(job["id"], met, "; ".join([text, *bad[:3]]) if mine else f"{job['id']}: no test ran"))
+            verdicts.append(
+                Verdict(job["id"], met, "; ".join([text, *bad[:3]]) if mine else f"{job['id']}: no test ran")
+            )
         return verdicts
 
     return judge

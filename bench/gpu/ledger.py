@@ -1,4 +1,4 @@
-"""The lists of results in the repository: a row a run in `LEDGER.md`, and when each claim last held in `gpu-jobs.json`."""
+"""The repository's lists: a row a run in `LEDGER.md`, and when each claim last held in `gpu-jobs.json`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What this interpreter finds, as one JSON line: GPU, packages and compiled modules. The gate itself loads none of it."""
+"""What this interpreter finds, as one JSON line: GPU, packages and compiled modules. The gate loads none of it."""
 
 import importlib
 import importlib.metadata

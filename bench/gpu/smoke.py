@@ -118,8 +118,6 @@ def parts(dry: bool) -> dict[str, dict[str, Check]]:
     return found
 
 
-
-
 def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> bool:
     """Whether all passed; a row and a line each."""
     good = True
@@ -184,7 +182,8 @@ def main() -> None:
     rows = Rows(options.out, _is_mine)
     scalars(device, rows, where)
     if options.jobs == 1:
-        good = all([run_part(part, checks, rows, where) for part, checks in every.items()])
+        results = [run_part(part, checks, rows, where) for part, checks in every.items()]
+        good = all(results)
     else:
         command = [sys.executable, "-m", "bench.gpu.smoke", "--device", options.device]
         command += [] if options.out is None else ["--out", str(options.out)]

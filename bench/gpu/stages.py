@@ -29,7 +29,10 @@ def smoke(gate: Gate) -> Outcome:
     if status == 0:
         return PASSED, counted
     bad = re.findall(r"^BAD  (.*?), [\d.]+ s:", text, re.MULTILINE)
-    return FAILED, f"{counted}; {'out of time' if status is None else f'exit status {status}'}; bad: {', '.join(bad) or 'none'}"
+    return (
+        FAILED,
+        f"{counted}; {'out of time' if status is None else f'exit status {status}'}; bad: {', '.join(bad) or 'none'}",
+    )
 
 
 def _gpu_tests(tree: Path) -> list[str]:
@@ -45,7 +48,17 @@ def _pytest(gate: Gate, choose: str) -> Outcome:
     files = list(DRY_TESTS) if gate.dry else _gpu_tests(gate.runner.tree)
     workers = ["-n", str(min(12, gate.jobs)), "--dist", "loadgroup"] if gate.jobs > 1 and not gate.dry else []
     status, text = gate.python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.reports", "-m", "not gpu" if gate.dry else "gpu"),
+        *(
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "bench.gpu.reports",
+            "-m",
+            "not gpu" if gate.dry else "gpu",
+        ),
         *("--lines", str(lines), "--choose", "all" if gate.dry else choose, *again, *workers, *files),
     )
     found = {line["test"]: line for line in read(lines)}

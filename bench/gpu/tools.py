@@ -15,7 +15,10 @@ from .gate import FAILED, PASSED, SKIPPED, Gate, Outcome
 from .process import last_lines
 
 # Every kernel of ours has one of these in its name; torch's are not watched, which makes them no slower.
-NAMES = ("dgf", *(f"{name}_kernel" for name in ("sample", "log_prob", "gradient", "gradients", "policy_loss", "forward")))
+NAMES = (
+    "dgf",
+    *(f"{name}_kernel" for name in ("sample", "log_prob", "gradient", "gradients", "policy_loss", "forward")),
+)
 NAMES += ("backward_kernel", "sum_chunks_kernel", "weight_kernel")
 # The second is what versions before 2023.3 know.
 SPELLINGS = ("--kernel-name", "--kernel-regex")
@@ -56,7 +59,7 @@ def _watch(gate: Gate, program: str, name: str) -> tuple[int | None, str]:
 
 
 def _sanitizer(gate: Gate, name: str) -> Outcome:
-    """Skipped only where the tool is not there or does not work on this device: anything else without a verdict fails."""
+    """Skipped only where the tool is not there or does not work on this device: else no verdict is a failure."""
     if gate.dry:
         return _driver(gate) if name == "memcheck" else (PASSED, "the program of memcheck")
     program = tool("compute-sanitizer")

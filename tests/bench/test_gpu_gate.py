@@ -76,7 +76,12 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     ops = {row["op"] for row in rows}
     assert {"smoke", "scalar order", "host", "launches", "log_prob", "decode memory", "attention memory"} < ops
     assert any("pass" in row for row in rows)
-    assert {row["backend"] for row in rows if row["op"] == "log_prob"} == {"eager", "compile", "ours, cuda", "ours, triton"}
+    assert {row["backend"] for row in rows if row["op"] == "log_prob"} == {
+        "eager",
+        "compile",
+        "ours, cuda",
+        "ours, triton",
+    }
     assert {line["outcome"] for line in read(out / TESTS)} == {"passed"}
     assert {path: path.read_bytes() for path in (ROOT / "bench" / "results").iterdir()} == results
 
@@ -224,7 +229,10 @@ def test_tests_that_are_killed_leave_their_lines(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     found = {line["test"].partition("::")[2]: line for line in read(lines)}
     assert {name: line["outcome"] for name, line in found.items()} == {
-        **{"test_one": "passed", "test_two": "failed", "test_three": "skipped", "test_four": "failed"}
+        "test_one": "passed",
+        "test_two": "failed",
+        "test_three": "skipped",
+        "test_four": "failed",
     }
     assert found["test_one"]["properties"] == [["number", 3]] and "why" in found["test_two"]["reason"]
     assert "in a fixture" in found["test_four"]["reason"]

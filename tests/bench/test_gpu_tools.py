@@ -47,18 +47,34 @@ def refuses(*options: str) -> str:
     ("script", "wanted", "clean"),
     [
         (prints(EVERYTHING + CLEAN, 0), "passed|clean for cuda, triton, block ops, all shapes", [True] * 3),
-        (prints(CALLED + "out of time for more of triton\n" + CLEAN, 0), "passed|clean for cuda, triton, block ops, some", [True] * 3),
+        (
+            prints(CALLED + "out of time for more of triton\n" + CLEAN, 0),
+            "passed|clean for cuda, triton, block ops, some",
+            [True] * 3,
+        ),
         (prints("called: cuda\n" + CLEAN, 0), "FAILED|clean for cuda; out of time for the others", [True]),
-        (prints("called: cuda\n========= Invalid __global__ read of size 4", 86), "FAILED|errors were found, while cuda", [False]),
+        (
+            prints("called: cuda\n========= Invalid __global__ read of size 4", 86),
+            "FAILED|errors were found, while cuda",
+            [False],
+        ),
         (prints("========= Error: Device not supported", 1), "skipped|it does not work on this device", []),
         (prints("nothing that it would say", 0), "FAILED|no verdict: nothing that it would say; called: nothing", []),
         (prints(CALLED, 0), "FAILED|no verdict: called: block ops; called: cuda, triton, block ops", []),
         (prints(CALLED + "Race reported between Write access", 0), "FAILED|errors were found", [False] * 3),
-        (prints(CALLED + "========= RACECHECK SUMMARY: 3 hazards displayed", 0), "FAILED|errors were found", [False] * 3),
+        (
+            prints(CALLED + "========= RACECHECK SUMMARY: 3 hazards displayed", 0),
+            "FAILED|errors were found",
+            [False] * 3,
+        ),
         ("echo called: cuda; sleep 30", "FAILED|no verdict: out of time; called: cuda", []),
         (refuses("--kernel-name"), "passed|clean for", [True] * 3),
         (refuses("--kernel-regex"), "passed|clean for", [True] * 3),
-        (refuses("--kernel-name", "--kernel-regex"), "FAILED|no verdict: it refuses --kernel-name and --kernel-regex", []),
+        (
+            refuses("--kernel-name", "--kernel-regex"),
+            "FAILED|no verdict: it refuses --kernel-name and --kernel-regex",
+            [],
+        ),
     ],
     ids=[
         *("clean", "some shapes", "some ops", "an error", "no such device", "no verdict", "no summary", "a race"),
@@ -89,19 +105,22 @@ def test_every_kernel_of_ours_is_watched() -> None:
             names += re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
         elif path.suffix == ".cuh":
             # Every one of them lies in the namespace.
-            names += [f"dgf{name}" for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", path.read_text(), re.DOTALL)]
+            names += [
+                f"dgf{name}" for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", path.read_text(), re.DOTALL)
+            ]
     assert len(names) > 12
     assert [name for name in names if not any(known in name for known in tools.NAMES)] == []
 
 
-NCU = """==PROF== Connected to process 1
+STEP = "void dgf::transition_sample_kernel<float>(dgf::TransitionCall)"
+NCU = f"""==PROF== Connected to process 1
 ==PROF== Profiling "transition_sample_kernel": 0%
 the program ended
 ==PROF== Disconnected from process 1
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","77.5"
-"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","dram__bytes.sum","byte","1,234"
-"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","other","%","1"
+"0","1","{STEP}","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","77.5"
+"0","1","{STEP}","dram__bytes.sum","byte","1,234"
+"0","1","{STEP}","other","%","1"
 "1","1","forward_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","40"
 """
 

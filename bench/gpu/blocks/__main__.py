@@ -167,7 +167,9 @@ class Measurement:
 
 def table(rows: list[Row]) -> str:
     """What a reader wants at a glance."""
-    head = f"{'op':30}{'form':22}{'model':14}{'pass':20}{'contender':30}{'ms':>9}{'copy':>7}{'peak':>8}{'saved GiB':>10}"
+    head = (
+        f"{'op':30}{'form':22}{'model':14}{'pass':20}{'contender':30}{'ms':>9}{'copy':>7}{'peak':>8}{'saved GiB':>10}"
+    )
     lines = [head + f"{'x eager':>10}{'x compile':>11}{'host us':>9}"]
     for r in rows:
         share = f"{r['copy_share']:7.0%}" if "copy_share" in r else " " * 7

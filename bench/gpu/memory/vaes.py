@@ -62,7 +62,9 @@ def row(case: Case, device: torch.device, where: Row) -> Row:
     shape = (1 if dry else case.rows, spec.latent_channels, *(grid if spec.is_video else grid[1:]))
     fake: Any = specs.build_vae(spec)
     z = torch.empty(shape, device="meta", dtype=BF16)
-    found = trace(fake, {"z": z, "return_dict": False}, train=False, call=fake.decode, attention="cpu" if dry else "flash")
+    found = trace(
+        fake, {"z": z, "return_dict": False}, train=False, call=fake.decode, attention="cpu" if dry else "flash"
+    )
     predicted = found.peak_of("rollout")
     parameters = predicted.by_category.get("parameters", 0)
     vae = fake.to_empty(device=device)
