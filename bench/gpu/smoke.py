@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def _seeded(target: Target) -> str:
     case = make_case(SHAPE, TABLE, DTYPES, cfg=True)
     found = sample(on(case, target), TABLE, seed=8, backend=target.backend)
     here = sample(case, TABLE, seed=8)
-    noise = {"shape": SHAPE[1:], "seed": 8}
+    noise: dict[str, Any] = {"shape": SHAPE[1:], "seed": 8}
     there = gaussian_noise(**noise, sample_ids=case.sample_ids.to(target.device), backend=target.backend)
     ours = gaussian_noise(**noise, sample_ids=case.sample_ids, backend="cpu")
     apart = differing_bits(found.latents, here.latents)
@@ -60,7 +61,8 @@ def _score(target: Target) -> str:
 def _loss(target: Target) -> str:
     table = TABLES["mixed"]
     cases = [make_case((9, 3, 701), table, DTYPES, cfg=True, step=STEPS, seed=seed) for seed in range(4)]
-    test_parity.assert_loss(cases, table, target, **OPTIONS["everything"])
+    options: Any = OPTIONS["everything"]
+    test_parity.assert_loss(cases, table, target, **options)
     return "loss, gradients and metrics"
 
 

@@ -201,7 +201,8 @@ def planned(dry: bool) -> list[Case]:
 
 def compile_ahead(labels: list[str], device: str, jobs: int, seconds: float) -> None:
     """A process a case, at most `jobs` at once; what is not through in time compiles when it is measured."""
-    begin, waiting, running = time.monotonic(), list(labels), []
+    begin, waiting = time.monotonic(), list(labels)
+    running: list[subprocess.Popen[bytes]] = []
     command = [sys.executable, "-m", __package__, "--device", device, "--warm", "--only"]
     while waiting or running:
         if time.monotonic() - begin > seconds:

@@ -56,14 +56,15 @@ def planned(dry: bool) -> list[Planned]:
     def training(cases: Iterable[models.Case]) -> list[Planned]:
         return [(case.label, case.seconds, partial(models.row, case)) for case in cases]
 
-    found = [
+    found: list[Planned] = [
         *(attention(backend, True) for backend in kernels.MASKED),
         *training(models.FIRST),
         *((case.label, case.seconds, partial(vaes.row, case)) for case in vaes.CASES),
         *training(models.LATER),
         *(attention(backend, masked) for backend in kernels.BACKENDS for masked in (False, True)),
     ]
-    return list({label: (label, 0.0 if dry else seconds, run) for label, seconds, run in found}.values())
+    once = {label: (label, 0.0 if dry else seconds, run) for label, seconds, run in found}
+    return list(once.values())
 
 
 def main() -> None:
