@@ -1,16 +1,22 @@
 PYTHON ?= python3
 # ON makes a compiler warning an error, as the CI does.
 WERROR ?= OFF
+# The tests look at the CUDA module's machine code, for every GPU and with a CPU build of torch too.
+CUDA ?= $(if $(shell command -v nvcc),ON,AUTO)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install demo test lint format bench clean
+# Another Triton that the kernels are compiled with: what torch 2.11 brings.
+OTHER_TRITON := 3.6.0
+
+.PHONY: help install demo test lint format bench matrix clean
 
 help:
 	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
 	@echo "make test    lint, types and every test, against the installed package"
 	@echo "make bench   time the ops on this CPU: bench/results"
+	@echo "make matrix  tests with other versions of Python, torch, Triton and diffusers: docs/compatibility.md"
 	@echo "make install create .venv with exactly the versions in constraints.txt"
 
 $(VENV)/.packages: pyproject.toml constraints.txt
@@ -23,11 +29,14 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  e = p['optional-dependencies']; names = {'demo', 'judge', 'ocr', 'quantized', 'train', 'test', 'bench', 'dev'}; \
 	  print('\n'.join(r for n in sorted(names) for r in e[n] if not r.startswith('dancegrpo_fast')))" > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	rm -rf $(VENV)/triton-*
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
 	touch $@
 
 # The compiled modules are linked into the source folder too, so that commands run from the repository find them.
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps --force-reinstall --config-settings=cmake.define.DGF_WERROR=$(WERROR) .
+	$(BIN)/pip install --quiet --no-deps --force-reinstall \
+	  --config-settings=cmake.define.DGF_WERROR=$(WERROR) --config-settings=cmake.define.DGF_CUDA=$(CUDA) .
 	rm -f dancegrpo_fast/*.so
 	ln -sf $(CURDIR)/$(VENV)/lib/python3.*/site-packages/dancegrpo_fast/_c*.so dancegrpo_fast/
 	touch $@
@@ -54,6 +63,11 @@ format: $(VENV)/.packages
 
 bench: install
 	$(BIN)/python -m bench
+
+# light, or heavy: the cells whose torch brings gigabytes of CUDA.
+CELLS ?= light
+matrix: $(VENV)/.packages
+	$(BIN)/nox --tags $(CELLS)
 
 clean:
 	rm -rf $(VENV) build runs dancegrpo_fast/*.so

@@ -129,5 +129,5 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "kernels": native.detail,
         "python": platform.python_version(),
         "git": _git_revision(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

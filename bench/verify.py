@@ -73,6 +73,7 @@ def _check_loss(case: Case, inputs: Inputs, name: str, contenders: dict[str, Cal
             None,
             None,
             CLIP_RANGE,
+            CLIP_RANGE,
             ADVANTAGE_CLIP,
             0.0,
             False,

@@ -1,4 +1,5 @@
-// Bindings of the CPU kernels: raw pointers in, nothing allocated, no torch header. Python checks and allocates.
+// Bindings of the CPU kernels: raw pointers in, nothing allocated, no torch header. Python checks and allocates; here
+// only what must be there is looked for.
 #include "../kernels/policy_loss/cpu.h"
 #include "../kernels/transition/cpu.h"
 #include "marshal.h"
@@ -9,49 +10,49 @@ namespace {
 
 dgf::TransitionCall checked_call(const py::tuple& t) {
   const dgf::TransitionCall call = dgf::transition_call(t);
-  for (int64_t b = 0; b < call.batch; ++b) {
-    const int64_t row = call.row_index(b);
-    if (row < 0 || row >= call.table_rows)
-      throw std::invalid_argument("step: got " + std::to_string(row) + ", the table has rows 0 to " +
-                                  std::to_string(call.table_rows - 1));
-  }
+  for (int64_t b = 0; call.step && b < call.batch; ++b)
+    if (!call.in_table(call.step[b])) dgf::refuse_step(call, call.step[b]);
   return call;
 }
 
 int threads(const py::tuple& t) { return t[13].cast<int>(); }
 
-// Calls `as` with a value of the type that the call computes in.
+// Calls as(value of the compute type), which parses and gives back what is then run without the interpreter's lock.
 template <typename As>
 void dispatch(const py::tuple& transition, As&& as) {
+  const auto run = [&](auto type) {
+    const auto kernel = as(type);
+    const py::gil_scoped_release unlocked;
+    kernel();
+  };
   if (dgf::double_precision(transition))
-    as(double{});
+    run(double{});
   else
-    as(float{});
+    run(float{});
 }
 
 void sample(const py::tuple& transition, const py::object& noise, const py::object& seed, uintptr_t sample_ids,
             const py::object& denoised, uintptr_t log_prob) {
   const dgf::TransitionCall call = checked_call(transition);
   const dgf::NoiseSource source = dgf::noise_source(noise, seed, sample_ids, call.numel);
-  const dgf::Operand clean = dgf::operand(denoised, call.numel);
+  const dgf::Operand clean = dgf::optional_operand("denoised", denoised, call.numel);
   const int count = threads(transition);
   dispatch(transition, [&](auto type) {
     using S = decltype(type);
     for (int64_t b = 0; b < call.batch && !source.seeded && !source.given.present(); ++b)
       if (call.row<S>(b)[dgf::kTau] != S(0))
-        throw std::invalid_argument("noise: got None and no seed for a step with noise, want one of them");
-    py::gil_scoped_release unlocked;
-    dgf::transition_sample(call, source, clean, count, dgf::pointer<S>(log_prob));
+        dgf::refuse("noise", "None and no seed for a step with noise", "one of them");
+    S* out = dgf::pointer<S>("log_prob", log_prob);
+    return [=, &call, &source] { dgf::transition_sample(call, source, clean, count, out); };
   });
 }
 
-void log_prob(const py::tuple& transition, uintptr_t out) {
+void log_prob(const py::tuple& transition, uintptr_t log_prob) {
   const dgf::TransitionCall call = checked_call(transition);
   const int count = threads(transition);
   dispatch(transition, [&](auto type) {
-    using S = decltype(type);
-    py::gil_scoped_release unlocked;
-    dgf::transition_log_prob(call, count, dgf::pointer<S>(out));
+    auto* out = dgf::pointer<decltype(type)>("log_prob", log_prob);
+    return [=, &call] { dgf::transition_log_prob(call, count, out); };
   });
 }
 
@@ -60,25 +61,25 @@ void log_prob_gradient(const py::tuple& transition, uintptr_t grad_log_prob, con
   const dgf::TransitionCall call = checked_call(transition);
   const int count = threads(transition);
   dispatch(transition, [&](auto type) {
-    using S = decltype(type);
-    const auto terms = dgf::log_prob_gradient_terms<S>(grad_log_prob, grad_output, grad_uncond, call.numel);
-    py::gil_scoped_release unlocked;
-    dgf::transition_gradient(call, terms, count);
+    const auto terms = dgf::log_prob_gradient_terms<decltype(type)>(call, grad_log_prob, grad_output, grad_uncond);
+    return [=, &call] { dgf::transition_gradient(call, terms, count); };
   });
 }
 
 void policy_loss(const py::tuple& transition, const py::object& reference, const py::object& old_output,
-                 uintptr_t old_log_prob, uintptr_t advantages, uintptr_t weight, double clip_range,
+                 uintptr_t old_log_prob, uintptr_t advantages, uintptr_t weight, double clip_low, double clip_high,
                  double advantage_clip, double kl_weight, bool ratio_norm, const py::tuple& out) {
-  checked_call(transition);
+  const dgf::TransitionCall step = checked_call(transition);
   const int count = threads(transition);
   dispatch(transition, [&](auto type) {
     using S = decltype(type);
-    const auto call = dgf::policy_loss_call<S>(transition, reference, old_output, old_log_prob, advantages, weight,
-                                               clip_range, advantage_clip, kl_weight, ratio_norm);
+    const auto call = dgf::policy_loss_call<S>(step, reference, old_output, old_log_prob, advantages, weight, clip_low,
+                                               clip_high, advantage_clip, kl_weight, ratio_norm);
+    for (int64_t b = 0; b < step.batch; ++b)
+      if (step.row<S>(b)[dgf::kLogProbScale] == S(0) && call.weight_of(b) != 0.0)
+        dgf::refuse("step", std::to_string(step.row_index(b)) + ", a row without noise", "one with noise, or weight 0");
     const auto outputs = dgf::policy_loss_outputs<S>(out);
-    py::gil_scoped_release unlocked;
-    dgf::policy_loss(call, count, outputs);
+    return [=] { dgf::policy_loss(call, count, outputs); };
   });
 }
 
@@ -89,11 +90,9 @@ void policy_loss_gradient(const py::tuple& transition, uintptr_t grad_loss, uint
   const dgf::TransitionCall call = checked_call(transition);
   const int count = threads(transition);
   dispatch(transition, [&](auto type) {
-    using S = decltype(type);
-    const auto terms = dgf::policy_loss_gradient_terms<S>(grad_loss, step_scale, pull_scale, pull, mean_output,
-                                                          grad_output, grad_uncond, call.numel);
-    py::gil_scoped_release unlocked;
-    dgf::transition_gradient(call, terms, count);
+    const auto terms = dgf::policy_loss_gradient_terms<decltype(type)>(call, grad_loss, step_scale, pull_scale, pull,
+                                                                       mean_output, grad_output, grad_uncond);
+    return [=, &call] { dgf::transition_gradient(call, terms, count); };
   });
 }
 

@@ -48,13 +48,14 @@ uintptr_t tickets(int device, uintptr_t stream, int64_t count, bool captured) {
   return reinterpret_cast<uintptr_t>(pool.first + offset);
 }
 
-// (stream, tickets, scratch) on the current device
+// (stream, tickets, scratch) on the current device; a kernel without sums needs the stream only.
 struct Launch {
-  explicit Launch(const py::tuple& transition) {
-    const py::tuple t = transition[13];
+  explicit Launch(const py::tuple& transition, bool sums = true) {
+    const py::tuple t = dgf::tuple_of("launch", transition[13], 3, 3);
     stream = reinterpret_cast<cudaStream_t>(t[0].cast<uintptr_t>());
-    workspace.ticket = dgf::pointer<uint32_t>(t[1].cast<uintptr_t>());
-    workspace.scratch = dgf::pointer<double>(t[2].cast<uintptr_t>());
+    if (!sums) return;
+    workspace.ticket = dgf::pointer<uint32_t>("tickets", t[1].cast<uintptr_t>());
+    workspace.scratch = dgf::pointer<double>("scratch", t[2].cast<uintptr_t>());
   }
 
   cudaStream_t stream;
@@ -67,13 +68,19 @@ unsigned grid_of(const dgf::TransitionCall& call) {
   return static_cast<unsigned>(blocks);
 }
 
-// Calls as(value of the compute type), which parses and launches.
+// Calls as(value of the compute type), which parses and gives back a launch; that is made without the interpreter's
+// lock, as it waits where the stream's queue is full.
 template <typename As>
 void dispatch(const py::tuple& transition, const char* name, As&& as) {
+  const auto run = [&](auto type) {
+    const auto launch = as(type);
+    const py::gil_scoped_release unlocked;
+    launch();
+  };
   if (dgf::double_precision(transition))
-    as(double{});
+    run(double{});
   else
-    as(float{});
+    run(float{});
   check(cudaGetLastError(), name);
 }
 
@@ -81,28 +88,32 @@ void sample(const py::tuple& transition, const py::object& noise, const py::obje
             const py::object& denoised, uintptr_t log_prob) {
   const dgf::TransitionCall call = dgf::transition_call(transition);
   const dgf::NoiseSource source = dgf::noise_source(noise, seed, sample_ids, call.numel);
-  const dgf::Operand clean = dgf::operand(denoised, call.numel);
+  const dgf::Operand clean = dgf::optional_operand("denoised", denoised, call.numel);
   const Launch launch(transition);
+  const unsigned grid = grid_of(call);
+  const bool packets = dgf::moves_in_packets(call, source, clean);
   dispatch(transition, "transition_sample", [&](auto type) {
     using S = decltype(type);
-    const unsigned grid = grid_of(call);
-    const bool packets = dgf::moves_in_packets(call, source, clean);
-    const py::gil_scoped_release unlocked;  // a launch waits where the stream's queue is full
-    dgf::transition_sample_kernel<S><<<grid, dgf::kThreads, 0, launch.stream>>>(
-        call, source, clean, packets, launch.workspace, dgf::pointer<S>(log_prob));
+    S* out = dgf::pointer<S>("log_prob", log_prob);
+    return [=, &call, &source, &clean, &launch] {
+      dgf::transition_sample_kernel<S>
+          <<<grid, dgf::kThreads, 0, launch.stream>>>(call, source, clean, packets, launch.workspace, out);
+    };
   });
 }
 
-void log_prob(const py::tuple& transition, uintptr_t out) {
+void log_prob(const py::tuple& transition, uintptr_t log_prob) {
   const dgf::TransitionCall call = dgf::transition_call(transition);
   const Launch launch(transition);
+  const unsigned grid = grid_of(call);
+  const bool packets = dgf::step_moves_in_packets(call);
   dispatch(transition, "transition_log_prob", [&](auto type) {
     using S = decltype(type);
-    const unsigned grid = grid_of(call);
-    const bool packets = dgf::step_moves_in_packets(call);
-    const py::gil_scoped_release unlocked;
-    dgf::transition_log_prob_kernel<S>
-        <<<grid, dgf::kThreads, 0, launch.stream>>>(call, packets, launch.workspace, dgf::pointer<S>(out));
+    S* out = dgf::pointer<S>("log_prob", log_prob);
+    return [=, &call, &launch] {
+      dgf::transition_log_prob_kernel<S>
+          <<<grid, dgf::kThreads, 0, launch.stream>>>(call, packets, launch.workspace, out);
+    };
   });
 }
 
@@ -110,43 +121,48 @@ void log_prob(const py::tuple& transition, uintptr_t out) {
 template <typename Terms>
 void gradient(const py::tuple& transition, const char* name, Terms&& terms) {
   const dgf::TransitionCall call = dgf::transition_call(transition);
-  const Launch launch(transition);
+  const Launch launch(transition, false);
+  const unsigned grid = grid_of(call);
   dispatch(transition, name, [&](auto type) {
-    const auto g = terms(type, call.numel);
-    dgf::transition_gradient_kernel<<<grid_of(call), dgf::kThreads, 0, launch.stream>>>(call, g,
-                                                                                        dgf::moves_in_packets(call, g));
+    const auto g = terms(type, call);
+    const bool packets = dgf::moves_in_packets(call, g);
+    return [=, &call, &launch] {
+      dgf::transition_gradient_kernel<<<grid, dgf::kThreads, 0, launch.stream>>>(call, g, packets);
+    };
   });
 }
 
 void log_prob_gradient(const py::tuple& transition, uintptr_t grad_log_prob, const py::object& grad_output,
                        const py::object& grad_uncond) {
-  gradient(transition, "transition_log_prob_gradient", [&](auto type, int64_t numel) {
-    return dgf::log_prob_gradient_terms<decltype(type)>(grad_log_prob, grad_output, grad_uncond, numel);
+  gradient(transition, "transition_log_prob_gradient", [&](auto type, const dgf::TransitionCall& call) {
+    return dgf::log_prob_gradient_terms<decltype(type)>(call, grad_log_prob, grad_output, grad_uncond);
   });
 }
 
 void policy_loss(const py::tuple& transition, const py::object& reference, const py::object& old_output,
-                 uintptr_t old_log_prob, uintptr_t advantages, uintptr_t weight, double clip_range,
+                 uintptr_t old_log_prob, uintptr_t advantages, uintptr_t weight, double clip_low, double clip_high,
                  double advantage_clip, double kl_weight, bool ratio_norm, const py::tuple& out) {
+  const dgf::TransitionCall step = dgf::transition_call(transition);
   const Launch launch(transition);
+  const unsigned grid = grid_of(step);
   dispatch(transition, "policy_loss", [&](auto type) {
     using S = decltype(type);
-    const auto call = dgf::policy_loss_call<S>(transition, reference, old_output, old_log_prob, advantages, weight,
-                                               clip_range, advantage_clip, kl_weight, ratio_norm);
+    const auto call = dgf::policy_loss_call<S>(step, reference, old_output, old_log_prob, advantages, weight, clip_low,
+                                               clip_high, advantage_clip, kl_weight, ratio_norm);
     const auto outputs = dgf::policy_loss_outputs<S>(out);
-    const unsigned grid = grid_of(call.transition);
     const bool packets = dgf::moves_in_packets(call);
-    const py::gil_scoped_release unlocked;
-    dgf::policy_loss_kernel<S><<<grid, dgf::kThreads, 0, launch.stream>>>(call, packets, launch.workspace, outputs);
+    return [=, &launch] {
+      dgf::policy_loss_kernel<S><<<grid, dgf::kThreads, 0, launch.stream>>>(call, packets, launch.workspace, outputs);
+    };
   });
 }
 
 void policy_loss_gradient(const py::tuple& transition, uintptr_t grad_loss, uintptr_t step_scale, uintptr_t pull_scale,
                           const py::object& pull, const py::object& mean_output, const py::object& grad_output,
                           const py::object& grad_uncond) {
-  gradient(transition, "policy_loss_gradient", [&](auto type, int64_t numel) {
-    return dgf::policy_loss_gradient_terms<decltype(type)>(grad_loss, step_scale, pull_scale, pull, mean_output,
-                                                           grad_output, grad_uncond, numel);
+  gradient(transition, "policy_loss_gradient", [&](auto type, const dgf::TransitionCall& call) {
+    return dgf::policy_loss_gradient_terms<decltype(type)>(call, grad_loss, step_scale, pull_scale, pull, mean_output,
+                                                           grad_output, grad_uncond);
   });
 }
 

@@ -1,5 +1,6 @@
 """`dancegrpo-fast`: train a recipe, plan its memory, run a script of another project, say what is installed."""
 
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,20 +79,34 @@ def _reason(error: Exception) -> str:
 def train(arguments: Sequence[str]) -> None:
     """Runs a recipe to its end and draws it."""
     recipe, options = load_recipe(arguments, resume=None)
+    from .checkpoint import writing
     from .report import closing_line, draw
     from .trainer import Trainer
 
     trainer = Trainer(recipe, options["resume"])
-    trainer.run()
-    if not trainer.processes.is_main:
-        return
     root = trainer.directory.root
-    if recipe.evaluation is not None and trainer.evaluator is not None:
-        shown = [prompt.text for prompt in trainer.evaluator.prompts[: recipe.evaluation.grid_prompts]]
-        sampler = recipe.sampler
-        for picture in draw(root, shown, recipe.evaluation.grid_samples, sampler.frames, sampler.fps):
-            print(f"drew {picture}")
+    try:
+        trainer.run()
+        if not trainer.processes.is_main:
+            return
+        if recipe.evaluation is not None and trainer.evaluator is not None:
+            shown = [prompt.text for prompt in trainer.evaluator.prompts[: recipe.evaluation.grid_prompts]]
+            sampler = recipe.sampler
+            with writing(root):
+                pictures = draw(root, shown, recipe.evaluation.grid_samples, sampler.frames, sampler.fps)
+            for picture in pictures:
+                print(f"drew {picture}")
+    except OSError as error:
+        raise OSError(f"{error}; {_left(trainer.directory.newest(), arguments, options['resume'])}") from error
     print(closing_line(root, recipe.name))
+
+
+def _left(newest: Path | None, arguments: Sequence[str], resume: str | None) -> str:
+    """What is left of a run that ended early, and how it goes on."""
+    if newest is None:
+        return "no checkpoint had been written"
+    more = [] if resume == "auto" else ["--resume", "auto"]
+    return f"{newest} is whole, go on with: {shlex.join(['dancegrpo-fast', 'train', *arguments, *more])}"
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -1,10 +1,13 @@
 """A run as dataclasses: recipes are YAML files of these, and every field can be overridden on the command line."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+
+from .prompts import check_text
 
 
 def _positive(name: str, value: float) -> None:
@@ -147,6 +150,7 @@ class SamplerSettings:
         _at_least("sampler.frames", self.frames, 1)
         if self.fps is not None:
             _positive("sampler.fps", self.fps)
+        check_text("sampler.negative_prompt", self.negative_prompt)
 
     def torch_dtype(self) -> torch.dtype:
         """`latents_dtype` as torch names it."""
@@ -179,6 +183,10 @@ class RewardSettings:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:
             raise ValueError(f"rewards.win_rate: got true beside threshold {self.threshold:g}, want one of the two")
+        try:
+            json.dumps(self.args, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rewards.args: got {self.args}, want plain values: {error}") from error
 
 
 @dataclass
@@ -197,7 +205,7 @@ class TrainSettings:
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
-        clip_range: of the ratio.
+        clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher).
         advantage_clip: largest absolute advantage.
         kl_weight: of the KL to the model as loaded.
         ratio_norm: GRPO-Guard's RatioNorm.
@@ -223,7 +231,7 @@ class TrainSettings:
     learning_rate: float = 1e-5
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    clip_range: float = 1e-4
+    clip_range: float | tuple[float, float] = 1e-4
     advantage_clip: float = 5.0
     kl_weight: float = 0.0
     ratio_norm: bool = False
@@ -237,8 +245,10 @@ class TrainSettings:
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.group_size", self.group_size, 2)
-        for name in ("learning_rate", "max_grad_norm", "clip_range", "advantage_clip"):
+        for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
             _positive(f"train.{name}", getattr(self, name))
+        for bound in self.clip_range if isinstance(self.clip_range, (tuple, list)) else (self.clip_range,):
+            _positive("train.clip_range", bound)
         for name in ("weight_decay", "kl_weight"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:

@@ -85,11 +85,10 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
     from PIL import Image
 
     first, *others = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if others:
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / (fps or 8)), loop=0)
-    else:
-        first.save(path)
+    more = {"save_all": True, "append_images": others, "duration": round(1000 / (fps or 8)), "loop": 0}
+    with checkpoint.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first.save(path, **(more if others else {}))
     return path
 
 
@@ -146,7 +145,7 @@ class Scores:
             checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._whole = True
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with checkpoint.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
@@ -179,13 +178,13 @@ def _rows(
                 "prompt_index": index,
                 "sample": sample,
                 "prompt": prompt.text,
-                "meta": dict(prompt.meta),
+                "meta": prompt.columns(),
                 "file": str(file.relative_to(folder)),
                 "diversity": spread,
                 "scores": dict(zip(names, values, strict=True)),
             }
         # The official GenEval scorer reads a prompt's folder: metadata.jsonl beside samples/.
-        metadata = {"prompt": prompt.text, **prompt.meta}
+        metadata = {"prompt": prompt.text, **prompt.columns()}
         checkpoint.write_text(folder / sampler / f"{index:05d}" / "metadata.jsonl", json.dumps(metadata) + "\n")
 
 
@@ -307,7 +306,7 @@ def evaluate(
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
         "micro_batch": recipe.train.micro_batch,
-        "prompts": [{"prompt": prompt.text, **prompt.meta} for prompt in prompts],
+        "prompts": [{"prompt": prompt.text, **prompt.columns()} for prompt in prompts],
         "seed": recipe.seed,
         "weights": loaded,
         "mixed_precision": recipe.train.mixed_precision,

@@ -49,7 +49,8 @@ class Processes:
         distributed: gradients are reduced between processes, of which there may be one.
 
     Raises:
-        ValueError: an engine of accelerate other than DDP and FSDP2, or FSDP2 with parameters on the host.
+        ValueError: an engine of accelerate other than DDP and FSDP2, FSDP2 with parameters on the host, or on CPUs with
+            a torch before 2.9.
     """
 
     def __init__(self, mixed_precision: str, project_dir: Path) -> None:
@@ -80,6 +81,9 @@ class Processes:
         self.count: int = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
+        if self.sharded and self.device.type == "cpu" and torch.__version__ < (2, 9):
+            # gloo added gradients where it was asked for their mean: github.com/pytorch/pytorch/issues/162338.
+            raise ValueError(f"accelerate: got FSDP2 on CPUs with torch {torch.__version__}, want torch 2.9 or DDP")
         self._reshard = plugin is not None and bool(plugin.reshard_after_forward)
         self._units: Sequence[str] = (plugin and plugin.transformer_cls_names_to_wrap) or ()
         self._gather_dtype = torch.bfloat16 if mixed_precision == "bf16" else None

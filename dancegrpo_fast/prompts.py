@@ -3,11 +3,17 @@
 A path in an `image` column is relative to the prompt file and made absolute.
 """
 
+import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import torch
 
@@ -23,6 +29,56 @@ class Prompt:
     text: str
     meta: Mapping[str, Any]
 
+    def columns(self) -> dict[str, Any]:
+        """`meta` as JSON holds it, which is how it is written and compared: times and decimals as text, durations in
+        seconds, bytes by their SHA-256, numbers that are not finite as null.
+
+        Raises:
+            ValueError: a value of another kind.
+        """
+        found = {}
+        for name, value in self.meta.items():
+            try:
+                found[name] = _plain(value)
+            except TypeError as error:
+                raise ValueError(
+                    f'prompts: got {error} in column "{name}" of "{self.text}", want plain values'
+                ) from error
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, (Decimal, UUID)):
+        return str(value)
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes, sha256 {hashlib.sha256(value).hexdigest()}"
+    # Of numpy, and tensors.
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError, which begins with `name`, for a text that no tokenizer should be given."""
+    found = re.search("[\0\ud800-\udfff]", text)
+    if found:
+        kind = "a null character" if found[0] == "\0" else "half of a surrogate pair"
+        start = max(0, found.start() - 40)
+        shown = ascii(text[start : start + 80])
+        raise ValueError(f"{name}: got {shown} with {kind} at character {found.start()}, want text as UTF-8 has it")
+
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".parquet":
@@ -33,13 +89,20 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 f'prompts: got {path}, want pyarrow installed (pip install "dancegrpo_fast[train]")'
             ) from error
         try:
-            rows = parquet.read_table(path).to_pylist()
+            table = parquet.read_table(path)
         except (ArrowException, OSError) as error:
             raise ValueError(f"prompts: got {path}, want a parquet file that can be read: {error}") from error
-        yield from rows
+        columns = []
+        for name in table.column_names:
+            try:
+                columns.append(table.column(name).to_pylist())
+            except (ArrowException, ValueError, OverflowError, LookupError) as error:
+                raise ValueError(f'prompts: {path} column "{name}" cannot be read: {error}') from error
+        yield from (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        # With a byte order mark or without.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: got {path}, want UTF-8: {error}") from error
     # Not `splitlines`, which also ends lines at characters that a prompt may have, such as U+2028.
@@ -51,7 +114,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"prompts: {path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"prompts: {path} line {number} is {type(row).__name__}, want an object")
@@ -66,7 +129,8 @@ def load_prompts(path: str | Path, split: str = "train") -> list[Prompt]:
         split: which of them.
 
     Raises:
-        ValueError: missing, empty or unreadable file, or a row without a `prompt` (or `caption`) text.
+        ValueError: missing, empty or unreadable file, or a row without a `prompt` (or `caption`) text that can be
+            encoded.
     """
     source = Path(path)
     if source.is_dir():
@@ -83,6 +147,7 @@ def load_prompts(path: str | Path, split: str = "train") -> list[Prompt]:
         text = row.get("prompt", row.get("caption"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"prompts: {source} row {number} has {sorted(row)}, want a text `prompt` (or `caption`)")
+        check_text(f"prompts: {source} row {number}", text)
         meta = {k: v for k, v in row.items() if k != "prompt"}
         if isinstance(meta.get("image"), str):
             meta["image"] = str((source.parent / meta["image"]).resolve())

@@ -27,7 +27,7 @@ class Item(NamedTuple):
 class Objective:
     """The loss's settings, and the reference model of its KL."""
 
-    clip_range: float
+    clip_range: float | tuple[float, float]
     advantage_clip: float
     kl_weight: float
     ratio_norm: bool

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checkpoint import writing
 from .report_video import draw_moving, draw_strips, read_clips, titles
 
 SAMPLERS = {"ode": "ODE", "sde": "SDE"}
@@ -46,11 +47,12 @@ def save_samples(folder: Path, iteration: int, sampler: str, grid: Tensor) -> Pa
     """
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
     table = grid.transpose(0, 1)[:, :, 0] if grid.shape[2] == 1 else grid.flatten(0, 1)
     pixels = (table * 255).round().byte().permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     path = folder / f"{iteration:06d}-{sampler}.png"
-    Image.fromarray(pixels.numpy()).save(path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
     return path
 
 

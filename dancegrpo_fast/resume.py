@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -72,11 +73,11 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Of texts and columns in their order; a picture counts by its file's name and size, wherever it lies."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        meta = dict(prompt.meta)
-        image = Path(str(meta.get("image")))
-        if image.is_file():
-            meta["image"] = [image.name, image.stat().st_size]
-        digest.update(json.dumps([prompt.text, meta], sort_keys=True, default=repr).encode() + b"\n")
+        meta, image = prompt.columns(), prompt.meta.get("image")
+        # Not `Path.is_file`, which raises for text that is too long for a name.
+        if isinstance(image, str) and os.path.isfile(image):
+            meta["image"] = [os.path.basename(image), os.path.getsize(image)]
+        digest.update(json.dumps([prompt.text, meta], sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -24,9 +24,14 @@ class RunDirectory:
         self.metrics = root / "metrics.jsonl"
         self.evaluations = root / "evaluations.jsonl"
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        found = checkpoint.complete(self.checkpoints)
+        return found[-1] if found else None
+
     def append(self, path: Path, row: dict[str, Any]) -> None:
         """Adds one JSON line, on disk when this returns."""
-        with path.open("a", encoding="utf-8") as file:
+        with checkpoint.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -66,14 +71,14 @@ class RunDirectory:
                     f"output_dir: {self.root} already holds a run; continue it with --resume auto, or give another one"
                 )
             return None
-        found = checkpoint.complete(self.checkpoints)
         if resume == "auto":
-            return found[-1] if found else None
+            return self.newest()
         chosen = Path(resume)
         if not (chosen / "state.json").is_file():
             inside = [str(path) for path in checkpoint.complete(chosen / "checkpoints")]
             hint = f"; checkpoints of that run: {', '.join(inside)}" if inside else ""
             raise ValueError(f'resume: got {resume}, want "auto" or the folder of a checkpoint{hint}')
+        found = checkpoint.complete(self.checkpoints)
         own = chosen.resolve().parent == self.checkpoints.resolve()
         later = [path.name for path in found if not own or path.name > chosen.name]
         if later or (not own and self.metrics.exists()):

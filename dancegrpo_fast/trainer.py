@@ -262,7 +262,9 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         with self.processes.whole(self.model.denoiser) as denoiser:
             if denoiser is not None:
-                self.model.save(denoiser, self.directory.root / name)
+                size = sum(parameter.nbytes for parameter in self.names)
+                with checkpoint.replacing(self.directory.root / name, size) as folder:
+                    self.model.save(denoiser, folder)
 
     def _evaluate(self, iteration: int) -> None:
         if self.evaluator is None:

@@ -1,9 +1,17 @@
 """What every test shares. The tests run against the installed package: nothing here touches `sys.path`."""
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_set_aside() -> None:
+    """What was imported before a module's tests is not looked through whenever garbage is collected in them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

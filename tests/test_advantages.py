@@ -1,7 +1,9 @@
 """Group-relative advantages and the choice of the best and worst samples."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,17 +108,53 @@ BAD_REWARDS = (
     torch.zeros(0),
     torch.tensor([0.0, float("nan")]),
     torch.tensor([0.0, float("inf")]),
+    torch.zeros(2).to_sparse(),
+    None,
+    "ab",
+    [0.0, None],
+    [0.0, float("nan")],
+    [[0.0, 1.0], [0.0]],
+    1.0,
+    object,
 )
 
 
 @pytest.mark.parametrize("rewards", BAD_REWARDS, ids=str)
-def test_bad_rewards(rewards: torch.Tensor) -> None:
+def test_bad_rewards(rewards) -> None:
     with pytest.raises(ValueError, match=r"^rewards: "):
         group_advantages(rewards, 2)
 
 
-@pytest.mark.parametrize("size", [-2, 0, 1, 3, 16])
-def test_bad_group_size(size: int) -> None:
+@pytest.mark.parametrize("as_given", [list, tuple, np.array, torch.Tensor.numpy])
+def test_lists_and_arrays_become_tensors(as_given: Callable) -> None:
+    rewards = rewards_of(2, 4)
+    given = as_given(rewards if as_given is torch.Tensor.numpy else rewards.double().tolist())
+    assert torch.equal(group_advantages(given, 4), group_advantages(rewards, 4))
+    assert torch.equal(best_and_worst(given, 4, 1), best_and_worst(rewards, 4, 1))
+    assert torch.equal(group_advantages([0, 1, 1, 1], 4), group_advantages(torch.tensor([0.0, 1, 1, 1]), 4))
+    assert torch.equal(group_advantages(rewards, np.int64(4)), group_advantages(rewards, 4))
+    several = torch.stack([rewards, rewards.square()])
+    wanted = group_advantages(several, 4, weights=(0.5, 2.0))
+    assert torch.equal(group_advantages(several.tolist(), 4, weights=as_given(torch.tensor([0.5, 2.0]))), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("eps", (float("nan"), -1.0, float("inf"), None, "1", True, torch.tensor(1.0))),
+        ("weights", ([float("nan")], [float("inf")], ["a"], [None], 1.0, "1", {}, [[1.0]])),
+        ("unbiased", (None, 1, "no", 0.0)),
+        ("divide_by_std", (None, 1, "no", torch.tensor(True))),
+    ],
+)
+def test_bad_options(name: str, values: tuple) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            group_advantages(rewards_of(2, 4), 4, **{name: value})
+
+
+@pytest.mark.parametrize("size", [-2, 0, 1, 3, 16, None, 4.0, True, "4", [4], torch.tensor(4)])
+def test_bad_group_size(size) -> None:
     with pytest.raises(ValueError, match=r"^group_size: "):
         group_advantages(rewards_of(2, 4), size)
     with pytest.raises(ValueError, match=r"^group_size: "):
@@ -151,13 +189,18 @@ def test_equal_advantages_keep_distinct_samples(k: int) -> None:
     assert len(set(kept)) == len(kept) == 4 * k
 
 
-@pytest.mark.parametrize("k", [-1, 0, 3])
-def test_bad_k(k: int) -> None:
+@pytest.mark.parametrize("k", [-1, 0, 3, None, 1.0, True, "1"])
+def test_bad_k(k) -> None:
     with pytest.raises(ValueError, match=r"^k: "):
         best_and_worst(rewards_of(2, 4), 4, k)
 
 
+def test_one_row_of_advantages() -> None:
+    with pytest.raises(ValueError, match=r"^advantages: "):
+        best_and_worst(torch.zeros(2, 4), 4, 1)
+
+
 @pytest.mark.parametrize("advantages", BAD_REWARDS, ids=str)
-def test_bad_advantages(advantages: torch.Tensor) -> None:
+def test_bad_advantages(advantages) -> None:
     with pytest.raises(ValueError, match=r"^advantages: "):
         best_and_worst(advantages, 2, 1)

@@ -1,13 +1,16 @@
 """What is installed, what it says of itself, and the build's options."""
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,8 +89,60 @@ def test_a_broken_cuda_compiler_costs_only_cuda(tmp_path: Path, monkeypatch: pyt
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    options = (f"-DDGF_NVCC={broken}", f"-DDGF_CUDA={value}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    # An architecture is asked for, or AUTO leaves CUDA out for a CPU build of torch already.
+    options = ("-DDGF_CUDA_ARCHITECTURES=90", f"-DDGF_NVCC={broken}", f"-DDGF_CUDA={value}")
+    options += (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",)
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert (result.returncode == 0) == (value == "AUTO")
     assert f"DGF_CUDA={value}: nvcc ({broken}) does not compile here" in " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def announced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What a configuration says it compiles where nvidia-smi shows GPUs of compute capability 9.0 and 10.3."""
+    pybind11 = pytest.importorskip("pybind11")
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("nvcc and cmake are not both on the PATH")
+    folder = tmp_path_factory.mktemp("announced")
+    shown = folder / "nvidia-smi"
+    shown.write_text("#!/bin/sh\necho 9.0\necho 10.3\necho 9.0\n")
+    shown.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name not in ("TORCH_CUDA_ARCH_LIST", "CUDAARCHS")}
+
+    def configured(*options: str, **environment: str) -> str:
+        # One folder, so that compilers are looked at once; what an earlier call set is forgotten.
+        command = ["cmake", "-S", str(ROOT), "-B", str(folder), "-UDGF_CUDA", "-UDGF_CUDA_ARCHITECTURES"]
+        command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        command += [f"-DDGF_NVIDIA_SMI={shown}", *options]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=kept | environment)
+        lines = [line for line in result.stdout.splitlines() if "dancegrpo_fast compiles" in line]
+        return lines[0] if result.returncode == 0 and len(lines) == 1 else result.stdout + result.stderr
+
+    return configured
+
+
+def test_the_build_compiles_for_the_gpus_that_are_wanted_and_says_so(announced: Callable[..., str]) -> None:
+    assert (
+        "_cpu" in (said := announced("-DDGF_CUDA=ON")) and "CUDA for compute capability 90,100 (the GPUs here" in said
+    )
+    assert "--config-settings=cmake.define.DGF_CUDA=OFF" in said
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("8.0;9.0a+PTX", "compute capability 80,90 (TORCH_CUDA_ARCH_LIST"),
+        ("7.0 8.6 12.1", "compute capability 86,120 (TORCH_CUDA_ARCH_LIST"),
+        ("7.5", "compute capability is 7.5 (TORCH_CUDA_ARCH_LIST), and at least 8.0 is needed"),
+    ],
+)
+def test_torch_s_list_of_architectures_is_taken(announced: Callable[..., str], listed: str, expected: str) -> None:
+    assert expected in " ".join(announced("-DDGF_CUDA=ON", TORCH_CUDA_ARCH_LIST=listed).split())
+
+
+def test_a_cpu_build_of_torch_gets_no_cuda_module_unless_it_is_asked_for(announced: Callable[..., str]) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    assert "no CUDA (the torch here is a CPU build" in announced()
+    assert "compute capability 120 (DGF_CUDA_ARCHITECTURES" in announced("-DDGF_CUDA_ARCHITECTURES=120")

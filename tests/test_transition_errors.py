@@ -181,15 +181,93 @@ def columns(**changed) -> dict:
     return {**dict.fromkeys(named, one), "kind": ("gaussian", "none"), **changed}
 
 
+ODD = (object(), "abc", {}, 1 + 2j, [[1.0]])
+
+
+@pytest.mark.parametrize("value", [None, True, torch.tensor(0.3), [0.3], 10**400, *ODD], ids=lambda v: type(v).__name__)
+def test_levels_of_another_type(value) -> None:
+    for build in (dance_sde, flow_sde, cps):
+        with pytest.raises(ValueError, match=r"^(eta|noise_level): "):
+            build(GOOD, value)
+    for build in (ddim, vp_sde):
+        with pytest.raises(ValueError, match=r"^eta: "):
+            build(ALPHAS, TIMES, value)
+        with pytest.raises(ValueError, match=r"^final_alpha_cumprod: "):
+            build(ALPHAS, TIMES, 0.5, final_alpha_cumprod=value)
+    with pytest.raises(ValueError, match=r"^noise_level: "):
+        from_scheduler(flow_scheduler(), "dance_sde", value)
+    with pytest.raises(ValueError, match=r"^shift: "):
+        shifted_sigmas(4, value)
+    with pytest.raises(ValueError, match=r"^num_steps: "):
+        shifted_sigmas(value)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, True, *ODD], ids=lambda v: type(v).__name__)
+def test_columns_of_another_type(value) -> None:
+    for build in (*FLOWS, lambda s: dance_sde(s, 0.1)):
+        with pytest.raises(ValueError, match=r"^sigmas: "):
+            build(value)
+    for name in ("alphas_cumprod", "timesteps", "previous_timesteps"):
+        if (name, value) != ("previous_timesteps", None):
+            with pytest.raises(ValueError, match=rf"^{name}: "):
+                ddim(**{"alphas_cumprod": ALPHAS, "timesteps": TIMES, "eta": 0.5, name: value})
+    with pytest.raises(ValueError, match=r"^prediction_type: "):
+        ddim(ALPHAS, TIMES, 0.5, value)
+    if value is not None:
+        with pytest.raises(ValueError, match=r"^sampler: "):
+            from_scheduler(flow_scheduler(), value)
+    for name in ("a", "b", "tau", "times", "kind", "drift"):
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            TransitionTable(**columns(**{name: value}))
+    with pytest.raises(ValueError, match=r"^(stochastic|deterministic): "):
+        mixed(dance_sde(GOOD, 0.3), value, [0])
+    with pytest.raises(ValueError, match=r"^stochastic: "):
+        mixed(value, ode(GOOD), [0])
+    with pytest.raises(ValueError, match=r"^window: "):
+        mixed(dance_sde(GOOD, 0.3), ode(GOOD), [value])
+    if not isinstance(value, dict):
+        with pytest.raises(ValueError, match=r"^window: "):
+            mixed(dance_sde(GOOD, 0.3), ode(GOOD), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("a", "b", "tau") for value in (None, "abc", [1.0, NAN], [[1.0]], INF)],
+        *[(name, [1.0] * 3) for name in ("b", "tau", "p", "q", "times", "step_size")],
+        ("a", 1.0),
+        ("a", []),
+        ("tau", -0.1),
+        ("p", None),
+        ("q", None),
+        ("p", [1.0, NAN]),
+        ("kind", "normal"),
+        ("kind", ["gaussian"]),
+        ("kind", None),
+        ("times", "ab"),
+    ],
+    ids=str,
+)
+def test_bad_coefficients(name: str, value) -> None:
+    good = {"a": [1.0, 1.0], "b": -0.1, "tau": 0.2, "p": 1.0, "q": [-1.0, -0.5]}
+    TransitionTable.from_coefficients(**good)
+    with pytest.raises(ValueError, match=rf"^{'a' if value == ['gaussian'] else 'table' if value == [] else name}: "):
+        TransitionTable.from_coefficients(**good | {name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("a", torch.ones(3, dtype=F64)),
+        ("a", torch.ones(2, dtype=F64, device="meta")),
+        ("q", torch.tensor([1.0, NAN], dtype=F64)),
+        ("step_size", torch.tensor([1.0, NAN], dtype=F64)),
         ("b", torch.ones(2)),
         ("p", torch.tensor([1.0, NAN], dtype=F64)),
         ("tau", torch.tensor([0.5, -0.5], dtype=F64)),
         ("times", torch.ones(1, dtype=F64)),
         ("kind", ("gaussian", "normal")),
+        ("kind", "gaussian"),
     ],
 )
 def test_bad_table_column(name: str, value) -> None:

@@ -21,7 +21,12 @@ from dancegrpo_fast.transitions import (
     vp_sde,
 )
 
-from .tolerances import assert_as_printed, assert_first_order, assert_same_formula, assert_within_budget
+from .tolerances import (
+    assert_as_printed,
+    assert_first_order,
+    assert_same_formula,
+    assert_within_budget,
+)
 
 F64 = torch.float64
 BACKENDS = ("cpu", "reference")

@@ -52,6 +52,15 @@ def assert_within_budget(actual: Tensor, truth: Tensor, plain: Tensor, source: f
     assert not bool(bad.any()), f"{int(bad.sum())} values off by up to {off[bad].max()}, budget {allowed[bad].min()}"
 
 
+# A handful of operations after one another, each of which rounds.
+CHAIN = 4
+
+
+def chain_error(truth: Tensor, dtype: torch.dtype) -> float:
+    """`source` for a few numbers, in which plain torch may be right by luck: what a short chain in `dtype` may make."""
+    return CHAIN * torch.finfo(dtype).eps * float(truth.abs().max())
+
+
 def assert_same_formula(actual: Tensor, expected: Tensor) -> None:
     """Two float64 evaluations of the same mathematics, relative to the largest value."""
     assert actual.dtype == expected.dtype == torch.float64 and actual.shape == expected.shape

@@ -179,7 +179,7 @@ def main() -> None:
         if not options.dry and not gate.found["gpu"]:
             sys.exit("torch sees no CUDA device; --dry runs what needs none")
         machine = "dry" if options.dry else slug(gate.found["gpu"]["name"])
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         gate.rows = out / (rows or f"gpu-{machine}-{now:%Y-%m-%d}.jsonl")
         if not again:
             gate.rows.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from ..trajectory import Trajectory
 from ._books import sums
 from .result import Peak, Trace
 from .settings import GIB
-from .trace import trace
+from .trace import collected, trace
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -59,6 +59,7 @@ def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -
     return sums([*pairs, ("trajectories", -seen)])
 
 
+@collected()
 def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bytes by category at the peaks of "rollout", "decode", "replay forward", "replay backward" and "optimizer".
 

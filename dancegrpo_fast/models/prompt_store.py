@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_text
+from ..checkpoint import write_text, writing
 from ..parallel import share
 
 FORMAT = 1
@@ -120,8 +120,8 @@ class PromptStore:
         made = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
         # mkdtemp makes folders that only their owner can read.
         made.chmod(self.folder.parent.stat().st_mode & 0o777)
-        write_text(made / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
         try:
+            write_text(made / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
             os.rename(made, self.folder)
         except OSError:
             # Another process was first; a folder with something in it cannot be replaced.
@@ -179,11 +179,19 @@ class PromptStore:
             part = slice(start, start + rows)
             document = json.dumps(list(texts[part]))
             name = hashlib.sha256(document.encode()).hexdigest()[:16]
-            temporary = self.folder / f".{name}.{os.getpid()}"
-            save_file({key: value[part].contiguous().cpu() for key, value in tensors.items()}, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / f"{name}.safetensors")
+            rows_of = {key: value[part].contiguous().cpu() for key, value in tensors.items()}
+            target, temporary = self.folder / f"{name}.safetensors", self.folder / f".{name}.{os.getpid()}"
+            with writing(target, sum(value.nbytes for value in rows_of.values())):
+                try:
+                    save_file(rows_of, temporary)
+                    # Some releases of safetensors make files that only their owner can read.
+                    temporary.chmod(self.folder.stat().st_mode & 0o666)
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(temporary, target)
+                except BaseException:
+                    temporary.unlink(missing_ok=True)
+                    raise
             write_text(self.folder / f"{name}.json", document)
         self._scan()
 

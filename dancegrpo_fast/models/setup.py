@@ -1,6 +1,7 @@
 """Puts into a loaded model what a recipe says of its memory and speed: one function for each setting."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -55,7 +56,9 @@ def prepare(
     text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])
     if settings.attention is not None:
         set_attention(model, recipe, device, text_tokens)
-    with collected():
+    # Nothing is traced on a CPU whose memory is not said.
+    traces = settings.memory_gib is not None or device.type == "cuda"
+    with collected() if traces else nullcontext():
         if training:
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)

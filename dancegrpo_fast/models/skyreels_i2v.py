@@ -85,7 +85,9 @@ class SkyReelsI2V(HunyuanVideo):
 def _image_path(prompt: Prompt) -> str:
     path = prompt.meta.get("image")
     if not isinstance(path, str):
-        raise ValueError(f'prompts: got "{prompt.text}" with image {path!r}, want an `image` column with a path')
+        raise ValueError(
+            f'prompts: got "{prompt.text}" with image {str(path)[:40]}, want an `image` column with a path'
+        )
     return path
 
 

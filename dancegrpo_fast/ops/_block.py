@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
-from ._checks import check_float
+from ..checks import SMALLEST, check_choice, check_int, check_number
+from ._checks import check_backend, check_float
 
 MODES = ("lossless", "fast")
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -40,32 +41,36 @@ def triton_module(op: str, backend: str, x: Tensor, *more: Tensor | None) -> Any
     return _triton_module(op) if picked == "triton" else None
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: Any) -> None:
     """One of the two roundings."""
-    if mode not in MODES:
-        raise ValueError(f'mode: got "{mode}", want "lossless" or "fast"')
+    check_choice("mode", mode, MODES)
+
+
+def check_settings(mode: Any, backend: Any) -> None:
+    """A rounding, and the name of a backend."""
+    check_mode(mode)
+    check_backend(backend)
 
 
 def check_autocast(x: Tensor) -> None:
     """No autocast: it would compute the products of a forward in another dtype than those of its backward."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         raise ValueError("autocast: got a call under it, want it off, as the products are of the dtype given")
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: Any) -> float:
     """A positive number."""
-    if not eps > 0:
-        raise ValueError(f"eps: got {eps}, want a number above 0")
+    return check_number("eps", eps, SMALLEST, wanted="a finite number above 0")
 
 
-def check_tokens(name: str, value: Tensor) -> None:
+def check_tokens(name: str, value: Any) -> None:
     """A float tensor `[B, S, C]` with elements, contiguous in its last dimension."""
     check_float(name, value)
     if value.ndim != 3 or value.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want [B, S, C] with at least one element")
 
 
-def check_tokens_like(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+def check_tokens_like(name: str, value: Any, like: Tensor, like_name: str) -> None:
     """A float tensor of another's shape on its device."""
     check_float(name, value)
     if value.shape != like.shape:
@@ -82,13 +87,13 @@ def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None
         )
 
 
-def check_channels(name: str, value: Tensor | None, x: Tensor) -> None:
+def check_channels(name: str, value: Any, x: Tensor) -> None:
     """A float tensor `[C]`, or None."""
     if value is None:
         return
     check_float(name, value)
     if value.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({x.shape[-1]},)")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({x.shape[-1]},) for x of {tuple(x.shape)}")
     check_device(name, value, x, "x")
 
 
@@ -105,17 +110,13 @@ def parameter_rows(name: str, value: Tensor | None, x: Tensor, split: int | None
     if value.ndim != 3 or (value.shape[0], value.shape[2]) != (batch, channels) or value.shape[1] not in rows:
         wanted = f"[{batch}, {channels}] or [{batch}, {tokens}, {channels}]"
         wanted = wanted if split is None else f"[{batch}, 2, {channels}], as split is given"
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted}")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted} for x of {tuple(x.shape)}")
     return value
 
 
-def check_split(split: int | None, x: Tensor) -> int:
-    """The token from which the second row of parameters counts; -1 for None."""
-    if split is None:
-        return -1
-    if isinstance(split, bool) or not isinstance(split, (int, torch.SymInt)) or not 0 <= split <= x.shape[1]:
-        raise ValueError(f"split: got {split}, want an int from 0 to the {x.shape[1]} tokens")
-    return split
+def check_split(split: Any, x: Tensor) -> int:
+    """The token, up to their number, from which the second row of parameters counts; -1 for None."""
+    return -1 if split is None else check_int("split", split, 0, x.shape[1], " or None")
 
 
 def empty_unless(wanted: bool, like: Tensor | None) -> Tensor | None:

@@ -60,7 +60,8 @@ class Objective(NamedTuple):
     weight: Tensor | None
     reference_output: Tensor | None
     old_output: Tensor | None
-    clip_range: float
+    clip_low: float
+    clip_high: float
     advantage_clip: float
     kl_weight: float
     ratio_norm: bool
@@ -130,6 +131,19 @@ def split(arguments: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
         if not step.is_contiguous():
             call = call._replace(step=step.contiguous())
     return call, arguments[count:]
+
+
+def brief(result: Any) -> str:
+    """A named tuple of tensors by dtypes and shapes: a GPU would have to be waited for to show numbers."""
+
+    def of(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{where}"
+
+    fields = ", ".join(f"{name}={of(value)}" for name, value in result._asdict().items())
+    return f"{type(result).__name__}({fields})"
 
 
 def empty_gradients(model_output: Tensor, uncond_output: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:

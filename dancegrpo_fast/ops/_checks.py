@@ -1,11 +1,12 @@
 """Checks shared by the ops: each names the argument, what came and what is wanted."""
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..checks import check_choice, check_int, check_number, shown
 from ..transitions import TransitionTable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,20 +30,18 @@ def check_latents(latents: Tensor) -> None:
         raise ValueError(f"latents: got shape {tuple(latents.shape)}, want at least one element a sample")
 
 
-def check_float(name: str, value: Tensor) -> None:
-    """A strided tensor of one of the four float dtypes."""
+def check_float(name: str, value: Any) -> None:
+    """A strided tensor of one of the four float dtypes; what could become one (a list, an array) is not."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+        raise ValueError(f"{name}: got {shown(value)}, want a torch.Tensor")
     if value.dtype not in FLOATS or value.layout != torch.strided:
         raise ValueError(
             f"{name}: got {value.dtype} ({value.layout}), want a strided float32, bfloat16, float16 or float64 tensor"
         )
 
 
-def check_like(name: str, value: Tensor | None, latents: Tensor) -> None:
-    """A float tensor of the latents' shape and device, or None."""
-    if value is None:
-        return
+def check_like(name: str, value: Any, latents: Tensor) -> None:
+    """A float tensor of the latents' shape and device."""
     check_float(name, value)
     if value.shape != latents.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want that of latents, {tuple(latents.shape)}")
@@ -50,29 +49,50 @@ def check_like(name: str, value: Tensor | None, latents: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, want it on latents' device, {latents.device}")
 
 
-def check_per_sample(name: str, value: Tensor, latents: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_optional(name: str, value: Any, latents: Tensor) -> None:
+    """A float tensor of the latents' shape and device, or None."""
+    if value is not None:
+        check_like(name, value, latents)
+
+
+def check_per_sample(name: str, value: Any, latents: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A tensor `[B]` of one of `dtypes` on the latents' device."""
     batch = latents.shape[0]
-    if not isinstance(value, Tensor) or value.shape != (batch,) or value.dtype not in dtypes:
-        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    right = isinstance(value, Tensor) and value.shape == (batch,) and value.dtype in dtypes
+    if not right or value.layout != torch.strided:
         wanted = " or ".join(str(d) for d in dtypes)
-        raise ValueError(f"{name}: got {got}, want {wanted} of shape ({batch},)")
+        raise ValueError(f"{name}: got {shown(value)}, want a tensor of {wanted} and shape ({batch},)")
     if value.device != latents.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, want it on latents' device, {latents.device}")
 
 
 def check_guidance(uncond_output: Tensor | None, guidance_scale: float | None, latents: Tensor) -> float:
     """Both or neither of the unconditional output and the scale; returns the scale, 1 without guidance."""
+    scale = 1.0 if guidance_scale is None else check_number("guidance_scale", guidance_scale)
     if (uncond_output is None) != (guidance_scale is None):
         given, missing = (
             ("guidance_scale", "uncond_output") if uncond_output is None else ("uncond_output", "guidance_scale")
         )
         raise ValueError(f"{missing}: got None with {given} given, want both or neither")
-    check_like("uncond_output", uncond_output, latents)
-    scale = 1.0 if guidance_scale is None else float(guidance_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale: got {scale}, want a finite number")
+    check_optional("uncond_output", uncond_output, latents)
     return scale
+
+
+def check_table(table: Any) -> None:
+    """A sampler."""
+    if not isinstance(table, TransitionTable):
+        raise ValueError(f"table: got {shown(table)}, want a TransitionTable")
+
+
+def check_seed(seed: Any) -> int:
+    """A key of the noise; the numbers from -2^63 to -1 are the keys of `gaussian_noise`."""
+    return check_int("seed", seed, 0, 2**63 - 1)
+
+
+def check_backend(backend: Any) -> None:
+    """A name; whether it can run the call is asked where the devices are known."""
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: got {shown(backend)}, want one of {', '.join(map(shown, backends.NAMES))}")
 
 
 def check_step(step: int | Tensor, table: TransitionTable, latents: Tensor) -> StepIndex:
@@ -82,17 +102,12 @@ def check_step(step: int | Tensor, table: TransitionTable, latents: Tensor) -> S
             step = step.expand(latents.shape[0])
         check_per_sample("step", step, latents, (torch.int64,))
         return StepIndex(step, 0)
-    if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-        raise ValueError(f"step: got {type(step).__name__}, want an int or an int64 tensor [B]")
-    if step < 0 or step >= len(table):
-        raise ValueError(f"step: got {step}, want 0 to {len(table) - 1}")
-    return StepIndex(None, step)
+    return StepIndex(None, check_int("step", step, 0, len(table) - 1, " or an int64 tensor [B]"))
 
 
 def check_rounding(rounding: str, table: TransitionTable) -> bool:
     """Whether to round as the published implementations do."""
-    if rounding not in ("exact", "reference"):
-        raise ValueError(f'rounding: got "{rounding}", want "exact" or "reference"')
+    check_choice("rounding", rounding, ("exact", "reference"))
     if rounding == "reference" and not table.has_reference_rounding:
         raise ValueError('rounding: got "reference" for a diffusion table, want "exact" (it is defined for flows)')
     return rounding == "reference"

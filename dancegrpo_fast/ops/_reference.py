@@ -98,6 +98,18 @@ def log_prob_gradient(call: Transition, grad_log_prob: Tensor, grad_output: Tens
     _gradient(call, rows, scale, None, None, None, grad_output, grad_uncond)
 
 
+def _scored_rows(call: Transition, weight: Tensor | None) -> Tensor:
+    """Each sample's row, refusing one without noise that counts where looking costs no host sync."""
+    rows = _rows(call)
+    if rows.device.type == "cpu":
+        unscored = rows[:, reference.SCALE] == 0
+        counted = unscored if weight is None else unscored & (weight != 0)
+        if bool(counted.any()):
+            row = call.step_index if call.step is None else int(call.step[counted][0])
+            raise ValueError(f"step: got {row}, a row without noise, want one with noise, or weight 0")
+    return rows
+
+
 def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> None:
     """Writes the loss and everything that comes out of the same pass."""
     terms = objective_reference.policy_loss(
@@ -106,7 +118,7 @@ def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> Non
         call.next_latents,
         call.uncond_output,
         call.guidance_scale,
-        _rows(call),
+        _scored_rows(call, objective.weight),
         _rounding_dtype(call),
         *objective,
     )

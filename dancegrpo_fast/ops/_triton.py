@@ -47,7 +47,7 @@ def needs_wide(numel: int) -> bool:
 
 def signed_words(seed: int) -> tuple[int, int]:
     """The seed's two words as int32, so that no value of it changes an argument's type."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
 
 
@@ -255,7 +255,7 @@ def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> Non
         *(*operands.given, operands.sizes),
         *_rows(call),
         *(objective.old_log_prob, objective.advantages, objective.weight),
-        *(objective.clip_range, objective.advantage_clip, objective.kl_weight),
+        *(objective.clip_low, objective.clip_high, objective.advantage_clip, objective.kl_weight),
         *(batch, call.numel, blocks, room, terms, tickets),
         *(out.loss, out.log_prob, out.ratio, out.metrics, out.has_grad, out.step_scale, out.pull_scale),
     )

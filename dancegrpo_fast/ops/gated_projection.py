@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import gated_residual as plain
 from . import norm_modulate
-from ._block import check_autocast, check_device, check_tokens
+from ._block import check_autocast, check_channels, check_device, check_tokens
 from ._checks import check_float
 
 
@@ -64,9 +64,10 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     check_tokens("x", x)
     check_tokens("inputs", inputs)
     check_autocast(x)
-    for name, value in (("weight", weight), ("gate", gate), *((("bias", bias),) if bias is not None else ())):
-        check_float(name, value)
-        check_device(name, value, x, "x")
+    for name, value in (("inputs", inputs), ("weight", weight), ("gate", gate), ("bias", bias)):
+        if value is not None or name != "bias":
+            check_float(name, value)
+            check_device(name, value, x, "x")
     batch, tokens, channels = x.shape
     for name, value, wanted in (
         ("inputs", inputs, (batch, tokens, inputs.shape[-1])),
@@ -76,7 +77,8 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     ):
         dtype = value.dtype if name == "gate" else x.dtype
         if value.shape != wanted or value.dtype != dtype:
-            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, want {dtype} of {wanted}")
+            given = f"for x of {tuple(x.shape)} and inputs of {tuple(inputs.shape)}"
+            raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {dtype} of {wanted} {given}")
     return _Projection.apply(inputs, weight, bias, gate), gate.detach()
 
 
@@ -132,6 +134,8 @@ def gated_projection_norm_modulate(
         ValueError: an argument of the wrong shape, dtype or device, or a call under autocast.
     """
     y, gate = _projected(x, inputs, weight, bias, gate)
+    check_channels("norm_weight", norm_weight, x)
+    check_channels("norm_bias", norm_bias, x)
     h, out = norm_modulate.call(
         x,
         y,

@@ -11,7 +11,7 @@ from ..kernels.common import modulation as reference
 from ._block import (
     TAGS,
     Cost,
-    check_mode,
+    check_settings,
     check_split,
     check_tokens,
     check_tokens_like,
@@ -24,6 +24,7 @@ from ._block import (
     triton_module,
     unpacked,
 )
+from ._checks import check_float
 from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 from .transition import library
 
@@ -178,7 +179,8 @@ def call(
     """The op; `ungated` hands y the gradient of `gate y` instead of its own, and needs a gate without a gradient."""
     check_tokens("x", x)
     check_tokens_like("y", y, x, "x")
-    check_mode(mode)
+    check_float("gate", gate)
+    check_settings(mode, backend)
     start = check_split(split, x)
     out: Tensor = _GatedResidual.apply(ungated, x, y, parameter_rows("gate", gate, x, split), start, mode, backend)
     return out

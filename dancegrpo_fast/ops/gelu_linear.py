@@ -113,7 +113,7 @@ def gelu_linear(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, or a call under autocast.
     """
-    check_arguments(h, prefix, mode, "h")
+    check_arguments(h, prefix, mode, backend, "h")
     check_autocast(h)
     width = h.shape[-1] + (0 if prefix is None else prefix.shape[-1])
     check_float("weight", weight)
@@ -126,9 +126,13 @@ def gelu_linear(
     ):
         if value is None:
             continue
+        check_float(name, value)
         check_device(name, value, h, "h")
         if value.shape != wanted or value.dtype != h.dtype:
-            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, want {h.dtype} of {wanted}")
+            given = f"for h of {tuple(h.shape)} and " + (
+                "no prefix" if prefix is None else f"prefix of {prefix.shape[-1]}"
+            )
+            raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {h.dtype} of {wanted} {given}")
     out: Tensor = _GeluLinear.apply(h, prefix, weight, bias, h_bias, mode, backend)
     return out
 

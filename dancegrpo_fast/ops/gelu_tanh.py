@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_bool
 from ..kernels.gelu_tanh import reference
-from ._block import TAGS, Cost, check_device, check_mode, prepare, register, register_flops, saved, triton_module
+from ._block import TAGS, Cost, check_device, check_settings, prepare, register, register_flops, saved, triton_module
 from ._checks import check_float
 from .transition import library
 
@@ -79,10 +80,10 @@ class _GeluTanh(torch.autograd.Function):
         return grad_x, grad_prefix, None, None, None
 
 
-def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, name: str) -> None:
+def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, backend: str, name: str) -> None:
     """What GELU reads, under the name that the caller knows it by, and the prefix that fits."""
     check_float(name, x)
-    check_mode(mode)
+    check_settings(mode, backend)
     if x.ndim < 1 or x.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., N] with at least one element")
     if prefix is not None:
@@ -91,7 +92,7 @@ def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, name: str) -> N
         if prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
             raise ValueError(
                 f"prefix: got {prefix.dtype} of shape {tuple(prefix.shape)}, want {x.dtype} of shape"
-                f" {(*x.shape[:-1], '...')}"
+                f" {(*x.shape[:-1], '...')} for {name} of {tuple(x.shape)}"
             )
 
 
@@ -113,7 +114,8 @@ def gelu_tanh(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    check_arguments(x, prefix, mode, "x")
+    check_arguments(x, prefix, mode, backend, "x")
+    check_bool("keep_prefix", keep_prefix)
     out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
     return out
 

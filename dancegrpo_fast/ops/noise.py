@@ -1,11 +1,17 @@
-"""Standard normals from the step's own stream: a transition whose only term is its noise."""
+"""Standard normals on a counter of their own: a transition whose only term is its noise."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype, check_int, shown
 from ..transitions import TransitionTable
-from ._checks import FLOATS
-from .transition import transition_step
+from ._checks import FLOATS, check_backend, check_per_sample, check_seed
+from .transition import empty_like
+
+# The noise's counter has 32 bits for groups of four elements.
+_MOST_ELEMENTS = 2**34
 
 
 def gaussian_noise(
@@ -16,34 +22,39 @@ def gaussian_noise(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """Standard normals `[B, *shape]` keyed by (seed, sample id, 0, element): the stream of `transition_step` at step 0.
+    """Standard normals `[B, *shape]` keyed by (seed, sample id, element), for initial latents.
+
+    No step of `transition_step` draws from this stream, whatever its seed, ids and step: its key is the seed's
+    complement, which no seed is.
 
     Args:
-        shape: one sample's shape.
+        shape: one sample's shape, 1 to 8 sizes.
         seed: 0 to 2^63 - 1.
         sample_ids: int64 `[B]`; samples with equal ids get equal noise.
         dtype: of the result.
         backend: as for `transition_step`.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or range.
+        ValueError: an argument of the wrong type, shape, dtype or range.
     """
-    if not shape or min(shape) < 1 or len(shape) > 8:
-        raise ValueError(f"shape: got {tuple(shape)}, want 1 to 8 sizes of at least 1")
+    if not isinstance(shape, (tuple, list)) or not 1 <= len(shape) <= 8:
+        raise ValueError(f"shape: got {shown(shape)}, want a tuple of 1 to 8 sizes")
+    sizes = [check_int("shape", size, 1) for size in shape]
+    if math.prod(sizes) > _MOST_ELEMENTS:
+        raise ValueError(f"shape: got {tuple(shape)}, want at most 2^34 elements")
     if not isinstance(sample_ids, Tensor) or sample_ids.ndim != 1 or len(sample_ids) == 0:
-        got = tuple(sample_ids.shape) if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
-        raise ValueError(f"sample_ids: got {got}, want an int64 tensor of shape [B] with B of at least 1")
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: got {dtype}, want one of {', '.join(map(str, FLOATS))}")
-    zeros = torch.zeros((), device=sample_ids.device).expand(len(sample_ids), *shape)
-    return transition_step(
-        zeros, zeros, _UNIT_NOISE, 0, seed=seed, sample_ids=sample_ids, out_dtype=dtype, backend=backend
-    ).latents
+        raise ValueError(f"sample_ids: got {shown(sample_ids)}, want an int64 tensor of shape [B] with B of at least 1")
+    check_per_sample("sample_ids", sample_ids, sample_ids, (torch.int64,))
+    check_dtype("dtype", dtype, FLOATS)
+    check_backend(backend)
+    key = -1 - check_seed(seed)
+    zeros = torch.zeros((), device=sample_ids.device).expand(len(sample_ids), *sizes)
+    out = empty_like(zeros, dtype)
+    table = _UNIT_NOISE.packed(out.device, torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.ops.dgf.transition_step(
+        zeros, zeros, out, None, 1.0, table, None, 0, False, backend, None, key, sample_ids, False
+    )
+    return out
 
 
-def _unit_noise() -> TransitionTable:
-    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    return TransitionTable(zero, zero, one, zero, zero, ("none",), zero, zero, zero, zero, zero)
-
-
-_UNIT_NOISE = _unit_noise()
+_UNIT_NOISE = TransitionTable.from_coefficients([0.0], 0.0, 1.0, kind="none")

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_choice, check_dtype, check_int
 from ._block import (
     TAGS,
     Cost,
     check_channels,
     check_eps,
-    check_mode,
+    check_settings,
     check_split,
     check_tokens,
     check_tokens_like,
@@ -27,6 +28,7 @@ from ._norm_modulate import backward, backward_fake, forward, forward_fake
 from .transition import library
 
 NORMS = ("layer", "rms")
+NORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the parameters: x, y, gate, scale, shift, weight, bias.
 INPUTS = 7
 
@@ -123,17 +125,15 @@ def call(
 ) -> tuple[Tensor, ...]:
     """All forms; `ungated` hands y the gradient of `gate y` instead of its own."""
     check_tokens("x", x)
-    check_mode(mode)
-    check_eps(eps)
-    if norm not in NORMS:
-        raise ValueError(f'norm: got "{norm}", want "layer" or "rms"')
+    check_settings(mode, backend)
+    eps = check_eps(eps)
+    check_choice("norm", norm, NORMS)
     if (scale is None) != (shift is None):
         missing = "scale" if scale is None else "shift"
         raise ValueError(f"{missing}: got None, want both scale and shift or neither")
-    if norm_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"norm_dtype: got {norm_dtype}, want float32, bfloat16, float16 or None")
-    if consumers < 1:
-        raise ValueError(f"consumers: got {consumers}, want at least 1")
+    if norm_dtype is not None:
+        check_dtype("norm_dtype", norm_dtype, NORM_DTYPES)
+    consumers = check_int("consumers", consumers, 1)
     check_channels("weight", weight, x)
     check_channels("bias", bias, x)
     start = check_split(split, x)
@@ -145,7 +145,7 @@ def call(
     # Compiled graphs fuse what follows by themselves, and aliases would only be in their way.
     count = 1 if torch.compiler.is_compiling() else consumers
     *outs, h = _NormModulate.apply(
-        count, ungated, x, y, gate, scale, shift, weight, bias, start, norm, float(eps), mode, norm_dtype, backend
+        count, ungated, x, y, gate, scale, shift, weight, bias, start, norm, eps, mode, norm_dtype, backend
     )
     if torch.compiler.is_compiling() and y is None:
         h = x
@@ -250,8 +250,9 @@ def gated_residual_norm_modulate(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    if y is None or gate is None:
-        raise ValueError("y, gate: got None, want tensors; without them it is norm_modulate")
+    for name, value in (("y", y), ("gate", gate)):
+        if value is None:
+            raise ValueError(f"{name}: got None, want a torch.Tensor; norm_modulate is the op without y and gate")
     h, out = call(x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend)
     return h, out
 

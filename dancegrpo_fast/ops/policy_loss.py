@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_bool, check_level, check_number
 from ..kernels.policy_loss import reference
 from ..transitions import TransitionTable
 from ._call import (
@@ -14,19 +15,20 @@ from ._call import (
     GradientTerms,
     LossOutputs,
     Objective,
+    brief,
     empty_gradients,
     gradients_fake,
     implementation,
     split,
 )
-from ._checks import check_like, check_per_sample
+from ._checks import check_optional, check_per_sample
 from .transition import check_scoring, library, save_shared, saved_shared, shared_gradients
 
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 
 library.define(
     f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor? weight, Tensor? reference_output,"
-    " Tensor? old_output, float clip_range, float advantage_clip, float kl_weight, bool ratio_norm)"
+    " Tensor? old_output, float clip_low, float clip_high, float advantage_clip, float kl_weight, bool ratio_norm)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_PT2,
 )
@@ -52,6 +54,9 @@ class PolicyMetrics(NamedTuple):
     reference_kl: Tensor
     policy_loss: Tensor
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 class PolicyLoss(NamedTuple):
     """Result of `policy_loss`; only `loss` is differentiable."""
@@ -61,6 +66,9 @@ class PolicyLoss(NamedTuple):
     ratio: Tensor
     metrics: PolicyMetrics
     has_grad: Tensor
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def _loss_impl(*arguments: Any) -> LossOutputs:
@@ -124,10 +132,29 @@ class _PolicyLoss(torch.autograd.Function):
         return None, *shared_gradients(shared, grads), *(None,) * len(Objective._fields)
 
 
-def _non_negative(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name}: got {value}, want a number of at least 0")
-    return float(value)
+def _clip_range(value: Any) -> tuple[float, float]:
+    """How far below and above 1 a ratio is let."""
+    low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    wanted = "a number of at least 0 or two of them, (below 1, above 1)"
+    below = check_number("clip_range", low, 0.0, math.inf, wanted)
+    return below, check_number("clip_range", high, 0.0, math.inf, wanted)
+
+
+def _weights(
+    weight: Any, table: TransitionTable, step: int | Tensor, latents: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """`[B]` in the compute dtype, None for 1; refuses rows without noise where their weight can be known."""
+    if isinstance(weight, Tensor):
+        check_per_sample("weight", weight, latents, (torch.float32, torch.float64))
+        return weight.detach().to(dtype).contiguous()
+    weight = check_number("weight", weight, wanted="a finite number or a tensor [B]")
+    if weight != 0:
+        if len(table.unscored) == len(table):
+            raise ValueError("table: got one without noise, want a step with noise, or weight 0")
+        # Compared one by one: another step must not compile again.
+        if not isinstance(step, Tensor) and any(step == row for row in table.unscored):
+            raise ValueError(f"step: got {step}, a row without noise, want one with noise, or weight 0")
+    return None if weight == 1 else torch.full((len(latents),), weight, dtype=dtype, device=latents.device)
 
 
 def policy_loss(
@@ -139,7 +166,7 @@ def policy_loss(
     old_log_prob: Tensor,
     advantages: Tensor,
     *,
-    clip_range: float = 1e-4,
+    clip_range: float | tuple[float, float] = 1e-4,
     advantage_clip: float = 5.0,
     uncond_output: Tensor | None = None,
     guidance_scale: float | None = None,
@@ -154,18 +181,25 @@ def policy_loss(
     """`mean(weight max(-A rho, -A clip(rho, 1 - c, 1 + c)))` over the batch, `rho = exp(log_prob - old_log_prob)`.
 
     One pass over the latents forward, one backward; a sample whose ratio is clipped reads nothing in the backward.
+    A term whose weight is 0 is exactly 0 in loss and gradient, whatever the values it is made of.
 
     Args:
         latents, model_output, next_latents: `[B, ...]`, any float dtypes and strides.
-        table, step: as for `transition_step`; `step` may differ per sample.
+        table, step: as for `transition_step`; `step` may differ per sample. A row without noise has no ratio: it is
+            legal with weight 0 only. On a GPU, where per-sample steps and weights cannot be looked at without waiting,
+            such a sample makes the loss NaN, as an index outside the table does.
         old_log_prob: float32 `[B]` (or float64), from sampling.
         advantages: float32 `[B]` (or float64); limited to +-`advantage_clip` (`inf` for no limit), and counted.
-        clip_range: `c` above.
+        clip_range: `c` above, or `(low, high)` for a clip to `[1 - low, 1 + high]` (DAPO's clip-higher, arXiv
+            2503.14476).
         uncond_output, guidance_scale: classifier-free guidance, combined in the kernel.
         reference_output, kl_weight: adds `kl_weight` times the KL to the step of a reference model, whose (guided)
-            output at the same latents is `reference_output`.
+            output at the same latents is `reference_output`; with weight 0 it is a metric only. The KL is that of the
+            step, `b^2 mean((v - v_ref)^2) / (2 tau^2)`. Flow-GRPO divides by the variance without its step size
+            `-dt`: its `beta` is `kl_weight = beta (-dt)` here.
         ratio_norm, old_output: GRPO-Guard's RatioNorm (arXiv 2510.22319) needs the (guided) model output of the
-            rollout; the policy term is divided by the flow's step size.
+            rollout; the policy term is divided by the flow's step size. Its ratios lie closer to 1: it is used with a
+            `clip_range` of 2e-6 to 4e-6.
         weight: a number or `[B]` float32; 0 leaves a sample out of loss, gradient and metrics.
         rounding, backend: as for `transition_step`.
 
@@ -173,7 +207,8 @@ def policy_loss(
         `PolicyLoss(loss, log_prob, ratio, metrics, has_grad)`: scalar, `[B]`, `[B]`, `PolicyMetrics`, bool `[B]`.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range.
+        ValueError: an argument of the wrong type, shape, dtype, device or range, or a row without noise whose weight
+            is not 0.
     """
     shared = check_scoring(
         latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
@@ -182,35 +217,27 @@ def policy_loss(
     floats = (torch.float32, torch.float64)
     check_per_sample("old_log_prob", old_log_prob, latents, floats)
     check_per_sample("advantages", advantages, latents, floats)
-    check_like("reference_output", reference_output, latents)
-    check_like("old_output", old_output, latents)
-    if not math.isfinite(kl_weight):
-        raise ValueError(f"kl_weight: got {kl_weight}, want a finite number")
-    if _non_negative("kl_weight", kl_weight) > 0 and reference_output is None:
+    check_optional("reference_output", reference_output, latents)
+    check_optional("old_output", old_output, latents)
+    penalty = check_level("kl_weight", kl_weight)
+    if penalty > 0 and reference_output is None:
         raise ValueError(f"reference_output: got None with kl_weight {kl_weight}, want the reference model's output")
+    check_bool("ratio_norm", ratio_norm)
     if ratio_norm and old_output is None:
         raise ValueError("old_output: got None with ratio_norm, want the model output of the rollout")
     if ratio_norm and not table.has_step_size:
         raise ValueError("table: got one without flow step sizes with ratio_norm, want a flow sampler")
-    weights: Tensor | None = None
-    if isinstance(weight, Tensor):
-        check_per_sample("weight", weight, latents, floats)
-        weights = weight.detach().to(dtype).contiguous()
-    elif not math.isfinite(weight):
-        raise ValueError(f"weight: got {weight}, want a finite number or a tensor [B]")
-    elif weight != 1.0:
-        weights = torch.full((latents.shape[0],), float(weight), dtype=dtype, device=latents.device)
     loss, log_prob, ratio, metrics, has_grad = _PolicyLoss.apply(
         len(shared),
         *shared,
         old_log_prob.detach().to(dtype).contiguous(),
         advantages.detach().to(dtype).contiguous(),
-        weights,
+        _weights(weight, table, step, latents, dtype),
         None if reference_output is None else reference_output.detach(),
         None if old_output is None else old_output.detach(),
-        _non_negative("clip_range", clip_range),
-        _non_negative("advantage_clip", advantage_clip),
-        float(kl_weight),
+        *_clip_range(clip_range),
+        check_number("advantage_clip", advantage_clip, 0.0, math.inf, "a number of at least 0"),
+        penalty,
         ratio_norm,
     )
     return PolicyLoss(loss, log_prob, ratio, PolicyMetrics(*metrics.unbind()), has_grad)

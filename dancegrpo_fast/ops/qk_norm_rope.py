@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_choice, shown
 from ._block import (
     TAGS,
     Cost,
     check_device,
     check_eps,
-    check_mode,
+    check_settings,
     prepare,
     register,
     register_flops,
@@ -164,20 +165,19 @@ def qk_norm_rope(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    check_mode(mode)
-    check_eps(eps)
-    for name, value, known in (
-        ("norm", norm, NORMS),
-        ("rope", rope, ROPES),
-        ("rope_gradient", rope_gradient, GRADIENTS),
-    ):
-        if value not in known:
-            raise ValueError(f'{name}: got "{value}", want one of {", ".join(known)}')
+    check_settings(mode, backend)
+    eps = check_eps(eps)
+    check_choice("norm", norm, NORMS)
+    check_choice("rope", rope, ROPES)
+    check_choice("rope_gradient", rope_gradient, GRADIENTS)
+    for name, value in (("stream", stream), ("second", second)):
+        if not isinstance(value, Stream) and not (name == "second" and value is None):
+            raise ValueError(f"{name}: got {shown(value)}, want a Stream")
     _check_stream("stream", stream, stream, norm)
     if second is not None:
         _check_stream("second", second, stream, norm)
     both = (*stream, *(second or (None,) * STREAM))
-    query, key = _QkNormRope.apply(*both, norm, float(eps), rope, rope_gradient, mode, backend)
+    query, key = _QkNormRope.apply(*both, norm, eps, rope, rope_gradient, mode, backend)
     return query, None if stream.key is None else key
 
 

@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_bool, check_dtype, shown
 from ..kernels.transition import reference
 from ..transitions import TransitionTable
-from ._call import SHARED, Noise, Transition, empty_gradients, gradients_fake, implementation, split
+from ._call import SHARED, Noise, Transition, brief, empty_gradients, gradients_fake, implementation, split
 from ._checks import (
     FLOATS,
+    StepIndex,
+    check_backend,
     check_guidance,
     check_latents,
     check_like,
     check_per_sample,
     check_rounding,
+    check_seed,
     check_step,
+    check_table,
 )
+from ._overlap import overlap, overlaps_itself
 
 library = torch.library.Library("dgf", "DEF")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
@@ -38,13 +44,19 @@ class TransitionStep(NamedTuple):
     log_prob: Tensor
     denoised: Tensor | None
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, (given, seed, sample_ids, denoised) = split(arguments)
     out = call.next_latents
-    inputs = (call.latents, call.model_output, call.uncond_output, given)
-    if any(t is not None and t.data_ptr() == out.data_ptr() for t in inputs):
-        raise ValueError("out: got the memory of an input, want memory of its own")
+    if overlaps_itself(out):
+        raise ValueError(f"out: got strides {out.stride()} for shape {tuple(out.shape)}, want no element twice")
+    inputs = {"latents": call.latents, "model_output": call.model_output}
+    for name, value in (*inputs.items(), ("uncond_output", call.uncond_output), ("noise", given)):
+        if value is not None and overlap(out, value):
+            raise ValueError(f"out: got memory that {name} lies in too, want memory of its own")
     log_prob, clean = _step_outputs(call, denoised)
     implementation(call).sample(call, Noise(given, seed, sample_ids), log_prob, clean if denoised else None)
     return log_prob, clean
@@ -59,10 +71,11 @@ def _step_outputs(call: Transition, denoised: bool) -> tuple[Tensor, Tensor]:
     log_prob = call.table.new_empty(call.batch)
     if not denoised:
         return log_prob, call.table.new_empty(0)
-    return log_prob, _empty_like(call.latents, call.next_latents.dtype)
+    return log_prob, empty_like(call.latents, call.next_latents.dtype)
 
 
-def _empty_like(latents: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_like(latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous room for numbers of the latents' shape."""
     # Twice as fast as torch.empty with a shape.
     return torch.empty_like(latents, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -108,7 +121,7 @@ def save_shared(ctx: Any, shared: tuple[Any, ...], *more: Tensor | None) -> None
 def saved_shared(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     """What `save_shared` kept: the shared arguments, and the further tensors."""
     shared, saved = list(ctx.settings), ctx.saved_tensors
-    for i, value in zip(ctx.tensors, saved, strict=False):
+    for i, value in zip(ctx.tensors, saved[: len(ctx.tensors)], strict=True):
         shared[i] = value
     return shared, saved[len(ctx.tensors) :]
 
@@ -132,20 +145,39 @@ class _LogProb(torch.autograd.Function):
         return shared_gradients(shared, torch.ops.dgf.transition_log_prob_backward(*shared, grad))
 
 
+def _check_shared(
+    latents: Tensor,
+    model_output: Tensor,
+    table: TransitionTable,
+    step: int | Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float | None,
+    rounding: str,
+    backend: str,
+) -> tuple[float, StepIndex, bool]:
+    check_latents(latents)
+    check_like("model_output", model_output, latents)
+    check_table(table)
+    check_backend(backend)
+    scale = check_guidance(uncond_output, guidance_scale, latents)
+    return scale, check_step(step, table, latents), check_rounding(rounding, table)
+
+
 def _noise_for(
     noise: Tensor | torch.Generator | None, seed: int | None, table: TransitionTable, latents: Tensor
 ) -> Tensor | None:
-    if seed is not None and noise is not None:
-        raise ValueError("noise: got a value together with seed, want one of them")
     if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)) or seed < 0 or seed >= 2**63:
-            raise ValueError(f"seed: got {seed}, want an int from 0 to 2^63 - 1")
+        if noise is not None:
+            raise ValueError(f"noise: got {shown(noise)} together with seed, want one of them")
         return None
-    if isinstance(noise, Tensor):
+    if isinstance(noise, torch.Generator):
+        if noise.device.type != latents.device.type:
+            raise ValueError(f"noise: got a generator of {noise.device}, want one of latents' device, {latents.device}")
+    elif noise is not None:
+        if not isinstance(noise, Tensor):
+            raise ValueError(f"noise: got {shown(noise)}, want a tensor, a torch.Generator or None")
         check_like("noise", noise, latents)
         return noise
-    if noise is not None and not isinstance(noise, torch.Generator):
-        raise ValueError(f"noise: got {type(noise).__name__}, want a tensor, a torch.Generator or None")
     if table.is_deterministic:
         return None
     dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
@@ -180,10 +212,13 @@ def transition_step(
             come from torch's default generator.
         seed: 0 to 2^63 - 1; the kernel draws Philox normals keyed by (seed, sample id, step, element), which do not
             depend on the batch.
-        sample_ids: int64 `[B]`, the ids for `seed`; default 0 to B - 1.
+        sample_ids: int64 `[B]`, the ids for `seed`; default 0 to B - 1. Draw with each (seed, id) once: a later
+            iteration of training needs other ids or another seed.
         uncond_output, guidance_scale: classifier-free guidance `u + w (c - u)`, combined in the kernel.
         out_dtype: dtype of the next latents; default that of `latents`.
-        out: where to write them (`[B, ...]`, any strides, its dtype is the storage dtype); must not overlap the inputs.
+        out: where to write them (`[B, ...]`, its dtype is the storage dtype), with any strides that name no element
+            twice. It may lie between the elements of the inputs, as a view of the same trajectory does, but share
+            none with them: a step in place would read what it has just written.
         return_denoised: also give the estimate of x0, in the dtype of the next latents.
         rounding: "exact" computes in float32; "reference" rounds the products with the model output to its dtype, as
             the published implementations do.
@@ -194,36 +229,40 @@ def transition_step(
         `[B, ...]` or None. Nothing is differentiable; score with `transition_log_prob` or `policy_loss`.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range, or one that requires grad in grad mode.
+        ValueError: an argument of the wrong type, shape, dtype, device or range (lists and arrays are no tensors), an
+            input that requires grad in grad mode, or `out` that does in any.
     """
-    check_latents(latents)
-    check_like("model_output", model_output, latents)
-    scale = check_guidance(uncond_output, guidance_scale, latents)
-    index = check_step(step, table, latents)
-    reference_rounding = check_rounding(rounding, table)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (latents, model_output, uncond_output)
-    ):
-        raise ValueError(
-            "model_output: got a tensor that requires grad, want sampling under torch.no_grad(); "
-            "transition_log_prob and policy_loss are differentiable"
-        )
+    scale, index, reference_rounding = _check_shared(
+        latents, model_output, table, step, uncond_output, guidance_scale, rounding, backend
+    )
+    check_bool("return_denoised", return_denoised)
+    if return_denoised and not table.has_denoised:
+        raise ValueError("return_denoised: got True for a table without p and q, want False or a table with them")
+    if seed is not None:
+        seed = check_seed(seed)
     given = _noise_for(noise, seed, table, latents)
+    if torch.is_grad_enabled():
+        inputs = {"latents": latents, "model_output": model_output, "uncond_output": uncond_output, "noise": given}
+        for name, value in inputs.items():
+            if value is not None and value.requires_grad:
+                raise ValueError(
+                    f"{name}: got a tensor that requires grad, want sampling under torch.no_grad(); "
+                    "transition_log_prob and policy_loss are differentiable"
+                )
     if sample_ids is not None:
         if seed is None:
             raise ValueError("sample_ids: got ids without a seed, want both")
         check_per_sample("sample_ids", sample_ids, latents, (torch.int64,))
     if out is None:
-        dtype = latents.dtype if out_dtype is None else out_dtype
-        if dtype not in FLOATS:
-            raise ValueError(f"out_dtype: got {dtype}, want one of {', '.join(map(str, FLOATS))}")
-        out = _empty_like(latents, dtype)
+        if out_dtype is not None:
+            check_dtype("out_dtype", out_dtype, FLOATS)
+        out = empty_like(latents, latents.dtype if out_dtype is None else out_dtype)
     else:
         check_like("out", out, latents)
-        if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-            raise ValueError(f"out: got strides {out.stride()} for shape {tuple(out.shape)}, want no element twice")
+        if out.requires_grad:
+            raise ValueError("out: got a tensor that requires grad, want one that does not: the write has no gradient")
         if out_dtype is not None and out_dtype != out.dtype:
-            raise ValueError(f"out_dtype: got {out_dtype} with out of {out.dtype}, want the same")
+            raise ValueError(f"out_dtype: got {shown(out_dtype)} with out of {out.dtype}, want the same")
     packed = table.packed(latents.device, reference.compute_dtype(latents, model_output, uncond_output, out))
     log_prob, denoised = torch.ops.dgf.transition_step(
         latents,
@@ -256,12 +295,10 @@ def check_scoring(
     backend: str,
 ) -> tuple[Any, ...]:
     """The shared arguments of `transition_log_prob` and `policy_loss`, checked and detached where not trained."""
-    check_latents(latents)
-    check_like("model_output", model_output, latents)
+    scale, index, reference_rounding = _check_shared(
+        latents, model_output, table, step, uncond_output, guidance_scale, rounding, backend
+    )
     check_like("next_latents", next_latents, latents)
-    scale = check_guidance(uncond_output, guidance_scale, latents)
-    index = check_step(step, table, latents)
-    reference_rounding = check_rounding(rounding, table)
     dtype = reference.compute_dtype(latents, model_output, next_latents, uncond_output)
     return (
         latents.detach(),

@@ -11,8 +11,10 @@ struct PolicyLossCall {
   Operand reference, old_output;                           // guided outputs of the reference model and of the rollout
   const S *old_log_prob = nullptr, *advantages = nullptr;  // [batch]
   const S* weight = nullptr;                               // [batch], or null: 1
-  double clip_range = 0.0, advantage_clip = 0.0, kl_weight = 0.0;
+  double clip_low = 0.0, clip_high = 0.0, advantage_clip = 0.0, kl_weight = 0.0;
   bool ratio_norm = false;
+
+  DGF_HD double weight_of(int64_t b) const { return weight ? static_cast<double>(weight[b]) : 1.0; }
 };
 
 // Where the loss writes: loss [1], log_prob, ratio [batch], metrics [kMetrics], has_grad [batch], and step_scale and
@@ -43,7 +45,7 @@ DGF_HD SampleTerms sample_terms(const PolicyLossCall<S>& p, const S* row, int64_
   const double scale = row[kLogProbScale], coefficient = row[kB];
   const S log_prob = static_cast<S>(log_prob_of(scale, row[kLogProbConstant], mean_square.step));
   double log_ratio = static_cast<double>(log_prob) - static_cast<double>(p.old_log_prob[b]);
-  const double weight = p.weight ? static_cast<double>(p.weight[b]) : 1.0;
+  const double weight = p.weight_of(b);
   double policy_weight = weight, log_ratio_slope = 1.0;
   if (p.ratio_norm) {
     log_ratio = (log_ratio - scale * mean_square.old) * row[kTau];
@@ -53,14 +55,16 @@ DGF_HD SampleTerms sample_terms(const PolicyLossCall<S>& p, const S* row, int64_
   const double given = static_cast<double>(p.advantages[b]);
   const double bound = p.advantage_clip;
   const double advantage = given < -bound ? -bound : given > bound ? bound : given;
-  const PolicyTerm term = policy_term(log_ratio, advantage, p.clip_range);
+  PolicyTerm term = policy_term(log_ratio, advantage, p.clip_low, p.clip_high);
+  // A row without noise has no ratio, one outside the table (NaN) has nothing: neither may pass for a right one.
+  if (weight != 0.0 && !(scale < 0.0)) term = {NAN, NAN, NAN, false};
   const double kl = -scale * coefficient * coefficient * mean_square.reference;
   out.log_prob[b] = log_prob;
   out.ratio[b] = static_cast<S>(term.ratio);
   out.has_grad[b] = false;
   out.step_scale[b] = out.pull_scale[b] = S(0);
   SampleTerms terms = {};
-  // Whatever a sample of weight 0 holds, infinities included, it must not reach the others.
+  // Whatever a term of weight 0 holds, infinities included, it must not reach the others.
   if (weight == 0.0) return terms;
   const double step_scale =
       policy_weight / batch * term.grad_log_ratio * log_ratio_slope * gradient_scale(coefficient, scale, numel);
@@ -68,7 +72,7 @@ DGF_HD SampleTerms sample_terms(const PolicyLossCall<S>& p, const S* row, int64_
   out.step_scale[b] = static_cast<S>(step_scale);
   out.pull_scale[b] = static_cast<S>(pull_scale);
   out.has_grad[b] = step_scale != 0.0 || pull_scale != 0.0;
-  terms.loss = policy_weight * term.loss + weight * p.kl_weight * kl;
+  terms.loss = policy_weight * term.loss + (p.kl_weight == 0.0 ? 0.0 : weight * p.kl_weight * kl);
   terms.metrics[kSamples] = 1.0;
   terms.metrics[kClipFraction] = term.clipped ? 1.0 : 0.0;
   terms.metrics[kAdvantageClipFraction] = advantage != given ? 1.0 : 0.0;

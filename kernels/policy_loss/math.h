@@ -25,10 +25,10 @@ struct PolicyTerm {
 };
 
 // max(-A rho, -A clip(rho)) for one sample, and its derivative by log rho.
-DGF_HD PolicyTerm policy_term(double log_ratio, double advantage, double clip_range) {
+DGF_HD PolicyTerm policy_term(double log_ratio, double advantage, double clip_low, double clip_high) {
   PolicyTerm out;
   out.ratio = exp(log_ratio);
-  const double low = 1.0 - clip_range, high = 1.0 + clip_range;
+  const double low = 1.0 - clip_low, high = 1.0 + clip_high;
   const double bounded = out.ratio < low ? low : out.ratio > high ? high : out.ratio;
   // An advantage of 0 gives 0 even where the ratio has overflown.
   const double unclipped_loss = advantage == 0.0 ? 0.0 : -advantage * out.ratio;

@@ -1,5 +1,6 @@
 """Plain torch definition of the clipped policy loss on `[B]` numbers; the pass over the latents is the transition's."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ def policy_loss(
     weight: Tensor | None,
     reference_output: Tensor | None,
     old_output: Tensor | None,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     advantage_clip: float,
     kl_weight: float,
     ratio_norm: bool,
@@ -56,18 +58,21 @@ def policy_loss(
         log_ratio = (log_ratio - scale * transition.sample_mean((mean - old_mean).square())) * tau
         slope, policy_weight = tau, weight / rows[:, transition.STEP_SIZE].double()
     advantage = advantages.double().clamp(-advantage_clip, advantage_clip)
-    ratio = log_ratio.exp()
+    silent = weight == 0
+    # A row without noise has no ratio, one outside the table (NaN) has nothing: neither may pass for a right one.
+    missing = ~silent & ~(scale < 0)
+    ratio = torch.where(missing, math.nan, log_ratio.exp())
     # An advantage of 0 gives 0 even where the ratio has overflown.
-    unclipped = torch.where(advantage == 0, 0.0, -advantage * ratio)
-    bounded = -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    unclipped = torch.where((advantage == 0) & ~missing, 0.0, -advantage * ratio)
+    bounded = -advantage * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     clipped = bounded > unclipped
     term = torch.where(clipped, bounded, unclipped)
     kl = torch.zeros_like(term)
     if reference_output is not None:
         kl = -scale * b.square() * transition.sample_mean((velocity - reference_output.to(dtype)).square())
-    # Whatever a sample of weight 0 holds, infinities included, it must not reach the others.
-    silent = weight == 0
-    loss = torch.where(silent, 0.0, policy_weight * term + weight * kl_weight * kl).sum() / batch
+    # Whatever a term of weight 0 holds, infinities included, it must not reach the others.
+    pulled = weight * kl_weight * kl if kl_weight != 0 else torch.zeros_like(kl)
+    loss = torch.where(silent, 0.0, policy_weight * term + pulled).sum() / batch
 
     grad_log_ratio = torch.where(clipped | silent, 0.0, unclipped)
     step_scale = policy_weight / batch * grad_log_ratio * slope * transition.log_prob_slope(rows, numel)

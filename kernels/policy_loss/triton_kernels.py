@@ -65,7 +65,8 @@ def sample_terms(
     old_log_prob,
     advantages,
     weights,
-    clip_range,
+    clip_low,
+    clip_high,
     advantage_clip,
     kl_weight,
     log_prob,
@@ -99,20 +100,24 @@ def sample_terms(
         by_log_high, by_log_low = common.multiply(by_log_high, by_log_low, tau, 0.0)
         policy_high, policy_low = common.divide(weight, 0.0, common.column(row, known, 10), 0.0)
     ratio, change, excess = exponential(log_high, log_low)
+    # A row without noise has no ratio, one outside the table (NaN) has nothing: neither may pass for a right one.
+    there = silent | (scale < 0.0)
+    nan = float("nan")
+    ratio, change, excess = tl.where(there, ratio, nan), tl.where(there, change, nan), tl.where(there, excess, nan)
     given = tl.load(advantages + sample)
     bound = tl.full((), advantage_clip, tl.float32)
     advantage = tl.where(given < -bound, -bound, tl.where(given > bound, bound, given))
-    limit = tl.full((), clip_range, tl.float32)
+    below, above = tl.full((), clip_low, tl.float32), tl.full((), clip_high, tl.float32)
     # Compared as differences from 1, which keep the bits that a range of 1e-6 needs.
-    beyond = tl.where(advantage > 0.0, change > limit, (advantage < 0.0) & (change < -limit))
-    bounded = tl.where(advantage > 0.0, limit, -limit)
+    beyond = tl.where(advantage > 0.0, change > above, (advantage < 0.0) & (change < -below))
+    bounded = tl.where(advantage > 0.0, above, -below)
     near = tl.abs(change) < 0.25
     rest = tl.where(beyond, bounded, tl.where(near, change, 0.0))
     rho_high, rho_low = common.two_sum(tl.where(near | beyond, 1.0, ratio), rest)
     term_high, term_low = common.multiply(-advantage, 0.0, rho_high, rho_low)
     # An advantage of 0 gives 0 even where the ratio has overflown.
-    term_high = tl.where(advantage == 0.0, 0.0, term_high)
-    term_low = tl.where(advantage == 0.0, 0.0, term_low)
+    term_high = tl.where(there & (advantage == 0.0), 0.0, term_high)
+    term_low = tl.where(there & (advantage == 0.0), 0.0, term_low)
     kl_high, kl_low = common.divide(reference_high, reference_low, numel_high, numel_low)
     square_high, square_low = common.two_product(slope, slope)
     bend_high, bend_low = common.multiply(-scale, 0.0, square_high, square_low)
@@ -147,6 +152,7 @@ def sample_terms(
     high, low = common.multiply(policy_high, policy_low, term_high, term_low)
     more_high, more_low = common.multiply(weight, 0.0, penalty, 0.0)
     more_high, more_low = common.multiply(more_high, more_low, kl_high, kl_low)
+    more_high, more_low = tl.where(penalty == 0.0, 0.0, more_high), tl.where(penalty == 0.0, 0.0, more_low)
     high, low = common.add(high, low, more_high, more_low)
     put(record, 8, high, low, silent)
 
@@ -183,7 +189,8 @@ def policy_loss_kernel(
     old_log_prob,
     advantages,
     weights,
-    clip_range,
+    clip_low,
+    clip_high,
     advantage_clip,
     kl_weight,
     batch,
@@ -251,7 +258,8 @@ def policy_loss_kernel(
             old_log_prob,
             advantages,
             weights,
-            clip_range,
+            clip_low,
+            clip_high,
             advantage_clip,
             kl_weight,
             log_prob,

@@ -21,6 +21,7 @@ struct TransitionCall {
   bool reference_rounding = false;
 
   DGF_HD int64_t row_index(int64_t b) const { return step ? step[b] : step_index; }
+  DGF_HD bool in_table(int64_t row) const { return row >= 0 && row < table_rows; }
 
   template <typename S>
   DGF_HD const S* row(int64_t b) const {

@@ -36,9 +36,7 @@ template <typename S>
 DGF_HD void share_row(const TransitionCall& call, int64_t b, S* row) {
   for_lanes([&](int lane) {
     if (lane >= kColumns) return;
-    const int64_t index = call.row_index(b);
-    const bool inside = index >= 0 && index < call.table_rows;
-    row[lane] = inside ? call.row<S>(b)[lane] : static_cast<S>(NAN);
+    row[lane] = call.in_table(call.row_index(b)) ? call.row<S>(b)[lane] : static_cast<S>(NAN);
   });
 }
 

@@ -6,7 +6,7 @@
 
 namespace dgf {
 
-// Columns of a packed table row; `dancegrpo_fast/transitions.py` writes them in this order.
+// Columns of a packed table row; `dancegrpo_fast/transitions/` writes them in this order.
 enum Column : int {
   kA = 0,
   kB = 1,

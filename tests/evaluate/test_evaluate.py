@@ -5,9 +5,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import EvaluationSettings, LoraSettings, Recipe
 from dancegrpo_fast.evaluate import Scores, evaluate, load_weights, summary, table_text
 from dancegrpo_fast.evaluation import Evaluator, diversity
+from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.trainer import Trainer
 
 from ..train import tiny
@@ -147,6 +152,55 @@ def test_columns_of_the_prompts_are_settings(base: Path, tmp_path: Path) -> None
     prompts.write_text(prompts.read_text().replace('"colour": "red"', '"colour": "rot"'))
     with pytest.raises(ValueError, match=r"output: .* other settings"):
         evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+
+
+def test_columns_of_any_type_are_trained_on_and_evaluated(base: Path, tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    when, uuid = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC), UUID(int=7)
+    columns: dict[str, Any] = {
+        "when": when,
+        "day": when.date(),
+        "time": when.time(),
+        "took": timedelta(seconds=1.5),
+        "price": Decimal("1.10"),
+        "data": b"\x89PNG",
+        "image": {"bytes": b"\x89PNG" * 2000, "path": None},
+        "none": None,
+        "number": float("nan"),
+        "box": [[1.0, float("inf")], []],
+    }
+    plain = {
+        "when": "2024-01-02T03:04:05+00:00",
+        "day": "2024-01-02",
+        "time": "03:04:05",
+        "took": 1.5,
+        "price": "1.10",
+        "data": f"4 bytes, sha256 {sha256(columns['data']).hexdigest()}",
+        "image": {"bytes": f"8000 bytes, sha256 {sha256(columns['image']['bytes']).hexdigest()}", "path": None},
+        "none": None,
+        "number": None,
+        "box": [[1.0, None], []],
+    }
+    recipe = recipe_for(base, tmp_path / "run")
+    recipe.prompts = str(tmp_path / "prompts.parquet")
+    rows = [{"prompt": text, **columns} for text in ("red", "blue")]
+    parquet.write_table(Table.from_pylist(rows), recipe.prompts)
+    recipe.train.prompts_per_iteration = 2
+    Trainer(recipe).run()
+    assert Trainer(recipe, resume="auto").start == 1
+    evaluate(recipe, None, tmp_path / "out", samplers=["ode"], by="when")
+    written = (tmp_path / "out" / "scores.jsonl").read_text()
+    assert [row["meta"] for row in rows_of(tmp_path / "out")] == [plain] * 6
+    metadata = tmp_path / "out" / "ode" / "00000" / "metadata.jsonl"
+    assert json.loads(metadata.read_text()) == {"prompt": "red", **plain}
+    table = evaluate(recipe, None, tmp_path / "out", samplers=["ode"], by="when")
+    assert (tmp_path / "out" / "scores.jsonl").read_text() == written
+    assert table is not None and f"| ODE | {plain['when']} | Brightness |" in table
+    more = {"id": uuid, "half": np.float16(0.5), "many": np.arange(2), "tensor": torch.ones(1)}
+    assert Prompt("x", more).columns() == {"id": str(uuid), "half": 0.5, "many": [0, 1], "tensor": [1.0]}
+    with pytest.raises(ValueError, match='prompts: got a set in column "tags" of "red", want plain values'):
+        Prompt("red", {"tags": {1}}).columns()
 
 
 def test_lines_are_appended(tmp_path: Path) -> None:

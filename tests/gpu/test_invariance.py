@@ -106,6 +106,7 @@ def test_first_ratio_is_exactly_one(target: Target, dtypes: tuple, cfg: bool, ro
             mine.advantages,
             uncond_output=mine.uncond,
             guidance_scale=mine.guidance,
+            weight=mine.weight,
             rounding=rounding,
             backend=target.backend,
         )

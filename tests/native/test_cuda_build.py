@@ -44,12 +44,13 @@ def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "the kernels do not load" in module.device_problem()
-    numbers = (0, 0, 1)
-    call = (numbers, numbers, None, numbers, 1, 1, 0, 1, 0, 0, 1.0, False, False, (0, 0, 0))
+    at = 16
+    numbers = (at, 0, 1)
+    call = (numbers, numbers, None, numbers, 1, 1, at, 1, 0, 0, 1.0, False, False, (0, at, at))
     for run in (
-        lambda: module.transition_log_prob(call, 0),
-        lambda: module.transition_sample(call, None, 1, 0, None, 0),
-        lambda: module.transition_log_prob_gradient(call, 0, numbers, None),
+        lambda: module.transition_log_prob(call, at),
+        lambda: module.transition_sample(call, None, 1, 0, None, at),
+        lambda: module.transition_log_prob_gradient(call, at, numbers, None),
     ):
         with pytest.raises(RuntimeError, match="CUDA: transition_"):
             run()

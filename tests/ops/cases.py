@@ -156,7 +156,10 @@ def make_case(
         noise=noise,
         old_log_prob=(score - offset).to(compute),
         advantages=(3.0 * torch.randn(batch, generator=g, dtype=F64)).to(compute),
-        weight=(torch.rand(batch, generator=g, dtype=F64) + 0.5).to(compute),
+        # A row without noise may be there, but not count.
+        weight=torch.where(rows[:, reference.SCALE] == 0, 0.0, torch.rand(batch, generator=g, dtype=F64) + 0.5).to(
+            compute
+        ),
         reference_output=(guided + 0.1 * draw(F64)).to(dtypes[1]),
         old_output=(guided + 1e-3 * draw(F64)).to(dtypes[1]),
         sample_ids=torch.arange(batch) * 7919 + 3,

@@ -438,10 +438,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: norm_modulate(X, None, ROW), "scale: got None, want both"),
     (lambda: norm_modulate(X, ROW[:, :3], ROW), r"scale: got shape \(2, 1, 3\), want \[2, 4\] or \[2, 3, 4\]"),
     (lambda: norm_modulate(X, ROW, ROW, split=1), r"scale: got shape \(2, 1, 4\), want \[2, 2, 4\], as split is given"),
-    (lambda: norm_modulate(X, split=4), "split: got 4, want an int from 0 to the 3 tokens"),
+    (lambda: norm_modulate(X, split=4), "split: got 4, want an int from 0 to 3 or None"),
     (lambda: norm_modulate(X, split=True), "split: got True"),
     (lambda: norm_modulate(X, norm="batch"), 'norm: got "batch", want "layer" or "rms"'),
-    (lambda: norm_modulate(X, eps=0.0), "eps: got 0.0, want a number above 0"),
+    (lambda: norm_modulate(X, eps=0.0), "eps: got 0.0, want a finite number above 0"),
     (lambda: norm_modulate(X, mode="exact"), 'mode: got "exact"'),
     (
         lambda: norm_modulate(X, backend="cuda"),
@@ -450,12 +450,21 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: norm_modulate(X, norm_dtype=torch.int8), "norm_dtype: got torch.int8"),
     (lambda: norm_modulate(X, weight=torch.zeros(3)), r"weight: got shape \(3,\), want \(4,\)"),
     (lambda: norm_modulate(X, ROW.to("meta"), ROW), "scale: got a tensor on meta, want it on x's device, cpu"),
-    (lambda: norm_modulate_fanout(X, consumers=0), "consumers: got 0, want at least 1"),
+    (lambda: norm_modulate_fanout(X, consumers=0), "consumers: got 0, want an int of at least 1"),
     (lambda: gated_residual_norm_modulate(X, X[:, :2], ROW), r"y: got shape \(2, 2, 4\), want that of x, \(2, 3, 4\)"),
-    (lambda: gated_residual_norm_modulate(X, X, None), "y, gate: got None"),  # type: ignore[arg-type]
+    (lambda: gated_residual_norm_modulate(X, X, None), "^gate: got None"),  # type: ignore[arg-type]
     (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 1, 4\)"),
-    (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of shape \(4, 3\)"),
-    (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of shape \(2, 3, 4\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of \(4, 3\)"),
+    (lambda: gated_projection(X, X, torch.zeros(4, 4), None, X), r"gate: got torch.float32 of \(2, 3, 4\)"),
+    (lambda: gated_projection(X, X.to("meta"), torch.zeros(4, 4), None, ROW), "^inputs: got a tensor on meta"),
+    (
+        lambda: gated_projection_norm_modulate(X, X, torch.zeros(4, 4), None, ROW, norm_weight=ROW),
+        r"^norm_weight: got shape \(2, 4\)",
+    ),
+    (
+        lambda: gated_projection_norm_modulate(X, X, torch.zeros(4, 4), None, ROW, norm_bias=ROW),
+        r"^norm_bias: got shape \(2, 4\)",
+    ),
     (lambda: gelu_tanh(torch.zeros(())), r"x: got shape \(\), want \[\.\.\., N\]"),
     (lambda: gelu_tanh(X, prefix=X.double()), "prefix: got torch.float64 of shape"),
     (lambda: gelu_tanh(X, prefix=X[:, :2]), r"prefix: got torch.float32 of shape \(2, 2, 4\)"),
@@ -469,7 +478,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: qk_norm_rope(Stream(HEADS, cos=torch.zeros(4, 4), sin=torch.zeros(4, 4))), "with R of 1 to 3"),
     (lambda: qk_norm_rope(Stream(HEADS, cos=torch.zeros(3, 4), sin=torch.zeros(3, 2))), "stream.sin: got shape"),
     (lambda: qk_norm_rope(Stream(HEADS[..., :3], cos=torch.zeros(3, 3), sin=torch.zeros(3, 3))), "want an even number"),
-    (lambda: qk_norm_rope(Stream(HEADS), norm="layer"), 'norm: got "layer", want one of none, head, head_twice, token'),
+    (
+        lambda: qk_norm_rope(Stream(HEADS), norm="layer"),
+        'norm: got "layer", want "none", "head", "head_twice" or "token"',
+    ),
     (lambda: qk_norm_rope(Stream(HEADS), rope="full"), 'rope: got "full"'),
     (lambda: qk_norm_rope(Stream(HEADS), rope_gradient="twice"), 'rope_gradient: got "twice"'),
 ]

@@ -1,4 +1,4 @@
-"""Bad input gets a `ValueError` that begins with the argument's name."""
+"""Bad input gets a `ValueError` that begins with the argument's name, in every op and before anything runs."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dancegrpo_fast import gaussian_noise, policy_loss, transition_log_prob, transition_step
+from dancegrpo_fast.transitions import TransitionTable
 
 from .cases import BACKENDS, TABLES
 
@@ -45,13 +46,30 @@ def bad_per_sample(name: str) -> list[tuple[str, dict]]:
         PER_SAMPLE.bfloat16(),
         PER_SAMPLE.long(),
         PER_SAMPLE.to("meta"),
+        PER_SAMPLE.to_sparse(),
         [0.0],
     )
     return [(name, {name: value}) for value in values]
 
 
 GUIDED = {"uncond_output": X, "guidance_scale": 2.0}
+# Of no argument: an object of the wrong kind, a word, and what looks like a number.
+ODD = (object(), "abc", [1.0], {}, X.numpy(), 1 + 2j)
+
+
+def bad(name: str, *values, **others) -> list[tuple[str, dict]]:
+    return [(name, {name: value, **others}) for value in values]
+
+
 SHARED = [
+    *bad("latents", None, [[0.0]], *ODD),
+    *bad("model_output", None, *ODD),
+    *bad("table", None, FLOW.a, [FLOW], *ODD),
+    *bad("step", 2**70, [1], *ODD),
+    *bad("uncond_output", *ODD, guidance_scale=2.0),
+    *bad("guidance_scale", True, X, float("nan"), float("inf"), 10**400, *ODD, uncond_output=X),
+    *bad("rounding", None, 1, X, *ODD),
+    *bad("backend", None, 1, X, torch.device("cpu"), *ODD),
     ("latents", {"latents": X.int(), "model_output": X}),
     ("latents", {"latents": torch.zeros(3)}),
     ("latents", {"latents": torch.zeros(())}),
@@ -78,9 +96,19 @@ SHARED = [
     ("backend", {"backend": "gpu"}),
     ("backend", {"backend": "cuda"}),
 ]
-SCORED = [*SHARED, *bad_tensors("next_latents")]
+SCORED = [*SHARED, *bad_tensors("next_latents"), *bad("next_latents", None, *ODD)]
 STEP = [
     *SHARED,
+    *bad("noise", 1, *ODD),
+    *bad("seed", True, 1.0, torch.tensor(1), 2**70, *ODD),
+    *bad("sample_ids", *ODD, seed=0),
+    *bad("out_dtype", "float32", 1, X, *ODD),
+    *bad("out", 1, *ODD),
+    *bad("out", X.clone().requires_grad_(), torch.nn.Parameter(X)),
+    *bad("return_denoised", None, 1, X, *ODD),
+    *bad("return_denoised", True, table=TransitionTable.from_coefficients([1.0, 1.0], -0.1, 0.3)),
+    *bad("noise", X.clone().requires_grad_()),
+    *bad("latents", X.clone().requires_grad_()),
     *[(name, changed) for name, changed in bad_tensors("noise") if isinstance(changed["noise"], torch.Tensor)],
     *bad_tensors("out"),
     ("noise", {"noise": X, "seed": 1}),
@@ -103,13 +131,30 @@ LOSS = [
     *[b for b in bad_per_sample("weight") if isinstance(b[1]["weight"], torch.Tensor)],
     *bad_tensors("reference_output"),
     *bad_tensors("old_output"),
+    *bad("old_log_prob", None, *ODD),
+    *bad("advantages", None, *ODD),
+    *bad("weight", None, True, float("nan"), float("inf"), 10**400, *ODD),
+    *bad("reference_output", *ODD),
+    *bad("old_output", *ODD),
+    *bad("kl_weight", None, True, X, float("inf"), *ODD, reference_output=X),
+    *bad("ratio_norm", None, 1, "yes", X, *ODD, old_output=X),
+    *bad("clip_range", None, True, X, (0.1,), (0.1, 0.1, 0.1), (0.1, -1.0), (0.1, None), (float("nan"), 0.1), *ODD),
+    *bad("advantage_clip", None, True, X, (1.0, 1.0), *ODD),
     ("reference_output", {"kl_weight": 0.1}),
     ("kl_weight", {"kl_weight": -0.1, "reference_output": X}),
     ("kl_weight", {"kl_weight": float("nan"), "reference_output": X}),
     ("old_output", {"ratio_norm": True}),
     ("table", {"ratio_norm": True, "old_output": X, "table": DDIM}),
     ("clip_range", {"clip_range": -1e-4}),
-    ("clip_range", {"clip_range": float("nan")}),
+    *[("clip_range", {"clip_range": value}) for value in (float("nan"), None, "1e-4", X, (), (1e-4,), (1e-4,) * 3)],
+    *[("clip_range", {"clip_range": (1e-4, value)}) for value in (-1e-4, float("nan"), None, "x")],
+    ("clip_range", {"clip_range": (-1e-4, 1e-4)}),
+    *[("kl_weight", {"kl_weight": value, "reference_output": X}) for value in (None, "x", X, float("inf"))],
+    *[("ratio_norm", {"ratio_norm": value, "old_output": X}) for value in (None, "yes", 1)],
+    *[("weight", {"weight": value}) for value in (None, "x", [1.0] * 3, float("nan"), float("inf"))],
+    *[("advantage_clip", {"advantage_clip": value}) for value in (None, "x")],
+    ("step", {"table": TABLES["mixed"], "step": 0}),
+    ("table", {"table": TABLES["ode"]}),
     ("advantage_clip", {"advantage_clip": -1.0}),
     ("advantage_clip", {"advantage_clip": float("nan")}),
 ]
@@ -120,6 +165,11 @@ NOISE = [
     ("sample_ids", {"sample_ids": torch.arange(0)}),
     ("shape", {"shape": ()}),
     ("shape", {"shape": (4, 0)}),
+    *bad("shape", None, 4, (4, 2.0), (4, "a"), (True,), X, (1,) * 9, (2**40,), (2**70,), *ODD),
+    *bad("sample_ids", None, [0, 1], torch.arange(3).to(torch.int32), torch.arange(3).to_sparse(), *ODD),
+    *bad("seed", None, True, 1.0, 2**63, torch.tensor(1), *ODD),
+    *bad("dtype", None, "float32", 1, X, *ODD),
+    *bad("backend", None, 1, X, *ODD),
     ("dtype", {"dtype": torch.int64}),
     ("backend", {"backend": "gpu"}),
 ]

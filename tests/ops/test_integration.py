@@ -15,6 +15,7 @@ from torch import Tensor
 import dancegrpo_fast
 from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.kernels.transition import reference
+from dancegrpo_fast.transitions import cps, shifted_sigmas
 
 from .cases import BACKENDS, BF16, F16, F32, F64, TABLES, Case, assert_same_bits, dtype_id, make_case
 
@@ -38,7 +39,7 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
         "transition_step": (*sampled, case.noise, None, None, True),
         "transition_log_prob": scored,
         "transition_log_prob_backward": (*scored, grad),
-        "policy_loss": (*scored, *per_sample, *targets, 0.1, 5.0, 0.1, True),
+        "policy_loss": (*scored, *per_sample, *targets, 0.1, 0.2, 5.0, 0.1, True),
         "policy_loss_backward": (*scored, torch.tensor(0.5, dtype=compute), grad, grad, *targets),
     }
 
@@ -174,6 +175,24 @@ def test_another_step_does_not_compile_again(run: Callable, compiled: Callable) 
         counts.append(counter.frame_count)
     # 0 and 1 may be special to the compiler; after them a symbol stands for every step.
     assert counts[2:] == [counts[2]] * len(counts[2:])
+
+
+def test_another_step_of_a_table_with_rows_without_noise_does_not_compile_again(compiled: Callable) -> None:
+    """Which rows may count is asked of every step."""
+    table = cps(shifted_sigmas(9, 3.0), 0.8)
+    assert table.unscored == (8,)
+    case = make_case((3, 5, SIZE), table)
+
+    def run(step: int) -> Tensor:
+        scored = (case.latents, case.output, case.next_latents, table, step, case.old_log_prob, case.advantages)
+        return policy_loss(*scored).loss
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    function, counts = compiled(run, counter), []
+    for step in (2, 3, 4, 5, 6, 7, 2):
+        assert torch.equal(function(step), run(step))
+        counts.append(counter.frame_count)
+    assert counts[1:] == [counts[1]] * len(counts[1:])
 
 
 def test_another_seed_does_not_compile_again(compiled: Callable) -> None:

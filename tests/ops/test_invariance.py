@@ -144,6 +144,7 @@ def test_first_ratio_is_exactly_one(
         case.advantages,
         uncond_output=case.uncond,
         guidance_scale=case.guidance,
+        weight=case.weight,
         rounding=rounding,
         backend=backend,
     )

@@ -120,20 +120,50 @@ def test_seeded_step_equals_the_same_noise_given(dtypes: tuple, backend: str) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gaussian_noise_is_the_stream_of_step_zero(backend: str) -> None:
+def test_gaussian_noise(backend: str) -> None:
     ids = torch.tensor([4, 4, 9])
     found = gaussian_noise((3, 5, 7), seed=2, sample_ids=ids, backend=backend)
     assert found.shape == (3, 3, 5, 7) and found.dtype == F32
-    assert torch.equal(found.flatten(1), draw([4, 4, 9], 105, 2, 0, backend))
+    # The complement of the seed in the key, step 0 in the counter.
+    wanted = reference.normals(2 ^ 0xFFFFFFFFFFFFFFFF, ids, torch.zeros_like(ids), 105)
+    assert_same_noise(found.flatten(1), wanted)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     for dtype in (BF16, F16, F64):
         narrow = gaussian_noise((3, 5, 7), seed=2, sample_ids=ids, dtype=dtype, backend=backend)
         assert torch.equal(narrow, found.to(dtype))
+    assert torch.equal(found, gaussian_noise([3, 5, 7], seed=2, sample_ids=ids, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1])
+def test_no_step_draws_the_noise_of_gaussian_noise(seed: int, backend: str) -> None:
+    """Initial latents and the noise of any step share no number, of whatever seed that is near by its bits."""
+    ids = [0, 1, 2**32 + 1, -1]
+    initial = gaussian_noise((64,), seed=seed, sample_ids=torch.tensor(ids), backend=backend)
+    for other in {seed, 2**63 - 1 - seed, seed ^ 1, (seed + 2**32) % 2**63}:
+        for step in (0, 1, 7):
+            assert not bool((draw(ids, 64, other, step, backend) == initial).any())
+    assert_uncorrelated(
+        gaussian_noise((200_000,), seed=seed, sample_ids=torch.tensor([3]), backend="cpu")[0],
+        draw([3], 200_000, seed)[0],
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gaussian_noise_compiles(dynamic: bool) -> None:
+    def run(seed: int, size: int) -> torch.Tensor:
+        return gaussian_noise((2, size), seed=seed, sample_ids=torch.arange(3))
+
+    torch._dynamo.reset()
+    function = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for seed, size in ((3, 5), (4, 6), (2**63 - 1, 7)):
+        assert torch.equal(function(seed, size), run(seed, size))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_normal_distribution(seed: int) -> None:
     assert_standard_normal(draw([0, 1, 2**33], 200_000, seed))
+    assert_standard_normal(gaussian_noise((200_000,), seed=seed, sample_ids=torch.tensor([0, 1, 2**33])))
 
 
 def test_normal_across_the_batch() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,32 @@ def test_prompt_files(tmp_path: Path) -> None:
     parquet.write_table(Table.from_pylist([{"caption": "x", "tag": "t"}]), tmp_path / "a.parquet")
     assert load_prompts(tmp_path / "a.parquet")[0].text == "x"
     assert load_prompts(tmp_path / "a.parquet")[0].meta["tag"] == "t"
+
+
+HALF, NULL = "half of a surrogate pair at character 2", "a null character at character 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a \\ud83d cat"}', rf"jsonl row 2: got 'a \\ud83d cat' with {HALF}"),
+        ("b.jsonl", '{"caption": "a \\udc00"}', rf"jsonl row 1: got .* with {HALF}"),
+        ("c.txt", "cat\0", rf"txt row 1: got 'cat\\x00' with {NULL}"),
+        ("d.jsonl", '{"prompt": "cat\\u0000"}', rf"jsonl row 1: got .* with {NULL}"),
+        ("e.txt", f"{'x' * 999}\0", r"txt row 1: got 'x{40}\\x00' with a null character at character 999"),
+        ("f.jsonl", f'{{"prompt": "a", "n": {"9" * 5000}}}', "jsonl line 1 is not JSON"),
+        ("g.jsonl", "[" * 100_000, "jsonl line 1 is not JSON"),
+    ],
+)
+def test_text_that_no_tokenizer_takes_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^prompts: .*{message}"):
+        load_prompts(write(tmp_path / name, text))
+
+
+def test_whole_pairs_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "\\ud83d\\ude00"}')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcat")
+    assert [load_prompts(tmp_path / name)[0].text for name in ("a.jsonl", "a.txt")] == ["\U0001f600", "cat"]
 
 
 def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
@@ -115,10 +142,17 @@ def test_overrides() -> None:
         ("--rewards", "[]", "rewards"),
         ("--rewards", "[{name: ocr, weight: 0}]", "^rewards.weight: got 0.0, want a number other than 0$"),
         ("--train.clip_range", "0", "^train.clip_range: got 0.0, want more than 0$"),
+        ("--train.clip_range", "[1e-4, 0]", "^train.clip_range: got 0.0, want more than 0$"),
+        ("--train.clip_range", "[-1e-4, 1e-4]", "^train.clip_range: got -0.0001, want more than 0$"),
+        ("--train.clip_range", "[1e-4]", "clip_range"),
+        ("--train.clip_range", "[1e-4, 1e-4, 1e-4]", "clip_range"),
+        ("--train.clip_range", "wide", "clip_range"),
         # Without the list of what was tried, and all that was given.
         ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
         ("--evaluation.nothing", "1", "^recipe: [^ ]*digits.yaml: [^\n]*Option 'nothing' is not accepted$"),
         ("--model.lora.rank", "0", "^model.lora.rank: got 0, want more than 0$"),
+        ("--sampler.negative_prompt", "\udcff", "^sampler.negative_prompt: got .* with half of a surrogate pair"),
+        ("--rewards", "[{name: ocr, args: {floor: .nan}}]", "^rewards.args: got .*, want plain values: "),
     ],
 )
 def test_bad_overrides(option: str, value: str, message: str) -> None:
@@ -215,5 +249,7 @@ def test_rewards_by_name() -> None:
         build_reward(RewardSettings("digit_judge", args={"colour": 1}))
     with pytest.raises(TypeError, match="a bug of its own"):
         build_reward(RewardSettings(f"{__name__}:Faulty"))
+    with pytest.raises(ValueError, match=r"rewards\.args: got {'since': .*date.*}, want plain values: "):
+        RewardSettings("ocr", args={"since": date(2024, 1, 2)})
     with pytest.raises(ValueError, match="each one once"):
         RewardSet([RewardSettings("ocr", args={}), RewardSettings("ocr", args={})])

@@ -217,6 +217,18 @@ def test_clipped_calls_need_no_backward(flux: Path, tmp_path: Path, monkeypatch:
         assert row[name] == every[name]
 
 
+def test_each_side_of_the_clip_has_a_range_of_its_own(flux: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"inner_epochs": 2, "iterations": 1}
+    none, all_of_it = 1e3, 1e-12
+    ranges = {"below": (all_of_it, none), "above": (none, all_of_it), "both": (all_of_it, all_of_it), "one": all_of_it}
+    found = {
+        name: train(flux, tmp_path / name, clip_range=clip_range, **options)[0]["clip_fraction"]
+        for name, clip_range in ranges.items()
+    }
+    assert found["below"] > 0 and found["above"] > 0 and found["one"] == found["both"]
+    assert found["below"] + found["above"] == pytest.approx(found["both"])
+
+
 def test_inner_epochs_and_updates_step_the_optimiser(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", updates_per_rollout=3, inner_epochs=2))
     trainer.iteration(1)

@@ -153,7 +153,8 @@ def log_prob_gradient(t: Tensors) -> None:
 
 def policy_loss(t: Tensors, options: bool = False) -> None:
     """With `options`, KL and RatioNorm too."""
-    more = (t.like(1), t.like(1), 1e-4, 5.0, 0.1, True) if options else (None, None, 1e-4, 5.0, 0.0, False)
+    settings = (1e-4, 2e-4, 5.0)
+    more = (t.like(1), t.like(1), *settings, 0.1, True) if options else (None, None, *settings, 0.0, False)
     outputs = (torch.empty(()), numbers(), numbers(), torch.empty(8), torch.empty(BATCH, dtype=torch.bool))
     out = LossOutputs(*outputs, numbers(), numbers())
     weight = numbers() if options else None

@@ -31,12 +31,12 @@ def test_masked_lanes_of_narrow_indices_stay_in_32_bits() -> None:
         assert _triton.needs_wide(numel) or blocks * BLOCK - 1 < 2**31
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 0xDEADBEEFCAFE])
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 0xDEADBEEFCAFE, -1, -(2**63)])
 def test_words_of_the_seed(seed: int) -> None:
-    """int32 whatever the value, and the seed again as unsigned words."""
+    """int32 whatever the value, and the seed again as unsigned words; negative keys are `gaussian_noise`'s."""
     words = _triton.signed_words(seed)
     assert all(-(2**31) <= word < 2**31 for word in words)
-    assert (words[0] % 2**32) + (words[1] % 2**32 << 32) == seed
+    assert (words[0] % 2**32) + (words[1] % 2**32 << 32) == seed % 2**64
 
 
 def addresses(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""The version matrix, `make matrix`: every cell is an installation of its own; docs/compatibility.md has the table."""
+
+import datetime
+import json
+import re
+import subprocess
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+ROWS, PAGE = ROOT / "docs" / "compatibility.jsonl", ROOT / "docs" / "compatibility.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PINNED = (ROOT / "constraints.txt").read_text().split()
+# Ops, patches, peers' functions, samplers, kernels interpreted and compiled, and short recipes.
+TESTS = (
+    *("tests/ops", "tests/patch", "tests/compat", "tests/triton", "tests/train/test_trainer.py"),
+    *("tests/test_transitions.py", "tests/test_transition_errors.py", "tests/test_advantages.py"),
+)
+COMPILED = "tests/triton/test_families.py"
+TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "venv"
+nox.needs_version = ">=2024.10"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One installation."""
+
+    python: str
+    torch: str
+    triton: str
+    diffusers: str = "0.42.1"
+    others: str = "as pinned"
+
+    def constraints(self) -> list[str]:
+        """Versions of everything; "lowest" takes the floors of pyproject.toml where it names one."""
+        names = {"torch": self.torch, "triton": self.triton, "diffusers": self.diffusers}
+        chosen = [line for line in PINNED if line.partition("==")[0] not in names]
+        if self.others == "lowest":
+            floors = dict(re.split(r"(?:\[.*\])?>=", line) for line in PROJECT["dependencies"] + EXTRAS["train"])
+            chosen = [line for line in chosen if line.partition("==")[0] not in floors]
+            chosen = [*chosen, *(f"{name}=={floors[name]}" for name in floors if name not in names)]
+        return [*chosen, *(f"{name}=={version}" for name, version in names.items())]
+
+
+# The first has a wheel of torch without CUDA on some machines; the others bring gigabytes.
+CELLS = {
+    Cell("3.11", "2.13.0", "3.7.1"): "light",
+    Cell("3.11", "2.13.0", "3.7.1", diffusers="0.42.0"): "light",
+    Cell("3.11", "2.8.0", "3.4.0", others="lowest"): "heavy",
+    Cell("3.12", "2.11.0", "3.6.0"): "heavy",
+    Cell("3.13", "2.15.0", "3.9.0"): "heavy",
+}
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _install(session: nox.Session, cell: Cell) -> None:
+    """Exactly the cell's versions, then the package as a user installs it."""
+    limits = Path(session.create_tmp()) / "constraints.txt"
+    limits.write_text("\n".join(cell.constraints()))
+    wanted = [r for name in ("train", "demo", "judge", "test") for r in EXTRAS[name] if "dancegrpo_fast" not in r]
+    environment = {"PIP_CONSTRAINT": str(limits)}
+    # By itself first: everything after it takes the torch that is there.
+    session.install("torch", "triton", "--quiet", env=environment)
+    session.install(*wanted, "--quiet", env=environment)
+    session.install("--no-deps", "--force-reinstall", "--config-settings=cmake.define.DGF_CUDA=OFF", ".", "--quiet")
+
+
+def _tested(session: nox.Session, *arguments: str, **environment: str) -> str:
+    """Runs pytest and counts what came out; a failing test does not end the session, as it belongs into the table."""
+    report = Path(session.create_tmp()) / "report.xml"
+    report.unlink(missing_ok=True)
+    session.run("pytest", "-q", f"--junitxml={report}", *arguments, env=environment, success_codes=[0, 1])
+    suite = ElementTree.parse(report).getroot()[0]
+    count = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    return f"{count['tests'] - failed - count['skipped']} passed, {failed} failed, {count['skipped']} skipped"
+
+
+def _record(cell: Cell, what: str, outcome: str, sources: str) -> None:
+    """Writes a cell's outcome in the place of its last one, and the table anew."""
+    row = {**asdict(cell), "what": what, "outcome": outcome, "sources": sources}
+    row |= {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", "commit": _commit()}
+    key = (*asdict(cell).values(), what)
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    kept = [r for r in rows if (*(r[name] for name in asdict(cell)), r["what"]) != key]
+    columns = list(row)
+    rows = sorted([*kept, row], key=lambda r: [r[name] for name in ("what", "python", "torch")] + [r["triton"]])
+    ROWS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    table += ["| " + " | ".join(str(r[name]) for name in columns) + " |" for r in rows]
+    before, mark, _ = PAGE.read_text().partition("<!-- written by make matrix -->\n")
+    PAGE.write_text(before + mark + "\n" + "\n".join(table) + "\n")
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "cell"), [nox.param(c.python, c, id=f"torch{c.torch}-{c.diffusers}", tags=[t]) for c, t in CELLS.items()]
+)
+def tests(session: nox.Session, cell: Cell) -> None:
+    """The tests of ops, patches, compat, samplers, kernels and short recipes in one cell."""
+    _install(session, cell)
+    listed = session.run("python", "-P", "-m", "dancegrpo_fast.patch", silent=True, success_codes=range(101))
+    changed = str(listed).count(" differs from ") + str(listed).count(" missing ")
+    outcome = _tested(session, *TESTS, "-n", "2")
+    _record(cell, "tests", outcome, f"{changed} differ")
+    if " 0 failed" not in outcome or changed:
+        session.error(f"{outcome}; {changed} sources of diffusers differ")
+
+
+@nox.session(python="3.11", tags=["light"])
+@nox.parametrize("triton", TRITONS)
+def kernels(session: nox.Session, triton: str) -> None:
+    """Every kernel that the patched models of all families launch, compiled offline by another Triton."""
+    pinned = next(iter(CELLS))
+    _install(session, pinned)
+    folder = Path(session.create_tmp()) / f"triton-{triton}"
+    session.install("--quiet", "--no-deps", "--upgrade", "--target", str(folder), f"triton=={triton}")
+    outcome = _tested(session, COMPILED, PYTHONPATH=str(folder))
+    _record(Cell(pinned.python, pinned.torch, triton, pinned.diffusers), "kernels compiled", outcome, "")
+    if " 0 failed" not in outcome:
+        session.error(outcome)
