@@ -1,5 +1,6 @@
 """The compiled modules of a run: built here, or built before and brought along; and other packages that are."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -16,12 +17,15 @@ from .process import last_lines
 # What the private copy of the repository holds.
 SOURCES = ("bench", "dancegrpo_fast", "kernels", "tests", "pyproject.toml")
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+# In a folder that was prepared: what its modules were compiled from.
+SOURCES_FILE = "sources.sha256"
+NATIVE = (".h", ".hpp", ".cpp", ".cu", ".cuh", "CMakeLists.txt")
 NAMES = ("_cpu", "_cpu_v3", "_cpu_v4", "_cuda") if platform.machine() in ("x86_64", "AMD64") else ("_cpu", "_cuda")
 
 
 def copy_sources(repository: Path, tree: Path) -> None:
     """A private copy, so that nothing in the working tree is touched; with the compiled modules that are there."""
-    left_out = shutil.ignore_patterns("__pycache__", "*.jsonl", "*.png", "*.so")
+    left_out = shutil.ignore_patterns("__pycache__", "results", "*.so")
     for name in SOURCES:
         source, target = repository / name, tree / name
         if source.is_dir():
@@ -45,6 +49,23 @@ def unpack(wheels: Path, target: Path) -> list[str]:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)
     return [wheel.name for wheel in found]
+
+
+def fingerprint(repository: Path) -> str:
+    """Of all that a compiler reads."""
+    found = hashlib.sha256((repository / "CMakeLists.txt").read_bytes())
+    for folder in ("csrc", "kernels"):
+        for path in sorted((repository / folder).rglob("*")):
+            if path.name.endswith(NATIVE):
+                found.update(path.relative_to(repository).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def outdated(folder: Path, repository: Path) -> list[str]:
+    """Whether modules were compiled from other sources; nothing where that is not known."""
+    path = folder / SOURCES_FILE
+    same = not path.exists() or path.read_text().strip() == fingerprint(repository)
+    return [] if same else [f"{path.name}: got modules of other sources, want those of this repository"]
 
 
 def misnamed(folder: Path) -> list[str]:
@@ -76,7 +97,7 @@ def bring(gate: Gate) -> str:
     Returns why nothing could be looked at, or nothing.
     """
     if gate.prebuilt is not None:
-        gate.refused = misnamed(gate.prebuilt)
+        gate.refused = outdated(gate.prebuilt, gate.repository) or misnamed(gate.prebuilt)
         if not gate.refused:
             take([gate.prebuilt / f"{name}{SUFFIX}" for name in NAMES], gate.runner.tree)
     problem = gate.look(NAMES)
@@ -92,7 +113,8 @@ def bring(gate: Gate) -> str:
 
 def compile_all(gate: Gate, architectures: str) -> tuple[int | None, str, list[Path]]:
     """Exit status, what was printed, and the modules."""
-    folder = gate.repository / "build" / "gpu-gate"
+    # A configuration of another interpreter would be kept.
+    folder = gate.repository / "build" / f"gpu-modules{SUFFIX}"
     status, where = gate.python("-m", "pybind11", "--cmakedir")
     if status != 0:
         return status, where, []
@@ -136,6 +158,7 @@ def prepare(gate: Gate, folder: Path, architectures: str) -> str:
         return last_lines(text, 25)
     for module in built:
         shutil.copy2(module, folder / module.name)
+    (folder / SOURCES_FILE).write_text(fingerprint(gate.repository) + "\n")
     if problems := misnamed(folder):
         return "\n".join(problems)
     pins = (gate.repository / "constraints.txt").read_text().split()

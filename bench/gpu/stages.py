@@ -20,11 +20,21 @@ DRY_BLOCKS = "gelu_tanh, plain, HunyuanVideo"
 DRY_MEMORY = "decode, FLUX|_native_efficient, mask"
 
 
+def _versions(gate: Gate) -> None:
+    """Of the driver and the tools."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm", "--format=csv,noheader")
+    for command in (query, *((name, "--version") for name in ("nvcc", "cmake", "ncu", "compute-sanitizer"))):
+        path = tools.tool(command[0])
+        printed = gate.runner.run(path, *command[1:])[1] if path else "not found"
+        numbered = [line for line in printed.splitlines() if re.search(r"\d\.\d", line)]
+        gate.runner.say(f"{command[0]}: {numbered[0] if numbered else last_lines(printed, 1)}")
+
+
 def smoke(gate: Gate) -> Outcome:
     """Versions, and a first call of everything; its lines are printed as they come."""
-    gate.runner.say(", ".join(f"{name} {gate.found.get(name)}" for name in ("python", "torch", "triton", "diffusers")))
     options = ["--device", gate.device, "--out", str(gate.rows), "--jobs", str(1 if gate.dry else gate.jobs)]
     status, text = gate.python("-m", "bench.gpu.smoke", *options, echo=True)
+    _versions(gate)
     counted = f"{len(re.findall('^good ', text, re.MULTILINE))} checks agree"
     if status == 0:
         return PASSED, counted

@@ -177,6 +177,24 @@ def test_modules_of_another_python_are_refused_by_name(tmp_path: Path) -> None:
     assert modules.misnamed(tmp_path)[-1].startswith("_cuda: got _cuda.cpython-39")
 
 
+def test_modules_of_other_sources_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("csrc/a.cpp", "kernels/b/c.cuh", "kernels/b/d.py", "CMakeLists.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    assert modules.outdated(folder, tmp_path) == []
+    (folder / modules.SOURCES_FILE).write_text(modules.fingerprint(tmp_path) + "\n")
+    assert modules.outdated(folder, tmp_path) == []
+    (tmp_path / "kernels/b/d.py").write_text("no compiler's")
+    assert modules.outdated(folder, tmp_path) == []
+    for name in ("csrc/a.cpp", "kernels/b/c.cuh", "CMakeLists.txt"):
+        (tmp_path / name).write_text("changed")
+        (refused,) = modules.outdated(folder, tmp_path)
+        assert refused.startswith(f"{modules.SOURCES_FILE}: got modules of other sources")
+        (folder / modules.SOURCES_FILE).write_text(modules.fingerprint(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("module", "said"),
     [
