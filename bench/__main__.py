@@ -1,7 +1,6 @@
 """Runs the benchmarks: verifies, measures, writes one JSON line per row and prints a table."""
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -14,14 +13,15 @@ from .cases import Case, Inputs, cases, contenders
 from .clocks import Run
 from .harness import copy_contender, environment, interleave
 from .plan import GPU_OPS, PLANS, Plan
+from .rows import Row, Rows
 from .verify import failures
 
 RESULTS = Path(__file__).parent / "results"
+# A part of a run: the ops of its rows. A profiler slows the calls after it, so launches are counted last or alone.
+PARTS = {"host": ("host", "launches"), "cases": GPU_OPS}
 
 
-def measure(
-    case: Case, plan: Plan, copy: tuple[Run, int], rounds: int, where: report.Row
-) -> tuple[list[report.Row], list[str]]:
+def measure(case: Case, plan: Plan, copy: tuple[Run, int], rounds: int, where: Row) -> tuple[list[Row], list[str]]:
     """Rows of one case, and the implementations that are wrong: they are not measured, and it is printed how."""
     torch._dynamo.reset()
     inputs = Inputs(case, plan)
@@ -56,7 +56,7 @@ def without_broken(plan: Plan) -> Plan:
 def extremes_first(planned: list[Case]) -> list[Case]:
     """The largest and the smallest shape, then the others from the largest on."""
     sizes = [case.batch * case.elements for case in planned]
-    ends = (max(sizes), min(sizes))
+    ends = (max(sizes, default=0), min(sizes, default=0))
     return sorted(planned, key=lambda case: (case.batch * case.elements not in ends, -case.batch * case.elements))
 
 
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--op", choices=GPU_OPS, action="append", help="only these ops; repeat for several")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 11, or 5 with --quick)")
     parser.add_argument("--seconds", type=float, help="start no case after so many seconds; the extremes come first")
+    parser.add_argument("--only", choices=PARTS, help="what calls cost the host and launch, or the cases alone")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has already")
     parser.add_argument("--threads", type=int, help="torch threads (default torch's own)")
     parser.add_argument(
         "--out",
@@ -84,28 +86,22 @@ def main() -> None:
     named = f"gpu-{slug(where['gpu'])}" if "gpu" in where else options.device
     named += f"-{where['date'][:10]}" + (f"-threads{options.threads}" if options.threads else "")
     out = options.out or RESULTS / f"{named}.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
     print("  ".join(f"{k} {v}" for k, v in where.items()), flush=True)
     for name, reason in plan.missing.items():
         print(f"{name} is not measured: {reason}", flush=True)
 
-    rows: list[report.Row] = []
     failed: list[str] = list(plan.missing)
     not_reached: list[str] = []
-
-    def keep(new: list[report.Row]) -> None:
-        rows.extend(new)
-        with out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in new)
-
-    out.unlink(missing_ok=True)
+    ops = PARTS[options.only] if options.only else (*PARTS["host"], *PARTS["cases"])
+    rows = Rows(out, lambda row: row["op"] in ops, options.resume)
+    if "host" in ops and "host" not in rows.done:
+        rows.add("host", report.host_rows(host.measure(rounds, plan), where))
     copy = copy_contender(plan.device, plan.copy_bytes)
     planned = [case for case in cases(options.quick, plan) if not options.op or case.op in options.op]
-    if options.seconds is not None:
-        keep(report.host_rows(host.measure(rounds, plan), where))
-        planned = extremes_first(planned)
-    for case in planned:
+    for case in extremes_first(planned) if "step" in ops else []:
         label = f"{case.op} {case.label}"
+        if label in rows.done:
+            continue
         if options.seconds is not None and time.monotonic() - begin > options.seconds:
             not_reached.append(label)
             continue
@@ -115,15 +111,12 @@ def main() -> None:
             # What the other cases show is worth having.
             print(f"{label}: not measured: {type(error).__name__}: {error}", flush=True)
             new, refused = [], ["an error"]
-        keep(new)
+        rows.add(label, new)
         failed += [f"{label} ({reason})" for reason in refused]
-    if options.seconds is None:
-        keep(report.host_rows(host.measure(rounds, plan), where))
-    if options.device != "cpu":
-        # Last: a profiler slows the calls after it.
-        keep(launches.rows(plan, where))
-    print(report.table(rows))
-    print(f"\n{len(rows)} rows in {out}")
+    if "launches" in ops and options.device != "cpu" and "launches" not in rows.done:
+        rows.add("launches", launches.rows(plan, where))
+    print(report.table(rows.written))
+    print(f"\n{len(rows.written)} rows in {out}")
     if not_reached:
         print(f"out of time for: {', '.join(not_reached)}")
     if failed:

@@ -44,14 +44,15 @@ class Case:
 
 
 def cases(quick: bool, plan: Plan) -> Iterator[Case]:
-    """All cases, or the largest and the smallest of each op."""
+    """All cases, or the largest and the smallest of each op in float32, and on a GPU the largest in bfloat16 too."""
     for op in plan.ops:
         for elements in plan.elements:
             for batch in BATCHES:
                 for dtype in (torch.float32, torch.bfloat16):
                     smallest = (batch, elements) == (BATCHES[0], plan.elements[0])
                     largest = (batch, elements) == (BATCHES[-1], plan.elements[-1])
-                    if not quick or (dtype == torch.float32 and (smallest or largest)):
+                    in_quick = smallest or largest if dtype == torch.float32 else largest and plan.bfloat16
+                    if not quick or in_quick:
                         yield Case(op, batch, elements, dtype)
 
 
@@ -96,10 +97,11 @@ class Inputs:
 Peer = Callable[..., tuple[Tensor, ...]]
 
 
-def _peers(function: Any, inputs: Inputs) -> dict[str, tuple[Any, Tensor]]:
+def _peers(function: Any, inputs: Inputs, plan: Plan) -> dict[str, tuple[Any, Tensor]]:
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=plan.compiler)
     return {
         "eager": (function, inputs.sigmas32),
-        "compile": (torch.compile(function, fullgraph=True, dynamic=False), inputs.device_sigmas32),
+        "compile": (compiled, inputs.device_sigmas32),
     }
 
 
@@ -133,7 +135,7 @@ def _step_contenders(case: Case, inputs: Inputs, plan: Plan) -> dict[str, Call]:
 
         return call
 
-    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs).items()}
+    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs, plan).items()}
     for name, backend in plan.implementations.items():
         found[name] = ours("given" if given else "seed", backend)
         if plan.variants:
@@ -160,7 +162,7 @@ def _score_contenders(inputs: Inputs, plan: Plan) -> dict[str, Call]:
 
         return call
 
-    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs).items()}
+    found = {name: peer(*pair) for name, pair in _peers(peers.flux_step, inputs, plan).items()}
     return found | {name: ours(backend) for name, backend in plan.implementations.items()}
 
 
@@ -210,7 +212,7 @@ def _loss_contenders(inputs: Inputs, plan: Plan) -> dict[str, Call]:
 
         return call
 
-    found = {name: peer(*pair) for name, pair in _peers(peers.policy_loss, inputs).items()}
+    found = {name: peer(*pair) for name, pair in _peers(peers.policy_loss, inputs, plan).items()}
     return found | {name: ours(backend) for name, backend in plan.implementations.items()}
 
 

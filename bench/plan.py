@@ -24,6 +24,8 @@ class Plan:
         implementations: contender -> backend of our ops.
         missing: contender -> why it is not among them.
         ops, elements: what is measured.
+        bfloat16: a quick run has the largest case in it as well.
+        compiler: of the compiled peer.
         variants: also our step that writes x0, and with noise drawn by torch.
         rotation_bytes: the inputs of all sets together are at least this large, so that no cache holds what the next
             call reads.
@@ -37,6 +39,8 @@ class Plan:
     missing: dict[str, str]
     ops: tuple[str, ...]
     elements: tuple[int, ...]
+    bfloat16: bool
+    compiler: str
     variants: bool
     rotation_bytes: int
     copy_bytes: int
@@ -48,7 +52,7 @@ def cpu_plan() -> Plan:
     """Our C++ kernels against torch on this CPU."""
     ours, cpu = {"ours": "auto"}, torch.device("cpu")
     clock = WallClock()
-    return Plan(cpu, ours, {}, OPS, ELEMENTS, True, 192 << 20, COPY_BYTES, lambda sets: clock, clock)
+    return Plan(cpu, ours, {}, OPS, ELEMENTS, False, "inductor", True, 192 << 20, COPY_BYTES, lambda sets: clock, clock)
 
 
 def gpu_plan() -> Plan:
@@ -59,7 +63,20 @@ def gpu_plan() -> Plan:
     missing = {f"ours, {name}": b.detail for name, b in found.items() if not b.available}
     rotation = 8 * torch.cuda.get_device_properties(device).L2_cache_size
     host = HostClock(torch.cuda.synchronize)
-    return Plan(device, ours, missing, GPU_OPS, ELEMENTS, False, rotation, DEVICE_COPY_BYTES, DeviceClock, host)
+    return Plan(
+        device,
+        ours,
+        missing,
+        GPU_OPS,
+        ELEMENTS,
+        True,
+        "inductor",
+        False,
+        rotation,
+        DEVICE_COPY_BYTES,
+        DeviceClock,
+        host,
+    )
 
 
 def dry_plan() -> Plan:
@@ -67,7 +84,9 @@ def dry_plan() -> Plan:
     stand_ins = {"ours, cuda": "cpu", "ours, triton": "reference"}
     cpu, clock = torch.device("cpu"), WallClock()
     host = HostClock(lambda: None)
-    return Plan(cpu, stand_ins, {}, GPU_OPS, (64, 1000), False, 1 << 16, 1 << 16, lambda sets: clock, host)
+    return Plan(
+        cpu, stand_ins, {}, GPU_OPS, (64, 1000), True, "aot_eager", False, 1 << 16, 1 << 16, lambda sets: clock, host
+    )
 
 
 PLANS = {"cpu": cpu_plan, "cuda": gpu_plan, "dry": dry_plan}

@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from .cases import Call, Case, Inputs
 from .harness import Timing
-
-Row = dict[str, Any]
+from .rows import Row
 
 
 class _Traffic(TorchDispatchMode):

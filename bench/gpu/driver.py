@@ -1,6 +1,9 @@
-"""A few calls of every op, for tools that watch a program: `python -m bench.gpu.driver cuda cuda --size 5000`."""
+"""A few calls of every op, for tools that watch a program: `python -m bench.gpu.driver cuda`."""
 
 import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,28 +82,79 @@ def call_block_ops(device: str, backend: str, dtype: torch.dtype, channels: int,
     differentiate([gelu_tanh(x, prefix=prefix, **options)], [x, prefix])
 
 
+def transitions(device: str, backend: str) -> Iterator[Callable[[], None]]:
+    """Calls on samples of one element, around a lane's window and the blocks of the kernels, at odd offsets."""
+    for elements in (9001, 2049, 1, 9, 2047, 4097):
+        for dtype, shift in ((torch.bfloat16, 3), (torch.float32, 0)):
+            yield partial(call_every_op, device, backend, 3, elements, dtype, shift)
+
+
+def block_ops(device: str, backend: str) -> Iterator[Callable[[], None]]:
+    """Calls on a few channels and on more than one access of a lane."""
+    for channels, dtype, mode in (
+        (261, torch.bfloat16, "lossless"),
+        (261, torch.float32, "fast"),
+        (5, torch.bfloat16, "lossless"),
+        (5, torch.float32, "fast"),
+    ):
+        yield partial(call_block_ops, device, backend, dtype, channels, mode)
+
+
+def parts(device: str) -> dict[str, Iterator[Callable[[], None]]]:
+    """Part -> calls; on a CPU with what stands there for the kernels."""
+    on_cpu = device == "cpu"
+    return {
+        "cuda": transitions(device, "cpu" if on_cpu else "cuda"),
+        "triton": transitions(device, "cpu" if on_cpu else "triton"),
+        "block ops": block_ops(device, "reference" if on_cpu else "triton"),
+    }
+
+
+def run(every: dict[str, Iterator[Callable[[], None]]], until: float) -> None:
+    """The first calls of each part, then the others; none starts after `until`, on the clock of `time.time`."""
+    waiting, called = dict(every), dict.fromkeys(every, 0)
+    while waiting and time.time() < until:
+        for part in list(waiting):
+            call = next(waiting[part], None)
+            if call is None:
+                del waiting[part]
+            elif time.time() < until:
+                call()
+                called[part] += 1
+                print(f"called: {part}", flush=True)
+    print("every call was made" if not waiting else f"out of time for more of {', '.join(waiting)}", flush=True)
+
+
+def three_kernels(device: str) -> None:
+    """One sampling step, one loss and one norm, each a launch of a kernel of ours, at real sizes but on a CPU."""
+    on_cpu = device == "cpu"
+    batch, elements, tokens, channels = (2, 64, 8, 16) if on_cpu else (8, 806_400, 17_056, 3072)
+    generator = torch.Generator(device).manual_seed(0)
+    x, v, y = (torch.randn(batch, elements, generator=generator, device=device) for _ in range(3))
+    table = dgf.transitions.dance_sde(dgf.transitions.shifted_sigmas(4, 3.0), 0.3)
+    old, advantages = (torch.zeros(batch, device=device) for _ in range(2))
+    hidden = torch.randn(1, tokens, channels, generator=generator, device=device, dtype=torch.bfloat16)
+    scale, shift = hidden[:, 0], hidden[:, 1]
+    backend = "cpu" if on_cpu else "cuda"
+    dgf.transition_step(x, v, table, 1, seed=1, backend=backend)
+    dgf.policy_loss(x, v, y, table, 1, old, advantages, backend=backend)
+    norm_modulate_fanout(hidden, scale, shift, consumers=3, backend="reference" if on_cpu else "triton")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("device")
-    parser.add_argument("backend")
-    parser.add_argument("--size", type=int, help="one shape of so many elements, aligned, instead of many small ones")
-    parser.add_argument("--blocks", action="store_true", help="the ops of transformer blocks instead")
+    parser.add_argument("device", choices=("cuda", "cpu"))
+    parser.add_argument("--until", type=float, default=float("inf"), help="start no call after this Unix time")
+    parser.add_argument("--three", action="store_true", help="three kernels at real sizes, once each, instead")
     options = parser.parse_args()
-    if options.blocks:
-        for channels in (5, 261):
-            for dtype, mode in ((torch.float32, "fast"), (torch.bfloat16, "lossless")):
-                call_block_ops(options.device, options.backend, dtype, channels, mode)
-    elif options.size:
-        call_every_op(options.device, options.backend, 8, options.size, torch.float32, 0)
+    if options.three:
+        three_kernels(options.device)
     else:
-        # One element, around a lane's window and the blocks of the kernels, several blocks, odd offsets.
-        for elements in (1, 9, 2047, 2049, 4097, 9001):
-            for dtype, shift in ((torch.float32, 0), (torch.bfloat16, 3)):
-                call_every_op(options.device, options.backend, 3, elements, dtype, shift)
+        run(parts(options.device), options.until)
     if options.device != "cpu":
         torch.cuda.synchronize()
-    print("every op was called")
+    print("the program ended", flush=True)
 
 
 if __name__ == "__main__":

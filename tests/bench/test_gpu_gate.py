@@ -1,342 +1,258 @@
-"""The GPU gate without a GPU: its script, its clock, what it reads from tools, and what it says of the numbers."""
+"""The GPU gate without a GPU: its script, its clock, and what lies on disk whenever it is ended."""
 
-import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
+from bench.gpu import __main__ as program
+from bench.gpu import modules, stages
+from bench.gpu.gate import SUMMARY, TESTS, Gate, Summary
+from bench.gpu.process import Runner
+from bench.rows import read
+
 ROOT = Path(__file__).parents[2]
-MODULES = sorted((ROOT / "dancegrpo_fast").glob("_cpu*.so"))
+BUILT = sorted((ROOT / "dancegrpo_fast").glob(f"_c*{modules.SUFFIX}"))
+needs_modules = pytest.mark.skipif(not BUILT, reason="no compiled modules in the source folder")
+MINUTE = 120.0
 
 
-def load(path: str) -> ModuleType:
-    """A module of bench/, which is not installed."""
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / "bench" / f"{path}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def gate(out: Path, *options: str) -> subprocess.CompletedProcess:
+def started(out: Path, *options: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
     environment.pop("TRITON_INTERPRET", None)
     command = [str(ROOT / "bench" / "gpu_gate.sh"), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def assert_block_rows(rows: list[dict]) -> None:
-    """Every contender of every HunyuanVideo case, each way, and nothing of ours that is wrong."""
-    summary = load("gpu/summary")
-    assert {row["model"] for row in rows} == {summary.BLOCK_MODEL}
-    found = {(row["op"], row["form"]) for row in rows}
-    assert found == {*summary.BLOCK_FORMS, ("blocks", "double, single")}
-    for form in found:
-        mine = [row for row in rows if (row["op"], row["form"]) == form]
-        names = {"eager", "compile", "ours, lossless", "ours, fast"}
-        if form[0] == "blocks":
-            assert all("no mask" in row["attention"] and "peak_bytes" in row for row in mine)
-            names = {"eager", "compile", *(f"patched, {how}" for how in ("lossless", "fast", "fast, recompute all"))}
-        pairs = [(row["backend"], row["pass"]) for row in mine]
-        assert sorted(pairs) == sorted((name, p) for name in names for p in ("forward", "forward + backward"))
-        ours = [row for row in mine if row["backend"].startswith(("ours", "patched"))]
-        assert all(row["within_budget"] and row["source"] == "measured" for row in ours)
+def gate(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    process = started(out, *options)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def assert_memory_rows(rows: list[dict]) -> None:
-    """Every model with and without block ops; on a CPU what is traced is what runs, and one backend attends."""
-    models = [row for row in rows if row["op"] == "memory"]
-    assert len({row["model"] for row in models}) == 3
-    assert {row["policy"] for row in models} == {"none", "full"}
-    assert all(row["saved_off"] == 0 and row["measured_peak_bytes"] > row["measured_saved_bytes"] for row in models)
-    assert all(row["peak_off"] == 0 for row in models if row["patch"] == "off")
-    backends = [row for row in rows if row["op"] == "attention memory"]
-    assert {(row["attention"], row["masked"]) for row in backends if row["runs"]} >= {
-        ("native", False),
-        ("native", True),
-    }
-    assert all(row["kernels"] if row["runs"] else row["error"] for row in backends)
-    lines = load("gpu/summary").memory_lines(rows)
-    assert len(lines) == 2 * len(models)
+def summary(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / SUMMARY).read_text())
+    return found
 
 
+def verdicts(out: Path) -> dict[str, str]:
+    return {name: stage["verdict"] for name, stage in summary(out)["stages"].items()}
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    (path,) = out.glob("gpu-dry-*.jsonl")
+    return read(path)
+
+
+@needs_modules
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
-@pytest.mark.skipif(not MODULES, reason="no compiled modules in the source folder")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
-    found = gate(tmp_path, "--dry", "--only", "environment,bench,blocks,memory,expectations,memcheck,ncu")
+    """Every stage, with modules and a package that were brought along; nothing in the repository changes."""
+    wheels, out = tmp_path / "wheels", tmp_path / "out"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "brought-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("brought/__init__.py", "")
+    for module in BUILT:
+        shutil.copy2(module, wheels / module.name)
+    results = {path: path.read_bytes() for path in (ROOT / "bench" / "results").iterdir()}
+    found = gate(out, "--dry", "--wheels", str(wheels), "--prebuilt", str(wheels))
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
-    assert len(re.findall(r"^passed ", found.stdout, re.MULTILINE)) == 7
-    (rows,) = tmp_path.glob("gpu-dry-*.jsonl")
-    read = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert all(row["environment"]["dry"] for row in read)
-    assert_block_rows([row for row in read if "pass" in row])
-    assert {row["op"] for row in read if "pass" not in row} == {
-        "host",
-        "log_prob",
-        "launches",
-        "memory",
-        "attention memory",
-    }
-    assert_memory_rows(read)
-    assert {row["backend"] for row in read if row["op"] == "log_prob"} == {
+    assert verdicts(out) == dict.fromkeys(stages.STAGES, "passed") and summary(out)["finished"]
+    assert "packages: brought-1.0-py3-none-any.whl" in found.stdout and "brought along: _cpu" in found.stdout
+    # The smoke's lines come first and are there as they were printed.
+    assert re.search(r"=== smoke\n.*^good cuda: step, .*=== tests", found.stdout, re.MULTILINE | re.DOTALL)
+    rows = rows_of(out)
+    assert all(row["environment"]["dry"] for row in rows)
+    ops = {row["op"] for row in rows}
+    assert {"smoke", "scalar order", "host", "launches", "log_prob", "decode memory", "attention memory"} < ops
+    assert any("pass" in row for row in rows)
+    assert {row["backend"] for row in rows if row["op"] == "log_prob"} == {
         "eager",
         "compile",
         "ours, cuda",
         "ours, triton",
     }
-    assert (tmp_path / "gpu-gate.log").stat().st_size > 1000
-    assert not (ROOT / "bench" / "results" / rows.name).exists()
+    assert {line["outcome"] for line in read(out / TESTS)} == {"passed"}
+    assert {path: path.read_bytes() for path in (ROOT / "bench" / "results").iterdir()} == results
 
 
-def test_one_stage_failing_keeps_the_others(tmp_path: Path) -> None:
+@needs_modules
+def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
+    """And its programs end with it; a second run does what is left, and no more."""
+    process = started(tmp_path, "--dry", "--only", "modules,bench,ncu")
+    ends = time.monotonic() + MINUTE
+    while not any(tmp_path.glob("*.jsonl")) or not any(row["op"] == "host" for row in rows_of(tmp_path)):
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert verdicts(tmp_path) == {"modules": "passed", "bench": "running", "ncu": "not reached"}
+    assert not summary(tmp_path)["finished"]
+    tree = f"gpu-gate-{process.pid}-"
+    while any(tree in os.readlink(link) for link in working_folders()):
+        assert time.monotonic() < ends, "its programs go on"
+        time.sleep(0.05)
+    before = [row for row in rows_of(tmp_path) if row["op"] == "host"]
+    second = tmp_path / "second"
+    found = gate(second, "--dry", "--only", "failed", "--last", str(tmp_path))
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+    assert verdicts(second) == dict.fromkeys(("modules", "bench", "ncu", "more"), "passed")
+    assert [row for row in rows_of(second) if row["op"] == "host"] == before
+    assert {"launches", "log_prob"} <= {row["op"] for row in rows_of(second)}
+    assert not list((ROOT / "build").glob(f"{tree}*"))
+
+
+def working_folders() -> list[str]:
+    """Links to those of this user's processes."""
+    found = []
+    for process in Path("/proc").iterdir():
+        link = process / "cwd"
+        try:
+            os.readlink(link)
+        except OSError:
+            continue
+        found.append(str(link))
+    return found
+
+
+@needs_modules
+def test_a_gate_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
+    process = started(tmp_path, "--dry", "--only", "modules,smoke")
+    ends = time.monotonic() + MINUTE
+    while not (tmp_path / SUMMARY).exists() or verdicts(tmp_path)["modules"] != "passed":
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate()
+    assert process.returncode != 0 and "files in" in stdout
+    assert verdicts(tmp_path)["modules"] == "passed" and not summary(tmp_path)["finished"]
+
+
+def test_no_stage_costs_another_its_result(tmp_path: Path) -> None:
     """There is no time for the commands of any stage, and each says so."""
-    found = gate(tmp_path, "--dry", "--only", "environment,expectations", "--seconds", "1")
-    assert found.returncode == 1
-    assert len(re.findall(r"^FAILED .*no time was left", found.stdout, re.MULTILINE)) == 2
-    assert "files in" in found.stdout
+    runner = Runner(tmp_path, tmp_path / "log", time.monotonic())
+    found = Summary(tmp_path, {}, ["smoke", "tests"])
+    program.run_all(Gate(tmp_path, tmp_path, tmp_path / "rows", True, 1, runner), found, {"smoke": 9.0, "tests": 9.0})
+    assert verdicts(tmp_path) == {"smoke": "FAILED", "tests": "FAILED"} and summary(tmp_path)["finished"]
+    assert all(stage["detail"] == "no time was left" for stage in summary(tmp_path)["stages"].values())
 
 
-def test_unknown_stages_are_refused(tmp_path: Path) -> None:
+def test_unknown_stages_and_folders_are_refused(tmp_path: Path) -> None:
     found = gate(tmp_path, "--only", "bild")
-    assert found.returncode == 2 and "got bild, want some of build" in found.stderr
+    assert found.returncode == 2 and "got bild, want failed or some of modules, smoke" in found.stderr
+    found = gate(tmp_path, "--prebuilt", str(tmp_path / "none"))
+    assert found.returncode == 2 and "want a folder" in found.stderr
+    found = gate(tmp_path, "--dry", "--only", "failed")
+    assert found.returncode == 1 and f"got no {SUMMARY} in {tmp_path}" in found.stderr
 
 
-class FakeCuda:
-    """A device whose calls take `work` seconds after a wait; its queue holds `room` of them."""
-
-    RATE = 1e9
-
-    def __init__(self, work: float, room: int) -> None:
-        self.work, self.room = work, room
-        self.now = 0.0  # of the device, while the host takes no time
-        self.queued, self.asleep, self.sleeps = 0, False, 0
-
-    def Event(self, enable_timing: bool) -> "FakeEvent":  # noqa: N802  # torch's name
-        return FakeEvent(self)
-
-    def _sleep(self, cycles: int) -> None:
-        self.now += cycles / self.RATE
-        self.asleep = cycles > 0
-        self.queued = 0
-        self.sleeps += 1
-
-    def synchronize(self) -> None:
-        self.queued = 0
-
-    def launch(self) -> None:
-        self.now += self.work
-        self.queued += 1
+@pytest.mark.parametrize("prebuilt", [True, False])
+def test_the_stages_are_over_in_eight_minutes(prebuilt: bool) -> None:
+    """Whether modules are brought along or built; a second run in three."""
+    limits = {name: stage.prebuilt if prebuilt else stage.built for name, stage in stages.STAGES.items()}
+    assert sum(limits.values()) <= stages.SECONDS == 480
+    assert stages.seconds_of(list(stages.STAGES), prebuilt, 480.0) == limits
+    most = stages.seconds_of([*stages.STAGES, *stages.LATER], prebuilt, stages.SECONDS_AGAIN)
+    assert sum(most.values()) == pytest.approx(stages.SECONDS_AGAIN) and stages.SECONDS_AGAIN == 180
 
 
-class FakeEvent:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.at = cuda, 0.0
-
-    def record(self) -> None:
-        self.at = self.cuda.now
-
-    def query(self) -> bool:
-        """Passed, where nothing held the device up, or where a full queue held the host up until it went on."""
-        return not self.cuda.asleep or self.cuda.queued > self.cuda.room
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: "FakeEvent") -> float:
-        return 1e3 * (end.at - self.at)
+def test_modules_of_another_python_are_refused_by_name(tmp_path: Path) -> None:
+    for name in modules.NAMES:
+        (tmp_path / f"{name}.cpython-39-x86_64-linux-gnu.so").touch()
+    (tmp_path / f"_cuda{modules.SUFFIX}").touch()
+    refused = modules.misnamed(tmp_path)
+    assert len(refused) == len(modules.NAMES) - 1
+    assert refused[0] == f"_cpu: got _cpu.cpython-39-x86_64-linux-gnu.so, want _cpu{modules.SUFFIX}"
+    (tmp_path / f"_cuda{modules.SUFFIX}").unlink()
+    assert modules.misnamed(tmp_path)[-1].startswith("_cuda: got _cuda.cpython-39")
 
 
-def run_on(cuda: FakeCuda) -> Callable[[int], object]:
-    def run(call: int) -> object:
-        cuda.launch()
-        return object()
-
-    return run
-
-
-def test_the_device_clock_measures_the_device() -> None:
-    cuda = FakeCuda(work=3e-6, room=1000)
-    clock = load("clocks").DeviceClock(5, cuda)
-    run = run_on(cuda)
-    assert clock.cycles_per_s == pytest.approx(cuda.RATE)
-    assert clock.calls_for(run, 0.03) == clock.MAX_CALLS
-    assert clock.calls_for(run, 10e-6) == 3
-    sample = clock.time(run, 0, 8)
-    assert sample.work == pytest.approx(cuda.work) and sample.host > 0.0
-    # Results stay alive for as long as the inputs take to come round.
-    assert len(clock.kept) == 5 and len(set(map(id, clock.kept))) == 5
-
-
-def test_the_device_clock_never_fills_the_queue() -> None:
-    cuda = FakeCuda(work=3e-6, room=10)
-    clock = load("clocks").DeviceClock(2, cuda)
-    run = run_on(cuda)
-    assert clock.calls_for(run, 0.03) == 8
-    assert clock.time(run, 0, 8).work == pytest.approx(cuda.work)
-    with pytest.raises(RuntimeError, match="11 calls were not queued"):
-        clock.time(run, 0, 11)
-
-
-def speed(op: str, backend: str, **numbers: float) -> dict:
-    shape = {"batch": 8, "elements": 806_400, "output_dtype": "float32"}
-    return {
-        "op": op,
-        "backend": backend,
-        **shape,
-        "copy_share": 0.85,
-        "times_eager": 12.0,
-        "times_compile": 1.4,
-    } | numbers
-
-
-def test_expectations() -> None:
-    summary = load("gpu/summary")
-    lines = summary.transition_lines
-    launches = {"op": "launches", "backend": summary.STEP, "kernels": 1, "memory_operations": 0, "waits": False}
-    host = [{"op": "host", "backend": name, "us_median": 7.5} for name in (summary.STEP, summary.OP)]
-    good = [launches, *host, speed("step", "ours, cuda"), speed("policy_loss", "ours, cuda")]
-    assert [line for line in lines(good) if line.startswith(summary.MISSED)] == []
-    assert len(lines(good)) == 10
-    for bad, said in (
-        ([{**launches, "kernels": 2}, *good[1:]], "starts 2 kernels"),
-        ([{**launches, "waits": True}, *good[1:]], "a step waits"),
-        ([*good, speed("log_prob", "ours, cuda", copy_share=0.79)], "79% of copy bandwidth"),
-        ([*good, speed("log_prob", "ours, cuda", times_compile=1.2)], "1.20 x compile"),
-        ([launches, {**host[0], "us_median": 9.0}, *good[2:]], "9.0 us"),
-        (good[3:], "not counted"),
-        (good[:3], "8 x 806,400 was not measured"),
-    ):
-        missed = [line for line in lines(bad) if line.startswith(summary.MISSED)]
-        assert any(said in line for line in missed), missed
-    # Rows of Triton and of blocks are expected of nothing here.
-    assert lines([*good, *block_rows(summary)]) == lines(good)
-    assert lines([*good, speed("step", "ours, triton", copy_share=0.1)]) == lines(good)
-
-
-def block_rows(summary: ModuleType) -> list[dict]:
-    """A run that meets everything."""
-    passes, shared = ("forward", "forward + backward"), {"model": summary.BLOCK_MODEL, "batch": 1}
-    numbers = {"copy_share": 0.75, "times_eager": 2.0, "times_compile": 0.95}
-    rows = [
-        {"op": op, "form": form, "backend": "ours, fast", "pass": p, **shared, **numbers}
-        for op, form in summary.BLOCK_FORMS
-        for p in passes
-    ]
-    peaks = {"eager": 9, "compile": 7, "patched, lossless": 6, "patched, fast": 5, "patched, fast, compile": 8}
-    block = {"op": "blocks", "form": "double, single", **shared}
-    return [
-        *rows,
-        *(
-            {**block, "backend": name, "pass": p, "peak_bytes": peak << 30}
-            for name, peak in peaks.items()
-            for p in passes
-        ),
-    ]
-
-
-def test_expectations_of_blocks() -> None:
-    summary = load("gpu/summary")
-    good = block_rows(summary)
-    assert len(summary.block_lines(good)) == 2 * 3 * 7 + 2
-    assert [line for line in summary.block_lines(good) if line.startswith(summary.MISSED)] == []
-    fast = next(i for i, row in enumerate(good) if row["backend"] == "patched, fast" and "backward" in row["pass"])
-    for place, change, said in (
-        (0, {"copy_share": 0.69}, "norm_modulate, 3 consumers, forward: 69% of copy bandwidth"),
-        (0, {"times_eager": 0.98}, "0.98 x eager"),
-        (0, {"times_compile": 0.89}, "0.89 x compile"),
-        (0, {"model": "FLUX.1-dev"}, ""),
-        (fast, {"peak_bytes": 8 << 30}, "patched, fast: peak 8.00 GiB, expected below eager's 9.00 and compile's 7.00"),
-    ):
-        rows = [*good[:place], {**good[place], **change}, *good[place + 1 :]]
-        missed = [line for line in summary.block_lines(rows) if line.startswith(summary.MISSED)]
-        assert any(said in line for line in missed) if said else missed == []
-    assert all("not measured" in line for line in summary.block_lines([])) and len(summary.block_lines([])) == 8
-
-
-def test_expectations_of_memory() -> None:
-    summary = load("gpu/summary")
-    row = {"op": "memory", "model": "FLUX", "attention": "flash", "policy": "full", "patch": "off"}
-    off = summary.MEMORY_OFF
-    for peak, saved, missed in ((0.0, -off, 0), (2 * off, off, 1), (-2 * off, None, 2)):
-        lines = summary.memory_lines([{**row, "peak_off": peak, "saved_off": saved}, {"op": "host"}])
-        assert len(lines) == 2 and sum(line.startswith(summary.MISSED) for line in lines) == missed
-    assert summary.memory_lines([]) == [f"{summary.MISSED} predicted memory was not measured"]
-
-
-JUDGE = """
-import json, sys, time
-from pathlib import Path
-from bench.gpu import stages
-from bench.gpu.process import Runner
-out, asked = Path(sys.argv[1]), tuple(sys.argv[2].split(","))
-(out / "rows").write_text(json.dumps({"op": "host", "backend": "eager", "us_median": 1.0}))
-runner = Runner(out, out / "log", time.monotonic() + 60)
-print("|".join(stages.expectations(stages.Gate(out, out, out / "rows", False, "90", 1, runner, asked))))
-"""
+def test_modules_of_other_sources_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("csrc/a.cpp", "kernels/b/c.cuh", "kernels/b/d.py", "CMakeLists.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    assert modules.outdated(folder, tmp_path) == []
+    (folder / modules.SOURCES_FILE).write_text(modules.fingerprint(tmp_path) + "\n")
+    assert modules.outdated(folder, tmp_path) == []
+    (tmp_path / "kernels/b/d.py").write_text("no compiler's")
+    assert modules.outdated(folder, tmp_path) == []
+    for name in ("csrc/a.cpp", "kernels/b/c.cuh", "CMakeLists.txt"):
+        (tmp_path / name).write_text("changed")
+        (refused,) = modules.outdated(folder, tmp_path)
+        assert refused.startswith(f"{modules.SOURCES_FILE}: got modules of other sources")
+        (folder / modules.SOURCES_FILE).write_text(modules.fingerprint(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("asked", "count"), [("bench", 3), ("blocks", 8), ("bench,blocks", 11), ("memory", 1), ("expectations", 12)]
-)
-def test_only_what_a_run_measures_is_judged(tmp_path: Path, asked: str, count: int) -> None:
-    command = [sys.executable, "-c", JUDGE, str(tmp_path), asked]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == f"FAILED|0 of {count} met"
-
-
-NCU = """==PROF== Connected to process 1
-==PROF== Profiling "transition_sample_kernel": 0%
-every op was called
-==PROF== Disconnected from process 1
-"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","dram__bytes.sum","Mbyte","77.5"
-"0","1","void dgf::transition_sample_kernel<float>(dgf::TransitionCall)","other","%","1"
-"""
-
-
-def test_what_ncu_prints_is_read() -> None:
-    run = "from bench.gpu.stages import profiled; import sys; print(*profiled(sys.stdin.read()), sep='\\n')"
-    found = subprocess.run([sys.executable, "-c", run], input=NCU, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "void dgf::transition_sample_kernel<float>: dram__bytes.sum 77.5 Mbyte"
-
-
-SANITIZE = """
-import sys, time
-from pathlib import Path
-from bench.gpu import stages
-from bench.gpu.process import Runner
-out, program = Path(sys.argv[1]), sys.argv[2]
-stages._tool = lambda name: program
-runner = Runner(out, out / "log", time.monotonic() + 60, time.monotonic() + 3)
-gate = stages.Gate(out, out, out / "rows", False, "90", 1, runner)
-print("|".join(stages.memcheck(gate)))
-"""
-
-
-@pytest.mark.parametrize(
-    ("prints", "status", "wanted"),
+    ("module", "said"),
     [
-        ("every op was called\n========= ERROR SUMMARY: 0 errors", 0, "passed|clean for cuda, triton, block ops"),
-        ("========= Invalid __global__ read of size 4 bytes", 86, "FAILED|exit status 86"),
-        ("========= Error: Device not supported", 1, "skipped|nothing checked; cuda: does not work here"),
-        ("nothing that it would say", 0, "skipped|cuda: no verdict"),
-        ("$(sleep 30)", 0, "skipped|nothing checked; cuda: does not work here: out of time"),
+        ({"columns": 9, "architectures": "80,90"}, []),
+        ({"columns": 9, "architectures": "80,100"}, ["_cuda: got architectures 80,100, want 90 among them"]),
+        ({"columns": 8, "architectures": "90"}, ["_cuda: got table_columns 8, want 9"]),
+        ({"error": "GLIBC_9"}, ["_cuda: got a module that does not load (GLIBC_9), want one built for here"]),
     ],
-    ids=["clean", "an error", "no such device", "no verdict", "slow"],
 )
-def test_what_a_sanitizer_says(tmp_path: Path, prints: str, status: int, wanted: str) -> None:
-    """By a program in its place."""
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(f'#!/bin/sh\necho "{prints}"\nexit {status}\n')
-    program.chmod(0o755)
-    command = [sys.executable, "-c", SANITIZE, str(tmp_path), str(program)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1].startswith(wanted), found.stdout
+def test_modules_of_another_version_are_refused_by_name(module: dict[str, Any], said: list[str]) -> None:
+    good = {"columns": 9, "architectures": ""}
+    assert modules.unfit({"columns": 9, "modules": {"_cpu": good, "_cuda": module}}, "90") == said
+
+
+@needs_modules
+def test_a_module_that_does_not_load_is_refused_by_name(tmp_path: Path) -> None:
+    folder, out = tmp_path / "modules", tmp_path / "out"
+    folder.mkdir()
+    for module in BUILT:
+        shutil.copy2(module, folder / module.name)
+    (folder / f"_cuda{modules.SUFFIX}").write_text("no library")
+    found = gate(out, "--dry", "--only", "modules", "--prebuilt", str(folder))
+    assert found.returncode == 1 and verdicts(out) == {"modules": "FAILED"}
+    assert "refused of those brought along: _cuda: got a module that does not load" in found.stdout
+
+
+PLUGIN = """
+import os, signal, pytest
+
+@pytest.fixture
+def broken(): raise ValueError("in a fixture")
+
+def test_one(record_property): record_property("number", 3)
+def test_two(): assert False, "why"
+@pytest.mark.skip(reason="later")
+def test_three(): pass
+def test_four(broken): pass
+def test_five(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_tests_that_are_killed_leave_their_lines(tmp_path: Path) -> None:
+    """Of each test before; those that passed are not run again."""
+    (tmp_path / "test_some.py").write_text(PLUGIN)
+    lines = tmp_path / "lines"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.reports"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    killed = subprocess.run([*command, "--lines", str(lines)], **options)
+    assert killed.returncode == -signal.SIGKILL
+    found = {line["test"].partition("::")[2]: line for line in read(lines)}
+    assert {name: line["outcome"] for name, line in found.items()} == {
+        "test_one": "passed",
+        "test_two": "failed",
+        "test_three": "skipped",
+        "test_four": "failed",
+    }
+    assert found["test_one"]["properties"] == [["number", 3]] and "why" in found["test_two"]["reason"]
+    assert "in a fixture" in found["test_four"]["reason"]
+    again = subprocess.run([*command, "--not-again", str(lines), "--collect-only"], **options)
+    assert re.findall(r"::(\w+)$", again.stdout, re.MULTILINE) == ["test_two", "test_three", "test_four", "test_five"]

@@ -3,7 +3,7 @@
 import argparse
 import gc
 import importlib.metadata
-import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,12 +15,15 @@ from ...clocks import Clock, DeviceClock, Run
 from ...harness import Timing, copy_contender, environment, interleave
 from ...plan import PLANS, Plan
 from ...report import eager_bytes
+from ...rows import Row, Rows
 from . import ops, pairs
 
-Row = dict[str, Any]
-ROUNDS = 7
+Case = ops.Case | pairs.PairCase
+ROUNDS = 5
 # Of a contender in a round.
 BUDGET_S = 0.02
+# Of the time, what compiling in many processes may take.
+WARM_SHARE = 0.35
 
 
 class PatientClock(DeviceClock):
@@ -65,6 +68,22 @@ class Measurement:
         if device == "dry":
             self.where["dry"] = True
         self.copy: tuple[Run, int] = copy_contender(plan.device, plan.copy_bytes)
+
+    def warm(self, case: Case) -> None:
+        """Compiles what a case compiles, which later processes find in the compilers' caches."""
+        device = self.plan.device
+        if isinstance(case, ops.Case):
+            parts = case.build(device, case.sizes)
+            calls = ops.contenders(parts, ops.draw(parts, self.plan), self.backend, self.compiler)
+            for every in calls.values():
+                for run in every.values():
+                    run(0)
+            return
+        pair = case.build(device)
+        found = pairs.contenders(case, pair, pairs.draw(case, pair, device), self.backend, self.compiler)
+        for runs in found.values():
+            runs[ops.PASSES[0]](0)
+            runs[ops.PASSES[1]](0)
 
     def _ours(self, names: set[str], prefix: str, label: str) -> list[str]:
         return [f"{label} ({name})" for name in sorted(names) if name.startswith(prefix)]
@@ -127,6 +146,7 @@ class Measurement:
         calls = {name: run for name, run in calls.items() if name not in wrong or not name.startswith("patched")}
         del exact, plain
         rows = []
+        saved = {name: pairs.saved_bytes(run[pairs.GRAPH], device) for name, run in calls.items()}
         for what in ops.PASSES:
             peaks = {name: pairs.peak_bytes(run[what], device) for name, run in calls.items()}
             clock: Clock = PatientClock(1) if device.type == "cuda" else self.plan.clock(1)
@@ -137,6 +157,7 @@ class Measurement:
                     | {
                         "input_sets": 1,
                         "peak_bytes": peaks[name],
+                        "saved_bytes": saved[name],
                         "attention": pairs.ATTENTION,
                         "environment": self.where,
                     }
@@ -146,26 +167,30 @@ class Measurement:
 
 def table(rows: list[Row]) -> str:
     """What a reader wants at a glance."""
-    head = f"{'op':30}{'form':22}{'model':14}{'pass':20}{'contender':30}{'ms':>9}{'copy':>7}{'peak GiB':>10}"
-    lines = [head + f"{'x eager':>10}{'x compile':>11}"]
+    head = (
+        f"{'op':30}{'form':22}{'model':14}{'pass':20}{'contender':30}{'ms':>9}{'copy':>7}{'peak':>8}{'saved GiB':>10}"
+    )
+    lines = [head + f"{'x eager':>10}{'x compile':>11}{'host us':>9}"]
     for r in rows:
         share = f"{r['copy_share']:7.0%}" if "copy_share" in r else " " * 7
-        peak = f"{r['peak_bytes'] / 2**30:10.2f}" if r.get("peak_bytes") is not None else " " * 10
+        gib = [r.get(key) and r[key] / 2**30 for key in ("peak_bytes", "saved_bytes")]
+        sizes = "".join(" " * w if g is None else f"{g:{w}.2f}" for g, w in zip(gib, (8, 10), strict=True))
         times = "".join(
             " " * width if r[key] is None else f"{r[key]:{width}.2f}"
             for key, width in (("times_eager", 10), ("times_compile", 11))
         )
+        host = f"{r['host_us_median']:9.1f}" if "host_us_median" in r else " " * 9
         mark = "" if r["within_budget"] else "  off budget"
         lines.append(
             f"{r['op']:30}{r['form']:22}{r['model']:14}{r['pass']:20}{r['backend']:30}{r['ms_median']:9.3f}"
-            f"{share}{peak}{times}{mark}"
+            f"{share}{sizes}{times}{host}{mark}"
         )
     return "\n".join(lines)
 
 
-def planned(dry: bool) -> list[Any]:
+def planned(dry: bool) -> list[Case]:
     """HunyuanVideo's ops, then the blocks, then the other ops: time may run out."""
-    every = list(ops.cases(dry))
+    every: list[Case] = list(ops.cases(dry))
     first = [case for case in every if case.model == ops.HUNYUAN]
     blocks = pairs.cases(dry)
     compiled = [case for case in blocks if case.form == pairs.COMPILED]
@@ -174,8 +199,23 @@ def planned(dry: bool) -> list[Any]:
     return [*first, *(case for case in blocks if case not in compiled), *others, *([] if dry else compiled)]
 
 
-def _is_ours(line: str) -> bool:
-    return "pass" in json.loads(line)
+def compile_ahead(labels: list[str], device: str, jobs: int, seconds: float) -> None:
+    """A process a case, at most `jobs` at once; what is not through in time compiles when it is measured."""
+    begin, waiting = time.monotonic(), list(labels)
+    running: list[subprocess.Popen[bytes]] = []
+    command = [sys.executable, "-m", __package__, "--device", device, "--warm", "--only"]
+    while waiting or running:
+        if time.monotonic() - begin > seconds:
+            for process in running:
+                process.kill()
+            break
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < jobs:
+            running.append(subprocess.Popen([*command, waiting.pop(0)], stdout=subprocess.DEVNULL))
+        time.sleep(0.1)
+    for process in running:
+        process.wait()
+    print(f"compiled ahead: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -186,6 +226,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no case that would not end within them")
     parser.add_argument("--out", type=Path, help="results file; rows of others in it are kept")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has already")
+    parser.add_argument("--jobs", type=int, default=1, help="compile in so many processes first; 1: in this one")
+    parser.add_argument("--warm", action="store_true", help="only compile")
     options = parser.parse_args()
     begin = time.monotonic()
     if options.device == "dry":
@@ -196,18 +239,23 @@ def main() -> None:
         sys.exit(f"nothing is measured: {plan.missing['ours, triton']}")
     run = Measurement(options.device, options.rounds, backend, plan)
     print("  ".join(f"{k} {v}" for k, v in run.where.items()), flush=True)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        before = options.out.read_text().splitlines(keepends=True) if options.out.exists() else []
-        options.out.write_text("".join(line for line in before if not _is_ours(line)))
-
-    rows: list[Row] = []
+    rows = Rows(options.out, lambda row: "pass" in row, options.resume)
+    cases = [c for c in planned(options.device == "dry") if options.only in c.label and c.label not in rows.done]
+    if options.warm:
+        for case in cases:
+            run.warm(case)
+        return
+    if options.jobs > 1:
+        reached, ahead = 0.0, []
+        for case in cases:
+            reached += case.seconds
+            ahead += [case.label] if reached < 2.0 * options.seconds else []
+        compile_ahead(ahead, options.device, options.jobs, WARM_SHARE * options.seconds)
     failed: list[str] = []
     not_reached: list[str] = []
-    for case in planned(options.device == "dry"):
-        if options.only not in case.label:
-            continue
-        if time.monotonic() - begin + case.seconds > options.seconds:
+    for case in cases:
+        needed = case.seconds if options.jobs == 1 else 0.5 * case.seconds
+        if time.monotonic() - begin + needed > options.seconds:
             not_reached.append(case.label)
             continue
         started = time.monotonic()
@@ -217,19 +265,16 @@ def main() -> None:
             # What the other cases show is worth having.
             print(f"{case.label}: not measured: {type(error).__name__}: {error}", flush=True)
             new, refused = [], [f"{case.label} (an error)"]
-        rows += new
+        rows.add(case.label, new)
         failed += refused
-        if options.out is not None:
-            with options.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
         print(f"{case.label}: {time.monotonic() - started:.0f} s", flush=True)
         # The next case needs the memory.
         torch._dynamo.reset()
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
-    print(table(rows))
-    print(f"\n{len(rows)} rows" + (f" in {options.out}" if options.out is not None else ""))
+    print(table(rows.written))
+    print(f"\n{len(rows.written)} rows" + (f" in {options.out}" if options.out is not None else ""))
     if not_reached:
         print(f"out of time for: {', '.join(not_reached)}")
     if failed:

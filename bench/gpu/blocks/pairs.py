@@ -16,6 +16,8 @@ from ...blocks.configurations import CONFIGURATIONS, Setup, Sizes
 from .ops import FLUX, HUNYUAN, PASSES, tables
 
 ATTENTION = "diffusers' native backend (scaled_dot_product_attention), no mask"
+# Key of a call that gives outputs with their graph.
+GRAPH = "outputs with their graph"
 # Settings of `accelerate`, None for diffusers' own blocks, and whether they are compiled.
 CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "eager": (None, False),
@@ -147,7 +149,7 @@ Run = Callable[[int], tuple[Tensor, ...]]
 
 
 def passes(pair: Any, inputs: Inputs) -> dict[str, Run]:
-    """Pass -> call; the second one also gives gradients of tokens, conditioning and all weights."""
+    """Pass -> call; the second one also gives gradients of tokens, conditioning and all weights. And `GRAPH`."""
 
     def forward(i: int) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -159,7 +161,7 @@ def passes(pair: Any, inputs: Inputs) -> dict[str, Run]:
         found = torch.autograd.grad(outputs, [*inputs.leaves, *inputs.parameters.values()], inputs.grads)
         return *(out.detach() for out in outputs), *found
 
-    return dict(zip(PASSES, (forward, both), strict=True))
+    return {PASSES[0]: forward, PASSES[1]: both, GRAPH: lambda i: pair(*inputs.leaves)}
 
 
 def contenders(case: PairCase, pair: Pair, inputs: Inputs, backend: str, compiler: str) -> dict[str, dict[str, Run]]:
@@ -220,3 +222,16 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     torch.cuda.synchronize()
     del results
     return torch.cuda.max_memory_allocated() - before
+
+
+def saved_bytes(run: Run, device: torch.device) -> int | None:
+    """What `GRAPH` holds for the backward beside its outputs."""
+    if device.type != "cuda":
+        run(0)
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    outputs = run(0)
+    torch.cuda.synchronize()
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs}
+    return torch.cuda.memory_allocated() - before - sum(own.values())

@@ -1,0 +1,110 @@
+"""A pytest plugin: writes a line a test when it is over, and chooses and orders the tests of the gate.
+
+`pytest -p bench.gpu.reports --lines FILE --choose first`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Left for a second run, as compiling takes longer than the first one has: transformers of every family, and Inductor.
+LATER = re.compile(r"::TestModels::|test_compile\.py.*(inductor|cuda_graph_trees)")
+_USUAL = "float32-bfloat16-float32"
+_FEW = f"(float32-float32-float32|{_USUAL}|bfloat16-bfloat16-bfloat16)"
+# Of Triton's kernels, which are compiled for each mix of dtypes, those of a test that are not left.
+TRITON = {
+    "test_every_dtype": r"$^",
+    "test_every_width": r"-(1|1025|3072|5120)-",
+    "test_first_ratio_is_exactly_one": rf"\[({_FEW}-(True|False)-exact|{_USUAL}-True-reference)",
+    "test_step_and_score": rf"\[({_FEW}-(True|False)-exact|{_USUAL}-True-reference)",
+    "test_seeded_step": rf"\[{_FEW}-",
+    "test_loss": rf"-{_USUAL}-|\[{_USUAL}-",
+}
+# Tests that take much of the memory, so one worker has them all.
+LARGE = re.compile(r"tests/gpu/test_large\.py|::TestMoreThan32Bits::")
+# What is worth most comes first, as time may run out.
+ORDER = tuple(
+    re.compile(pattern)
+    for pattern in (
+        LARGE.pattern,
+        "test_selfcheck",
+        "test_results_equal|test_noise_is|test_first_ratio|TestParity::test_every_op",
+        "test_launches|TestLaunches|test_nothing_waits",
+        "test_invariance|TestBits|test_graphs|test_streams",
+        "test_parity|TestParity",
+    )
+)
+
+
+def is_later(nodeid: str) -> bool:
+    """Whether a test is left for a second run."""
+    name = nodeid.rpartition("::")[2].partition("[")[0]
+    kept = TRITON.get(name) if "triton" in nodeid else None
+    return bool(LATER.search(nodeid)) or (kept is not None and not re.search(kept, nodeid))
+
+
+def rank(nodeid: str) -> int:
+    """Its place among the others."""
+    return next((place for place, pattern in enumerate(ORDER) if pattern.search(nodeid)), len(ORDER))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the gate."""
+    parser.addoption("--lines", help="file for a JSON line a test")
+    parser.addoption("--choose", choices=("first", "later", "all"), default="all", help="which tests of the gate")
+    parser.addoption("--not-again", help="file of such lines: tests that passed there are left out")
+
+
+def _passed(path: str | None) -> set[str]:
+    lines = Path(path).read_text().splitlines() if path and Path(path).exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return {each["test"] for each in found if each["outcome"] == "passed"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Chooses before xdist adds groups to the names."""
+    choose, passed = config.getoption("--choose"), _passed(config.getoption("--not-again"))
+    wanted = [
+        item
+        for item in items
+        if item.nodeid not in passed and (choose == "all" or is_later(item.nodeid) == (choose == "later"))
+    ]
+    left = set(map(id, wanted))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in left])
+    items[:] = sorted(wanted, key=lambda item: rank(item.nodeid))
+    for item in items:
+        if config.pluginmanager.hasplugin("xdist") and LARGE.search(item.nodeid):
+            item.add_marker(pytest.mark.xdist_group("large"))
+
+
+class Lines:
+    """Writes the lines, where the tests are reported."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.properties: dict[str, list[Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of the call, or of what went wrong before or behind it."""
+        test = report.nodeid.partition("@")[0]
+        if report.when == "call" or report.outcome != "passed":
+            line = {
+                "test": test,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                "properties": list(report.user_properties),
+                "reason": "" if report.outcome == "passed" else report.longreprtext[-2000:],
+            }
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Not in the workers: their tests are reported to the process that started them."""
+    path = config.getoption("--lines")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Lines(Path(path)), "gate-lines")
