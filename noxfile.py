@@ -40,14 +40,14 @@ class Cell:
     others: str = "as pinned"
 
     def constraints(self) -> list[str]:
-        """Versions of everything; "lowest" takes the floors of pyproject.toml where it names one."""
-        names = {"torch": self.torch, "triton": self.triton, "diffusers": self.diffusers}
-        chosen = [line for line in PINNED if line.partition("==")[0] not in names]
+        """Versions of everything; "lowest" takes the floors that pyproject.toml names for the trainer."""
+        named = {"torch": self.torch, "triton": self.triton, "diffusers": self.diffusers}
         if self.others == "lowest":
-            floors = dict(re.split(r"(?:\[.*\])?>=", line) for line in PROJECT["dependencies"] + EXTRAS["train"])
-            chosen = [line for line in chosen if line.partition("==")[0] not in floors]
-            chosen = [*chosen, *(f"{name}=={floors[name]}" for name in floors if name not in names)]
-        return [*chosen, *(f"{name}=={version}" for name, version in names.items())]
+            required = PROJECT["dependencies"] + EXTRAS["train"]
+            floors = dict(re.split(r"(?:\[.*\])?>=", line) for line in required)
+        else:
+            floors = dict(line.split("==") for line in PINNED)
+        return [f"{name}=={version}" for name, version in (floors | named).items()]
 
 
 # The first has a wheel of torch without CUDA on some machines; the others bring gigabytes.

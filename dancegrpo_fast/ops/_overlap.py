@@ -56,14 +56,13 @@ def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor lie at one address."""
     if tensor.is_contiguous():
         return False
-    if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return True
-    steps = sorted(step for step in _steps(tensor) if step[1])
-    reach, nested = 0, True
+    steps = sorted((stride, n - 1) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    reach = 0
     for stride, most in steps:
-        nested = nested and stride > reach
+        if stride <= reach:
+            break
         reach += stride * most
-    if nested:
+    else:
         return False
     # Two indices whose last difference, in this order, is in dimension k and positive.
     for k, (stride, most) in enumerate(steps):
@@ -73,13 +72,23 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def storage_span(tensor: Tensor) -> tuple[int, int]:
+    """First and last address, exclusive, of the memory that a tensor is a view of."""
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
+    return start, start + storage.nbytes()
+
+
 def overlap(first: Tensor, second: Tensor) -> bool:
     """Whether a byte belongs to both tensors."""
-    one, other = first.untyped_storage(), second.untyped_storage()
-    start, begin = one.data_ptr(), other.data_ptr()
-    if start + one.nbytes() <= begin or begin + other.nbytes() <= start:
-        return False
     size, width = first.element_size(), second.element_size()
-    steps, strides = _steps(first, size), _steps(second, width)
-    last = second.data_ptr() + sum(factor * most for factor, most in strides) + width - 1
-    return _reaches(last - first.data_ptr(), [*steps, *strides, (1, size - 1), (1, width - 1)])
+    offset = second.data_ptr() - first.data_ptr()
+    strides = first.stride()
+    if strides == second.stride() and first.shape == second.shape and size == width and strides[0]:
+        # Entries of one trajectory: how far apart, modulo the way from one sample to the next.
+        sample = sum((n - 1) * stride for n, stride in zip(first.shape[1:], strides[1:], strict=True)) * size + size
+        if sample <= offset % (strides[0] * size) <= strides[0] * size - sample:
+            return False
+    ours, theirs = _steps(first, size), _steps(second, width)
+    last = offset + sum(factor * most for factor, most in theirs) + width - 1
+    return _reaches(last, [*ours, *theirs, (1, size - 1), (1, width - 1)])

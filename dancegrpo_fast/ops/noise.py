@@ -50,12 +50,13 @@ def gaussian_noise(
     check_name(backend)
     key = -1 - check_seed(seed)
     zeros = torch.zeros((), device=sample_ids.device).expand(len(sample_ids), *sizes)
-    out = empty_like(zeros, dtype)
-    table = _UNIT_NOISE.packed(out.device, torch.float64 if dtype == torch.float64 else torch.float32)
+    # The normals are float32 numbers, which every backend draws.
+    out = empty_like(zeros, torch.float32 if dtype == torch.float64 else dtype)
+    table = _UNIT_NOISE.packed(out.device)
     torch.ops.dgf.transition_step(
         zeros, zeros, out, None, 1.0, table, None, 0, False, backend, None, key, sample_ids, False
     )
-    return out
+    return out.to(dtype)
 
 
 _UNIT_NOISE = TransitionTable.from_coefficients([0.0], 0.0, 1.0, kind="none")

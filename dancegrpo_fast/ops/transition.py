@@ -23,7 +23,7 @@ from ._checks import (
     check_step,
     check_table,
 )
-from ._overlap import overlap, overlaps_itself
+from ._overlap import overlap, overlaps_itself, storage_span
 
 library = torch.library.Library("dgf", "DEF")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
@@ -53,9 +53,13 @@ def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
     out = call.next_latents
     if overlaps_itself(out):
         raise ValueError(f"out: got strides {out.stride()} for shape {tuple(out.shape)}, want no element twice")
-    inputs = {"latents": call.latents, "model_output": call.model_output}
-    for name, value in (*inputs.items(), ("uncond_output", call.uncond_output), ("noise", given)):
-        if value is not None and overlap(out, value):
+    start, stop = storage_span(out)
+    names = ("latents", "model_output", "uncond_output", "noise")
+    for name, value in zip(names, (call.latents, call.model_output, call.uncond_output, given), strict=True):
+        if value is None:
+            continue
+        first, last = storage_span(value)
+        if first < stop and start < last and overlap(out, value):
             raise ValueError(f"out: got memory that {name} lies in too, want memory of its own")
     log_prob, clean = _step_outputs(call, denoised)
     implementation(call).sample(call, Noise(given, seed, sample_ids), log_prob, clean if denoised else None)

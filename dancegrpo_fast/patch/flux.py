@@ -20,6 +20,7 @@ from ._common import (
     modulation,
     no_arguments,
     projected,
+    weight_of,
 )
 from ._recognise import (
     ACTIVATIONS,
@@ -31,7 +32,6 @@ from ._recognise import (
     check_plain_layer_norm,
     check_processor,
     want,
-    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_flux"

@@ -22,6 +22,7 @@ from ._common import (
     modulation,
     projected,
     streams_of,
+    weight_of,
 )
 from ._recognise import (
     ACTIVATIONS,
@@ -34,7 +35,6 @@ from ._recognise import (
     check_processor,
     check_rms_norms,
     want,
-    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_hunyuan_video"

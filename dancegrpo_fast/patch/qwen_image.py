@@ -18,6 +18,7 @@ from ._common import (
     heads_of,
     no_arguments,
     projected,
+    weight_of,
 )
 from ._recognise import (
     ACTIVATIONS,
@@ -29,7 +30,6 @@ from ._recognise import (
     check_processor,
     check_rms_norms,
     want,
-    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"

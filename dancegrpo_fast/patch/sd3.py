@@ -20,6 +20,7 @@ from ._common import (
     no_arguments,
     projected,
     streams_of,
+    weight_of,
 )
 from ._recognise import (
     ACTIVATIONS,
@@ -31,7 +32,6 @@ from ._recognise import (
     check_processor,
     check_rms_norms,
     want,
-    weight_of,
 )
 
 _PROCESSOR = "JointAttnProcessor2_0"

@@ -17,6 +17,7 @@ from ._common import (
     gated,
     gated_norm,
     projected,
+    weight_of,
 )
 from ._recognise import (
     ACTIVATIONS,
@@ -26,7 +27,6 @@ from ._recognise import (
     check_feed_forward,
     check_processor,
     want,
-    weight_of,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_wan"

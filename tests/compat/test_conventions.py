@@ -216,7 +216,7 @@ FLOW = flow_scheduler()
         (lambda: dancegrpo.flux_step(V, X, 0.3, [1.0, 0.0], 0, None, True, True), "sigmas: got list, want a torch.T"),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS.flip(0), 0, None, True, True), "sigmas: got .* decreasing"),
         (lambda: dancegrpo.flux_step(V, X, -0.3, SIGMAS, 0, None, True, True), "eta: got -0.3, want"),
-        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 4, None, True, True), "step: got 4, want 0 to 3"),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 4, None, True, True), "step: got 4, want an int from 0 to 3"),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, True, True, rounding="no"), 'rounding: got "no"'),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, False, True, rounding="no"), 'rounding: got "no"'),
         (lambda: mixgrpo.flow_grpo_step(V, X, 0.3, SIGMAS, 0, X, torch.Generator()), "generator: got one together"),

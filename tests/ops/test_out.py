@@ -20,13 +20,13 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def window(rng: random.Random, memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Any strides, zero among them, at any offset that fits."""
+def window(rng: random.Random, memory: Tensor, shape: tuple[int, ...], strides: tuple[int, ...] = ()) -> Tensor:
+    """Any strides, zero among them, or the given ones, at any offset that fits."""
     while True:
-        strides = [rng.choice((0, 1, 2, 3, 5, 7, 12, 36)) for _ in shape]
-        extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+        steps = strides or tuple(rng.choice((0, 1, 2, 3, 5, 7, 12, 36)) for _ in shape)
+        extent = sum((n - 1) * s for n, s in zip(shape, steps, strict=True)) + 1
         if extent <= len(memory):
-            return memory.as_strided(shape, strides, rng.randrange(len(memory) - extent + 1))
+            return memory.as_strided(shape, steps, rng.randrange(len(memory) - extent + 1))
 
 
 def test_overlap_is_numpy_s() -> None:
@@ -37,6 +37,9 @@ def test_overlap_is_numpy_s() -> None:
         shapes = [tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 4))) for _ in range(2)]
         first = window(rng, memory, shapes[0])
         second = window(rng, rng.choice((memory, memory.view(torch.float64), memory.view(torch.int16))), shapes[1])
+        if rng.random() < 0.3:
+            # Strides in common, as the entries of a trajectory have them.
+            second = window(rng, memory, shapes[0], first.stride())
         wanted = np.shares_memory(array(first), array(second))
         assert overlap(first, second) == overlap(second, first) == wanted
         seen.add((wanted, np.may_share_memory(array(first), array(second))))

@@ -89,6 +89,8 @@ def test_noise_is_that_of_the_cpu_kernel(numel: int) -> None:
 
 def test_noise_keys() -> None:
     test_noise.test_keyed_by_seed_id_step_and_element_only("triton")
+    test_noise.test_gaussian_noise("triton")
+    test_noise.test_no_step_draws_the_noise_of_gaussian_noise(2**31, "triton")
     test_noise.test_every_part_of_the_key_counts("triton")
     test_noise.test_seeded_step_equals_the_same_noise_given((F32, BF16, F32), "triton")
 
