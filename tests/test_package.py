@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .processes import LIMIT
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,7 +23,9 @@ def test_the_installed_package_is_tested() -> None:
 
 
 def test_info_names_versions_and_reasons() -> None:
-    report = subprocess.run([sys.executable, "-m", "dancegrpo_fast.info"], capture_output=True, text=True, check=True)
+    report = subprocess.run(
+        [sys.executable, "-m", "dancegrpo_fast.info"], capture_output=True, text=True, check=True, timeout=LIMIT
+    )
     for expected in (
         "torch 2",
         "cpu        available",
@@ -62,7 +66,7 @@ def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "-DDGF_NVCC=OFF",
         *options,
     ]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the PATH")
@@ -88,6 +92,6 @@ def test_a_broken_cuda_compiler_costs_only_cuda(tmp_path: Path, monkeypatch: pyt
     broken.chmod(0o755)
     options = (f"-DDGF_NVCC={broken}", f"-DDGF_CUDA={value}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=LIMIT)
     assert (result.returncode == 0) == (value == "AUTO")
     assert f"DGF_CUDA={value}: nvcc ({broken}) does not compile here" in " ".join(result.stderr.split())

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from ..processes import LIMIT
+
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "dancegrpo_fast").glob("_cpu*.so"))
 
@@ -30,7 +32,7 @@ def gate(out: Path, *options: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
     environment.pop("TRITON_INTERPRET", None)
     command = [str(ROOT / "bench" / "gpu_gate.sh"), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
 def assert_block_rows(rows: list[dict]) -> None:
@@ -288,7 +290,7 @@ print("|".join(stages.expectations(stages.Gate(out, out, out / "rows", False, "9
 )
 def test_only_what_a_run_measures_is_judged(tmp_path: Path, asked: str, count: int) -> None:
     command = [sys.executable, "-c", JUDGE, str(tmp_path), asked]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT)
     assert found.stdout.splitlines()[-1] == f"FAILED|0 of {count} met"
 
 
@@ -304,7 +306,9 @@ every op was called
 
 def test_what_ncu_prints_is_read() -> None:
     run = "from bench.gpu.stages import profiled; import sys; print(*profiled(sys.stdin.read()), sep='\\n')"
-    found = subprocess.run([sys.executable, "-c", run], input=NCU, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", run], input=NCU, cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT
+    )
     assert found.stdout.strip() == "void dgf::transition_sample_kernel<float>: dram__bytes.sum 77.5 Mbyte"
 
 
@@ -338,5 +342,5 @@ def test_what_a_sanitizer_says(tmp_path: Path, prints: str, status: int, wanted:
     program.write_text(f'#!/bin/sh\necho "{prints}"\nexit {status}\n')
     program.chmod(0o755)
     command = [sys.executable, "-c", SANITIZE, str(tmp_path), str(program)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT)
     assert found.stdout.splitlines()[-1].startswith(wanted), found.stdout

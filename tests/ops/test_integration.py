@@ -16,6 +16,7 @@ import dancegrpo_fast
 from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.kernels.transition import reference
 
+from ..processes import LIMIT
 from .cases import BACKENDS, BF16, F16, F32, F64, TABLES, Case, assert_same_bits, dtype_id, make_case
 
 # Inductor compiles what "aot_eager" would run.
@@ -233,7 +234,7 @@ def python(code: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
