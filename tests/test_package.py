@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .processes import LIMIT
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,7 +26,9 @@ def test_the_installed_package_is_tested() -> None:
 
 
 def test_info_names_versions_and_reasons() -> None:
-    report = subprocess.run([sys.executable, "-m", "dancegrpo_fast.info"], capture_output=True, text=True, check=True)
+    report = subprocess.run(
+        [sys.executable, "-m", "dancegrpo_fast.info"], capture_output=True, text=True, check=True, timeout=LIMIT
+    )
     for expected in (
         "torch 2",
         "cpu        available",
@@ -65,7 +69,7 @@ def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "-DDGF_NVCC=OFF",
         *options,
     ]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the PATH")
@@ -93,7 +97,7 @@ def test_a_broken_cuda_compiler_costs_only_cuda(tmp_path: Path, monkeypatch: pyt
     options = ("-DDGF_CUDA_ARCHITECTURES=90", f"-DDGF_NVCC={broken}", f"-DDGF_CUDA={value}")
     options += (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",)
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=LIMIT)
     assert (result.returncode == 0) == (value == "AUTO")
     assert f"DGF_CUDA={value}: nvcc ({broken}) does not compile here" in " ".join(result.stderr.split())
 

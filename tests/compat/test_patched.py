@@ -16,6 +16,7 @@ from dancegrpo_fast.cli import main
 from dancegrpo_fast.compat import Replacement, patched
 from dancegrpo_fast.compat.runner import prepare
 
+from ..processes import LIMIT
 from ..tolerances import assert_within_budget
 from .cases import CASES, F32, PEERS, SIGMAS, draw
 
@@ -143,7 +144,7 @@ RUN = ("-m", "dancegrpo_fast.cli", "run")
 
 def launch(script: Path, out: Path, *options: str) -> tuple[dict[str, Tensor], str]:
     command = [sys.executable, *RUN, *options, str(script), "--", str(out), "--flag", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent, timeout=LIMIT)
     assert done.returncode == 7, done.stderr
     return torch.load(out), done.stderr
 
@@ -177,7 +178,11 @@ def test_it_runs_under_torchrun(tmp_path: Path) -> None:
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", *RUN)
     out = tmp_path / "out.pt"
     done = subprocess.run(
-        [sys.executable, *command, str(script), "--", str(out)], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, *command, str(script), "--", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=LIMIT,
     )
     assert "exitcode  : 7" in done.stderr and torch.equal(torch.load(out)["ratio"], torch.ones(8)), done.stderr
 
@@ -186,7 +191,7 @@ def test_a_traceback_shows_the_script_s_lines(tmp_path: Path) -> None:
     text = (FOLDER / "peers" / "dancegrpo.py").read_text() + "\n\ndef broken():\n    flux_step(1, 2)\n\n\nbroken()\n"
     script = tmp_path / "train.py"
     script.write_text(text)
-    done = subprocess.run([sys.executable, *RUN, str(script)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *RUN, str(script)], capture_output=True, text=True, timeout=LIMIT)
     line = text[: text.index("    flux_step(1, 2)")].count("\n") + 1
     assert done.returncode == 1 and f'File "{script}", line {line}, in broken' in done.stderr
     assert f"{script}:{text[: text.index('def flux_step')].count(chr(10)) + 1} flux_step -> " in done.stderr

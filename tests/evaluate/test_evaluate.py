@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -25,6 +24,7 @@ from dancegrpo_fast.evaluation import Evaluator, diversity
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.trainer import Trainer
 
+from ..processes import together
 from ..train import tiny
 
 
@@ -126,14 +126,8 @@ def test_processes_share_out_the_prompts(base: Path, tmp_path: Path) -> None:
     for one in (*whole["rewards"], *whole["evaluation"]["rewards"]):
         one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
     (tmp_path / "recipe.json").write_text(json.dumps(whole))
-    worker, workers = Path(__file__).parent / "evaluate_worker.py", []
-    for rank in range(2):
-        # Into files: a full pipe would stop a process that the other one waits for.
-        with (tmp_path / f"errors.{rank}").open("w") as errors:
-            command = [sys.executable, str(worker), str(rank), str(tmp_path)]
-            workers.append(subprocess.Popen(command, stderr=errors, stdout=errors))
-    codes = [worker.wait(timeout=300) for worker in workers]
-    assert codes == [0, 0], [(tmp_path / f"errors.{rank}").read_text()[-3000:] for rank in range(2)]
+    worker = Path(__file__).parent / "evaluate_worker.py"
+    together([[sys.executable, str(worker), str(rank), str(tmp_path)] for rank in range(2)], tmp_path)
     evaluate(recipe, None, tmp_path / "alone", samplers=["ode"])
     assert rows_of(tmp_path / "scores") == rows_of(tmp_path / "alone")
     for row in rows_of(tmp_path / "alone"):

@@ -1,13 +1,14 @@
 """Checkpoint policies with FSDP2: two gloo processes, the bits of the same model without checkpointing."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from ..processes import together
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
@@ -17,18 +18,8 @@ WORLD = 2
 def test_split_weights_in_two_processes(tmp_path: Path) -> None:
     output = tmp_path / "found"
     command = [sys.executable, "-P", str(WORKER)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(output)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(WORLD)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=180)
-        assert worker.returncode == 0, errors[-3000:]
+    commands = [[*command, str(rank), str(tmp_path / "store"), str(output)] for rank in range(WORLD)]
+    together(commands, tmp_path, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
     for rank in range(WORLD):
         found = torch.load(f"{output}.{rank}", weights_only=True)
         wanted = found.pop("none")

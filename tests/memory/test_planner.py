@@ -19,6 +19,7 @@ from dancegrpo_fast.memory.quantised import INT8, conversion_bytes, quantised
 from dancegrpo_fast.memory.settings import GIB, REWARDS, Rates, Settings
 from dancegrpo_fast.memory.sharding import state_bytes_8bit, weights_of
 
+from ..processes import LIMIT
 from ..tolerances import COMPOSED
 from .small import tiny
 
@@ -329,4 +330,4 @@ def test_bad_input(given: dict[str, object], message: str) -> None:
 
 def test_the_package_loads_no_diffusers() -> None:
     code = "import sys, dancegrpo_fast.memory as m; m.Settings; assert 'diffusers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT)

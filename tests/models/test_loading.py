@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from dancegrpo_fast.prompts import Prompt, load_prompts, prompts_of_iteration, p
 from dancegrpo_fast.residence import Residence
 from dancegrpo_fast.trainer import Trainer
 
+from ..processes import together
 from ..train.tiny import reward
 from .cases import CASES, PROMPTS, load, make_recipe
 from .folders import diffusers
@@ -269,13 +269,7 @@ def test_under_fsdp_one_process_loads_and_all_have_the_weights(base: Base, tmp_p
         recipe.model.prompt_cache = str(tmp_path / "cache")
         recipe.rewards[0].name = "tests.train.tiny:Brightness"
         (tmp_path / f"{family}.json").write_text(json.dumps(recipe.as_dict()))
-    workers = []
-    for rank in "01":
-        with (tmp_path / f"errors.{rank}").open("w") as errors:
-            command = [sys.executable, str(WORKER), str(tmp_path), rank]
-            workers.append(subprocess.Popen(command, stderr=errors, stdout=errors))
-    codes = [worker.wait(timeout=300) for worker in workers]
-    assert codes == [0, 0], [(tmp_path / f"errors.{rank}").read_text()[-3000:] for rank in "01"]
+    together([[sys.executable, str(WORKER), str(tmp_path), rank] for rank in "01"], tmp_path)
     for family, denoiser in plain.items():
         first, second = (torch.load(tmp_path / f"{family}.{rank}", weights_only=True) for rank in "01")
         assert first["empty"] == set() and second["empty"] == {name for name, _ in denoiser.named_parameters()}

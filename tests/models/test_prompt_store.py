@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from dancegrpo_fast.config import Recipe
 from dancegrpo_fast.models import prompt_store
 from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
 
+from ..processes import together
 from .cases import CASES, PROMPTS, load
 from .cases import make_recipe as plain_recipe
 
@@ -111,17 +111,10 @@ def test_a_crash_loses_the_shard_in_the_making_and_nothing_else(tmp_path: Path) 
 
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    writers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path / "store"), str(tmp_path / "meeting"), name],
-            env=environment | {"RANK": name, "LOCAL_RANK": name, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("0", "1")
-    ]
-    printed = [writer.communicate(timeout=120)[0].splitlines() for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0]
+    command = [sys.executable, str(WORKER), str(tmp_path / "store"), str(tmp_path / "meeting")]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environments = [environment | world | {"RANK": name, "LOCAL_RANK": name} for name in "01"]
+    printed = [text.splitlines() for text in together([[*command, name] for name in "01"], tmp_path, environments)]
     folder = tmp_path / "store"
 
     def said(texts: list[str], where: Path) -> list[str]:

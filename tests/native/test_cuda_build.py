@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from ..processes import LIMIT
+
 KERNELS = ("transition_sample", "transition_log_prob", "transition_gradient", "policy_loss")
 # Two blocks of 256 threads on a multiprocessor of 65,536 registers and at least 48 KiB.
 REGISTERS = 65536 // (2 * 256)
@@ -36,7 +38,12 @@ def dump(module: ModuleType, *options: str) -> str:
         pytest.skip("no cuobjdump")
     environment = {**os.environ, "PATH": path}
     return subprocess.run(
-        [tool, *options, str(module.__file__)], env=environment, capture_output=True, text=True, check=True
+        [tool, *options, str(module.__file__)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT,
     ).stdout
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ..processes import LIMIT
+
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -16,7 +18,7 @@ def test_a_grid_run_by_the_host_equals_the_cpu_kernels(tmp_path: Path) -> None:
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     warnings = ("-Wall", "-Wextra", "-Werror")
     build = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", *sanitizers, *warnings)
-    subprocess.run([COMPILER, *build, str(HERE / "grid_test.cpp"), "-o", str(program)], check=True)
-    found = subprocess.run([program], capture_output=True, text=True)
+    subprocess.run([COMPILER, *build, str(HERE / "grid_test.cpp"), "-o", str(program)], check=True, timeout=LIMIT)
+    found = subprocess.run([program], capture_output=True, text=True, timeout=LIMIT)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert ", 0 failed" in found.stdout

@@ -1,6 +1,5 @@
 """The ops under DDP and FSDP2: two gloo processes give the losses, ratios and weights of one."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ..processes import together
 from .distributed_worker import KINDS, make_model, update
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -18,13 +18,7 @@ WORLD = 2
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     store, output = tmp_path / "store", tmp_path / "found"
     command = [sys.executable, str(WORKER)]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(store), str(output)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors[-3000:]
+    together([[*command, str(rank), str(WORLD), str(store), str(output)] for rank in range(WORLD)], tmp_path)
     model = make_model()
     alone = update(model, list(range(WORLD)), WORLD)
     assert bool((alone["first_ratio"] == 1.0).all()) and bool((alone["ratio"] != 1.0).any())

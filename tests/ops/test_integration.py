@@ -17,6 +17,7 @@ from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.kernels.transition import reference
 from dancegrpo_fast.transitions import cps, shifted_sigmas
 
+from ..processes import LIMIT
 from .cases import BACKENDS, BF16, F16, F32, F64, TABLES, Case, assert_same_bits, dtype_id, make_case
 
 # Inductor compiles what "aot_eager" would run.
@@ -252,7 +253,7 @@ def python(code: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

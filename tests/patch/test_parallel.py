@@ -2,13 +2,14 @@
 
 import itertools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from ..processes import together
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
@@ -19,18 +20,8 @@ def test_two_processes(tmp_path: Path) -> None:
     output = tmp_path / "found"
     # -P: the installed package, not the folder of the script.
     command = [sys.executable, "-P", str(WORKER)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(output)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(WORLD)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=180)
-        assert worker.returncode == 0, errors[-3000:]
+    commands = [[*command, str(rank), str(tmp_path / "store"), str(output)] for rank in range(WORLD)]
+    together(commands, tmp_path, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
     for kind, rank in itertools.product(("tokens", "weights"), range(WORLD)):
         found = torch.load(f"{output}.{kind}.{rank}", weights_only=True)
         assert found["eager"].keys() == found["lossless"].keys() and len(found["eager"]) > 10

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dancegrpo_fast.parallel import Processes, share
 from dancegrpo_fast.trainer import Trainer
 
 from ..models import cases, folders
+from ..processes import together
 from ..tolerances import REORDERED_SUMS, assert_same_training
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
@@ -108,14 +108,7 @@ def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name, changes in RECIPES.items():
         add(f"fsdp-{name}", True, **changes)
     (folder / "cases.json").write_text(json.dumps(whole))
-    command = [sys.executable, str(WORKER)]
-    workers = []
-    for rank in range(WORLD):
-        # Into files: a full pipe would stop a process that the other one waits for.
-        with (folder / f"errors.{rank}").open("w") as errors:
-            workers.append(subprocess.Popen([*command, str(rank), str(folder)], stderr=errors, stdout=errors))
-    codes = [worker.wait(timeout=600) for worker in workers]
-    assert codes == [0] * WORLD, [(folder / f"errors.{rank}").read_text()[-3000:] for rank in range(WORLD)]
+    together([[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(WORLD)], folder)
     return folder
 
 

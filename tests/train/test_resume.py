@@ -18,6 +18,7 @@ from dancegrpo_fast.resume import prompts_digest
 from dancegrpo_fast.rundir import RunDirectory
 from dancegrpo_fast.trainer import Trainer
 
+from ..processes import LIMIT
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 RUNNER = """
@@ -80,6 +81,8 @@ def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:
 
 
 def wait(process: ForkServerProcess) -> int | None:
+    process.join(LIMIT)
+    process.kill()
     process.join()
     return process.exitcode
 

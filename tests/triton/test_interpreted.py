@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ..processes import LIMIT
+
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 FILES = sorted(str(path) for path in HERE.glob("interpreted_*.py"))
@@ -24,6 +26,7 @@ def test_interpreted(half: str) -> None:
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
+        timeout=LIMIT,
     )
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,33 @@
+"""The helper of tests that start processes."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from . import processes
+from .processes import together
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_what_each_process_printed(tmp_path: Path) -> None:
+    environments = [{"WHO": "one"}, {"WHO": "two"}]
+    said = together([python("import os; print(os.environ['WHO'])")] * 2, tmp_path, environments)
+    assert said == ["one\n", "two\n"]
+
+
+def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="no such thing"):
+        together([python("import time; time.sleep(300)"), python("raise KeyError('no such thing')")], tmp_path)
+    assert time.monotonic() - began < processes.LIMIT / 10
+
+
+def test_time_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LIMIT", 0.1)
+    with pytest.raises(AssertionError, match=r"\[None\]"):
+        together([python("import time; time.sleep(300)")], tmp_path)
