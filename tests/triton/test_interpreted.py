@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 FILES = sorted(str(path) for path in HERE.glob("interpreted_*.py"))
 # Two processes of about the same length: each one imports torch and Triton first.
-HALVES = {"the last two": FILES[-2:], "the others": FILES[:-2]}
+HALVES = {"the last three": FILES[-3:], "the others": FILES[:-3]}
 
 
 @pytest.mark.parametrize("half", HALVES)
