@@ -20,7 +20,8 @@ def _grouped(name: str, rewards: Any, group_size: Any) -> Tensor:
         raise ValueError(f"group_size: got {group_size} for {rewards.shape[-1]} rewards, want a divisor of them")
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError(f"{name}: got values that are not finite, want finite numbers only")
-    return rewards.reshape(-1, rewards.shape[-1] // group_size, group_size).double()
+    grouped: Tensor = rewards.reshape(-1, rewards.shape[-1] // group_size, group_size).double()
+    return grouped
 
 
 def group_advantages(

@@ -1,20 +1,27 @@
 """What can run an op here, why something else cannot, and the rule that picks."""
 
 import importlib
-import importlib.util
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from .checks import shown
 from .transitions import PACKED_COLUMNS
 
 # Below this many elements in a batch, waking a second thread costs more than it saves.
 MIN_ELEMENTS_PER_THREAD = 1 << 15
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+# The first versions that everything here works with; a later one is never refused.
+TORCH_FLOOR = (2, 8)
+TRITON_FLOOR = (3, 4)
+# Of an NVIDIA device, for Triton: before it there is no bfloat16.
+CAPABILITY_FLOOR = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -78,17 +85,74 @@ def _cuda_problem(index: int) -> str:
     return problem
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _older(version: str, floor: tuple[int, int]) -> bool:
+    """Whether a version is known to be below the floor."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < floor
+
+
+def check_torch() -> None:
+    """Refuses a torch that the ops do not work with.
+
+    Raises:
+        ImportError: it is older than `TORCH_FLOOR`.
+    """
+    if _older(torch.__version__, TORCH_FLOOR):
+        raise ImportError(f"torch: got {torch.__version__}, want {_dotted(TORCH_FLOOR)} or later")
+
+
+def check_name(backend: Any) -> None:
+    """A name; whether it can run the call is asked where the devices are known.
+
+    Raises:
+        ValueError: it is not a string.
+    """
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: got {shown(backend)}, want one of {', '.join(map(shown, NAMES))}")
+
+
 @cache
-def _warn_of_skipped_cuda(problem: str) -> None:
+def _warn_of_left_out(name: str, problem: str) -> None:
     # Another implementation's sums differ in their last bits: a rollout and its replay must not mix them unnoticed.
-    warnings.warn(f'backend: "auto" leaves the CUDA module out, {problem}', RuntimeWarning, stacklevel=2)
+    warnings.warn(f'backend: "auto" leaves {name} out, {problem}', RuntimeWarning, stacklevel=2)
 
 
 @lru_cache(maxsize=1)
 def _triton() -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed"
-    return True, "compiled on first use" if not interpreting() else "interpreted (TRITON_INTERPRET), for tests only"
+    wanted = f"want {_dotted(TRITON_FLOOR)} or later"
+    try:
+        module = importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        missing = error.name == "triton"
+        return False, f"Triton is not installed, {wanted}" if missing else f"Triton does not load: {error}"
+    except ImportError as error:
+        return False, f"Triton does not load: {error}"
+    version = getattr(module, "__version__", None)
+    if version is None:
+        return False, f"Triton is not installed ({module} is another package), {wanted}"
+    if _older(version, TRITON_FLOOR):
+        return False, f"Triton {version} is too old, {wanted}"
+    how = "interpreted (TRITON_INTERPRET), for tests only" if interpreting() else "compiled on first use"
+    return True, f"Triton {version}, {how}"
+
+
+@cache
+def _triton_problem(index: int) -> str:
+    """Why Triton cannot compile for a device here, or nothing; no kernel is compiled to find out."""
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(index)) < CAPABILITY_FLOOR:
+        return f"the device has compute capability {_dotted(capability)}, want {_dotted(CAPABILITY_FLOOR)} or later"
+    try:
+        with torch.cuda.device(index):
+            # The driver needs a C compiler, the hash asks the assembler for its version; any launch does both.
+            target = importlib.import_module("triton.runtime").driver.active.get_current_target()
+            importlib.import_module("triton.compiler").make_backend(target).hash()
+    except Exception as error:
+        return f"Triton cannot compile on this machine: {type(error).__name__}: {error}"
+    return ""
 
 
 def interpreting() -> bool:
@@ -111,7 +175,9 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return reason
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return "it runs tensors of a GPU"
-    return "it computes in float32" if dtype == torch.float64 else ""
+    if dtype == torch.float64:
+        return "it computes in float32"
+    return "" if interpreting() else _triton_problem(device.index)
 
 
 def cpu_module() -> ModuleType:
@@ -147,9 +213,13 @@ def available() -> list[Backend]:
         if cuda is not None:
             cuda, cuda_detail = None, f"{cuda_detail}, but torch sees no CUDA device"
         if triton and not interpreting():
-            triton, triton_detail = False, "installed, but torch sees no GPU"
-    elif cuda is not None and (problem := _cuda_problem(torch.cuda.current_device())):
-        cuda, cuda_detail = None, problem
+            triton, triton_detail = False, f"{triton_detail}, but torch sees no GPU"
+    else:
+        index = torch.cuda.current_device()
+        if cuda is not None and (problem := _cuda_problem(index)):
+            cuda, cuda_detail = None, problem
+        if triton and not interpreting() and (problem := _triton_problem(index)):
+            triton, triton_detail = False, problem
     return [
         Backend("cpu", cpu is not None, cpu_detail),
         Backend("cuda", cuda is not None, cuda_detail),
@@ -170,6 +240,7 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
     Raises:
         ValueError: an unknown name, or a backend that cannot run such a call here; the message says why.
     """
+    check_name(backend)
     if backend == "auto":
         # The interpreter is for tests, which ask for it by name.
         order = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
@@ -177,8 +248,8 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
             reason = _refusal(name, device, dtype)
             if not reason:
                 return name
-            if name == "cuda" and _cuda()[0] is not None and device.type == "cuda":
-                _warn_of_skipped_cuda(reason)
+            if device.type == "cuda" and (_cuda()[0] is not None if name == "cuda" else dtype != torch.float64):
+                _warn_of_left_out("the CUDA module" if name == "cuda" else "Triton", reason)
         return "reference"
     if backend not in NAMES:
         wanted = ", ".join(f'"{name}"' for name in NAMES)
@@ -198,8 +269,14 @@ def pick_block(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: an unknown name, or Triton where it cannot run such a call; the message says why.
     """
+    check_name(backend)
     if backend in ("auto", "checked"):
-        return "triton" if device.type == "cuda" and not _refusal("triton", device, dtype) else "reference"
+        if device.type != "cuda":
+            return "reference"
+        reason = _refusal("triton", device, dtype)
+        if reason and dtype != torch.float64:
+            _warn_of_left_out("Triton", reason)
+        return "reference" if reason else "triton"
     if backend not in ("triton", "reference"):
         raise ValueError(f'backend: got "{backend}" for a block op, want "auto", "triton" or "reference"')
     return pick(backend, device, dtype)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 LARGEST = sys.float_info.max
 SMALLEST = math.ulp(0.0)
+# Numbers of numpy and of graphs that are being compiled count too.
+_WHOLE: tuple[Any, ...] = (int, torch.SymInt, numbers.Integral)
+_NUMBERS: tuple[Any, ...] = (float, *_WHOLE, torch.SymFloat, numbers.Real)
 
 
 def shown(value: Any) -> str:
@@ -31,22 +34,25 @@ def check_number(
 ) -> float:
     """A real number from `low` to `high`, no bool and no tensor; returns it as a float."""
     if type(value) is not float:
-        known = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
-        if isinstance(value, bool) or not isinstance(value, known) or not -LARGEST <= value <= LARGEST:
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not -LARGEST <= value <= LARGEST:
             raise ValueError(f"{name}: got {shown(value)}, want {wanted}")
         value = float(value)
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, want {wanted}")
-    return value
+    number: float = value
+    return number
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, also: str = "") -> int:
     """A whole number from `low` to `high`, no bool and no tensor; returns it as an int."""
-    known = isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
+    known = isinstance(value, _WHOLE) and not isinstance(value, bool)
     if not known or value < low or (high is not None and value > high):
         between = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}: got {shown(value)}, want an int {between}{also}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        value = int(value)
+    number: int = value
+    return number
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..checks import SMALLEST, check_choice, check_int, check_number
-from ._checks import check_backend, check_float
+from ._checks import check_float
 
 MODES = ("lossless", "fast")
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -49,7 +49,7 @@ def check_mode(mode: Any) -> None:
 def check_settings(mode: Any, backend: Any) -> None:
     """A rounding, and the name of a backend."""
     check_mode(mode)
-    check_backend(backend)
+    backends.check_name(backend)
 
 
 def check_autocast(x: Tensor) -> None:

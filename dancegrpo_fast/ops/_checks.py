@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..checks import check_choice, check_int, check_number, shown
 from ..transitions import TransitionTable
 
@@ -87,12 +86,6 @@ def check_table(table: Any) -> None:
 def check_seed(seed: Any) -> int:
     """A key of the noise; the numbers from -2^63 to -1 are the keys of `gaussian_noise`."""
     return check_int("seed", seed, 0, 2**63 - 1)
-
-
-def check_backend(backend: Any) -> None:
-    """A name; whether it can run the call is asked where the devices are known."""
-    if not isinstance(backend, str):
-        raise ValueError(f"backend: got {shown(backend)}, want one of {', '.join(map(shown, backends.NAMES))}")
 
 
 def check_step(step: int | Tensor, table: TransitionTable, latents: Tensor) -> StepIndex:

@@ -56,6 +56,10 @@ def _vector(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
+def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
+
+
 def _shared(stream: Any, norm: str, rope: str, mode: str, tensors: list[Tensor], registers: int) -> dict[str, Any]:
     heads, dim = stream.query.shape[2:]
     half_split = rope == "half" and stream.cos is not None
@@ -100,7 +104,7 @@ def forward(
         for i, (x, weight) in enumerate(((stream.query, stream.q_weight), (stream.key, stream.k_weight))):
             if x is not None:
                 x, out = _in_runs(x, half_split), outputs[i][:, start : start + tokens]
-                operands[i] = (x, *x.stride(), _vector(weight), out, *out.stride()[:2])
+                operands[i] = (x, *x.stride(), _given(_vector(weight)), out, *out.stride()[:2])
                 tensors += [x, out]
         arguments = (
             *(*operands, rstd, _table(stream.cos), _table(stream.sin), tokens, batch * tokens, heads, dim),
@@ -146,8 +150,8 @@ def _backward_stream(
                 partial = torch.empty(batch * chunks, width, dtype=torch.float32, device=x.device)
                 sums[i] = (partial, wanted_weight)
             x, grad = _in_runs(x, half_split), _in_runs(grad, half_split)
-            given = (x, *x.stride(), _vector(weight), grad, *grad.stride())
-            operands[i] = (*given, wanted, heads * dim, i, partial)
+            given = (x, *x.stride(), _given(_vector(weight)), grad, *grad.stride())
+            operands[i] = (*given, _given(wanted), heads * dim, i, _given(partial))
             tensors += [t for t in (x, grad, wanted) if t is not None]
     if not tensors:
         return

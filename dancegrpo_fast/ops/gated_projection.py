@@ -64,16 +64,16 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     check_tokens("x", x)
     check_tokens("inputs", inputs)
     check_autocast(x)
-    for name, value in (("inputs", inputs), ("weight", weight), ("gate", gate), ("bias", bias)):
-        if value is not None or name != "bias":
-            check_float(name, value)
-            check_device(name, value, x, "x")
+    optional = () if bias is None else (("bias", bias),)
+    for name, value in (("inputs", inputs), ("weight", weight), ("gate", gate), *optional):
+        check_float(name, value)
+        check_device(name, value, x, "x")
     batch, tokens, channels = x.shape
     for name, value, wanted in (
         ("inputs", inputs, (batch, tokens, inputs.shape[-1])),
         ("weight", weight, (channels, inputs.shape[-1])),
         ("gate", gate, (batch, channels)),
-        *((("bias", bias, (channels,)),) if bias is not None else ()),
+        *((name, value, (channels,)) for name, value in optional),
     ):
         dtype = value.dtype if name == "gate" else x.dtype
         if value.shape != wanted or value.dtype != dtype:

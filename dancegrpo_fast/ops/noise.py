@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends import check_name
 from ..checks import check_dtype, check_int, shown
 from ..transitions import TransitionTable
-from ._checks import FLOATS, check_backend, check_per_sample, check_seed
+from ._checks import FLOATS, check_per_sample, check_seed
 from .transition import empty_like
 
 # The noise's counter has 32 bits for groups of four elements.
@@ -46,7 +47,7 @@ def gaussian_noise(
         raise ValueError(f"sample_ids: got {shown(sample_ids)}, want an int64 tensor of shape [B] with B of at least 1")
     check_per_sample("sample_ids", sample_ids, sample_ids, (torch.int64,))
     check_dtype("dtype", dtype, FLOATS)
-    check_backend(backend)
+    check_name(backend)
     key = -1 - check_seed(seed)
     zeros = torch.zeros((), device=sample_ids.device).expand(len(sample_ids), *sizes)
     out = empty_like(zeros, dtype)

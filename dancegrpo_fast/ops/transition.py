@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import check_name
 from ..checks import check_bool, check_dtype, shown
 from ..kernels.transition import reference
 from ..transitions import TransitionTable
@@ -13,7 +14,6 @@ from ._call import SHARED, Noise, Transition, brief, empty_gradients, gradients_
 from ._checks import (
     FLOATS,
     StepIndex,
-    check_backend,
     check_guidance,
     check_latents,
     check_like,
@@ -158,7 +158,7 @@ def _check_shared(
     check_latents(latents)
     check_like("model_output", model_output, latents)
     check_table(table)
-    check_backend(backend)
+    check_name(backend)
     scale = check_guidance(uncond_output, guidance_scale, latents)
     return scale, check_step(step, table, latents), check_rounding(rounding, table)
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..ops._block import check_mode
-from ._common import RECOMPUTE, Accelerated, Family, Settings, check_sources
+from ._common import RECOMPUTE, Accelerated, Settings
+from ._recognise import Family, check_sources
 
 __all__ = ["SUPPORTED", "Accelerated", "accelerate"]
 

@@ -5,7 +5,7 @@ import importlib
 import diffusers
 
 from . import SUPPORTED
-from ._common import Family, fingerprint, resolve
+from ._recognise import Family, fingerprint, resolve
 
 
 def main() -> int:

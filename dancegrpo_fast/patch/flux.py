@@ -8,17 +8,9 @@ from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
-    ACTIVATIONS,
-    ATTENTION,
-    EMBEDDINGS,
-    NORMALIZATION,
-    Family,
     FeedForward,
     Settings,
     attend,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
     clipped,
     fanout,
     feed_forward,
@@ -28,6 +20,16 @@ from ._common import (
     modulation,
     no_arguments,
     projected,
+)
+from ._recognise import (
+    ACTIVATIONS,
+    ATTENTION,
+    EMBEDDINGS,
+    NORMALIZATION,
+    Family,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
     want,
     weight_of,
 )

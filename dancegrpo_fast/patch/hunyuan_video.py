@@ -10,18 +10,9 @@ from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
-    ACTIVATIONS,
-    ATTENTION,
-    EMBEDDINGS,
-    NORMALIZATION,
-    Family,
     FeedForward,
     Settings,
     attend,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
-    check_rms_norms,
     fanout,
     feed_forward,
     gated,
@@ -31,6 +22,17 @@ from ._common import (
     modulation,
     projected,
     streams_of,
+)
+from ._recognise import (
+    ACTIVATIONS,
+    ATTENTION,
+    EMBEDDINGS,
+    NORMALIZATION,
+    Family,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
+    check_rms_norms,
     want,
     weight_of,
 )

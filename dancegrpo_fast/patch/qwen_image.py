@@ -8,16 +8,8 @@ from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
-    ACTIVATIONS,
-    ATTENTION,
-    NORMALIZATION,
-    Family,
     Settings,
     attend,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
-    check_rms_norms,
     clipped,
     fanout,
     feed_forward,
@@ -26,6 +18,16 @@ from ._common import (
     heads_of,
     no_arguments,
     projected,
+)
+from ._recognise import (
+    ACTIVATIONS,
+    ATTENTION,
+    NORMALIZATION,
+    Family,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
+    check_rms_norms,
     want,
     weight_of,
 )

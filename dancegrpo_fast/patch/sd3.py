@@ -9,16 +9,8 @@ from torch.nn import functional as F
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
-    ACTIVATIONS,
-    ATTENTION,
-    NORMALIZATION,
-    Family,
     Settings,
     Unprojected,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
-    check_rms_norms,
     fanout,
     feed_forward,
     gated,
@@ -28,6 +20,16 @@ from ._common import (
     no_arguments,
     projected,
     streams_of,
+)
+from ._recognise import (
+    ACTIVATIONS,
+    ATTENTION,
+    NORMALIZATION,
+    Family,
+    check_feed_forward,
+    check_plain_layer_norm,
+    check_processor,
+    check_rms_norms,
     want,
     weight_of,
 )

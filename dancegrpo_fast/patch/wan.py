@@ -8,21 +8,23 @@ from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._common import (
-    ACTIVATIONS,
-    ATTENTION,
-    NORMALIZATION,
-    Family,
     Settings,
     Unprojected,
     affine_of,
     attend,
-    check_feed_forward,
-    check_processor,
     fanout,
     feed_forward,
     gated,
     gated_norm,
     projected,
+)
+from ._recognise import (
+    ACTIVATIONS,
+    ATTENTION,
+    NORMALIZATION,
+    Family,
+    check_feed_forward,
+    check_processor,
     want,
     weight_of,
 )

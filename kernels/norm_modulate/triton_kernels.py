@@ -191,7 +191,7 @@ def backward_kernel(
             bias_sum += g
         if dweight is not None:
             weight_sum += g * value
-        if (dx is not None) or (dy is not None) or (dgate is not None):
+        if ((dx is not None) or (dy is not None)) or (dgate is not None):
             if weight is not None:
                 g = g * rows.rounded(rows.load(weight, 0, 0, column, mask, interpreted), norm_type, interpreted)
             if layer:

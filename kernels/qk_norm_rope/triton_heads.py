@@ -143,7 +143,7 @@ def load_turn(
     block: tl.constexpr,
     interpreted: tl.constexpr,
 ):
-    """A token's rotation: whether there is one, cosines and sines of both halves."""
+    """A token's rotation: whether there is one, cosines and sines of both halves; nothing without a table."""
     if cos is not None:
         there = token < turned
         start = cos[0] + token * cos[1]
@@ -152,5 +152,5 @@ def load_turn(
         sin_first, sin_second = load_row(start, there, sin[2], dim, per_pair, half_split, block, interpreted)
         turn = (there, cos_first, cos_second, sin_first, sin_second)
     else:
-        turn = (None,)
+        turn = ()
     return turn

@@ -1,4 +1,7 @@
-"""RMSNorm and rotary embedding of one stream's queries and keys: forward, backward, and sums of weight gradients."""
+"""RMSNorm and rotary embedding of one stream's queries and keys: forward, backward, and sums of weight gradients.
+
+What may be missing from an operand is a tuple of one or none: up to Triton 3.6 no tuple can hold None.
+"""
 
 import triton
 import triton.language as tl
@@ -55,9 +58,9 @@ def norm_rope(
 ):
     """Writes one token's queries or keys, and what the norm divided by."""
     weight = operand[5]
-    weighted: tl.constexpr = weight is not None
+    weighted: tl.constexpr = len(weight) != 0
     twice: tl.constexpr = norm == "head_twice"
-    dtype: tl.constexpr = weight.dtype.element_ty if (twice and weighted) else operand[0].dtype.element_ty
+    dtype: tl.constexpr = weight[0].dtype.element_ty if (twice and weighted) else operand[0].dtype.element_ty
     start = base(operand[0], sample, token, operand[1], operand[2], aligned)
     out = base(operand[6], sample, token, operand[7], operand[8], aligned)
     lane = tl.arange(0, rows)[:, None]
@@ -65,7 +68,7 @@ def norm_rope(
         rstd = token_rstd(operand, start, heads, dim, width, eps, half_split, aligned, rows, block, interpreted)
         tl.store(statistics, rstd)
     elif weighted:
-        weight_first, weight_second = load_row(weight, True, 1, dim, False, half_split, block, interpreted)
+        weight_first, weight_second = load_row(weight[0], True, 1, dim, False, half_split, block, interpreted)
     for above in range(0, heads, rows):
         head = above + lane
         mask = head < heads
@@ -83,11 +86,11 @@ def norm_rope(
                     second = held(second, dtype, lossless, interpreted)
                 if norm == "token":
                     weight_first, weight_second = load_pair(
-                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                        weight[0], head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
                     )
                 first, second = first * weight_first, second * weight_second
             first, second = held(first, dtype, lossless, interpreted), held(second, dtype, lossless, interpreted)
-        if turn[0] is not None:
+        if len(turn) != 0:
             again: tl.constexpr = lossless and dtype != operand[0].dtype.element_ty
             turned_first = held(first * turn[1], dtype, stepwise, interpreted)
             turned_first -= held(second * turn[3], dtype, stepwise, interpreted)
@@ -174,7 +177,7 @@ def turned_back(
 ):
     """The gradient by the norm's output, of `dtype`: the output's gradient turned by the opposite angle."""
     first, second = load_pair(start, row, mask, stride, dim, half_split, aligned, rows, block, interpreted)
-    if turn[0] is not None:
+    if len(turn) != 0:
         again: tl.constexpr = lossless and dtype != start.dtype.element_ty
         first, second = held(first, dtype, again, interpreted), held(second, dtype, again, interpreted)
         rounds: tl.constexpr = lossless and each
@@ -215,22 +218,22 @@ def differentiate(
 ):
     """Writes the gradient by one token's queries or keys, and adds to the gradient by the weights."""
     weight = operand[5]
-    weighted: tl.constexpr = weight is not None
+    weighted: tl.constexpr = len(weight) != 0
     # What is rounded before the weight and added up in the storage type, as autograd does.
     twice: tl.constexpr = lossless and norm == "head_twice"
     x_type: tl.constexpr = operand[0].dtype.element_ty
-    dtype: tl.constexpr = weight.dtype.element_ty if (norm == "head_twice" and weighted) else x_type
+    dtype: tl.constexpr = weight[0].dtype.element_ty if (norm == "head_twice" and weighted) else x_type
     per_token: tl.constexpr = norm == "token"
     start = base(operand[0], sample, token, operand[1], operand[2], aligned)
     grad = base(operand[6], sample, token, operand[7], operand[8], aligned)
     statistics = rstds + (count.to(tl.int64) * operand[13] + position) * statistic_heads
     lane = tl.arange(0, rows)[:, None]
     if weighted and not per_token:
-        weight_first, weight_second = load_row(weight, True, 1, dim, False, half_split, block, interpreted)
+        weight_first, weight_second = load_row(weight[0], True, 1, dim, False, half_split, block, interpreted)
     if per_token:
         rstd = tl.load(statistics)
         total = tl.zeros([rows, block // 2], tl.float32)
-        if operand[11] is not None:
+        if len(operand[11]) != 0:
             for above in range(0, heads, rows):
                 head = above + lane
                 mask = head < heads
@@ -253,7 +256,7 @@ def differentiate(
                 )
                 if weighted:
                     weight_first, weight_second = load_pair(
-                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                        weight[0], head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
                     )
                     first, second = first * weight_first, second * weight_second
                 x_first, x_second = load_pair(
@@ -288,7 +291,7 @@ def differentiate(
             if not per_token:
                 rstd = tl.load(statistics + head, mask=mask, other=0.0)
             scaled_first, scaled_second = x_first * rstd, x_second * rstd
-            if partial is not None:
+            if len(partial) != 0:
                 used_first = held(scaled_first, dtype, twice, interpreted)
                 used_second = held(scaled_second, dtype, twice, interpreted)
                 add_first = held(first * used_first, dtype, twice, interpreted)
@@ -296,10 +299,10 @@ def differentiate(
                 if per_token:
                     # The program's own row, still in the nearest cache; the first token finds nothing there.
                     old_first, old_second = load_pair(
-                        partial, wide * dim, mask & (fresh == 0), 1, dim, half_split, False, rows, block, interpreted
+                        partial[0], wide * dim, mask & (fresh == 0), 1, dim, half_split, False, rows, block, interpreted
                     )
                     store_pair(
-                        partial,
+                        partial[0],
                         wide * dim,
                         mask,
                         dim,
@@ -317,7 +320,7 @@ def differentiate(
             if weighted:
                 if per_token:
                     weight_first, weight_second = load_pair(
-                        weight, head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
+                        weight[0], head.to(tl.int64) * dim, mask, 1, dim, half_split, aligned, rows, block, interpreted
                     )
                 first = held(first * weight_first, dtype, twice, interpreted)
                 second = held(second * weight_second, dtype, twice, interpreted)
@@ -334,8 +337,8 @@ def differentiate(
                     projection = tl.div_rn(dot, width)
                 first = rstd * (first - scaled_first * projection)
                 second = rstd * (second - scaled_second * projection)
-        if operand[11] is not None:
-            out = base(operand[11], position, 0, operand[12], 0, aligned)
+        if len(operand[11]) != 0:
+            out = base(operand[11][0], position, 0, operand[12], 0, aligned)
             store_pair(out, wide * dim, mask, dim, first, second, half_split, aligned, rows, block, interpreted)
     return sum_first, sum_second
 
@@ -352,10 +355,10 @@ def leave(
     interpreted: tl.constexpr,
 ):
     """Stores a program's sums over its tokens and heads, where they are wanted."""
-    if partial is not None:
+    if len(partial) != 0:
         first, second = tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
         row = tl.zeros([1, 1], tl.int64)
-        start = partial + program.to(tl.int64) * dim
+        start = partial[0] + program.to(tl.int64) * dim
         store_pair(start, row, row == 0, dim, first, second, half_split, False, 1, block, interpreted)
 
 
@@ -403,8 +406,8 @@ def backward_kernel(
             operand = query if index == 0 else key
             if operand is not None:
                 partial = operand[14]
-                if partial is not None and norm == "token":
-                    partial += tl.cast(program, tl.int64) * heads * dim
+                if len(partial) != 0 and norm == "token":
+                    partial = (partial[0] + tl.cast(program, tl.int64) * heads * dim,)
                 found_first, found_second = differentiate(
                     operand,
                     sample,

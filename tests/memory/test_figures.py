@@ -24,6 +24,8 @@ from .small import tiny
 pytest.importorskip("matplotlib")
 PILImage = pytest.importorskip("PIL.Image")
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:

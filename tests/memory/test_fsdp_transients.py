@@ -10,6 +10,8 @@ from bench.memory.fsdp import PHASES, Row, Setting, markdown, rows
 
 from ..tolerances import PREDICTED_BYTES
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 WHERE = {name: name for name in ("torch", "diffusers", "git", "date")}
 MASTERS = "fp32_master"
 CASES = {

@@ -8,6 +8,8 @@ from dancegrpo_fast.memory.trace import trace
 from ..tolerances import assert_as_printed
 
 pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("collected_once")
 GIB = 2**30
 
 

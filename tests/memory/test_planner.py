@@ -24,6 +24,8 @@ from .small import tiny
 
 pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FLUX = {"model": "flux-dev", "height": 256, "width": 256, "attention": "flash"}
 SD = {"model": "sd14", "attention": "flash"}

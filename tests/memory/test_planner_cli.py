@@ -11,6 +11,8 @@ from dancegrpo_fast.memory.planner import CATEGORIES
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 FLUX = ["memory", "flux-dev", "--height", "256", "--width", "256", "--lora", "16"]
 
 

@@ -13,6 +13,8 @@ from ..tolerances import COMPOSED
 
 pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 

@@ -10,6 +10,8 @@ from dancegrpo_fast.memory.settings import GIB
 
 from ..tolerances import PUBLISHED
 
+pytestmark = pytest.mark.usefixtures("collected_once")
+
 
 @pytest.mark.parametrize("figure", FIGURES, ids=[f"{figure.subject}: {figure.what}" for figure in FIGURES])
 def test_the_planner_agrees_where_no_reason_is_given(figure: Figure) -> None:

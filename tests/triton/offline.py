@@ -100,7 +100,9 @@ def compiling(capability: int, folder: Path) -> Iterator[list[Compiled]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(_triton, "launch", compile_only)
-        patch.setattr(triton.runtime.driver, "_active", _Driver(capability))
+        driver = triton.runtime.driver
+        # A plain attribute up to Triton 3.4.
+        patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", _Driver(capability))
         yield found
 
 

@@ -1,0 +1,136 @@
+"""How a patch knows the code that it stands in for: fingerprints of sources, and checks of modules."""
+
+import hashlib
+import inspect
+import io
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from ._common import Settings
+
+NORMALIZATION = "diffusers.models.normalization"
+EMBEDDINGS = "diffusers.models.embeddings"
+ATTENTION = "diffusers.models.attention"
+ACTIVATIONS = "diffusers.models.activations"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: what it replaces, and the sources that it was written for.
+
+    `sources` maps "module:qualified name" to the fingerprint of the code that the patch stands in for. `check` raises
+    for a model that cannot be patched; `forwards` gives each module's new forward.
+    """
+
+    name: str
+    sources: dict[str, str]
+    check: Callable[[nn.Module], None]
+    forwards: Callable[[nn.Module, Settings], Iterable[tuple[nn.Module, Callable[..., Any]]]]
+
+
+# From Python 3.12 and 3.14 on.
+_OPENING = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")}
+_CLOSING = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")}
+
+
+def _tokens(source: str) -> Iterator[tuple[int, str]]:
+    """Type and text of each token; an f-string is one string, as every Python before 3.12 reads it."""
+    lines = io.StringIO(source).readlines()
+    opened: list[tuple[int, int]] = []
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        if token.type in _OPENING:
+            opened.append(token.start)
+        elif token.type in _CLOSING:
+            (row, column), (last, end) = opened.pop(), token.end
+            if not opened:
+                text = "".join(lines[row - 1 : last])
+                yield tokenize.STRING, text[column : len(text) - len(lines[last - 1]) + end]
+        elif not opened:
+            yield token.type, token.string
+
+
+def fingerprint_source(source: str) -> str:
+    """Hash of a source without comments, layout and docstrings, the same on every Python."""
+    parts: list[str] = []
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    at_start = True
+    for kind, text in _tokens(inspect.cleandoc("\n" + source)):
+        if kind in layout:
+            at_start = at_start or kind == tokenize.NEWLINE
+            continue
+        if not (kind == tokenize.STRING and at_start):
+            parts.append("".join(text.split()))
+        at_start = False
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """Hash of a function's source without comments, layout and docstrings."""
+    return fingerprint_source(inspect.getsource(inspect.unwrap(function)))
+
+
+def resolve(path: str) -> Callable[..., Any] | None:
+    """The function at "module:qualified name", or None where there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found: Any = __import__(module, fromlist=["_"])
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return cast(Callable[..., Any], found)
+
+
+def check_sources(family: Family) -> None:
+    """Refuses code that differs from what the patch was written for."""
+    import diffusers
+
+    for path, known in family.sources.items():
+        function = resolve(path)
+        if function is None or fingerprint(function) != known:
+            state = "is missing" if function is None else "differs from the code that this patch replaces"
+            raise ValueError(
+                f"transformer: got a {family.name} of diffusers {diffusers.__version__}, whose {path.replace(':', '.')}"
+                f" {state}; want a version with the code of diffusers 0.42.1"
+            )
+
+
+def want(condition: bool, where: str, got: Any, wanted: str) -> None:
+    """Refuses a module that differs from what the replacement computes."""
+    if not condition:
+        raise ValueError(f"transformer.{where}: got {got}, want {wanted}")
+
+
+def check_plain_layer_norm(module: nn.Module, where: str) -> None:
+    """A LayerNorm over one dimension without weights."""
+    plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and not module.elementwise_affine
+    want(plain, where, module, "a LayerNorm without weights")
+
+
+def check_feed_forward(module: nn.Module, where: str) -> None:
+    """Linear, GELU in its tanh form, dropout, linear."""
+    layers: Any = getattr(module, "net", ())
+    fits = len(layers) == 3 and type(layers[0]).__name__ == "GELU" and layers[0].approximate == "tanh"
+    want(fits, where, module, "a FeedForward with a tanh GELU and three layers")
+
+
+def check_processor(module: nn.Module, where: str, name: str) -> None:
+    """The attention processor that the patch computes the same as."""
+    processor = getattr(module, "processor", None)
+    want(type(processor).__name__ == name, f"{where}.processor", type(processor).__name__, name)
+
+
+def check_rms_norms(attn: nn.Module, where: str, names: tuple[str, ...]) -> None:
+    """diffusers' RMSNorm without a bias on all of these, or on none, with one epsilon."""
+    norms = [getattr(attn, name) for name in names]
+    if all(norm is None for norm in norms):
+        return
+    for name, norm in zip(names, norms, strict=True):
+        fits = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None and norm.eps == norms[0].eps
+        want(fits, f"{where}.{name}", norm, "an RMSNorm without bias, with the epsilon of the others")
+        module = type(norm).__module__
+        want(module == "diffusers.models.normalization", f"{where}.{name}", f"one of {module}", "diffusers' RMSNorm")
