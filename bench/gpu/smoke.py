@@ -1,167 +1,71 @@
 """Whether everything runs at all and agrees with the CPU: one shape of each op, a line each as soon as it is known.
 
 `python -m bench.gpu.smoke`: parts run in processes of their own at the same time, as compiling is most of their work.
+They start before anything large is imported here.
 """
 
 import argparse
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pytest
-import torch
-
-from dancegrpo_fast import gaussian_noise, info
-from tests.gpu import test_block_ops, test_graphs, test_invariance, test_parity, test_streams
-from tests.gpu.targets import Target, differing_bits, on
-from tests.ops.cases import BF16, F32, TABLES, make_case, sample
-from tests.ops.test_policy_loss import OPTIONS
-from tests.tolerances import KERNELS_APART_ULPS, assert_same_noise
-
-from ..harness import environment
 from ..rows import Row, Rows
-from .scalars import scalar_orders
 
-TABLE = TABLES["flow"]
-DTYPES = (F32, BF16, F32)
-SHAPE = (3, 7, 2500)
-STEPS = torch.tensor([3, 1, 0, 2, 2, 1, 1, 2, 1])
-# A detail to print; raises AssertionError where it is not as it must be.
-Check = Callable[[], str]
-
-
-def _seeded(target: Target) -> str:
-    case = make_case(SHAPE, TABLE, DTYPES, cfg=True)
-    found = sample(on(case, target), TABLE, seed=8, backend=target.backend)
-    here = sample(case, TABLE, seed=8)
-    noise: dict[str, Any] = {"shape": SHAPE[1:], "seed": 8}
-    there = gaussian_noise(**noise, sample_ids=case.sample_ids.to(target.device), backend=target.backend)
-    ours = gaussian_noise(**noise, sample_ids=case.sample_ids, backend="cpu")
-    apart = differing_bits(found.latents, here.latents)
-    assert_same_noise(there.cpu(), ours, KERNELS_APART_ULPS)
-    assert target.backend != "cuda" or apart == 0, f"{apart} bits of the latents are not the CPU's"
-    return f"{differing_bits(there, ours)} bits of noise and {apart} of latents differ from the CPU's"
-
-
-def _step(target: Target) -> str:
-    test_parity.assert_sampling(make_case(SHAPE, TABLE, DTYPES, cfg=True), TABLE, target, F32)
-    return "latents and x0 are the CPU's bits"
-
-
-def _score(target: Target) -> str:
-    test_parity.assert_scoring(make_case(SHAPE, TABLE, DTYPES, cfg=True), TABLE, target)
-    return "score and gradients"
-
-
-def _loss(target: Target) -> str:
-    table = TABLES["mixed"]
-    cases = [make_case((9, 3, 701), table, DTYPES, cfg=True, step=STEPS, seed=seed) for seed in range(4)]
-    options: Any = OPTIONS["everything"]
-    test_parity.assert_loss(cases, table, target, **options)
-    return "loss, gradients and metrics"
-
-
-def _ratio(target: Target) -> str:
-    test_invariance.test_first_ratio_is_exactly_one(target, DTYPES, True, "exact", True)
-    return "ratio exactly 1"
-
-
-def _graph(target: Target) -> str:
-    test_graphs.test_replays_follow_their_inputs(target)
-    return "replays follow their inputs"
-
-
-def _stream(target: Target) -> str:
-    test_streams.test_a_side_stream(target)
-    return "the same bits on a side stream"
-
-
-def _block(target: Target, name: str) -> str:
-    op = test_block_ops.make(name, target)
-    found = test_block_ops.assert_parity(op, target, "lossless")
-    plain = test_block_ops.results(op, "lossless", "reference")
-    apart = sum(int((found[n] != plain[n]).sum()) for n in found)
-    return f"{apart} of {sum(t.numel() for t in found.values())} elements differ from eager torch"
-
-
-def _block_graph(target: Target, name: str) -> str:
-    test_block_ops.TestBits().test_replays_of_a_graph_follow_their_inputs(target, name)
-    return "replays follow their inputs"
-
-
-OPS: dict[str, Callable[[Target], str]] = {
-    "step": _step,
-    "seeded step": _seeded,
-    "score": _score,
-    "loss": _loss,
-    "ratio": _ratio,
-    "graph": _graph,
-    "side stream": _stream,
-}
-BLOCK_GRAPH = "gelu"
-
-
-def parts(dry: bool) -> dict[str, dict[str, Check]]:
-    """Part -> check -> call; a part of Triton is what one process compiles."""
-    cuda, triton, block = (
-        (Target("cpu", "cpu"), Target("cpu", "cpu"), Target("cpu", "reference"))
-        if dry
-        else (Target("cuda", "cuda"), Target("cuda", "triton"), Target("cuda", "triton"))
-    )
-    found: dict[str, dict[str, Check]] = {"cuda": {name: partial(run, cuda) for name, run in OPS.items()}}
-    found |= {f"triton, {name}": {name: partial(run, triton)} for name, run in OPS.items()}
-    found |= {f"block op, {name}": {name: partial(_block, block, name)} for name in test_block_ops.FEW}
-    found[f"block op, graph of {BLOCK_GRAPH}"] = {"graph": partial(_block_graph, block, BLOCK_GRAPH)}
-    return found
-
-
-def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> bool:
-    """Whether all passed; a row and a line each."""
-    good = True
-    for name, run in checks.items():
-        begin, passed = time.monotonic(), False
-        try:
-            detail, passed = run(), True
-        except pytest.skip.Exception as skipped:
-            detail = f"skipped: {skipped}"
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-            detail = f"{type(error).__name__}: {str(error) or place}"
-        seconds = round(time.monotonic() - begin, 2)
-        detail = detail.strip().split("\n")[0][:300]
-        row = {"op": "smoke", "part": part, "check": name, "passed": passed, "detail": detail, "seconds": seconds}
-        rows.add(f"{part}: {name}", [{**row, "environment": where}])
-        print(f"{'good' if passed else 'BAD '} {part}: {name}, {seconds:.1f} s: {detail}", flush=True)
-        good &= passed
-    return good
-
-
-def scalars(device: str, rows: Rows, where: Row) -> None:
-    """Rows of how the device rounds a scalar in a product."""
-    for row in scalar_orders(torch.device(device)):
-        rows.add(f"scalar order: {row['scalar']}, {row['order']}", [{**row, "environment": where}])
-        print(f"{row['order']}, scalar {row['scalar']}: {row['rounding']} on {device}", flush=True)
+# As in `first_calls.parts`: of Triton a process a check, which compiles what it needs.
+CHECKS = ("step", "seeded step", "score", "loss", "ratio", "graph", "side stream")
+BLOCK_OPS = ("norm", "gated norm", "gate", "rope of two streams", "rope over tokens", "gelu behind a prefix")
+PARTS = ("cuda", *(f"triton, {name}" for name in CHECKS), *(f"block op, {name}" for name in BLOCK_OPS))
+PARTS += ("block op, graph of gelu",)
 
 
 def _is_mine(row: Row) -> bool:
     return row["op"] in ("smoke", "scalar order")
 
 
-def _children(command: list[str], wanted: list[str], jobs: int) -> Iterator[int]:
-    """Exit statuses of a process a part."""
-    running: list[subprocess.Popen[bytes]] = []
-    for part in wanted:
-        if len(running) == jobs:
-            yield running.pop(0).wait()
-        running.append(subprocess.Popen([*command, "--part", part]))
-    for process in running:
-        yield process.wait()
+def run_parts(parts: list[str], dry: bool, out: Path | None) -> bool:
+    """In this process; whether all agree."""
+    import torch
+
+    from ..harness import environment
+    from . import first_calls
+
+    if dry:
+        torch.set_num_threads(1)
+    where = environment(torch.device("cpu" if dry else "cuda")) | ({"dry": True} if dry else {})
+    rows, every = Rows(out, _is_mine, append=True), first_calls.parts(dry)
+    results = [first_calls.run_part(part, every[part], rows, where) for part in parts]
+    return all(results)
+
+
+def say_what_is_here(dry: bool, out: Path | None) -> None:
+    """Versions and backends, and how the device rounds a scalar in a product."""
+    import torch
+
+    from dancegrpo_fast import info
+
+    from ..harness import environment
+    from .scalars import scalar_orders
+
+    print(info.describe(), flush=True)
+    device = torch.device("cpu" if dry else "cuda")
+    where = environment(device) | ({"dry": True} if dry else {})
+    rows = Rows(out, _is_mine, append=True)
+    for row in scalar_orders(device):
+        rows.add(f"scalar order: {row['scalar']}, {row['order']}", [{**row, "environment": where}])
+        print(f"{row['order']}, scalar {row['scalar']}: {row['rounding']} on {device}", flush=True)
+
+
+def run_in_processes(command: list[str], jobs: int, dry: bool, out: Path | None) -> bool:
+    """A process a part, at most `jobs` at once; whether all agree."""
+    waiting, running = list(PARTS), [subprocess.Popen([*command, part]) for part in PARTS[:jobs]]
+    del waiting[:jobs]
+    say_what_is_here(dry, out)
+    good = True
+    while running:
+        good &= running.pop(0).wait() == 0
+        if waiting:
+            running.append(subprocess.Popen([*command, waiting.pop(0)]))
+    return good
 
 
 def main() -> None:
@@ -169,27 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "dry"), default="cuda", help="dry: the same bodies on the CPU")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
-    parser.add_argument("--part", help="only this one")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
     parser.add_argument("--out", type=Path, help="results file; rows of others in it are kept")
     options = parser.parse_args()
     dry = options.device == "dry"
-    if dry:
-        torch.set_num_threads(1)
-    device = "cpu" if dry else "cuda"
-    every = parts(dry)
-    where = environment(torch.device(device)) | ({"dry": True} if dry else {})
     if options.part is not None:
-        sys.exit(not run_part(options.part, every[options.part], Rows(options.out, _is_mine, append=True), where))
-    print(info.describe(), flush=True)
-    rows = Rows(options.out, _is_mine)
-    scalars(device, rows, where)
+        sys.exit(not run_parts([options.part], dry, options.out))
+    Rows(options.out, _is_mine)
     if options.jobs == 1:
-        results = [run_part(part, checks, rows, where) for part, checks in every.items()]
-        good = all(results)
+        say_what_is_here(dry, options.out)
+        good = run_parts(list(PARTS), dry, options.out)
     else:
         command = [sys.executable, "-m", "bench.gpu.smoke", "--device", options.device]
         command += [] if options.out is None else ["--out", str(options.out)]
-        good = not any(list(_children(command, list(every), options.jobs)))
+        good = run_in_processes([*command, "--part"], options.jobs, dry, options.out)
     print("everything agrees" if good else "something does not agree, see above")
     sys.exit(not good)
 

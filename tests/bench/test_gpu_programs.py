@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import expectations, smoke
+from bench.gpu import expectations, first_calls, smoke
 from bench.gpu.scalars import AS_IT_IS, NEITHER, ROUNDED, _rounding, scalar_orders
 from bench.rows import Rows, read
 
@@ -98,7 +98,7 @@ def test_a_first_call_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Captu
         return "all is well"
 
     rows = Rows(tmp_path / "rows", lambda row: True)
-    assert smoke.run_part("cuda", {"step": call, "other": lambda: "fine"}, rows, {}) == (error is None)
+    assert first_calls.run_part("cuda", {"step": call, "other": lambda: "fine"}, rows, {}) == (error is None)
     first, second = read(tmp_path / "rows")
     assert first["passed"] == (error is None) and second["passed"]
     said = {AssertionError: "AssertionError: test_gpu_programs.py:", ValueError: "ValueError: no such thing"}
@@ -108,9 +108,10 @@ def test_a_first_call_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Captu
 
 def test_every_op_has_a_first_call() -> None:
     """By both implementations, and what the gate expects of them is found by their names."""
-    parts = smoke.parts(dry=True)
+    parts = first_calls.parts(dry=True)
+    assert tuple(parts) == smoke.PARTS
     labels = [f"{part}: {check}" for part, every in parts.items() for check in every]
-    assert len(labels) == len(set(labels)) and set(parts["cuda"]) == set(smoke.OPS)
+    assert len(labels) == len(set(labels)) and set(parts["cuda"]) == set(first_calls.OPS)
     rows = [{"op": "smoke", "case": label, "passed": True, "detail": ""} for label in labels]
     verdicts = expectations.JUDGES["smoke"](expectations.Evidence(rows, [], []))
     assert [verdict.met for verdict in verdicts] == [True, True, True, False]

@@ -203,6 +203,9 @@ def test_a_gpu_is_asked_after_a_first_call() -> None:
     weight = torch.ones(3, requires_grad=True)
     found = gauge.on_cuda(lambda: 2 * weight, cuda)
     # The output and its gradient are not kept for the backward.
-    assert found == gauge.Taken(900, 600 - 2 * 12, 2000)
+    assert found == gauge.Taken(900, 600 - 2 * 12, 1000, 2000)
     assert cuda.told == [] and cuda.calls.count("reset_peak_memory_stats") == 2
     assert weight.grad is not None
+    # A call without gradients keeps nothing.
+    cuda.told = [100] * 2
+    assert gauge.on_cuda(lambda: 2 * weight, cuda, train=False) == gauge.Taken(900, 0, 1000, 2000)
