@@ -81,7 +81,7 @@ class Processes:
         self.count: int = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        if self.sharded and self.device.type == "cpu" and torch.__version__ < (2, 9):
+        if self.sharded and self.device.type == "cpu" and torch.__version__ < "2.9":
             # gloo added gradients where it was asked for their mean: github.com/pytorch/pytorch/issues/162338.
             raise ValueError(f"accelerate: got FSDP2 on CPUs with torch {torch.__version__}, want torch 2.9 or DDP")
         self._reshard = plugin is not None and bool(plugin.reshard_after_forward)
