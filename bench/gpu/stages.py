@@ -57,6 +57,7 @@ def _pytest(gate: Gate, choose: str) -> Outcome:
     again = [] if not gate.resume else ["--not-again", str(lines)]
     files = list(DRY_TESTS) if gate.dry else _gpu_tests(gate.runner.tree)
     workers = ["-n", str(min(12, gate.jobs)), "--dist", "loadgroup"] if gate.jobs > 1 and not gate.dry else []
+    workers = workers if gate.found.get("xdist") else []
     status, text = gate.python(
         *(
             "-m",

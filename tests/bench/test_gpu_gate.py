@@ -107,7 +107,8 @@ def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     while any(tree in os.readlink(link) for link in working_folders()):
         assert time.monotonic() < ends, "its programs go on"
         time.sleep(0.05)
-    before = [row for row in rows_of(tmp_path) if row["op"] == "host"]
+    before = rows_of(tmp_path)
+    assert {row["op"] for row in before} == {"host"}, "its programs went on"
     second = tmp_path / "second"
     found = gate(second, "--dry", "--only", "failed", "--last", str(tmp_path))
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
