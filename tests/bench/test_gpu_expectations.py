@@ -18,6 +18,7 @@ from bench.gpu.gate import PASSED, Gate, Summary
 from bench.gpu.process import Runner
 from dancegrpo_fast.memory import planner
 
+from ..processes import LIMIT
 from ..tolerances import PREDICTED_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +184,7 @@ def test_every_gpu_test_belongs_to_a_claim_of_its_stage() -> None:
     files = ["tests/gpu", "tests/memory/test_kept_bytes.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     names = [text for text in found.stdout.splitlines() if "::" in text]
     patterns = {stage: [job["tests"] for job in JOBS if job["stage"] == stage and "tests" in job] for stage in JUDGES}
     chosen: dict[str, list[str]] = {"tests": [], "more": []}

@@ -21,10 +21,11 @@ from bench.gpu.gate import SUMMARY, TESTS, Gate, Summary
 from bench.gpu.process import Runner
 from bench.rows import read
 
+from ..processes import LIMIT
+
 ROOT = Path(__file__).parents[2]
 BUILT = sorted((ROOT / "dancegrpo_fast").glob(f"_c*{modules.SUFFIX}"))
 needs_modules = pytest.mark.skipif(not BUILT, reason="no compiled modules in the source folder")
-MINUTE = 120.0
 
 
 def started(out: Path, *options: str) -> "subprocess.Popen[str]":
@@ -36,7 +37,11 @@ def started(out: Path, *options: str) -> "subprocess.Popen[str]":
 
 def gate(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     process = started(out, *options)
-    stdout, stderr = process.communicate()
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -90,7 +95,7 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     """And its programs end with it; a second run does what is left, and no more."""
     process = started(tmp_path, "--dry", "--only", "modules,bench,ncu")
-    ends = time.monotonic() + MINUTE
+    ends = time.monotonic() + LIMIT
     while not any(tmp_path.glob("*.jsonl")) or not any(row["op"] == "host" for row in rows_of(tmp_path)):
         assert process.poll() is None and time.monotonic() < ends
         time.sleep(0.05)
@@ -128,12 +133,12 @@ def working_folders() -> list[str]:
 @needs_modules
 def test_a_gate_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
     process = started(tmp_path, "--dry", "--only", "modules,smoke")
-    ends = time.monotonic() + MINUTE
+    ends = time.monotonic() + LIMIT
     while not (tmp_path / SUMMARY).exists() or verdicts(tmp_path)["modules"] != "passed":
         assert process.poll() is None and time.monotonic() < ends
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate()
+    stdout, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0 and "files in" in stdout
     assert verdicts(tmp_path)["modules"] == "passed" and not summary(tmp_path)["finished"]
 
@@ -242,7 +247,7 @@ def test_tests_that_are_killed_leave_their_lines(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.reports"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": LIMIT}
     killed = subprocess.run([*command, "--lines", str(lines)], **options)
     assert killed.returncode == -signal.SIGKILL
     found = {line["test"].partition("::")[2]: line for line in read(lines)}

@@ -13,13 +13,15 @@ from bench.gpu import expectations, first_calls, smoke
 from bench.gpu.scalars import AS_IT_IS, NEITHER, ROUNDED, _rounding, scalar_orders
 from bench.rows import Rows, read
 
+from ..processes import LIMIT
+
 ROOT = Path(__file__).parents[2]
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 
 
 def rows_of(out: Path, module: str, *options: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", module, "--device", "dry", "--out", str(out), *options]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return read(out)
 
