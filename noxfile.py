@@ -16,12 +16,12 @@ ROWS, PAGE = ROOT / "docs" / "compatibility.jsonl", ROOT / "docs" / "compatibili
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PINNED = (ROOT / "constraints.txt").read_text().split()
-# Ops, patches, peers' functions, samplers, kernels interpreted and compiled, and short recipes.
+COMPILED = "tests/triton/test_compiled_models.py"
+# Ops, patches, peers' functions, samplers, every kernel that models launch compiled offline, and short recipes.
 TESTS = (
-    *("tests/ops", "tests/patch", "tests/compat", "tests/triton", "tests/train/test_trainer.py"),
+    *("tests/ops", "tests/patch", "tests/compat", COMPILED, "tests/train/test_trainer.py"),
     *("tests/test_transitions.py", "tests/test_transition_errors.py", "tests/test_advantages.py"),
 )
-COMPILED = "tests/triton/test_families.py"
 TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 nox.options.reuse_existing_virtualenvs = True

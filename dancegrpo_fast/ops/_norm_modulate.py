@@ -159,9 +159,9 @@ _BACKWARD = Subject(
 
 
 def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *rest, backend = rest
-    _, _, y, gate, *settings, wanted = rest
-    arguments = grad_h, list(grads), h, *rest
+    *given, backend = rest
+    _, _, y, gate, *settings, wanted = given
+    arguments = grad_h, list(grads), h, *given
     found = None
     if triton := triton_module("norm_modulate", backend, h, y, gate, *settings[:4]):
         trust = settings[7] == "fast"

@@ -184,10 +184,11 @@ def _backward_sliced(*arguments: Any) -> tuple[Any, ...]:
         parts = [] if grad is None else grad.split_with_sizes(lengths, dim=1)
         found = [t[:SAMPLES, :: part.step] for t, part in zip(parts, slices, strict=False)]
         joint.append(torch.cat(found, dim=1) if found else None)
-    statistics = [
-        t[:, :SAMPLES, :: part.step].contiguous() if t.numel() else t
-        for t, part in zip((rstd, rstd2), (*slices, None)[:2], strict=True)
-    ]
+    statistics = [rstd, rstd2]
+    for i, part in enumerate(slices):
+        # The kernel takes them as they were written, without gaps.
+        if statistics[i].numel():
+            statistics[i] = statistics[i][:, :SAMPLES, :: part.step].contiguous()
     return *joint, *statistics, *_sliced(*arguments[4:])
 
 

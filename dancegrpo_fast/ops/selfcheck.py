@@ -79,7 +79,7 @@ def records() -> list[Check]:
 def clear() -> None:
     """Forgets all comparisons and verdicts, those that other processes agreed on excepted."""
     for kept in (_records, _passed, _chosen, _trusted):
-        kept.clear()  # type: ignore[attr-defined]  # a list and dicts
+        kept.clear()
 
 
 def kind(value: Tensor | None) -> torch.dtype | None:
@@ -207,7 +207,7 @@ class _Verdict(NamedTuple):
     difference: float
     budget: float | None
     differing: int
-    count: int
+    elements: int
 
 
 def _judged(ours: Tensor, eager: Tensor, truth: Tensor, exact: bool) -> _Verdict:
@@ -238,11 +238,11 @@ def _compared(
         looked = [
             (ours, eager, value, exact)
             for ours, eager, value, exact in zip(found, plain, truth, subject.exact(*part), strict=False)
-            if exact is not None and ours is not None and ours.numel()
+            if exact is not None and ours is not None and eager is not None and value is not None and ours.numel()
         ]
         verdicts = [_judged(*each) for each in looked]
         # Gradients of advantages that are 0, say: a later call has more to show.
-        blank = not any(bool((t != 0).any()) for ours, eager, _, _ in looked for t in (ours, eager))
+        blank = not any(bool(t.any()) for ours, eager, _, _ in looked for t in (ours, eager))
     if blank:
         return None
     worst = min(verdicts, key=lambda verdict: (verdict.passed, -verdict.difference, verdict.budget is None))
@@ -261,7 +261,8 @@ def _compared(
         then = "eager torch computes it from now on" if backend == "checked" else 'on_mismatch="eager" avoids it'
         warnings.warn(
             f"{subject.op} {subject.direction} on {device}, {check.signature}: differs from eager torch by up to"
-            f" {worst.difference:.3g} in {worst.differing} of {worst.count} elements looked at, want {wanted}; {then}",
+            f" {worst.difference:.3g} in {worst.differing} of {worst.elements} elements looked at, want {wanted};"
+            f" {then}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.ops import _triton_qk_norm_rope as launcher
-from dancegrpo_fast.ops.qk_norm_rope import Stream, _backward_outputs, _forward_outputs, qk_norm_rope
+from dancegrpo_fast.ops._qk_norm_rope import _backward_outputs, _forward_outputs
+from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 
 from ..ops.cases import BF16, F16, F32, F64, bits
 from ..tolerances import assert_within_budget
