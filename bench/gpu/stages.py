@@ -17,7 +17,7 @@ RESERVE = 8.0
 # In a dry run: of each program, what shows that it runs.
 DRY_TESTS = ("tests/gpu/test_streams.py",)
 DRY_BLOCKS = "gelu_tanh, plain, HunyuanVideo"
-DRY_MEMORY = "decode, FLUX|_native_efficient, mask"
+DRY_MEMORY = "attention memory, native, mask|_native_efficient, mask"
 
 
 def _versions(gate: Gate) -> None:
