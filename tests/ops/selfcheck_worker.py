@@ -1,10 +1,11 @@
 """One of two gloo processes, which differ in what their kernels get wrong. Started by test_selfcheck.py.
 
-Usage: python -m tests.ops.selfcheck_worker RANK FILE PORT OUTPUT; by a store in FILE, then by one on a free PORT.
+Usage: selfcheck_worker.py RANK FILE PORT OUTPUT; by a store in FILE, then by one on a free PORT.
 """
 
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from dancegrpo_fast.ops import selfcheck
 from dancegrpo_fast.ops.gated_residual import gated_residual
-
-from .planted import in_place_of_triton
 
 WIDTHS = (16, 24)
 
@@ -27,6 +26,8 @@ def verdicts(rank: int, method: str, wrong: int) -> dict[str, object]:
     def plant(op: str, direction: str, place: int, value: Tensor) -> None:
         if value.shape[-1] == order[wrong]:
             value += 1
+
+    from tests.ops.planted import in_place_of_triton
 
     by_triton: dict[int, list[bool]] = {}
     selfcheck.clear()
@@ -46,6 +47,8 @@ def verdicts(rank: int, method: str, wrong: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    # Behind the installed package.
+    sys.path.append(str(Path(__file__).parents[2]))
     torch.set_num_threads(1)
     rank, file, port, output = sys.argv[1:]
     methods = (f"file://{file}", f"tcp://127.0.0.1:{port}")

@@ -27,6 +27,7 @@ from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_
 from .planted import in_place_of_triton, off_by
 from .test_block_ops import BF16, CALLS, F16, F32, call_of, draw
 
+WORKER = Path(__file__).with_name("selfcheck_worker.py")
 B, S, C = 3, 130, 32
 OPS = [name for name in CALLS if name != "gelu"]
 
@@ -378,10 +379,9 @@ class TestRanks:
             given = [str(tmp_path / "store"), str(free.getsockname()[1]), str(tmp_path / "found")]
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.ops.selfcheck_worker", str(rank), *given],
+                [sys.executable, "-P", str(WORKER), str(rank), *given],
                 stderr=subprocess.PIPE,
                 text=True,
-                cwd=Path(__file__).parents[2],
             )
             for rank in range(2)
         ]
