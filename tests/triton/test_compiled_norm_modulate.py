@@ -179,10 +179,10 @@ def test_lossless_rounds_in_hardware(tmp_path: Path) -> None:
         assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", compile_all(90, tmp_path, run, mode="lossless")[0].ptx)
 
 
-@pytest.mark.parametrize("channels", [72, 1])
-def test_small_and_odd_rows(channels: int, tmp_path: Path) -> None:
+def test_rows_of_one_channel(tmp_path: Path) -> None:
+    """Other small and odd rows are those of the small models."""
     for run, how in RUNS.values():
-        for found in compile_all(90, tmp_path, run, channels, **how):
+        for found in compile_all(90, tmp_path, run, 1, **how):
             assert found.spilled == 0 and ".f64" not in found.ptx
 
 
