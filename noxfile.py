@@ -61,8 +61,11 @@ CELLS = {
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """Of the tree that is tested; the table itself may have changed since."""
+    git = ["git", "-C", str(ROOT)]
+    ask = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ".", ":!docs"])
+    commit, changed = (subprocess.run(git + each, capture_output=True, text=True).stdout.strip() for each in ask)
+    return f"{commit}-dirty" if changed else commit
 
 
 def _install(session: nox.Session, cell: Cell) -> None:
