@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 
 import dancegrpo_fast as dgf
 from dancegrpo_fast import backends
+from dancegrpo_fast.checks import shown
 from dancegrpo_fast.ops.gated_residual import gated_residual
 from dancegrpo_fast.ops.gelu_linear import gelu_linear
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
@@ -150,7 +152,7 @@ CALLS: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize("value", [None, 3, b"cpu", ["cpu"], torch.ones(2)], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_backend_that_is_no_string(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^backend: got {type(value).__name__}, want one of \"auto\""):
+    with pytest.raises(ValueError, match=rf"^backend: got {re.escape(shown(value))}, want one of \"auto\""):
         CALLS[name](backend=value)
 
 
