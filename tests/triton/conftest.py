@@ -26,6 +26,8 @@ def language_patched_once() -> Iterator[None]:
         if modules not in done:
             done.add(modules)
             original(fn)
+            # Triton before 3.7 has a conversion here that NumPy refuses from 2.4 on.
+            tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return SimpleNamespace(restore=lambda: None)
 
     with pytest.MonkeyPatch.context() as patch:
