@@ -38,10 +38,14 @@ class _Passport:
         self._settings = settings
 
     def __reduce__(self) -> tuple[Any, ...]:
-        root = str(Path(__file__).resolve().parents[2])
-        # The path is replaced by the parent's right after.
+        package, _, _ = __name__.partition(".")
+        # The parent's own copy; the child may find another one, or none.
         text = (
-            f"import sys; sys.path.append({root!r})\n"
+            "import importlib.util, sys\n"
+            f"if {package!r} not in sys.modules:\n"
+            f"    spec = importlib.util.spec_from_file_location({package!r}, {sys.modules[package].__file__!r})\n"
+            f"    sys.modules[{package!r}] = importlib.util.module_from_spec(spec)\n"
+            f"    spec.loader.exec_module(sys.modules[{package!r}])\n"
             f"from {__package__}._process import arrive\n"
             f"arrive({asdict(self._settings)!r})"
         )

@@ -1,14 +1,13 @@
 """One process of `run`: starts the replacements, notes what was defined, and closes with the report. Needs no torch."""
 
 import atexit
-import importlib
 import os
 from collections.abc import Mapping
 from multiprocessing import util
 from types import FunctionType
 from typing import Any
 
-from . import _children, _imports
+from . import _children, _imports, _loading
 from ._known import candidates
 from ._replaced import Replacements
 from ._settings import Settings, say
@@ -39,9 +38,7 @@ class Process:
         """Everything that is defined, loaded or spawned from now on is looked at."""
         watch: Mapping[str, Any] = {}
         if self.settings.accelerate is not None:
-            _loading: Any = importlib.import_module("._loading", __package__)
-            _loading.install(self.settings.accelerate, say)
-            watch = _loading.WATCH
+            watch = _loading.install(self.settings.accelerate, say)
         _imports.install(self.define, watch)
         _children.follow(self.settings)
         _children.tell_of_others()

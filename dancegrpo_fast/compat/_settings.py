@@ -8,8 +8,6 @@ ROUNDINGS = ("exact", "reference")
 # As in `backends`, which needs torch.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 LATENTS = ("bfloat16", "float16", "float32")
-# On a CPU block ops make a step longer: only where that is asked for.
-ACCELERATE = ("lossless", "fast", "lossless:cpu", "fast:cpu")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ._known import KNOWN
 from ._launchers import launches, with_run
-from ._settings import ACCELERATE, BACKENDS, LATENTS, ROUNDINGS, Settings
+from ._loading import MODES
+from ._settings import BACKENDS, LATENTS, ROUNDINGS, Settings
 from ._source import hooked
 
 USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
@@ -29,7 +30,8 @@ options:
   --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)
   --backend NAME               of ours: {backends} (auto)
   --latents DTYPE              scored as stored: next latents are rounded to {latents} before they are scored
-  --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops
+  --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops; without a
+                               CUDA device only as lossless:cpu or fast:cpu, since there they cost time
   --only NAME, --skip NAME     replace these alone, or all but these; more names after commas, or by repeating
   --report FILE                writes the closing table as JSON
   --dry-run                    runs nothing: lists the known functions in the script's own files
@@ -38,7 +40,7 @@ options:
 names, as NAME or package.module:NAME:
 {names}
 """
-_CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "accelerate": ACCELERATE}
+_CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "accelerate": MODES}
 _VALUES = (*_CHOICES, "only", "skip", "report")
 
 
@@ -70,7 +72,11 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
     if not rest or rest == ["-m"]:
         raise ValueError("script: got none, want a Python file, or -m and a module")
     if launches(rest):
-        raise ValueError(f"{rest[0]}: got a launcher, whose processes would not be replaced; want: {with_run(rest)}")
+        module = rest[0] == "-m"
+        raise ValueError(
+            f"{' '.join(rest[: 1 + module])}: got a launcher, whose processes would not be replaced; "
+            f"want: {'python ' * module}{with_run(rest)}"
+        )
     run = _module(rest[1], rest[2:]) if rest[0] == "-m" else _path(rest[0], rest[1:])
     if "--dry-run" in flags:
         return _dry_run(rest, settings)
