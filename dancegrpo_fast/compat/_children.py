@@ -12,7 +12,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ._launchers import RUN, after_options, is_python, launches, with_run
-from ._settings import Settings, say
+from ._report import say
+from ._settings import Settings
 
 _INSTALLED = {"site-packages", "dist-packages"}
 

@@ -18,7 +18,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ._known import candidates
-from ._settings import say
+from ._report import say
 from ._source import HOOK, defines, hooked
 
 Define = Callable[[FunctionType], Any]

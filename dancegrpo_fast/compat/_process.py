@@ -10,7 +10,8 @@ from typing import Any
 from . import _children, _imports, _loading
 from ._known import candidates
 from ._replaced import Replacements
-from ._settings import Settings, say
+from ._report import say
+from ._settings import Settings
 
 
 class Process:

@@ -7,7 +7,8 @@ from types import FunctionType
 from typing import Any
 
 from ._known import candidates, misfit
-from ._settings import Settings, say
+from ._report import say
+from ._settings import Settings
 
 
 class Replacements:
