@@ -12,8 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ._launchers import RUN, after_options, is_python, launches, with_run
-from ._report import say
-from ._settings import Settings
+from ._settings import Settings, say
 
 _INSTALLED = {"site-packages", "dist-packages"}
 
@@ -63,10 +62,10 @@ def tell_of_others() -> None:
         # Whatever a command line holds, the script's process must start.
         with contextlib.suppress(Exception):
             words = shlex.split(os.fsdecode(arguments[0])) if event == "os.system" else _words(arguments[1])
-            better = _better(words)
-            if better is not None and better not in told:
-                told.add(better)
-                say(f"a Python process is started in which nothing is replaced; to have it replaced: {better}")
+            hint = _hint(words)
+            if hint is not None and hint not in told:
+                told.add(hint)
+                say(hint)
 
     sys.addaudithook(hook)
 
@@ -76,6 +75,15 @@ def _words(arguments: Any) -> list[str]:
     if len(words) == 3 and words[1] == "-c" and PurePath(words[0]).name in ("sh", "bash"):
         return shlex.split(words[2])
     return words
+
+
+def _hint(words: Sequence[str]) -> str | None:
+    if words and PurePath(words[0]).name == "raylet":
+        return "Ray's workers are processes in which nothing is replaced; dancegrpo_fast.plugins says what to do"
+    better = _better(words)
+    if better is None:
+        return None
+    return f"a Python process is started in which nothing is replaced; to have it replaced: {better}"
 
 
 def _better(words: Sequence[str]) -> str | None:

@@ -98,7 +98,7 @@ class Dispatch:
 
     def _choices(self, owner: Any) -> list[Any]:
         attributes = getattr(owner, "__dict__", {})
-        chosen = [type(owner)]
+        chosen: list[Any] = [type(owner)]
         chosen += [_kind(v) for v in attributes.values() if v.__class__ in (bool, str, float)]
         config = attributes.get("_internal_dict")  # of diffusers' schedulers, replaced as a whole when it changes
         if config is not None:

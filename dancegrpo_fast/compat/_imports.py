@@ -18,8 +18,8 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ._known import candidates
-from ._report import say
-from ._source import HOOK, defines, hooked
+from ._settings import say
+from ._source import HOOK, METHODS, defines, hooked
 
 Define = Callable[[FunctionType], Any]
 _LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader, zipimport.zipimporter)
@@ -108,13 +108,14 @@ def _again(code: CodeType, source: Callable[[], str | bytes | None], to_code: Ca
 
 
 def replace_loaded(define: Define) -> None:
-    """Replaces known functions in modules that were executed before the hook was there, as by a fork server."""
+    """Replaces known functions in modules that were executed before the hook was there, by a fork server for one."""
 
     def put(home: Any, owner: str | None) -> None:
         for name, value in list(vars(home).items()):
-            if isinstance(value, type) and owner is None and value.__module__ == home.__name__:
-                put(value, value.__name__)
-            elif isinstance(value, FunctionType) and candidates(value.__name__, owner):
+            # By type alone: a lazy object may do anything when it is asked.
+            if issubclass(type(value), type) and owner is None and name in METHODS:
+                put(value, name)
+            elif type(value) is FunctionType and candidates(value.__name__, owner):
                 if value.__code__.co_name == value.__name__:
                     setattr(home, name, define(value))
                 else:

@@ -10,8 +10,7 @@ from typing import Any
 from . import _children, _imports, _loading
 from ._known import candidates
 from ._replaced import Replacements
-from ._report import say
-from ._settings import Settings
+from ._settings import Settings, say
 
 
 class Process:
@@ -36,11 +35,12 @@ class Process:
         return self.replacements.stand_in(function, owner or None, f"{code.co_filename}:{code.co_firstlineno}")
 
     def start(self) -> None:
-        """Everything that is defined, loaded or spawned from now on is looked at."""
+        """Everything that is defined, loaded or spawned is looked at from now on."""
         watch: Mapping[str, Any] = {}
         if self.settings.accelerate is not None:
             watch = _loading.install(self.settings.accelerate, say)
         _imports.install(self.define, watch)
+        _imports.replace_loaded(self.define)
         _children.follow(self.settings)
         _children.tell_of_others()
 
@@ -67,6 +67,5 @@ def arrive(fields: Mapping[str, Any]) -> None:
     """For a process that `multiprocessing` started; it reports for itself, where it called something."""
     process = Process(Settings(**fields))
     process.start()
-    _imports.replace_loaded(process.define)
     # A forked process runs these, and no `atexit`.
     util.Finalize(None, process.replacements.finish, exitpriority=-1)

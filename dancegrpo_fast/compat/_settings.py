@@ -1,5 +1,7 @@
-"""What `dancegrpo-fast run` was asked for. Needs no torch, and travels to child processes."""
+"""What `dancegrpo-fast run` was asked for, and how it speaks. Needs no torch; settings travel to child processes."""
 
+import os
+import sys
 from dataclasses import dataclass
 
 ROUNDINGS = ("exact", "reference")
@@ -19,3 +21,9 @@ class Settings:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     report: str | None = None
+
+
+def say(text: str) -> None:
+    """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dancegrpo-fast run: {text}", file=sys.stderr, flush=True)

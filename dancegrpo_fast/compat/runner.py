@@ -130,7 +130,7 @@ def _path(script: str, own: Sequence[str]) -> Callable[[], None]:
     path = Path(script)
     if not path.exists():
         raise ValueError(f"script: got {script}, which does not exist; want a Python file")
-    program = path.is_dir() or zipfile.is_zipfile(path)
+    program = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))
     if path.is_dir() and not (path / "__main__.py").is_file():
         raise ValueError(f"script: got {script}, a folder without __main__.py; want a Python file")
     if path.suffix == ".pyc":
@@ -140,10 +140,11 @@ def _path(script: str, own: Sequence[str]) -> Callable[[], None]:
     def run() -> None:
         sys.argv = [script, *own]
         # The real folder of a file, as Python has it.
-        _first_on_path(os.path.abspath(path) if program else str(path.resolve().parent))
         if program:
+            _first_on_path(os.path.abspath(path), sys.flags.safe_path)
             _run_as_main("__main__", False)
             return
+        _first_on_path(str(path.resolve().parent))
         file = os.path.join(os.getcwd(), script)
         main = sys.modules["__main__"]
         loader = importlib.machinery.SourceFileLoader("__main__", file)
@@ -169,8 +170,10 @@ def _run_as_main(name: str, alter_argv: bool) -> None:
     as_python._run_module_as_main(name, alter_argv)
 
 
-def _first_on_path(folder: str) -> None:
-    if not sys.flags.safe_path:  # else the first is one of the user's
+def _first_on_path(folder: str, beside: bool = False) -> None:
+    if beside:
+        sys.path.insert(0, folder)
+    elif not sys.flags.safe_path:  # else the first is one of the user's
         sys.path[0] = folder
 
 

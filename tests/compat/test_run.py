@@ -98,6 +98,13 @@ def test_a_program_sees_what_it_sees_under_python(words: Sequence[str], programs
     assert json.loads(ours.stdout) == json.loads(plain.stdout)
 
 
+def test_a_safe_path_stays_safe(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    for words in (("train.py",), ("application",), ("application.zip",), ("-m", "package")):
+        paths = [python(programs, *more, *words, path=[programs]) for more in ((), RUN)]
+        assert paths[0].stdout and paths[0].stdout == paths[1].stdout, paths[1].stderr
+
+
 def test_two_dashes_before_a_script_s_arguments_are_left_out(programs: Path) -> None:
     ours = python(programs, *RUN, "train.py", "--", "--", "x")
     assert json.loads(ours.stdout)["argv"] == ["train.py", "--", "x"]
