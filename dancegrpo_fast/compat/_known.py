@@ -15,7 +15,8 @@ Parameters = Mapping[str, inspect.Parameter]
 class Known:
     """One generation of one project's function.
 
-    `ours` is "module:qualified name" in this package, `options` the keyword arguments that make it this generation.
+    `ours` is "module:qualified name" in this package, `options` the keyword arguments that make it this generation, and
+    `renamed` the parameters that the original has under another name: theirs to ours.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Known:
     ours: str
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def target(self) -> str:
@@ -38,18 +40,33 @@ class Known:
         return found  # type: ignore[no-any-return]  # looked up by name
 
 
-_FACTORY, _VERL = "FlowMatchEulerDiscreteSDEScheduler", "FlowMatchSDEDiscreteScheduler"
+_EULER, _UNIPC = "FlowMatchEulerDiscreteSDEScheduler", "UniPCMultistepSDEScheduler"
+_VERL = "FlowMatchSDEDiscreteScheduler"
+_SOLVER = {"grpo": True, "sde_solver": True}
+_STATES = ("2026-03-21", "2026-03-14", "2026-01")
 # Of one name the first that computes what the original does is taken.
 KNOWN = (
     Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO"),
+    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO until 2025-08", {"normalized": False}),
+    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO, a fork", {}, {"ddpo": "grpo"}),
+    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO, a fork", {"normalized": False}, {"ddpo": "grpo"}),
+    Known("flux_step_with_split", None, "dancegrpo:flux_step", "TreeGRPO without splits"),
     Known("ddim_step_with_logprob", None, "ddpo:ddim_step_with_logprob", "DDPO"),
     Known("sde_step_with_logprob", None, "flow_grpo:sde_step_with_logprob", "Flow-GRPO"),
+    Known("sde_step_with_logprob", None, "flow_grpo:sde_step_with_logprob", "FlowCPS", {"sde_type": "cps"}),
+    Known("sde_step_with_logprob", None, "flow_grpo:wan_sde_step_with_logprob", "Flow-GRPO for Wan"),
+    Known("sde_step_with_logprob", None, "flow_grpo:wan_sde_step_with_logprob", "Flow-GRPO of 2025-05", {"level": 0.7}),
+    Known("ode_step_with_logprob", None, "flow_grpo:ode_step_with_logprob", "Flow-GRPO"),
     Known("flow_grpo_step", None, "mixgrpo:flow_grpo_step", "MixGRPO"),
+    Known("flow_grpo_step", None, "pref_grpo:flow_grpo_step", "Pref-GRPO, DiffusionNFT"),
     Known("dance_grpo_step", None, "mixgrpo:dance_grpo_step", "MixGRPO"),
-    Known("flow_grpo_step", None, "pref_grpo:flow_grpo_step", "Pref-GRPO"),
     Known("dance_grpo_step", None, "pref_grpo:dance_grpo_step", "Pref-GRPO"),
+    Known("dance_grpo_step", None, "mixgrpo:dance_grpo_step", "DiffusionNFT", _SOLVER),
     Known("sample_previous_step", _VERL, f"verl_omni:{_VERL}.sample_previous_step", "verl-omni"),
-    Known("step", _FACTORY, f"flow_factory:{_FACTORY}.step", "Flow-Factory"),
+    Known("step", _EULER, "flow_factory:step", "Flow-Factory", {}, {"velocity": "noise_pred"}),
+    *(Known("step", _EULER, "flow_factory:step", f"Flow-Factory of {s}", {"state": s}) for s in _STATES),
+    Known("step", _UNIPC, "flow_factory:unipc_step", "Flow-Factory", {}, {"velocity": "noise_pred"}),
+    *(Known("step", _UNIPC, "flow_factory:unipc_step", f"Flow-Factory of {s}", {"state": s}) for s in _STATES),
 )
 
 
@@ -63,13 +80,18 @@ def misfit(known: Known, theirs: Iterable[inspect.Parameter]) -> str | None:
 
     Defaults may differ, as every argument is handed on, and parameters that ours lacks may be there if they have one.
     """
-    given = {p.name: p for p in theirs}
+    given = {known.renamed.get(p.name, p.name): p for p in theirs}
+    for name, ours in known.renamed.items():
+        if name not in {p.name for p in given.values()}:
+            return f"has no parameter {name}, for {ours}"
     wanted = {n: p for n, p in inspect.signature(known.load()).parameters.items() if n not in SETTINGS}
     empty = inspect.Parameter.empty
     for name, p in wanted.items():
         if name not in given and p.default is empty and name not in known.options:
             return f"has no parameter {name}"
     for name, p in given.items():
+        if name in known.options:
+            return f"has a parameter {p.name}"
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             return f"takes {p}"
         if name not in wanted and p.default is empty:
