@@ -47,11 +47,10 @@ def values(
     timestep_next: Any,
     generator: Any,
     noise_level: float | Tensor | None,
+    compute_log_prob: bool,
     dynamics: str,
     sigma_max: float | None,
-    *,
     wanted: Sequence[str] | None,
-    scored: bool,
     rounding: str,
     backend: str,
     latents_dtype: torch.dtype | None,
@@ -60,7 +59,7 @@ def values(
     """Everything that a step may return."""
     check_choice("dynamics_type", dynamics, tuple(_KINDS))
     check_choice("state", state, tuple(STATES))
-    made = STATES[state]
+    made, sigma_max = STATES[state], sigma_max or None
     level, window = _level(scheduler, noise_level, dynamics)
     kind = Kind(_KINDS[dynamics], level, window=window, sigma_max=sigma_max, writing="factory")
     sigmas = scheduler.sigmas
@@ -93,7 +92,7 @@ def values(
         "next_latents": found.next_latents,
         "next_latents_mean": found.mean,
         "velocity" if made.velocity else "noise_pred": wide,
-        "log_prob": found.log_prob if scored else None,
+        "log_prob": found.log_prob if compute_log_prob else None,
         "std_dev_t": sampler.statistic(std, step, shape, latents.device, rounding),
         "dt": sampler.statistic("dt", step, shape, latents.device, rounding),
     }

@@ -15,8 +15,7 @@ Parameters = Mapping[str, inspect.Parameter]
 class Known:
     """One generation of one project's function.
 
-    `ours` is "module:qualified name" in this package, `options` the keyword arguments that make it this generation, and
-    `renamed` the parameters that the original has under another name: theirs to ours.
+    `ours` is "module:qualified name" in this package, `options` the keyword arguments that make it this generation.
     """
 
     name: str
@@ -24,7 +23,6 @@ class Known:
     ours: str
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def target(self) -> str:
@@ -43,13 +41,13 @@ class Known:
 _EULER, _UNIPC = "FlowMatchEulerDiscreteSDEScheduler", "UniPCMultistepSDEScheduler"
 _VERL = "FlowMatchSDEDiscreteScheduler"
 _SOLVER = {"grpo": True, "sde_solver": True}
-_STATES = ("2026-03-21", "2026-03-14", "2026-01")
+_OLDER = ("2026-03-21", "2026-03-14", "2026-01")
 # Of one name the first that computes what the original does is taken.
 KNOWN = (
     Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO"),
     Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO until 2025-08", {"normalized": False}),
-    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO, a fork", {}, {"ddpo": "grpo"}),
-    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO, a fork", {"normalized": False}, {"ddpo": "grpo"}),
+    Known("flux_step", None, "dancegrpo:flux_step_with_ddpo", "DanceGRPO, a fork"),
+    Known("flux_step", None, "dancegrpo:flux_step_with_ddpo", "DanceGRPO, a fork", {"normalized": False}),
     Known("flux_step_with_split", None, "dancegrpo:flux_step", "TreeGRPO without splits"),
     Known("ddim_step_with_logprob", None, "ddpo:ddim_step_with_logprob", "DDPO"),
     Known("sde_step_with_logprob", None, "flow_grpo:sde_step_with_logprob", "Flow-GRPO"),
@@ -63,10 +61,13 @@ KNOWN = (
     Known("dance_grpo_step", None, "pref_grpo:dance_grpo_step", "Pref-GRPO"),
     Known("dance_grpo_step", None, "mixgrpo:dance_grpo_step", "DiffusionNFT", _SOLVER),
     Known("sample_previous_step", _VERL, f"verl_omni:{_VERL}.sample_previous_step", "verl-omni"),
-    Known("step", _EULER, "flow_factory:step", "Flow-Factory", {}, {"velocity": "noise_pred"}),
-    *(Known("step", _EULER, "flow_factory:step", f"Flow-Factory of {s}", {"state": s}) for s in _STATES),
-    Known("step", _UNIPC, "flow_factory:unipc_step", "Flow-Factory", {}, {"velocity": "noise_pred"}),
-    *(Known("step", _UNIPC, "flow_factory:unipc_step", f"Flow-Factory of {s}", {"state": s}) for s in _STATES),
+    Known("step", _EULER, "flow_factory:step", "Flow-Factory"),
+    *(Known("step", _EULER, "flow_factory:noise_pred_step", f"Flow-Factory, {s}", {"state": s}) for s in _OLDER),
+    Known("step", _UNIPC, "flow_factory:unipc_step", "Flow-Factory"),
+    *(
+        Known("step", _UNIPC, "flow_factory:unipc_noise_pred_step", f"Flow-Factory, {s}", {"state": s})
+        for s in _OLDER
+    ),
 )
 
 
@@ -75,23 +76,24 @@ def candidates(name: str, owner: str | None) -> tuple[Known, ...]:
     return tuple(known for known in KNOWN if (known.name, known.owner) == (name, owner))
 
 
-def misfit(known: Known, theirs: Iterable[inspect.Parameter]) -> str | None:
+def misfit(
+    known: Known, theirs: Iterable[inspect.Parameter], ours: Iterable[inspect.Parameter] | None = None
+) -> str | None:
     """Why a function with these parameters cannot be called as ours is; None where it can.
 
     Defaults may differ, as every argument is handed on, and parameters that ours lacks may be there if they have one.
+    Without `ours` it is imported, and torch with it.
     """
-    given = {known.renamed.get(p.name, p.name): p for p in theirs}
-    for name, ours in known.renamed.items():
-        if name not in {p.name for p in given.values()}:
-            return f"has no parameter {name}, for {ours}"
-    wanted = {n: p for n, p in inspect.signature(known.load()).parameters.items() if n not in SETTINGS}
+    given = {p.name: p for p in theirs}
+    mine = inspect.signature(known.load()).parameters.values() if ours is None else ours
+    wanted = {p.name: p for p in mine if p.name not in SETTINGS}
     empty = inspect.Parameter.empty
     for name, p in wanted.items():
         if name not in given and p.default is empty and name not in known.options:
             return f"has no parameter {name}"
     for name, p in given.items():
         if name in known.options:
-            return f"has a parameter {p.name}"
+            return f"has a parameter {name}"
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             return f"takes {p}"
         if name not in wanted and p.default is empty:

@@ -61,3 +61,35 @@ def flux_step(
         backend=backend,
         latents_dtype=latents_dtype,
     ).three
+
+
+def flux_step_with_ddpo(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    ddpo: bool,
+    sde_solver: bool,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    normalized: bool = True,
+) -> tuple[Tensor, ...]:
+    """`flux_step` of forks that call `grpo` `ddpo`."""
+    return flux_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        ddpo,
+        sde_solver,
+        rounding=rounding,
+        backend=backend,
+        latents_dtype=latents_dtype,
+        normalized=normalized,
+    )

@@ -41,7 +41,7 @@ class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no 
 
 def step(
     self: Any,
-    noise_pred: Tensor,
+    velocity: Tensor,
     timestep: float | Tensor,
     latents: Tensor,
     next_latents: Tensor | None = None,
@@ -64,7 +64,7 @@ def step(
     Args:
         self: their scheduler or one like it, of which `timesteps`, `sigmas`, `noise_level`, `dynamics_type`, `is_eval`
             and `current_sde_steps` are read.
-        noise_pred: `[B, ...]`, the velocity, as the newest calls it; the log-probability and the mean are
+        velocity: `[B, ...]`; the log-probability and the mean are
             differentiable in it alone.
         timestep: one of the scheduler's, `[B]` or `[1]` of them, or an integer on the host: a step index.
         latents: `[B, ...]`.
@@ -91,30 +91,11 @@ def step(
     Raises:
         ValueError: unknown dynamics, a timestep that is not in the schedule, several noise levels, or bad input.
     """
-    found = values(
-        self,
-        noise_pred,
-        timestep,
-        latents,
-        next_latents,
-        timestep_next,
-        generator,
-        noise_level,
-        dynamics_type or self.dynamics_type,
-        sigma_max or None,
-        wanted=None if return_dict is False else return_kwargs,
-        scored=compute_log_prob,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-        state=state,
-    )
-    if not return_dict:
-        return tuple(found.values())
-    return _output(self, found, return_kwargs)
+    found = values(**_given(locals()))
+    return _output(self, found, return_kwargs) if return_dict else tuple(found.values())
 
 
-def unipc_step(
+def noise_pred_step(
     self: Any,
     noise_pred: Tensor,
     timestep: float | Tensor,
@@ -132,40 +113,83 @@ def unipc_step(
     rounding: str = "exact",
     backend: str = "auto",
     latents_dtype: torch.dtype | None = None,
+    state: str = "2026-03-21",
+) -> Any:
+    """`step` as it was called until 2026-05, `noise_pred` for `velocity`, in the output, too."""
+    given = locals()
+    return step(velocity=given.pop("noise_pred"), **given)
+
+
+def unipc_step(
+    self: Any,
+    velocity: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
     state: str = "newest",
 ) -> Any:
-    """`step` of `UniPCMultistepSDEScheduler`, which its Wan models use.
+    """`step` of `UniPCMultistepSDEScheduler`, which the project's Wan models use.
 
     It differs in two things: in evaluation it is the multistep solver's own step and gives next latents alone, and
     `return_dict=False` gives `(next_latents, log_prob, mean, std_dev_t, dt)`.
     """
+    given = locals()
     if self.is_eval:
         if timestep_next is None:
             index = steps_of(self, timestep, None, latents.device)[0]
             timestep = self.timesteps[[index] if isinstance(index, int) else index]
-        moved = UniPCMultistepScheduler.step(self, noise_pred, timestep, latents, return_dict=False)[0]
+        moved = UniPCMultistepScheduler.step(self, velocity, timestep, latents, return_dict=False)[0]
         return _output(self, {"next_latents": moved}, ["next_latents"])
-    found = values(
-        self,
-        noise_pred,
-        timestep,
-        latents,
-        next_latents,
-        timestep_next,
-        generator,
-        noise_level,
-        dynamics_type or self.dynamics_type,
-        sigma_max or None,
-        wanted=None if return_dict is False else return_kwargs,
-        scored=compute_log_prob,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-        state=state,
-    )
-    if not return_dict:
-        return tuple(found[name] for name in ("next_latents", "log_prob", "next_latents_mean", "std_dev_t", "dt"))
-    return _output(self, found, return_kwargs)
+    found = values(**_given(given))
+    if return_dict:
+        return _output(self, found, return_kwargs)
+    return tuple(found[name] for name in ("next_latents", "log_prob", "next_latents_mean", "std_dev_t", "dt"))
+
+
+def unipc_noise_pred_step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    state: str = "2026-03-21",
+) -> Any:
+    """`unipc_step` as it was called until 2026-05."""
+    given = locals()
+    return unipc_step(velocity=given.pop("noise_pred"), **given)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A step's arguments as `values` takes them."""
+    scheduler, whole = arguments.pop("self"), not arguments.pop("return_dict")
+    dynamics = arguments.pop("dynamics_type") or scheduler.dynamics_type
+    wanted = None if whole else arguments["return_kwargs"]
+    del arguments["return_kwargs"]
+    return {"scheduler": scheduler, "dynamics": dynamics, "wanted": wanted, **arguments}
 
 
 def _output(scheduler: Any, found: dict[str, Tensor | None], names: Sequence[str] | None) -> Any:
@@ -235,7 +259,10 @@ class _Standalone(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # dif
     step = step
 
 
-_STEPS = {"FlowMatchEulerDiscreteSDEScheduler": step, "UniPCMultistepSDEScheduler": unipc_step}
+_STEPS = {
+    "FlowMatchEulerDiscreteSDEScheduler": (step, noise_pred_step),
+    "UniPCMultistepSDEScheduler": (unipc_step, unipc_noise_pred_step),
+}
 
 
 @cache
@@ -257,7 +284,8 @@ def scheduler_class(name: str = "FlowMatchEulerDiscreteSDEScheduler") -> Any:
             raise
         theirs, members = _Standalone, {}
     else:
-        members = {"step": partialmethod(_STEPS[name], state=state_of(theirs))}
+        state = state_of(theirs)
+        members = {"step": partialmethod(_STEPS[name][state != "newest"], state=state)}
     return type(name, (theirs,), {"__module__": __name__, "__doc__": theirs.__doc__, **members})
 
 

@@ -177,12 +177,12 @@ FLUX, MIX, PREF, NFT = "dancegrpo:flux_step", "mixgrpo:", "pref_grpo:", "diffusi
 OLD_FLUX, SOLVER = "dancegrpo:flux_step_until_2025_08", {"grpo": True, "sde_solver": True}
 SDE, WAN, WAN_PEER = "flow_grpo:sde_step_with_logprob", "flow_grpo:wan_sde_step_with_logprob", "flow_grpo_wan:sde_step"
 VERL = "verl_omni:FlowMatchSDEDiscreteScheduler.sample_previous_step"
-STEP, UNI = "flow_factory:step", "flow_factory:unipc_step"
+STEP, UNI = "flow_factory:step", "flow_factory:unipc_noise_pred_step"
 NEWEST = "flow_factory:FlowMatchEulerDiscreteSDEScheduler.step"
 
 
 def _state(word: str, peer: str, *rest: Any, **more: Any) -> Case:
-    return Case(STEP, f"flow_factory:{peer}.step", *rest, {"state": word}, **more)
+    return Case("flow_factory:noise_pred_step", f"flow_factory:{peer}.step", *rest, {"state": word}, **more)
 
 
 CASES = {
