@@ -68,17 +68,18 @@ class Dispatch:
         if getattr(inside, "on", False):
             return self.original(*values)
         verdict = self.verdicts.get(self.key(values)) or self._decide(values)
+        layout = self.layout
+        replay = layout.next is not None and values[layout.next] is not None
         if verdict.ours is None:
-            return self._keep(verdict.why, args, kwargs)
-        place = self.layout.next
-        replay = place is not None and values[place] is not None
-        try:
-            found = self.meter.run(verdict.ours, values, replay)
-        except Exception as error:
-            return self._failed(error, values, args, kwargs)
+            found = self._keep(verdict.why, args, kwargs)
+        else:
+            try:
+                found = self.meter.run(verdict.ours, values, replay)
+            except Exception as error:
+                found = self._failed(error, values, args, kwargs)
         audit = self.replacements.audit
         if audit is not None and audit.open:
-            audit.saw(self, values, replay, found)
+            audit.saw(layout, values, replay, found)
         return found
 
     def key(self, values: Values) -> Values:

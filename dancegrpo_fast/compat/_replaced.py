@@ -12,6 +12,7 @@ from ._known import candidates
 from ._settings import Settings
 
 if TYPE_CHECKING:
+    from ._audit import Audit
     from ._dispatch import Dispatch
 
 
@@ -40,9 +41,12 @@ class Definition:
     start._torchdynamo_disable = True  # type: ignore[attr-defined]  # as `torch.compiler.disable` marks a function
 
     def _begin(self) -> Callable[..., Any]:
+        from ._audit import Audit
         from ._dispatch import Dispatch
 
         with self.replacements.lock:
+            if self.replacements.audit is None and not self.replacements.strict:
+                self.replacements.audit = Audit(self.replacements.say)
             if self.call is None:
                 self.dispatch = Dispatch(self)
                 self.call = self.dispatch.entry()
@@ -63,7 +67,7 @@ class Replacements:
         self.lock = threading.RLock()
         self.definitions: list[Definition] = []
         self.refused: list[str] = []
-        self.audit: Any = None
+        self.audit: Audit | None = None
         self._say = _settings.say if say is None else say
         self._said: set[str] = set()
         self._made: dict[int, Callable[..., Any]] = {}
