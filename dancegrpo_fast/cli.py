@@ -5,14 +5,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import Recipe
+if TYPE_CHECKING:
+    from .config import Recipe
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
        dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
                                [--by COLUMN] [--weights model|ema] [--evaluation.prompts FILE ...]
-       dancegrpo-fast run [--rounding exact|reference] [--backend NAME] SCRIPT.py [-- ARGUMENTS]
+       dancegrpo-fast run [--accelerate lossless|fast] [--latents DTYPE] [--dry-run ...] SCRIPT.py [ARGUMENTS]
        dancegrpo-fast memory MODEL|RECIPE.yaml [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...]
                              [--json FILE] [--figures FOLDER]
        dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--figures FOLDER] [--train.micro_batch 4 ...]
@@ -22,7 +23,8 @@ USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [-
 `profile` measures iterations of a recipe beside what was predicted, and draws them; the run's folder stays as it is.
 `memory` predicts every phase of an iteration without a GPU; it exits with 0 if the GPU holds it, 1 if not, 2 for bad
 input. `dancegrpo-fast memory --help` lists its settings. With --figures it makes many plans: a minute or more.
-`run` executes a published training script with its step functions replaced by this library's, and says which.
+`run` executes a published training script with its step functions replaced by this library's, and says which;
+`dancegrpo-fast run --help` lists its options.
 Every field of a recipe can be overridden: `dancegrpo-fast train RECIPE.yaml --help` lists them.
 """
 
@@ -34,7 +36,7 @@ HELP = {
 }
 
 
-def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
+def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple["Recipe", Any]:
     """A recipe file with overrides, and the command's own options.
 
     Args:
@@ -46,6 +48,8 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         ValueError: a missing file, an unknown field, or a value of the wrong type or range.
     """
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from .config import Recipe
 
     parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False)
     parser.add_argument("--config", action="config", help="the recipe")

@@ -58,13 +58,17 @@ def candidates(name: str, owner: str | None) -> tuple[Known, ...]:
     return tuple(known for known in KNOWN if (known.name, known.owner) == (name, owner))
 
 
-def misfit(known: Known, theirs: Iterable[inspect.Parameter]) -> str | None:
+def misfit(
+    known: Known, theirs: Iterable[inspect.Parameter], ours: Iterable[inspect.Parameter] | None = None
+) -> str | None:
     """Why a function with these parameters cannot be called as ours is; None where it can.
 
     Defaults may differ, as every argument is handed on, and parameters that ours lacks may be there if they have one.
+    Without `ours` it is imported, and torch with it.
     """
     given = {p.name: p for p in theirs}
-    wanted = {n: p for n, p in inspect.signature(known.load()).parameters.items() if n not in SETTINGS}
+    mine = inspect.signature(known.load()).parameters.values() if ours is None else ours
+    wanted = {p.name: p for p in mine if p.name not in SETTINGS}
     empty = inspect.Parameter.empty
     for name, p in wanted.items():
         if name not in given and p.default is empty and name not in known.options:

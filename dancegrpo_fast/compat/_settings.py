@@ -1,6 +1,15 @@
-"""What `dancegrpo-fast run` was asked for. Needs no torch, and travels to child processes."""
+"""What `dancegrpo-fast run` was asked for, and how it speaks. Needs no torch; settings travel to child processes."""
 
+import os
+import sys
 from dataclasses import dataclass
+
+ROUNDINGS = ("exact", "reference")
+# As in `backends`, which needs torch.
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+LATENTS = ("bfloat16", "float16", "float32")
+# On a CPU block ops make a step longer: only where that is asked for.
+ACCELERATE = ("lossless", "fast", "lossless:cpu", "fast:cpu")
 
 
 @dataclass(frozen=True)
@@ -14,3 +23,9 @@ class Settings:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     report: str | None = None
+
+
+def say(text: str) -> None:
+    """Tells the user of `run` something; of many ranks, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dancegrpo-fast run: {text}", file=sys.stderr, flush=True)

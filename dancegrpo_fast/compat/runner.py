@@ -1,228 +1,199 @@
-"""`dancegrpo-fast run script.py`: runs a script as it is, with its step functions replaced where they are defined."""
+"""`dancegrpo-fast run`: Python, with the step functions of known projects replaced where they are defined."""
 
-import ast
-import importlib.abc
+import builtins
 import importlib.machinery
-import inspect
+import os
+import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
-from .. import backends
-from ._patch import Known, Signature, bound, recognise, signature, sought
+from ._known import KNOWN
+from ._launchers import launches, with_run
+from ._settings import ACCELERATE, BACKENDS, LATENTS, ROUNDINGS, Settings
+from ._source import hooked
 
-# A script's own files; none comes near it, and a scan that runs away stops.
-_MAX_FILES = 5000
-_HOOK = "__dancegrpo_fast_replace__"
+USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
+       dancegrpo-fast run [options] -m MODULE [ARGUMENTS]
+       torchrun [its options] -m dancegrpo_fast.cli run [options] SCRIPT.py [ARGUMENTS]
+       accelerate launch [its options] -m dancegrpo_fast.cli run [options] SCRIPT.py [ARGUMENTS]
 
+Runs a training script as `python` does (a folder or zip file with a __main__.py, too), with the step functions of known
+projects replaced by this library's. A function is known by its name. At its first call ours is tried beside it, and
+takes its place where it computes the same. What was replaced, what was not and why, is said. A table closes the run.
 
-@dataclass(frozen=True)
-class Definition:
-    """A recognised function in a source file."""
+options:
+  --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)
+  --backend NAME               of ours: {backends} (auto)
+  --latents DTYPE              scored as stored: next latents are rounded to {latents} before they are scored
+  --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops
+  --only NAME, --skip NAME     replace these alone, or all but these; more names after commas, or by repeating
+  --report FILE                writes the closing table as JSON
+  --dry-run                    runs nothing: lists the known functions in the script's own files
+  --help                       this text
 
-    path: Path
-    line: int
-    name: str
-    known: Known
+names, as NAME or package.module:NAME:
+{names}
+"""
+_CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "accelerate": ACCELERATE}
+_VALUES = (*_CHOICES, "only", "skip", "report")
 
 
 def prepare(arguments: Sequence[str]) -> Callable[[], None]:
-    """Looks through a script and what it imports, says what will be replaced, and returns what runs it.
+    """Reads a command line, and returns what does it.
 
     Args:
-        arguments: `[--rounding ...] [--backend ...] script.py [--] [the script's own]`.
+        arguments: `[options] script.py [--] [the script's own]` or `[options] -m module [the module's own]`.
 
     Raises:
-        ValueError: bad arguments, nothing to replace, or a known name with an unknown signature.
+        ValueError: bad arguments; or a launcher, whose processes would not be replaced.
     """
-    rest = list(arguments)
-    settings = {"rounding": "exact", "backend": "auto"}
-    while rest and rest[0].startswith("--"):
-        name, equals, value = rest.pop(0)[2:].partition("=")
-        if name not in settings:
-            raise ValueError(f"--{name}: want --rounding or --backend before the script")
-        if not equals:
-            value = rest.pop(0) if rest else ""
-        allowed = ("exact", "reference") if name == "rounding" else backends.NAMES
-        if value not in allowed:
-            raise ValueError(f'--{name}: got "{value}", want one of {list(allowed)}')
-        settings[name] = value
-    if not rest:
-        raise ValueError("script: got none, want a Python file")
-    script, own = Path(rest[0]), rest[1:]
-    if not script.is_file():
-        raise ValueError(f"script: got {script}, which does not exist; want a Python file")
-    own = own[1:] if own[:1] == ["--"] else own
-    folder = str(script.resolve().parent)
-    definitions = scan(script, [folder, *sys.path[1:]])
-    if not definitions:
-        raise ValueError(f"{script}: neither it nor what it imports defines one of these functions:\n{sought()}")
-    for found in definitions:
-        print(f"dancegrpo-fast run: {found.path}:{found.line} {found.name} -> {found.known.target}", file=sys.stderr)
+    rest, given, flags = list(arguments), dict[str, list[str]](), set[str]()
+    while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-"):
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word in ("-h", "--help", "--dry-run"):
+            flags.add(word)
+        elif word.startswith("--") and name in _VALUES:
+            if not equals and not rest:
+                raise ValueError(f"--{name}: got nothing, want a value")
+            given.setdefault(name, []).append(value if equals else rest.pop(0))
+        else:
+            wanted = ", ".join(f"--{option}" for option in (*_VALUES, "dry-run", "help"))
+            raise ValueError(f"{word}: want one of {wanted} before the script")
+    if flags & {"-h", "--help"}:
+        return lambda: print(usage(), end="")
+    settings = _settings(given)
+    if not rest or rest == ["-m"]:
+        raise ValueError("script: got none, want a Python file, or -m and a module")
+    if launches(rest):
+        raise ValueError(f"{rest[0]}: got a launcher, whose processes would not be replaced; want: {with_run(rest)}")
+    run = _module(rest[1], rest[2:]) if rest[0] == "-m" else _path(rest[0], rest[1:])
+    if "--dry-run" in flags:
+        return _dry_run(rest, settings)
+    return lambda: _run(run, settings)
 
-    def replace(function: Any) -> Any:
-        owner, _, name = function.__qualname__.rpartition(".")
-        known = recognise(name, owner or None, signature(function), function.__qualname__)
-        return function if known is None else bound(known, function, settings["rounding"], settings["backend"])
+
+def _dry_run(program: Sequence[str], settings: Settings) -> Callable[[], None]:
+    from ._scan import listed
+
+    script = Path(program[0])
+    if program[0] == "-m":
+        text = listed(program[1], settings, [os.getcwd(), *sys.path[1:]])
+    else:
+        text = listed(script, settings, [str(script if script.is_dir() else script.resolve().parent), *sys.path[1:]])
+    return lambda: print(text)
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    return USAGE.format(backends="|".join(BACKENDS), latents=", ".join(LATENTS), names=_names())
+
+
+def _labels() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for known in KNOWN:
+        found.setdefault(known.name if known.owner is None else f"{known.owner}.{known.name}", []).append(known.about)
+    return found
+
+
+def _names() -> str:
+    return "\n".join(f"  {name}  ({', '.join(dict.fromkeys(about))})" for name, about in _labels().items())
+
+
+def _settings(given: dict[str, list[str]]) -> Settings:
+    fields: dict[str, Any] = {name: values[-1] for name, values in given.items()}
+    for name, allowed in _CHOICES.items():
+        if name in fields and fields[name] not in allowed:
+            raise ValueError(f'--{name}: got "{fields[name]}", want one of {list(allowed)}')
+    for name in ("only", "skip"):
+        fields[name] = tuple(part for value in given.get(name, []) for part in value.split(",") if part)
+        for wanted in fields[name]:
+            if wanted.rpartition(":")[2] not in _labels():
+                raise ValueError(f'--{name}: got "{wanted}", want NAME or package.module:NAME of\n{_names()}')
+        if name in given and not fields[name]:
+            raise ValueError(f'--{name}: got "{",".join(given[name])}", want a name')
+    return Settings(**fields)
+
+
+def _path(script: str, own: Sequence[str]) -> Callable[[], None]:
+    """What `python script own...` does."""
+    path = Path(script)
+    if not path.exists():
+        raise ValueError(f"script: got {script}, which does not exist; want a Python file")
+    program = path.is_dir() or zipfile.is_zipfile(path)
+    if path.is_dir() and not (path / "__main__.py").is_file():
+        raise ValueError(f"script: got {script}, a folder without __main__.py; want a Python file")
+    if path.suffix == ".pyc":
+        raise ValueError(f"script: got {script}, which is compiled; want its source")
+    own = own[1:] if own[:1] == ["--"] else own
 
     def run() -> None:
-        sys.argv = [str(script), *own]
-        sys.path[0] = folder
-        sys.meta_path.insert(0, _Finder({found.path for found in definitions}, replace))
-        main = ModuleType("__main__")
-        main.__dict__.update(__file__=str(script.absolute()), __builtins__=__builtins__, **{_HOOK: replace})
-        sys.modules["__main__"] = main
-        exec(_compiled(script.read_bytes(), str(script.absolute())), main.__dict__)
+        sys.argv = [script, *own]
+        # The real folder of a file, as Python has it.
+        _first_on_path(os.path.abspath(path) if program else str(path.resolve().parent))
+        if program:
+            _run_as_main("__main__", False)
+            return
+        file = os.path.join(os.getcwd(), script)
+        main = sys.modules["__main__"]
+        loader = importlib.machinery.SourceFileLoader("__main__", file)
+        main.__dict__.update(__file__=file, __cached__=None, __loader__=loader)
+        exec(compile(hooked(path.read_bytes(), file), file, "exec", dont_inherit=True), main.__dict__)
 
     return run
 
 
-def scan(script: Path, search: Sequence[str]) -> list[Definition]:
-    """Recognised definitions in a script and in the files that it imports.
+def _module(name: str, own: Sequence[str]) -> Callable[[], None]:
+    """What `python -m name own...` does."""
 
-    The imports of files outside of `site-packages` are followed; of an installed package only what they name is
-    looked at, and nothing of the standard library.
+    def run() -> None:
+        sys.argv = ["-m", *own]
+        _first_on_path(os.getcwd())
+        _run_as_main(name, True)
 
-    Raises:
-        ValueError: a known name with an unknown signature, or a script with a syntax error.
-    """
-    queue: list[tuple[Path, str]] = [(script.resolve(), "__main__")]
-    seen: set[Path] = set()
-    found: list[Definition] = []
-    while queue and len(seen) < _MAX_FILES:
-        path, name = queue.pop(0)
-        if path in seen:
-            continue
-        seen.add(path)
-        try:
-            tree = ast.parse(path.read_bytes(), str(path))
-        except SyntaxError as error:
-            if path == script.resolve():
-                raise ValueError(f"{path}: {error}") from error
-            continue  # it may never be imported
-        for owner, node in _functions(tree.body):
-            known = recognise(node.name, owner, _written_signature(node), f"{path}:{node.lineno}")
-            if known is not None:
-                label = node.name if owner is None else f"{owner}.{node.name}"
-                found.append(Definition(path, node.lineno, label, known))
-        if not {"site-packages", "dist-packages"} & set(path.parts):
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            for wanted in _imports(tree, package):
-                queue += _locate(wanted, search)
-    return found
+    return run
 
 
-def _functions(body: Sequence[ast.stmt], owner: str | None = None) -> Iterator[tuple[str | None, ast.FunctionDef]]:
-    """Functions of a module and methods of its classes, under conditions too, but none inside of a function."""
-    for node in body:
-        if isinstance(node, ast.FunctionDef):
-            yield owner, node
-        elif isinstance(node, ast.ClassDef) and owner is None:
-            yield from _functions(node.body, node.name)
-        elif isinstance(node, (ast.If, ast.Try, ast.With)):
-            for part in ("body", "orelse", "finalbody"):
-                yield from _functions(getattr(node, part, []), owner)
-            for handler in getattr(node, "handlers", []):
-                yield from _functions(handler.body, owner)
+def _run_as_main(name: str, alter_argv: bool) -> None:
+    as_python: Any = runpy
+    as_python._run_module_as_main(name, alter_argv)
 
 
-def _written_signature(node: ast.FunctionDef) -> Signature:
-    args = node.args
-    names = [a.arg for a in (*args.posonlyargs, *args.args)]
-    defaults: list[Any] = [inspect.Parameter.empty] * (len(names) - len(args.defaults))
-    defaults += [_literal(d) for d in args.defaults]
-    pairs = list(zip(names, defaults, strict=True))
-    for only, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        pairs.append((only.arg, inspect.Parameter.empty if default is None else _literal(default)))
-    for star in (args.vararg, args.kwarg):
-        if star is not None:
-            pairs.append((star.arg, inspect.Parameter.empty))
-    return tuple(pairs)
+def _first_on_path(folder: str) -> None:
+    if not sys.flags.safe_path:  # else the first is one of the user's
+        sys.path[0] = folder
 
 
-def _literal(node: ast.expr) -> Any:
+def _run(run: Callable[[], None], settings: Settings) -> None:
+    from ._process import begin
+
+    main = ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
+    sys.modules["__main__"] = main
+    begin(settings)
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
+        run()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _without_our_frames(error)
+        raise
 
 
-def _imports(tree: ast.Module, package: str) -> Iterator[str]:
-    """Dotted names that a file may import, functions' own imports included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+def _without_our_frames(error: BaseException) -> None:
+    """Has Python print the script's part of the traceback alone, by whichever hook the script left."""
+    hook, folder, own = sys.excepthook, str(Path(__file__).resolve().parents[1]), error.__traceback__
+    while own is not None and own.tb_frame.f_code.co_filename.startswith(folder):
+        own = own.tb_next
 
+    def excepthook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        # By now it holds the frames of whoever called us, too.
+        if value is error:
+            value, trace = value.with_traceback(own), own
+        hook(kind, value, trace)
 
-def _locate(name: str, search: Sequence[str]) -> list[tuple[Path, str]]:
-    """Source files that importing `name` runs, found without running any: its packages' and its own."""
-    parts = name.split(".")
-    if parts[0] in sys.stdlib_module_names or parts[0] == (__package__ or "").partition(".")[0]:
-        return []
-    files: list[tuple[Path, str]] = []
-    path: Sequence[str] = search
-    for depth in range(1, len(parts) + 1):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:depth]), list(path))
-        if spec is None:
-            break
-        if spec.origin is not None and spec.origin.endswith(".py"):
-            files.append((Path(spec.origin).resolve(), spec.name))
-        if spec.submodule_search_locations is None:
-            break
-        path = list(spec.submodule_search_locations)
-    return files
-
-
-def _compiled(source: bytes, path: str) -> CodeType:
-    """Code that hands every recognised function to the hook as it is defined; lines and names stay."""
-    tree = ast.parse(source, path)
-    for owner, node in _functions(tree.body):
-        if recognise(node.name, owner, _written_signature(node), path) is not None:
-            at = {"lineno": node.lineno, "col_offset": 0, "end_lineno": node.lineno, "end_col_offset": 0}
-            # Innermost: the script's own decorators go around ours.
-            node.decorator_list.append(ast.Name(_HOOK, ast.Load(), **at))
-    return compile(tree, path, "exec", dont_inherit=True)
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a source file with the hook; never from or into `__pycache__`."""
-
-    def __init__(self, fullname: str, path: str, replace: Callable[[Any], Any]) -> None:
-        super().__init__(fullname, path)
-        self._replace = replace
-
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        return _compiled(self.get_data(path), path)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__dict__[_HOOK] = self._replace
-        super().exec_module(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Gives the files in which something was recognised to `_Loader`."""
-
-    def __init__(self, paths: set[Path], replace: Callable[[Any], Any]) -> None:
-        self._paths = paths
-        self._stems = {p.parent.name if p.name == "__init__.py" else p.stem for p in paths}
-        self._replace = replace
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.rpartition(".")[2] not in self._stems:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is None or spec.origin is None or Path(spec.origin).resolve() not in self._paths:
-            return None
-        spec.loader = _Loader(fullname, spec.origin, self._replace)
-        return spec
+    sys.excepthook = excepthook

@@ -61,7 +61,8 @@ def accelerate(
     """Rewires the blocks of a diffusers transformer, on the instance, to the block ops.
 
     Weights, state-dict keys, LoRA (added before or after), gradient checkpointing, `set_attention_backend`, context
-    parallelism (enabled after) and `torch.compile` work as before. Roll out and replay with the same settings.
+    parallelism (enabled after) and `torch.compile` work as before. Roll out and replay with the same settings. A deep
+    copy has the block ops, too; what `torch.save(transformer)` writes has not, and opens without this package.
 
     Args:
         transformer: FluxTransformer2DModel, HunyuanVideoTransformer3DModel (SkyReels too), SD3Transformer2DModel,

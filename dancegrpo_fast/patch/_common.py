@@ -51,7 +51,9 @@ class Accelerated:
         self._placed: list[tuple[nn.Module, MethodType]] = []
         prepared = list(replacements)
         for module, _ in prepared:
-            if "forward" in vars(module):
+            forward = vars(module).get("forward", module.forward)
+            # A file made by pickling an accelerated model has the class's own there.
+            if getattr(forward, "__func__", None) is not type(module).forward:
                 raise ValueError(
                     f"transformer: got a {type(module).__name__} whose forward is wrapped already, by a hook or another"
                     " patch; want it as diffusers made it (accelerate first, then add hooks)"
@@ -79,11 +81,20 @@ class Accelerated:
 
 
 def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a norm that is not called, or of none; accelerate's offloading holds them for a call only."""
+    """Weight and bias of a norm that is not called, or of none; accelerate's offloading holds them for a call only.
+
+    Raises:
+        ValueError: FSDP holds the norm apart from its block, and gathers its weight for a call only.
+    """
     hook = getattr(norm, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(norm)
     found = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if hasattr(norm, "_fsdp_wrapped_module") or hasattr(found[0], "placements"):
+        raise ValueError(
+            f"norm: got a {type(norm).__name__} that is a unit of its own, want its weight in its block's unit"
+            " (leave norms out of the wrap policy)"
+        )
     if hook is not None:
         hook.post_forward(norm, None)
     return found
@@ -92,6 +103,22 @@ def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
 def weight_of(norm: Any) -> Tensor | None:
     """The weight of a norm without a bias, or of none."""
     return affine_of(norm)[0]
+
+
+def _only_cut(part: Tensor, base: Tensor) -> bool:
+    """Whether nothing but slicing lies between a part and its base, so that a gradient may go past the part.
+
+    Hooks sit on outputs of blocks (FSDP's that gather weights before the backward), and full backward hooks and FSDP2
+    put nodes of their own in between, which `_base` looks through.
+    """
+    if not base.requires_grad or not part.requires_grad:
+        return base.requires_grad == part.requires_grad
+    if part._backward_hooks or part.retains_grad:
+        return False
+    node, end = part.grad_fn, base.grad_fn
+    while node is not None and node is not end and node.name() == "SliceBackward0":
+        node = node.next_functions[0][0]
+    return node is not None and node is end
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:
@@ -105,11 +132,8 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
         second.storage_offset() == base.storage_offset() + tokens * base.stride(1)
     )
     same_steps = first.stride() == second.stride() == base.stride()
-    # A view that was cut off from the graph must get its own gradient.
-    same_graph = first.requires_grad == second.requires_grad == base.requires_grad and (
-        not base.requires_grad or not (first.is_leaf or second.is_leaf)
-    )
-    if base.shape == whole and in_order and same_steps and same_graph and first.dtype == base.dtype:
+    whole_base = base.shape == whole and in_order and same_steps and first.dtype == base.dtype
+    if whole_base and _only_cut(first, base) and _only_cut(second, base):
         return base
     return torch.cat([first, second], dim=1)
 

@@ -345,3 +345,28 @@ def test_joined_views() -> None:
     joined = _common.joined(leaf, second)
     joined.sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+@pytest.mark.parametrize("hook", ["tensor", "retained", "module"])
+def test_joined_views_that_are_watched(hook: str) -> None:
+    """What waits for the gradient of a part gets it, as FSDP does to gather weights."""
+    seen: list[torch.Tensor] = []
+
+    class Cut(nn.Module):
+        def forward(self, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return whole[:, :2], whole[:, 2:]
+
+    cut = Cut()
+    if hook == "module":
+        cut.register_full_backward_hook(lambda module, grads, outs: seen.extend(outs))
+    whole = torch.randn(2, 5, 4, requires_grad=True) * 1.0
+    first, second = cut(whole)
+    if hook == "tensor":
+        second.register_hook(seen.append)
+    if hook == "retained":
+        second.retain_grad()
+    joined = _common.joined(first, second)
+    assert torch.equal(joined, whole)
+    joined.sum().backward()
+    seen += [second.grad] if hook == "retained" else []
+    assert seen and torch.equal(seen[-1], torch.ones_like(second))

@@ -1,4 +1,4 @@
-"""Accelerated blocks under context parallelism and FSDP2: two gloo processes, the bits of diffusers' own blocks."""
+"""Accelerated blocks under context parallelism, FSDP2 and FSDP1: gloo processes, the bits of diffusers' own blocks."""
 
 import itertools
 import os
@@ -11,19 +11,39 @@ import torch.distributed as dist
 
 from ..processes import together
 
-WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
-def test_two_processes(tmp_path: Path) -> None:
-    output = tmp_path / "found"
+def start(worker: str, folder: Path) -> Path:
+    """Runs two processes to their ends; their findings begin with the returned path."""
+    output = folder / "found"
     # -P: the installed package, not the folder of the script.
-    command = [sys.executable, "-P", str(WORKER)]
-    commands = [[*command, str(rank), str(tmp_path / "store"), str(output)] for rank in range(WORLD)]
-    together(commands, tmp_path, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
+    command = [sys.executable, "-P", str(Path(__file__).with_name(worker))]
+    commands = [[*command, str(rank), str(folder / "store"), str(output)] for rank in range(WORLD)]
+    together(commands, folder, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
+    return output
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    output = start("parallel_worker.py", tmp_path)
     for kind, rank in itertools.product(("tokens", "weights"), range(WORLD)):
         found = torch.load(f"{output}.{kind}.{rank}", weights_only=True)
         assert found["eager"].keys() == found["lossless"].keys() and len(found["eager"]) > 10
         for name, value in found["eager"].items():
             assert torch.equal(found["lossless"][name], value), (kind, name)
+
+
+def test_fsdp1_around_each_block(tmp_path: Path) -> None:
+    """Checkpointed blocks, a copy for an average of the weights, LoRA; on two processes and on one."""
+    pytest.importorskip("peft")
+    output = start("fsdp1_worker.py", tmp_path)
+    for rank in range(WORLD):
+        found = torch.load(f"{output}.{rank}", weights_only=True)
+        assert found.pop("refusal").startswith("norm: got a FullyShardedDataParallel that is a unit of its own")
+        assert len(found) == 5
+        for case, (eager, lossless) in found.items():
+            assert eager.keys() == lossless.keys()
+            assert any("single_transformer_blocks" in name for name in eager), case
+            assert not torch.equal(eager["0.output"], eager["1.output"])
+            assert not [name for name in eager if not torch.equal(lossless[name], eager[name])], case

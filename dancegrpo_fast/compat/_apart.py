@@ -1,0 +1,100 @@
+"""Runs functions of a script once more, so that it notices nothing."""
+
+import contextlib
+import copy
+import io
+import logging
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
+inside = threading.local()
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Runs `work` on the CPU in a thread of its own.
+
+    A new thread has no autocast, no inference mode, no default device, no modes and no hooks of the caller's. Random
+    states, the default dtype, logging and warnings are the process's: they are put back. What is printed is lost.
+
+    Raises:
+        BaseException: what `work` raised.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        inside.on = True
+        try:
+            with _unchanged():
+                work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="dancegrpo-fast", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+@contextlib.contextmanager
+def _unchanged() -> Iterator[None]:
+    drawn, python, dtype, level = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), logging.root.manager
+    numpy = sys.modules.get("numpy")
+    numbers = None if numpy is None else numpy.random.get_state()
+    disabled = level.disable
+    silent = io.StringIO()
+    try:
+        torch.set_default_dtype(torch.float32)
+        logging.disable(logging.CRITICAL)
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        torch.set_default_dtype(dtype)
+        if numpy is not None:
+            numpy.random.set_state(numbers)
+        random.setstate(python)
+        torch.set_rng_state(drawn)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Runs a script's function once more in its own surroundings, with the random states put back."""
+    states = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    before, inside.on = getattr(inside, "on", False), True
+    try:
+        yield
+    finally:
+        inside.on = before
+        torch.set_rng_state(states)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+
+def twin(value: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:
+    """A scheduler, generator or list that may be changed in place of the given one; tensors are what `keep` makes."""
+    if isinstance(value, Tensor):
+        return keep(value)
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if type(value) in (list, tuple):
+        return type(value)(twin(v, keep) for v in value)
+    if type(value) is dict:
+        return {name: twin(v, keep) for name, v in value.items()}
+    if getattr(value, "__dict__", None) and not callable(value):
+        double = copy.copy(value)
+        for name, held in vars(value).items():
+            if isinstance(held, Tensor) or type(held) in (list, dict):
+                double.__dict__[name] = twin(held, keep)
+        return double
+    return value

@@ -1,0 +1,227 @@
+"""Where the calls of one replaced function go: to ours where it does what the original does, else to the original."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._apart import inside
+from ._known import Known, candidates, misfit
+from ._meter import Meter
+from ._probe import Closest, compare
+from ._replaced import Definition
+from ._roles import Layout
+
+# Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
+_MAX_KEYS = 32
+Values = tuple[Any, ...]
+
+
+class Verdict(NamedTuple):
+    """Who takes calls of one kind: `ours` by the values of the original's parameters, or None and why."""
+
+    known: Known | None
+    ours: Callable[[Values, bool], Any] | None
+    why: str = ""
+
+
+class Dispatch:
+    """One function's calls: bound, sent on, counted."""
+
+    def __init__(self, definition: Definition) -> None:
+        self.definition, self.replacements = definition, definition.replacements
+        self.original = definition.function
+        self.meter = Meter(self.original)
+        self.taken: list[Known] = []
+        self.kept: dict[str, int] = {}
+        known = candidates(self.original.__name__, definition.owner)
+        parameters = list(inspect.signature(self.original).parameters.values())
+        found = [(k, misfit(k, parameters)) for k in known]
+        self.misfits = [(k, why) for k, why in found if why is not None]
+        self.fitting = [k for k, why in found if why is None]
+
+    def entry(self) -> Callable[[Values, dict[str, Any]], Any]:
+        """What takes the calls; compiled code calls it as it is, from outside of its graphs."""
+        if not self.fitting:
+            self._refuse(unfit(self.original, self.misfits))
+            return lambda args, kwargs: self._keep("its parameters", args, kwargs)
+        self.layout = Layout(self.original)
+        if None in (self.layout.output, self.layout.state):
+            raise TypeError(f"{self.definition.label}: got parameters {self.layout.names}, want names of _roles.py")
+        lacking = {n for k in self.fitting for n in self.layout.names if n not in self._wanted(k)}
+        roles = {self.layout.output, self.layout.state, self.layout.next, self.layout.sigmas, self.layout.generator}
+        self.formed = [p for p in (self.layout.step, self.layout.after) if p is not None]
+        other = {*roles, *self.formed, self.layout.owner}
+        self.keyed = [p for p in range(len(self.layout.names)) if p not in other]
+        self.extra = [p for p, n in enumerate(self.layout.names) if n in lacking]
+        self.verdicts: dict[Any, Verdict] = {}
+        self.configs: dict[int, tuple[Any, Values]] = {}
+        entry: Callable[..., Any] = torch.compiler.disable(self.dispatch)
+        return entry
+
+    def dispatch(self, args: Values, kwargs: dict[str, Any]) -> Any:
+        """One call."""
+        values = self.layout.bind(*args, **kwargs)
+        if getattr(inside, "on", False):
+            return self.original(*values)
+        verdict = self.verdicts.get(self.key(values)) or self._decide(values)
+        if verdict.ours is None:
+            return self._keep(verdict.why, args, kwargs)
+        place = self.layout.next
+        replay = place is not None and values[place] is not None
+        try:
+            found = self.meter.run(verdict.ours, values, replay)
+        except Exception as error:
+            return self._failed(error, values, args, kwargs)
+        audit = self.replacements.audit
+        if audit is not None and audit.open:
+            audit.saw(self, values, replay, found)
+        return found
+
+    def key(self, values: Values) -> Values:
+        """What a verdict holds for: every choice among behaviours, but no amount."""
+        layout = self.layout
+        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in `entry`
+        if not isinstance(state, Tensor) or not isinstance(output, Tensor):
+            return ("no tensors",)
+        found = [state.ndim, state.dtype, output.dtype, *[_kind(values[p]) for p in self.keyed]]
+        found += [_form(values[p]) for p in self.formed]
+        found += [_is_default(values[p], layout.defaults[p]) for p in self.extra]
+        if layout.generator is not None:
+            found.append(type(values[layout.generator]) is list)
+        if layout.owner is not None:
+            found += self._choices(values[layout.owner])
+        return tuple(found)
+
+    def _choices(self, owner: Any) -> list[Any]:
+        attributes = getattr(owner, "__dict__", {})
+        chosen = [type(owner)]
+        chosen += [_kind(v) for v in attributes.values() if v.__class__ in (bool, str, float)]
+        config = attributes.get("_internal_dict")  # of diffusers' schedulers, replaced as a whole when it changes
+        if config is not None:
+            known = self.configs.get(id(config))
+            if known is None:
+                if len(self.configs) >= _MAX_KEYS:
+                    self.configs.clear()
+                picked = tuple((n, v) for n, v in dict(config).items() if v is None or isinstance(v, (bool, str)))
+                known = self.configs[id(config)] = (config, picked)
+            chosen.append(known[1])
+        return chosen
+
+    def _decide(self, values: Values) -> Verdict:
+        with self.replacements.lock:
+            key = self.key(values)
+            if key not in self.verdicts:
+                if len(self.verdicts) >= _MAX_KEYS:
+                    self.verdicts.setdefault("many", Verdict(None, None, f"more than {_MAX_KEYS} ways of calling it"))
+                    self._refuse(f"called in more than {_MAX_KEYS} ways")
+                    return self.verdicts["many"]
+                self.verdicts[key] = self._judge(values)
+            return self.verdicts[key]
+
+    def _judge(self, values: Values) -> Verdict:
+        layout = self.layout
+        if self.key(values) == ("no tensors",):
+            return Verdict(None, None, "arguments that are no tensors")
+        given = {p for p in self.extra if not _is_default(values[p], layout.defaults[p])}
+        able = [k for k in self.fitting if {layout.names[p] for p in given} <= self._wanted(k)]
+        if not able:
+            names = ", ".join(sorted(f"{layout.names[p]}={_shown(values[p])}" for p in given))
+            self._refuse(f"called with {names}, which {self.fitting[0].target} lacks; such calls go to the original")
+            return Verdict(None, None, f"called with {names}")
+        able.sort(key=lambda k: k not in self.taken)
+        closest: Closest | None = None
+        for known in able:
+            found = compare(self.original, self._bound(known, trial=True), layout, values)
+            if found is None:
+                return self._take(known)
+            found = found._replace(target=known.target)
+            closest = found if closest is None or found.size < closest.size else closest
+        assert closest is not None
+        self._refuse(f"closest is {closest.target}: {closest.text}")
+        return Verdict(None, None, closest.text)
+
+    def _take(self, known: Known) -> Verdict:
+        if known not in self.taken:
+            self.taken.append(known)
+            self.replacements.say(f"{self._name} -> {known.target} ({known.about})")
+        return Verdict(known, self._bound(known))
+
+    def _bound(self, known: Known, trial: bool = False) -> Callable[[Values, bool], Any]:
+        """Ours, called with the values of the original's parameters, and whether a next sample is scored."""
+        ours, settings = known.load(), self.replacements.settings
+        wanted = self._wanted(known)
+        places = [p for p, n in enumerate(self.layout.names) if n in wanted]
+        names = [self.layout.names[p] for p in places]
+        pick = itemgetter(*places)
+        replay: dict[str, Any] = {"rounding": settings.rounding, "backend": settings.backend, **known.options}
+        if trial:
+            replay["backend"] = "auto"  # on the CPU
+        rollout = dict(replay)
+        if settings.latents is not None and not trial:
+            rollout["latents_dtype"] = getattr(torch, settings.latents)
+
+        def call(values: Values, scored: bool) -> Any:
+            return ours(**dict(zip(names, pick(values), strict=True)), **(replay if scored else rollout))
+
+        return call
+
+    @staticmethod
+    def _wanted(known: Known) -> set[str]:
+        return set(inspect.signature(known.load()).parameters) - known.options.keys()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.definition.where} {self.definition.label}"
+
+    def _refuse(self, why: str) -> None:
+        self.replacements.refuse(f"{self._name}: not replaced: {why}")
+
+    def _keep(self, why: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self.kept[why] = self.kept.get(why, 0) + 1
+        return self.original(*args, **kwargs)
+
+    def _failed(self, error: Exception, values: Values, args: Values, kwargs: dict[str, Any]) -> Any:
+        """The original instead: what it raises is the script's own; what it does not is said, and not tried again."""
+        if self.replacements.strict:
+            raise error
+        found = self._keep("an error of ours", args, kwargs)
+        self._refuse(f"ours raised {type(error).__name__}: {error}")
+        self.verdicts[self.key(values)] = Verdict(None, None, f"{type(error).__name__}: {error}")
+        return found
+
+
+def _kind(value: Any) -> Any:
+    """The choice in an argument: booleans, texts, None and whether a number is 0 count, numbers themselves do not."""
+    kind = value.__class__
+    if value is None or kind is bool or kind is str:
+        return value
+    if kind is float or kind is int:
+        return kind if value else (kind, 0)
+    if isinstance(value, Tensor):
+        return Tensor, value.ndim, value.is_floating_point()
+    if kind is list or kind is tuple:
+        return tuple([_kind(v) for v in value])
+    return kind
+
+
+def _form(value: Any) -> Any:
+    """How a step is given."""
+    return (value.ndim, value.is_floating_point()) if isinstance(value, Tensor) else value.__class__
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) in (bool, int, float, str, tuple, list) and bool(value == default))
+
+
+def _shown(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, Tensor) else repr(value)
+
+
+def unfit(function: Callable[..., Any], misfits: Sequence[tuple[Known, str]]) -> str:
+    """Why none of ours can be called as `function` is."""
+    written = f"{function.__name__}{inspect.signature(function)}"
+    return f"got {written}; " + "; ".join(f"as {known.target} it {why}" for known, why in misfits)

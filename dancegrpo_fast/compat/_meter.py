@@ -1,0 +1,112 @@
+"""Calls, times and host reads of ours and of the original, on a script's own arguments."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._apart import beside, twin
+
+# The first call builds tables and is left out; ours is timed in the second and fourth, its host reads are counted in
+# the third, and the original is called once more in each of them.
+_TIMED, _COUNTED, _LAST = (2, 4), 3, 4
+_READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+KINDS = ("rollout", "replay")
+Values = tuple[Any, ...]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device: reads of a tensor's value, and copies of one to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        to_host = name in ("_to_copy", "copy_") and isinstance(found, Tensor) and found.device.type == "cpu"
+        sources = [a for a in args if isinstance(a, Tensor)]
+        if name in _READS and first is not None:
+            self.count += 1
+        elif to_host and any(a.device.type != "cpu" for a in sources):
+            self.count += 1
+        return found
+
+
+class Clock:
+    """Microseconds of something on a device; nothing waits for it before it is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Start or stop."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter_ns())
+
+    def read(self) -> float:
+        """From start to stop; waits for the device."""
+        start, stop = self._marks
+        if not self._cuda:
+            return float(stop - start) / 1e3
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3
+
+
+class Meter:
+    """One function's calls by kind, rollout and replay."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self.calls = [0, 0]
+        self.ours: tuple[list[Clock], list[Clock]] = ([], [])
+        self.theirs: tuple[list[Clock], list[Clock]] = ([], [])
+        self.reads: list[list[int]] = [[], []]
+        self.read_by_ours: list[int | None] = [None, None]
+        self.untimed = ""
+
+    def run(self, ours: Callable[[Values, bool], Any], values: Values, replay: bool) -> Any:
+        """Ours; now and then the original beside it."""
+        self.calls[replay] += 1
+        if self.calls[replay] > _LAST or self.calls[replay] < _TIMED[0]:
+            return ours(values, replay)
+        device = next(v.device for v in values if isinstance(v, Tensor))
+        self._try(values, replay, device)
+        if self.calls[replay] == _COUNTED:
+            with HostReads() as reads:
+                found = ours(values, replay)
+            self.read_by_ours[replay] = reads.count
+            return found
+        clock = Clock(device)
+        clock.mark()
+        found = ours(values, replay)
+        clock.mark()
+        self.ours[replay].append(clock)
+        return found
+
+    def _try(self, values: Values, replay: bool, device: torch.device) -> None:
+        if self.untimed:
+            return
+        try:
+            with beside(device):
+                if not self.reads[replay]:
+                    with HostReads() as reads:
+                        self.original(*twin(values))
+                    self.reads[replay].append(reads.count)
+                clock, values = Clock(device), twin(values)
+                clock.mark()
+                self.original(*values)
+                clock.mark()
+                self.theirs[replay].append(clock)
+        except Exception as error:  # out of memory, or a side effect that can be had once
+            self.untimed = f"{type(error).__name__}: {error}"
