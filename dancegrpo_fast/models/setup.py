@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -118,27 +118,15 @@ def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, boo
     """The policy, and whether block inputs wait on the host."""
     if iteration is None:
         raise ValueError('model.checkpointing: got "auto" on the CPU, want model.memory_gib, or a policy by name')
-    gib = iteration.settings.gpu_gib
+    from ..memory.automatic import automatic
+
     try:
-        picked = iteration.pick()
+        policy, offload, reasons = automatic(iteration)
     except ValueError as error:
+        gib = iteration.settings.gpu_gib
         raise ValueError(f'model.checkpointing: got "auto" with model.memory_gib {gib:.2f}, {error}') from error
-    peak = max(iteration.training(picked.blocks), key=lambda phase: phase.bytes)
-    needed = (peak.bytes + sum(iteration.margins().values())) / GIB
-    if needed > gib:
-        raise ValueError(
-            f'model.checkpointing: got "auto" with model.memory_gib {gib:.2f}, want at least {needed:.2f} for the'
-            f" {peak.name} with as much computed again as can be; or LoRA, quantization, a smaller micro_batch or size"
-        )
-    print(
-        f"checkpointing {picked.name}: the {peak.name} takes {needed:.2f} of {gib:.2f} GiB, as predicted",
-        *picked.reasons,
-        sep="\n  ",
-        flush=True,
-    )
-    each = cast(tuple[str | checkpointing.Keep, ...], picked.blocks.policies)
-    policy = checkpointing.PerBlock(each) if picked.blocks.kinds else each[0]
-    return policy, picked.blocks.host_inputs and set(each) != {"none"}
+    print(f"checkpointing {reasons[0]}", *reasons[1:], sep="\n  ", flush=True)
+    return policy, offload
 
 
 def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -172,7 +160,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     return found
 
 
-def _processes() -> tuple[int, str]:
+def processes() -> tuple[int, str]:
     """How many processes share the run's samples, and how they share the weights, in the planner's words."""
     from accelerate.state import AcceleratorState, is_initialized
     from accelerate.utils import DistributedType
@@ -187,12 +175,12 @@ def _processes() -> tuple[int, str]:
 
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
     """The recipe in the planner's words, with what is known of the loaded model."""
-    processes, strategy = _processes()
+    count, strategy = processes()
     trained = [p for p in model.denoiser.parameters() if p.requires_grad]
     return settings_of(
         recipe,
         model=model.planned_as,
-        processes=processes,
+        processes=count,
         strategy=strategy,
         trained=(sum(p.numel() for p in trained), trained[0].itemsize),
         text_tokens=text_tokens,

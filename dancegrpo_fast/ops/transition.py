@@ -149,6 +149,12 @@ class _LogProb(torch.autograd.Function):
         return shared_gradients(shared, torch.ops.dgf.transition_log_prob_backward(*shared, grad))
 
 
+def scored(*shared: Any) -> Tensor:
+    """`transition_log_prob` of shared arguments that need no check."""
+    log_prob: Tensor = _LogProb.apply(*shared)
+    return log_prob
+
+
 def _check_shared(
     latents: Tensor,
     model_output: Tensor,
@@ -344,9 +350,8 @@ def transition_log_prob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    log_prob: Tensor = _LogProb.apply(
+    return scored(
         *check_scoring(
             latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
         )
     )
-    return log_prob
