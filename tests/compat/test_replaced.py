@@ -300,6 +300,15 @@ def test_compiled_code_calls_it(first: str) -> None:
     assert told.calls() == [int(first == "eager"), 1, 0]
 
 
+def test_latents_are_rounded_before_they_are_scored() -> None:
+    told = Told(latents="bfloat16")
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    after, _, sampled = step(V, X, 0.7, SIGMAS, 1, None)[:3]
+    assert after.dtype == F32 and torch.equal(after, after.to(BF16).to(F32))
+    scored = step(V, X, 0.7, SIGMAS, 1, after.to(BF16).to(F32))[2]
+    assert torch.equal(sampled, scored)
+
+
 def test_torch_is_not_needed_before_the_first_call() -> None:
     code = (
         "import sys\nfrom dancegrpo_fast.compat._replaced import Replacements\n"
