@@ -193,7 +193,8 @@ class Dispatch:
         return f"{self.definition.where} {self.definition.label}"
 
     def _refuse(self, why: str) -> None:
-        self.replacements.refuse(f"{self._name}: not replaced: {why}")
+        latents = "" if self.replacements.settings.latents is None else "; --latents does nothing for it"
+        self.replacements.refuse(f"{self._name}: not replaced: {why}{latents}")
 
     def _keep(self, why: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.kept[why] = self.kept.get(why, 0) + 1

@@ -135,6 +135,13 @@ def test_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.rank3.json"]
 
 
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    found, said = replacements(report=str(tmp_path / "missing" / "report.json"))
+    found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, None)
+    found.finish()
+    assert said[-1].startswith("the report is incomplete: FileNotFoundError: ")
+
+
 def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     found, said = replacements()
     found.finish()
