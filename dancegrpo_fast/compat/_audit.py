@@ -5,6 +5,7 @@ are read when an optimiser is about to step for the first time after a replay, o
 """
 
 import math
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ class Audit:
         self._fingerprints = Fingerprints()
         self._last: tuple[Tensor, int | None, Call] | None = None
         self._found: dict[str, Any] | None = None
-        self._hook = register_optimizer_step_pre_hook(lambda *_: self._update())
+        # It stays: an optimiser goes through its hooks while it is called, and would see one that goes.
+        register_optimizer_step_pre_hook(_Hook(self))
 
     def saw(self, layout: Layout, values: Sequence[Any], replay: bool, found: Any) -> None:
         """Takes note of a call; reads nothing from its device."""
@@ -127,13 +129,13 @@ class Audit:
             start, following, seen = (self._fingerprints(t) for t in (state, after, output))
             self._replays.append(Call(start, following, seen, score.detach().clone(), _how(state, output), {}, None))
 
-    def _update(self) -> None:
-        if self._replays:
+    def update(self) -> None:
+        """An optimiser is about to step."""
+        if self._replays and self._found is None:
             self.read()
 
     def _stop(self, trouble: str = "") -> None:
         self.open, self.trouble = False, self.trouble or trouble
-        self._hook.remove()
         self._last = None
         self._fingerprints.patterns.clear()
 
@@ -145,10 +147,14 @@ class Audit:
         if not self._replays or not self._calls:
             missing = "replay with a gradient" if self._calls else "rollout"
             why = self.trouble or f"no {missing} was seen in this process"
-            self._found = {"pairs": 0, "text": f"the first update was not audited: {why}"}
+            self._found = {"pairs": 0, "findings": [], "text": f"the first update was not audited: {why}"}
             return
-        drawn, replayed = _read(list(self._calls)), _read(self._replays)
-        self._found = judge(drawn, replayed, self._between(), self.forgotten)
+        try:
+            drawn, replayed = _read(list(self._calls)), _read(self._replays)
+            self._found = judge(drawn, replayed, self._between(), self.forgotten)
+        except Exception as error:  # of a device, for one, which the script will hear of itself
+            why = f"{type(error).__name__}: {error}"
+            self._found = {"pairs": 0, "findings": [], "text": f"the first update was not audited: {why}"}
         for text in self._found["findings"]:
             self._say(f"first update: {text}")
         self._calls.clear()
@@ -175,6 +181,18 @@ class Audit:
         self.read()
         assert self._found is not None
         return self._found
+
+
+class _Hook:
+    """Tells an audit of an optimiser's step, as long as it is there."""
+
+    def __init__(self, audit: Audit) -> None:
+        self._audit = weakref.ref(audit)
+
+    def __call__(self, *_: Any) -> None:
+        audit = self._audit()
+        if audit is not None:
+            audit.update()
 
 
 def _how(state: Tensor, output: Tensor) -> dict[str, str]:
