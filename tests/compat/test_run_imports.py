@@ -263,3 +263,19 @@ def test_only_and_skip(tmp_path: Path) -> None:
     }.items():
         done = python(tmp_path, *RUN, *options.split(), "train.py")
         assert done.stdout == f"{wanted}\n" and "no such function" not in done.stderr, done.stderr
+
+
+def test_what_waits_for_a_module_gets_it_when_it_has_been_executed(tmp_path: Path) -> None:
+    # In place of diffusers, whose configurations make models.
+    text = "class ConfigMixin:\n    @classmethod\n    def from_config(cls, config): return cls()\n"
+    for name, content in {
+        "diffusers/__init__.py": "",
+        "diffusers/configuration_utils.py": text,
+        "train.py": "import multiprocessing as mp\n\n\ndef told():\n"
+        "    from diffusers.configuration_utils import ConfigMixin\n    print(hasattr(ConfigMixin.from_config, '__wrapped__'))\n\n\nif __name__ == '__main__':\n    told()\n"
+        "    child = mp.get_context('spawn').Process(target=told)\n    child.start()\n    child.join()\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for options, wanted in ((), False), (("--accelerate", "lossless"), True):
+        assert python(tmp_path, *RUN, *options, "train.py").stdout == f"{wanted}\n" * 2
