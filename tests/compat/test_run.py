@@ -98,6 +98,13 @@ def test_a_program_sees_what_it_sees_under_python(words: Sequence[str], programs
     assert json.loads(ours.stdout) == json.loads(plain.stdout)
 
 
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "package"], ["application"]], ids=" ".join)
+def test_whoever_starts_run_the_program_sees_the_same(words: list[str], programs: Path) -> None:
+    # A path that begins otherwise, as under the installed command.
+    ours = python(programs, "-c", f"from dancegrpo_fast.cli import main; main(['run', *{words}])")
+    assert json.loads(ours.stdout) == json.loads(python(programs, *words).stdout)
+
+
 def test_a_safe_path_stays_safe(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     for words in (("train.py",), ("application",), ("application.zip",), ("-m", "package")):

@@ -266,14 +266,26 @@ def test_only_and_skip(tmp_path: Path) -> None:
 
 
 def test_what_waits_for_a_module_gets_it_when_it_has_been_executed(tmp_path: Path) -> None:
-    # In place of diffusers, whose configurations make models.
-    text = "class ConfigMixin:\n    @classmethod\n    def from_config(cls, config): return cls()\n"
+    script = """
+import multiprocessing
+
+
+def told():
+    from diffusers.configuration_utils import ConfigMixin
+    print(hasattr(ConfigMixin.from_config, "__wrapped__"))
+
+
+if __name__ == "__main__":
+    told()
+    child = multiprocessing.get_context("spawn").Process(target=told)
+    child.start()
+    child.join()
+"""
     for name, content in {
+        # In place of the real one, whose configurations make models.
         "diffusers/__init__.py": "",
-        "diffusers/configuration_utils.py": text,
-        "train.py": "import multiprocessing as mp\n\n\ndef told():\n"
-        "    from diffusers.configuration_utils import ConfigMixin\n    print(hasattr(ConfigMixin.from_config, '__wrapped__'))\n\n\nif __name__ == '__main__':\n    told()\n"
-        "    child = mp.get_context('spawn').Process(target=told)\n    child.start()\n    child.join()\n",
+        "diffusers/configuration_utils.py": "class ConfigMixin:\n    @classmethod\n    def from_config(cls): ...\n",
+        "train.py": script,
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
