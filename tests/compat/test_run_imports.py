@@ -196,7 +196,8 @@ held = {
     "decorated in the script": dance_grpo_step[0],
     **{name: value for name, value in vars(places).items() if name.startswith("under_")},
 }
-left = {"no source": compiled.flux_step, "of text": of_text.flux_step, "inside": places.outer(), "method of another": places.Other.flux_step,
+left = {"no source": compiled.flux_step, "of text": of_text.flux_step,
+        "inside": places.outer(), "method of another": places.Other.flux_step,
         "other class": places.Other.sample_previous_step, "async": places.dance_grpo_step, "step": places.Step.step,
         "lambda": places.flow_grpo_step, "override": Overridden.sample_previous_step}
 steps = namespace.deep.steps
