@@ -67,5 +67,13 @@ def arrive(fields: Mapping[str, Any]) -> None:
     """For a process that `multiprocessing` started; it reports for itself, where it called something."""
     process = Process(Settings(**fields))
     process.start()
-    # A forked process runs these, and no `atexit`.
-    util.Finalize(None, process.replacements.finish, exitpriority=-1)
+    own = os.getpid()
+
+    def close(process: Process) -> None:
+        if os.getpid() == own:
+            # Runs where `atexit` does not.
+            util.Finalize(None, process.replacements.finish, exitpriority=-1)
+
+    close(process)
+    # A fork server's process forgets what was there before this.
+    util.register_after_fork(process, close)

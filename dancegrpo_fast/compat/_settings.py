@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from multiprocessing import process
 
 ROUNDINGS = ("exact", "reference")
 # As in `backends`, which needs torch.
@@ -25,5 +26,6 @@ class Settings:
 
 def say(text: str) -> None:
     """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
+    child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
     if os.environ.get("RANK", "0") == "0":
-        print(f"dancegrpo-fast run: {text}", file=sys.stderr, flush=True)
+        print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
 Runs a training script as `python` does (a folder or zip file with a __main__.py, too), with the step functions of known
 projects replaced by this library's. A function is known by its name. At its first call ours is tried beside it, and
 takes its place where it computes the same. What was replaced, what was not and why, is said. A table closes the run.
+Processes that multiprocessing starts get the same. Spawned ones report for themselves; forked ones are not counted.
 
 options:
   --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)

@@ -98,6 +98,13 @@ def test_a_program_sees_what_it_sees_under_python(words: Sequence[str], programs
     assert json.loads(ours.stdout) == json.loads(plain.stdout)
 
 
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "package"], ["application"]], ids=" ".join)
+def test_whoever_starts_run_the_program_sees_the_same(words: list[str], programs: Path) -> None:
+    # A path that begins otherwise, as under the installed command.
+    ours = python(programs, "-c", f"from dancegrpo_fast.cli import main; main(['run', *{words}])")
+    assert json.loads(ours.stdout) == json.loads(python(programs, *words).stdout)
+
+
 def test_a_safe_path_stays_safe(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     for words in (("train.py",), ("application",), ("application.zip",), ("-m", "package")):
@@ -121,6 +128,7 @@ ENDS = {
     "text": "raise SystemExit('the end')",
     "hook": "import sys\nsys.excepthook = lambda kind, value, trace: print(kind, trace.tb_lineno)\n1 / 0",
     "cause": "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise ValueError('x') from error",
+    "warning of another": "import warning",
     "warning": "import warnings\nassert (1, 'x')\nwarnings.warn('seen')\ndef flux_step(): return '\\\\d'",
 }
 
@@ -131,7 +139,9 @@ def test_a_program_ends_as_under_python(name: str, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("def f():\n    raise OSError('of another')\n\n\nf()\n")
     (tmp_path / "wrong.py").write_text("x = (\n")
     (tmp_path / "known_and_broken.py").write_text("@print\ndef flux_step(a):\n    ...\n\n\n1 / 0\n")
-    plain, ours = (python(tmp_path, *command, "train.py") for command in ((), RUN))
+    (tmp_path / "warning.py").write_text("def flux_step(): return '\\d'\nassert (1, 'x')\n")
+    # Nothing of the first run is left for the second.
+    plain, ours = (python(tmp_path, "-B", *command, "train.py") for command in ((), RUN))
     for end in (plain, ours):
         # Of the printed function, as every address.
         end.stdout = end.stdout.partition(" at 0x")[0]

@@ -72,6 +72,8 @@ def get(name):
     "lazy.py": STEP,
     "again.py": STEP,
     "compiled.py": STEP,
+    "rewritten.py": STEP,
+    "of_text.py": STEP,
     "bom.py": f"\ufeff{STEP}",
     "latin.py": f"# -*- coding: latin-1 -*-\nNAME = 'é'\n{STEP}",
     "data/__init__.py": STEP,
@@ -117,7 +119,7 @@ class Step(list):
 flow_grpo_step = lambda: 0
 """,
     "train.py": """
-import importlib, importlib.resources, importlib.util, inspect, json, pickle, pkgutil, sys
+import ast, importlib, importlib.resources, importlib.util, inspect, json, pickle, pkgutil, sys
 from importlib.machinery import SourceFileLoader
 
 import again, bom, bound.steps, circular.first, compiled, data, latin, places, relative
@@ -137,6 +139,29 @@ spec = importlib.util.find_spec("lazy")
 spec.loader = importlib.util.LazyLoader(spec.loader)
 lazy = sys.modules["lazy"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lazy)
+
+
+class Rewriting(SourceFileLoader):
+    # As type checkers do it.
+    def source_to_code(self, data, path, *, _optimization=-1):
+        tree = compile(data, path, "exec", ast.PyCF_ONLY_AST)
+        tree.body += ast.parse("REWRITTEN = True").body
+        return compile(tree, path, "exec")
+
+
+class OfText(SourceFileLoader):
+    def source_to_code(self, data, path, *, _optimization=-1):
+        return compile(data.decode(), path, "exec")
+
+
+def loaded(name, loader):
+    spec = importlib.util.spec_from_file_location(name, f"{name}.py", loader=loader(name, f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rewritten, of_text = loaded("rewritten", Rewriting), loaded("of_text", OfText)
 first = again.flux_step
 importlib.reload(again)
 
@@ -167,10 +192,12 @@ held = {
     "dict": registered_steps.TABLE["flux"], "list": registered_steps.ROW[0],
     "registered": registered.table.STEPS["flux_step"], "bound": bound.steps.BOUND.func,
     "mark": bom.flux_step, "encoding": latin.flux_step, "data": data.flux_step, "script": flux_step,
+    "rewritten": rewritten.flux_step,
     "decorated in the script": dance_grpo_step[0],
     **{name: value for name, value in vars(places).items() if name.startswith("under_")},
 }
-left = {"no source": compiled.flux_step, "inside": places.outer(), "method of another": places.Other.flux_step,
+left = {"no source": compiled.flux_step, "of text": of_text.flux_step,
+        "inside": places.outer(), "method of another": places.Other.flux_step,
         "other class": places.Other.sample_previous_step, "async": places.dance_grpo_step, "step": places.Step.step,
         "lambda": places.flow_grpo_step, "override": Overridden.sample_previous_step}
 steps = namespace.deep.steps
@@ -182,7 +209,7 @@ facts = {
     "source of a module": inspect.getsource(steps), "pickled": pickle.loads(pickle.dumps(g)) is g,
     "loader": type(steps.__spec__.loader) is SourceFileLoader and steps.__loader__ is steps.__spec__.loader,
     "cached": [steps.__cached__, steps.__spec__.cached, steps.__file__], "package": steps.__package__,
-    "path": [str(p) for p in namespace.deep.__path__], "latin": latin.NAME,
+    "path": [str(p) for p in namespace.deep.__path__], "latin": latin.NAME, "rewritten": rewritten.REWRITTEN,
     "resource": importlib.resources.files("data").joinpath("words.txt").read_text(),
     "get_data": pkgutil.get_data("data", "words.txt").decode(),
     "get_source": steps.__loader__.get_source(steps.__name__),
@@ -231,7 +258,8 @@ def test_every_shape_is_replaced_where_it_is_defined(states: dict[str, Any]) -> 
 def test_what_is_not_known_is_left_alone(states: dict[str, Any]) -> None:
     assert states["ours"]["left"] == states["plain"]["left"]
     assert [line for line in states["said"].splitlines() if "left alone" in line] == [
-        f"{SAID}compiled.py: its functions are left alone: OSError: it has no source"
+        f"{SAID}compiled.py: its functions are left alone: OSError: it has no source",
+        f"{SAID}of_text.py: its functions are left alone: AttributeError: 'Module' object has no attribute 'decode'",
     ]
 
 
@@ -239,7 +267,19 @@ def test_what_is_not_known_is_left_alone(states: dict[str, Any]) -> None:
     "name",
     [
         *("one object", "reloaded", "names", "signature", "source", "line", "source of a module", "pickled", "loader"),
-        *("cached", "package", "path", "latin", "resource", "get_data", "get_source", "meta_path", "torch", "dir"),
+        *(
+            "cached",
+            "package",
+            "path",
+            "latin",
+            "rewritten",
+            "resource",
+            "get_data",
+            "get_source",
+            "meta_path",
+            "torch",
+            "dir",
+        ),
         "annotations",
     ],
 )
@@ -263,3 +303,31 @@ def test_only_and_skip(tmp_path: Path) -> None:
     }.items():
         done = python(tmp_path, *RUN, *options.split(), "train.py")
         assert done.stdout == f"{wanted}\n" and "no such function" not in done.stderr, done.stderr
+
+
+def test_what_waits_for_a_module_gets_it_when_it_has_been_executed(tmp_path: Path) -> None:
+    script = """
+import multiprocessing
+
+
+def told():
+    from diffusers.configuration_utils import ConfigMixin
+    print(hasattr(ConfigMixin.from_config, "__wrapped__"))
+
+
+if __name__ == "__main__":
+    told()
+    child = multiprocessing.get_context("spawn").Process(target=told)
+    child.start()
+    child.join()
+"""
+    for name, content in {
+        # In place of the real one, whose configurations make models.
+        "diffusers/__init__.py": "",
+        "diffusers/configuration_utils.py": "class ConfigMixin:\n    @classmethod\n    def from_config(cls): ...\n",
+        "train.py": script,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for options, wanted in ((), False), (("--accelerate", "lossless"), True):
+        assert python(tmp_path, *RUN, *options, "train.py").stdout == f"{wanted}\n" * 2

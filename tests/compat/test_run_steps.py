@@ -61,7 +61,10 @@ if __name__ == "__main__":
     import sys
     torch.save({name: drive(step) for name, step in ways().items()}, sys.argv[1])
     if "--spawn" in sys.argv:
+        child = torch.multiprocessing.get_context("forkserver").Process(target=worker, args=(1, sys.argv[1]))
+        child.start()
         torch.multiprocessing.spawn(worker, args=(sys.argv[1],))
+        child.join()
     sys.exit(7)
 """
 )
@@ -95,7 +98,8 @@ def runs(folder: Path) -> dict[str, Any]:
     out = folder / "ours.pt"
     done = python(folder, *RUN, "--rounding", "reference", "train.py", str(out), "--spawn")
     assert done.returncode == 7, done.stderr
-    return {"plain": plain, "ours": torch.load(out), "child": torch.load(f"{out}.0"), "said": done.stderr}
+    children = [torch.load(f"{out}.{rank}")["script"] for rank in range(2)]
+    return {"plain": plain, "ours": torch.load(out), "children": children, "said": done.stderr}
 
 
 @pytest.mark.parametrize("name", ["script", "import", "method"])
@@ -116,13 +120,20 @@ def test_each_step_draws_the_same_noise_and_scores_what_it_drew(name: str, runs:
     assert_within_budget(after["trajectory"][1], mean + tau * noise.double(), before["trajectory"][1])
 
 
-def test_a_spawned_process_computes_the_same(runs: dict[str, Any]) -> None:
-    ours, child = runs["ours"]["script"], runs["child"]["script"]
+@pytest.mark.parametrize("rank", [0, 1], ids=["spawn", "fork server"])
+def test_other_processes_compute_the_same(rank: int, runs: dict[str, Any]) -> None:
+    ours, child = runs["ours"]["script"], runs["children"][rank]
     assert all(torch.equal(ours[key], child[key]) for key in ours)
+
+
+def test_every_process_says_what_it_replaced_and_closes_with_a_table(runs: dict[str, Any]) -> None:
     line = (FOLDER / "peers/dancegrpo.py").read_text().partition("def flux_step")[0].count("\n") + 1
     taken = f"train.py:{line} flux_step -> dancegrpo_fast.compat.dancegrpo.flux_step"
-    assert runs["said"].count(taken) == 2  # in either process
-    assert f"{SAID}--" not in runs["said"]
+    names = [SAID] + [f"{SAID.removesuffix(': ')} [{name}]: " for name in ("ForkServerProcess-1", "SpawnProcess-2")]
+    lines = runs["said"].splitlines()
+    assert sorted(said.partition("/")[0] for said in lines if taken in said) == sorted(names)
+    assert sorted(said for said in lines if said.endswith(": ")) == sorted(names)
+    assert sum(said.split()[-6:-3] == ["flux_step", "rollout", "4"] for said in lines) == len(names)
 
 
 def test_two_processes_under_torchrun(folder: Path) -> None:
