@@ -1,7 +1,8 @@
 """What the shims share: samplers by schedule, and one step or score with its statistics."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,9 @@ from ..transitions import PACKED_COLUMNS, TransitionTable
 # Both far above what a script uses at once; past them everything is built anew, not kept for ever.
 _MAX_SCHEDULES, _MAX_SAMPLERS = 64, 16
 _samplers: Any = WeakIdKeyDictionary()
+
+# As published: a float32 root and logarithm.
+_LOG_ROOT = torch.log(torch.sqrt(2 * torch.tensor(math.pi, dtype=torch.float32, device="cpu")))
 
 Built = TypeVar("Built")
 Rows = Callable[[str], Tensor]
@@ -53,13 +57,15 @@ class Sampler:
     def published(self) -> Published:
         """As the project writes it."""
         assert self._publish is not None
-        return self._publish()
+        with _plain():
+            return self._publish()
 
     @cached_property
     def scored(self) -> TransitionTable:
         """Scores a mean that was computed before, in the place of the model output."""
-        one, zero = torch.ones_like(self.table.a), torch.zeros_like(self.table.a)
-        return replace(self.table, a=zero, b=one, tau=self.published.columns["tau"].double())
+        with _plain():
+            one, zero = torch.ones_like(self.table.a), torch.zeros_like(self.table.a)
+            return replace(self.table, a=zero, b=one, tau=self.published.columns["tau"].double())
 
     @cached_property
     def _numbers(self) -> dict[str, list[float]]:
@@ -117,7 +123,8 @@ def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Buil
     if not isinstance(schedule, Tensor):
         raise ValueError(f"{name}: got {type(schedule).__name__}, want a torch.Tensor")
     if schedule.is_inference():  # has no version
-        return build(schedule)
+        with _plain():
+            return build(schedule)
     version, samplers = _samplers.get(schedule, (None, {}))
     if version != schedule._version:
         if len(_samplers) >= _MAX_SCHEDULES:
@@ -127,9 +134,17 @@ def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Buil
     if key not in samplers:
         if len(samplers) >= _MAX_SAMPLERS:
             samplers.clear()
-        samplers[key] = build(schedule)
+        with _plain():
+            samplers[key] = build(schedule)
     found: Built = samplers[key]
     return found
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """What is built within is on the CPU and may be trained with, whatever the script's loop is in."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def unnormalized(table: TransitionTable) -> TransitionTable:
@@ -322,6 +337,6 @@ def _elementwise_log_prob(difference: Tensor, tau: Tensor, kind: str) -> Tensor:
     elements = -(difference**2)
     safe = torch.where(tau > 0, tau, 1.0)
     if kind == "gaussian":
-        elements = elements / (2 * safe**2) - torch.log(safe) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
+        elements = elements / (2 * safe**2) - torch.log(safe) - _LOG_ROOT
     elements = torch.where(tau > 0, elements, 0.0)
     return elements.double().mean(dim=tuple(range(1, elements.ndim))).to(elements.dtype)

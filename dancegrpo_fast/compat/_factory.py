@@ -133,7 +133,10 @@ def steps_of(scheduler: Any, timestep: Any, timestep_next: Any, device: torch.de
             return (int(indices[0]) if len(indices) == 1 else indices.to(device)), len(indices)
         return find_steps(scheduler, timestep, device)
     found, count = find_steps(scheduler, timestep, device)
-    given = torch.as_tensor(timestep_next).reshape(-1)
+    given = timestep_next
+    if not isinstance(given, Tensor):
+        given = torch.as_tensor(given, dtype=scheduler.timesteps.dtype, device="cpu")
+    given = given.reshape(-1)
     times = scheduler.timesteps.to(given.device)
     following = torch.cat([times[1:], times.new_zeros(1)])
     after = following[found.to(given.device) if isinstance(found, Tensor) else found]

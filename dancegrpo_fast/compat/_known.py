@@ -64,10 +64,7 @@ KNOWN = (
     Known("step", _EULER, "flow_factory:step", "Flow-Factory"),
     *(Known("step", _EULER, "flow_factory:noise_pred_step", f"Flow-Factory, {s}", {"state": s}) for s in _OLDER),
     Known("step", _UNIPC, "flow_factory:unipc_step", "Flow-Factory"),
-    *(
-        Known("step", _UNIPC, "flow_factory:unipc_noise_pred_step", f"Flow-Factory, {s}", {"state": s})
-        for s in _OLDER
-    ),
+    *(Known("step", _UNIPC, "flow_factory:unipc_noise_pred_step", f"Flow-Factory, {s}", {"state": s}) for s in _OLDER),
 )
 
 

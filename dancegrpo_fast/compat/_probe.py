@@ -67,14 +67,10 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
         layout: of the original's parameters.
         values: of a real call; nothing of it is changed or read but what describes the schedule.
     """
-    small = Small(layout, values)
     found: list[Closest] = []
-
-    def work() -> None:
-        found.extend(_differences(lambda v, _: original(*v), ours, small))
-
     try:
-        apart(work)
+        small = Small(layout, values)
+        apart(lambda: found.extend(_differences(lambda v, _: original(*v), ours, small)))
     except Exception as error:
         found.append(Closest(math.inf, f"it could not be tried: {type(error).__name__}: {error}"))
     return max(found, key=lambda difference: difference.size, default=None)

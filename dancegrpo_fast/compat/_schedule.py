@@ -22,7 +22,8 @@ def find_steps(scheduler: Any, timestep: Any, device: torch.device) -> tuple[int
     if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
         return _found_on_device(times, timestep.reshape(-1), len(known) < len(times), device), timestep.numel()
     if not isinstance(timestep, Tensor):  # torch compares a Python number in the tensor's dtype
-        timestep = torch.as_tensor(timestep, dtype=times.dtype if times.is_floating_point() else None)
+        dtype = times.dtype if times.is_floating_point() else None
+        timestep = torch.as_tensor(timestep, dtype=dtype, device="cpu")
     wanted = timestep.reshape(-1).tolist()
     found = [known.get(time, -1) for time in wanted]
     if -1 in found:

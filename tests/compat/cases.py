@@ -87,13 +87,20 @@ class Case:
         found = self.call(function, *tensors, dtype, **settings)
         return dict(zip(self.names, found, strict=True))
 
+    @property
+    def place(self) -> tuple[Any, str]:
+        """Where the peer's function is, a module or a class, and under which name."""
+        module, _, name = self.peer_name.partition(":")
+        home, _, last = name.rpartition(".")
+        return (find(PEERS[module], home) if home else PEERS[module]), last
+
     def ours(self, *tensors: Tensor | None, **settings: Any) -> dict[str, Tensor]:
         module, _, name = self.ours_name.partition(":")
         return self._run(find(ours(module), name), *tensors, **self.options, **settings)
 
     def peer(self, *tensors: Tensor | None, **settings: Any) -> dict[str, Tensor]:
-        module, _, name = self.peer_name.partition(":")
-        return self._run(find(PEERS[module], name), *tensors, **settings)
+        home, name = self.place
+        return self._run(getattr(home, name), *tensors, **settings)
 
 
 THREE = ("next", "denoised", "log_prob")

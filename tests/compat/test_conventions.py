@@ -130,6 +130,34 @@ def test_sampling_with_gradients_enabled_scores_with_them() -> None:
     assert log_prob.requires_grad and clean.requires_grad and not after.requires_grad
 
 
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+def test_a_rollout_in_inference_mode_can_be_trained_on(rounding: str) -> None:
+    v, x, sigmas, scheduler = draw(F32, 1), draw(F32, 2), SIGMAS.clone(), flow_scheduler(sigmas=SIGMAS.clone())
+    steps: dict[str, Callable[[Tensor, Tensor | None], tuple]] = {
+        "flux": lambda v, after: dancegrpo.flux_step(v, x, 0.3, sigmas, 1, after, True, True, rounding=rounding),
+        "mix": lambda v, after: mixgrpo.flow_grpo_step(v, x, 0.7, sigmas, 1, after, rounding=rounding),
+        "flow": lambda v, after: flow_grpo.sde_step_with_logprob(
+            scheduler, v, TIMES[[0, 1] * 4], x, prev_sample=after, rounding=rounding
+        ),
+    }
+    for name, step in steps.items():
+        score = 1 if name == "flow" else 2
+        with torch.inference_mode(), torch.device("meta"):  # a default device is not where tables belong
+            found = step(v, None)
+        output = v.clone().requires_grad_()
+        again = step(output, found[0].clone())[score]
+        assert torch.equal(torch.exp(again - found[score].clone()), torch.ones(len(x)))
+        again.sum().backward()
+        assert output.grad is not None and bool(output.grad.any())
+
+
+def test_a_table_that_was_first_used_in_inference_mode_can_be_trained_with() -> None:
+    table = transitions.dance_sde(SIGMAS, 0.3)
+    with torch.inference_mode():
+        table.packed("meta")
+    assert not table.packed("meta").is_inference()
+
+
 def test_generators_move_on_as_the_peer_s() -> None:
     v, x = draw(BF16, 1), draw(F32, 2)
     for determistic in (False, True):

@@ -60,21 +60,17 @@ def test_every_peer_is_recognised_by_what_it_does(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, told = CASES[name], Told()
-    module, homes = PEERS[case.module], []
-    for value in list(vars(module).values()):
-        if isinstance(value, type) and value.__module__ == module.__name__:
-            homes += [(value, method, value.__name__) for method in ("step", "sample_previous_step")]
-    homes += [(module, function, None) for function in vars(module) if function.endswith(("_step", "_logprob"))]
-    for home, function, owner in homes:
-        if function in vars(home):
-            monkeypatch.setattr(home, function, told.stand_in(vars(home)[function], owner))
+    home, attribute = case.place
+    owner = home.__name__ if isinstance(home, type) else None
+    monkeypatch.setattr(home, attribute, told.stand_in(vars(home)[attribute], owner))
+    x = draw(case.latents, 2)
     v = draw(dtype, 1)
-    found = case.peer(v, X, None)
-    scored = case.peer(v, X, found["next"])
-    assert torch.equal(scored["log_prob"], case.ours(v, X, found["next"])["log_prob"])
-    assert told.calls() == [1, 1, 0]
+    found = case.peer(v, x, None)
+    scored = case.peer(v, x, found["next"])
+    assert torch.equal(scored["log_prob"], case.ours(v, x, found["next"])["log_prob"])
+    assert told.calls() == [1, 1, 0], told.said
     (line,) = told.said
-    assert f"-> dancegrpo_fast.compat.{case.module}." in line
+    assert f"-> dancegrpo_fast.compat.{case.ours_name.replace(':', '.')} " in line
 
 
 LAST = "log_prob.flatten(1).mean(dim=1), mean, tau"
@@ -298,6 +294,15 @@ def test_compiled_code_calls_it(first: str) -> None:
     found.sum().backward()
     assert torch.equal(found, want) and output.grad is not None
     assert told.calls() == [int(first == "eager"), 1, 0]
+
+
+def test_latents_are_rounded_before_they_are_scored() -> None:
+    told = Told(latents="bfloat16")
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    after, _, sampled = step(V, X, 0.7, SIGMAS, 1, None)[:3]
+    assert after.dtype == F32 and torch.equal(after, after.to(BF16).to(F32))
+    scored = step(V, X, 0.7, SIGMAS, 1, after.to(BF16).to(F32))[2]
+    assert torch.equal(sampled, scored)
 
 
 def test_torch_is_not_needed_before_the_first_call() -> None:

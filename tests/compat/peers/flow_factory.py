@@ -114,14 +114,16 @@ def _step(
     else:
         std = tau = n * torch.sin(level * math.pi / 2)
         mean = (x - s * v) * (1 - n) + (x + v * (1 - s)) * torch.sqrt(n**2 - std**2)
-    if next_latents is None and kind == "ODE":
+    if next_latents is not None:
+        next_latents = next_latents.to(wide)
+    elif kind == "ODE":
         next_latents = mean
-    elif next_latents is None:
+    else:
         noise = torch_utils.randn_tensor(v.shape, generator=generator, device=v.device, dtype=wide)
         next_latents = mean + tau * noise
         if rounded:
             next_latents = next_latents.to(latents.dtype).to(wide)
-    log_prob = -((next_latents.to(wide).detach() - mean) ** 2)
+    log_prob = -((next_latents.detach() - mean) ** 2)
     if kind == "ODE":
         log_prob = torch.zeros_like(log_prob)
     elif kind != "CPS":

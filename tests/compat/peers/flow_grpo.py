@@ -67,3 +67,7 @@ def ode_step_with_logprob(
     log_prob = -((prev_sample.detach() - mean) ** 2).flatten(1).mean(dim=1)
     result = (prev_sample, log_prob, mean, std)
     return (*result, torch.sqrt(-dt)) if return_sqrt_dt else result
+
+
+# As it is called in its project.
+sde_step_of_flow_cps.__name__ = "sde_step_with_logprob"
