@@ -1,0 +1,66 @@
+"""Shaped as DanceGRPO's script for Stable Diffusion: a UNet under bfloat16 autocast, DDIM, one update per group.
+
+Usage: sd_script.py OUTPUT
+"""
+
+import json
+import sys
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from peers.ddpo import ddim_step_with_logprob
+
+STEPS, GROUP, EPOCHS, CLIP = 5, 4, 2, 1e-4
+
+
+def main(output: str) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    prompts = torch.randn(GROUP, 3, 8)
+    times = [step.repeat(GROUP) for step in scheduler.timesteps[:-1]]
+    updates = []
+    for _ in range(EPOCHS):
+        x = torch.randn(1, 4, 8, 8, dtype=torch.bfloat16).repeat(GROUP, 1, 1, 1)
+        latents, scores = [x], []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for t in times:
+                x, score = ddim_step_with_logprob(scheduler, unet(x, t, prompts).sample, t, x, eta=1.0)
+                latents.append(x)
+                scores.append(score)
+        reward = x.float().flatten(1).std(dim=1)
+        advantages = (reward - reward.mean()) / reward.std()
+        ratios, losses = [], []
+        for i, t in enumerate(times):
+            with torch.autocast("cpu", torch.bfloat16):
+                noise = unet(latents[i], t, prompts).sample
+                _, score = ddim_step_with_logprob(
+                    scheduler, noise, t, latents[i], eta=1.0, prev_sample=latents[i + 1]
+                )
+            ratio = torch.exp(score - scores[i])
+            clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
+            loss = torch.maximum(-advantages * ratio, clipped).mean()
+            loss.backward()
+            ratios += (ratio.detach() - 1).tolist()
+            losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        updates.append({"ratios": ratios, "loss": sum(losses), "norm": norm.item()})
+    with open(output, "w") as file:
+        json.dump(updates, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
