@@ -47,8 +47,7 @@ def replacements(rounding: str, backend: str) -> Any:
 
 def stand_in(method: Callable[..., Any], owner: str, rounding: str = "exact", backend: str = "auto") -> Any:
     """Ours for a method of a class named `owner`, if it computes what the method does; else the method."""
-    where = f"{method.__module__}.{method.__qualname__}"
-    return replacements(rounding, backend).stand_in(method, owner, where)
+    return replacements(rounding, backend).stand_in(method, owner, method.__module__)
 
 
 def reader(function: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
