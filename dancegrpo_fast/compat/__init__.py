@@ -4,7 +4,27 @@
 recognises, and `dancegrpo-fast run script.py` those of a script that stays as it is.
 """
 
+import importlib
+import pkgutil
+from typing import Any
+
 from ._patch import Replacement as Replacement
 from ._patch import patched as patched
 
 __all__ = ["Replacement", "patched"]
+
+
+def __getattr__(name: str) -> Any:
+    """A project's module, `compat.dancegrpo`, imported on first use."""
+    if name not in _modules():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_modules()])
+
+
+def _modules() -> list[str]:
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in found if not name.startswith("_") and name != "runner"]

@@ -46,7 +46,12 @@ def apart(work: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _unchanged() -> Iterator[None]:
-    drawn, python, dtype, level = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), logging.root.manager
+    drawn, python, dtype, level = (
+        torch.get_rng_state(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        logging.root.manager,
+    )
     numpy = sys.modules.get("numpy")
     numbers = None if numpy is None else numpy.random.get_state()
     disabled = level.disable

@@ -1,40 +1,120 @@
-"""What the shims share: tables by schedule, and one step or score with its statistics."""
+"""What the shims share: samplers by schedule, and one step or score with its statistics."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..checks import check_choice, check_int
 from ..kernels.transition import reference
-from ..ops._checks import check_rounding
 from ..ops.transition import transition_log_prob, transition_step
-from ..transitions import PACKED_COLUMNS, TransitionTable, dance_sde, flow_sde, mixed
+from ..transitions import PACKED_COLUMNS, TransitionTable
 
 # Both far above what a script uses at once; past them everything is built anew, not kept for ever.
 _MAX_SCHEDULES, _MAX_SAMPLERS = 64, 16
 _samplers: Any = WeakIdKeyDictionary()
 
+# As published: a float32 root and logarithm.
+_LOG_ROOT = torch.log(torch.sqrt(2 * torch.tensor(math.pi, dtype=torch.float32, device="cpu")))
 
-class Sampler(NamedTuple):
-    """A table, and `[T]` or None: what published Flow-SDE code multiplies the model output with, before `dt`."""
+Built = TypeVar("Built")
+Rows = Callable[[str], Tensor]
+Mean = Callable[[Tensor, Tensor, Rows], Tensor]
 
-    table: TransitionTable
-    factor: Tensor | None = None
+
+class Published(NamedTuple):
+    """A sampler in its project's order of operations.
+
+    Attributes:
+        columns: `[T]` each, by name, on the CPU.
+        mean: of latents, model output and the step's columns, differentiable in the output.
+        on_cpu: the project leaves the columns on the CPU.
+        noise_first: the product is `noise * tau`, else `tau * noise`.
+    """
+
+    columns: dict[str, Tensor]
+    mean: Mean
+    on_cpu: bool = False
+    noise_first: bool = False
+
+
+class Sampler:
+    """A table, what is read of it in every call as Python numbers, and the published way to compute its steps."""
+
+    def __init__(self, table: TransitionTable, publish: Callable[[], Published] | None = None) -> None:
+        self.table = table
+        self._publish = publish
+        self._on_device: dict[Any, Tensor] = {}
+        self.a, self.b, self.sigma = table.a.tolist(), table.b.tolist(), (-table.q).tolist()
+
+    @cached_property
+    def published(self) -> Published:
+        """As the project writes it."""
+        assert self._publish is not None
+        with _plain():
+            return self._publish()
+
+    @cached_property
+    def scored(self) -> TransitionTable:
+        """Scores a mean that was computed before, in the place of the model output."""
+        with _plain():
+            one, zero = torch.ones_like(self.table.a), torch.zeros_like(self.table.a)
+            return replace(self.table, a=zero, b=one, tau=self.published.columns["tau"].double())
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[float]]:
+        root = self.table.step_size.sqrt()
+        named = {"tau": self.table.tau, "std": self.table.tau / root, "root": root, "dt": -self.table.step_size}
+        return {name: column.tolist() for name, column in named.items()}
+
+    @cached_property
+    def _published_numbers(self) -> dict[str, list[float]]:
+        return {name: column.tolist() for name, column in self.published.columns.items()}
+
+    def statistic(self, name: str, step: int | Tensor, shape: tuple[int, ...], device: Any, rounding: str) -> Tensor:
+        """ "tau", "std" (without `sqrt(-dt)`), "root" (`sqrt(-dt)`) or "dt" at the step: float32 of `shape`."""
+        numbers = (self._published_numbers if rounding == "reference" else self._numbers)[name]
+        if not isinstance(step, Tensor):
+            return torch.full(shape, numbers[step], dtype=torch.float32, device=device)
+        key = (name, rounding, device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
+        found = pick(self._on_device[key], step)
+        return found.expand(shape[0]).reshape(shape) if shape else found.reshape(())
+
+    def rows(self, step: int | Tensor, latents: Tensor) -> Rows:
+        """The published columns at a step, as the project has them: without dimensions, or `[K, 1, ...]`."""
+        columns = self.published.columns
+        home = latents.device if isinstance(step, Tensor) or not self.published.on_cpu else None
+        if home is None or home.type == "cpu":
+            if not isinstance(step, Tensor):
+                return lambda name: columns[name][step]
+            return lambda name: column(columns[name], step, latents)
+
+        def moved(name: str) -> Tensor:
+            if (name, home) not in self._on_device:
+                self._on_device[name, home] = columns[name].to(home)
+            return column(self._on_device[name, home], step, latents)
+
+        return moved
 
 
 class Outcome(NamedTuple):
-    """One step: next latents, float32 log-probability `[B]`, and the mean where it was asked for."""
+    """One step: next latents, float32 log-probability `[B]`, and mean and estimate of x0 where they were asked for."""
 
     next_latents: Tensor
     log_prob: Tensor
     mean: Tensor | None
+    denoised: Tensor | None
 
 
-def cached(name: str, schedule: Tensor, key: tuple[Any, ...], build: Callable[[Tensor], Sampler]) -> Sampler:
+def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Built]) -> Built:
     """`build(schedule)`, once for every tensor, its in-place version and `key`; it is kept as long as the tensor lives.
 
     Raises:
@@ -43,7 +123,8 @@ def cached(name: str, schedule: Tensor, key: tuple[Any, ...], build: Callable[[T
     if not isinstance(schedule, Tensor):
         raise ValueError(f"{name}: got {type(schedule).__name__}, want a torch.Tensor")
     if schedule.is_inference():  # has no version
-        return build(schedule)
+        with _plain():
+            return build(schedule)
     version, samplers = _samplers.get(schedule, (None, {}))
     if version != schedule._version:
         if len(_samplers) >= _MAX_SCHEDULES:
@@ -53,9 +134,17 @@ def cached(name: str, schedule: Tensor, key: tuple[Any, ...], build: Callable[[T
     if key not in samplers:
         if len(samplers) >= _MAX_SAMPLERS:
             samplers.clear()
-        samplers[key] = build(schedule)
-    found: Sampler = samplers[key]
+        with _plain():
+            samplers[key] = build(schedule)
+    found: Built = samplers[key]
     return found
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """What is built within is on the CPU and may be trained with, whatever the script's loop is in."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def unnormalized(table: TransitionTable) -> TransitionTable:
@@ -63,62 +152,36 @@ def unnormalized(table: TransitionTable) -> TransitionTable:
     return replace(table, kind=["unnormalized" if kind == "gaussian" else kind for kind in table.kind])
 
 
-def flow_sampler(sigmas: Tensor, level: float, rounding: str, sigma_max: float | None = None) -> Sampler:
-    """Flow-SDE, where `sigma_max` stands for a sigma of 1 under the root, by default the sigma after it.
+def as_step(name: str, index: int | Tensor, rows: int, latents: Tensor) -> int | Tensor:
+    """The argument `name` as the ops take it: a number where that costs no host sync, else a tensor beside the latents.
 
-    With `rounding="reference"` the coefficients are computed in the dtype of `sigmas` for Flow-GRPO's order of
-    operations, `x a + (v k) dt`. The table is for `(v k) dt` in place of the model output, and `k` is the factor.
+    Raises:
+        ValueError: a number that is no row of the table.
     """
-    table = flow_sde(sigmas, level)
-    if sigma_max is not None and bool(sigmas[0] == 1):
-        if not 0.0 <= sigma_max < 1.0:
-            raise ValueError(f"sigma_max: got {sigma_max}, want a number from 0 to below 1")
-        table = mixed(dance_sde(sigmas, level / math.sqrt(1.0 - sigma_max)), table, [0])
-    if rounding != "reference":
-        return Sampler(table)
-    values = sigmas.detach().cpu()
-    s, n = values[:-1], values[1:]
-    dt = n - s
-    std = torch.sqrt(s / (1 - torch.where(s == 1, n[0] if sigma_max is None else sigma_max, s))) * level
-    one, zero = torch.ones_like(table.a), torch.zeros_like(table.a)
-    table = replace(
-        table,
-        a=(1 + std**2 / (2 * s) * dt).double(),
-        b=one,
-        tau=(std * torch.sqrt(-dt)).double(),
-        q=zero,
-        drift=one,
-        drift_weight=one,
-        denoised_weight=zero,
-    )
-    return Sampler(table, 1 + std**2 * (1 - s) / (2 * s))
+    if isinstance(index, Tensor):
+        if index.device.type != "cpu" or index.is_floating_point():
+            index = index.to(latents.device, torch.int64)
+            return index.reshape(()) if index.numel() == 1 else index
+        values = index.reshape(-1).tolist()
+        for value in set(values):
+            check_int(name, value, 0, rows - 1)
+        if len(set(values)) > 1:
+            return index.to(latents.device, torch.int64)
+        index = values[0]
+    return check_int(name, index, 0, rows - 1, " or an int64 tensor")
 
 
-def as_step(index: int | Tensor, latents: Tensor) -> int | Tensor:
-    """An index as the ops take it; a tensor goes to the latents' device, without its dimensions if it is one number."""
-    if not isinstance(index, Tensor):
-        return index
-    index = index.to(latents.device, torch.int64)
-    return index.reshape(()) if index.numel() == 1 else index
-
-
-def pick(values: Tensor, step: int | Tensor) -> Tensor:
+def pick(values: Tensor, step: Tensor) -> Tensor:
     """Rows `[K, ...]` of `values` at a step or at `[K]` of them."""
-    if isinstance(step, Tensor):
-        return values.index_select(0, step.reshape(-1))  # `values[step]` reads a step without dimensions on the host
-    return values[step : step + 1]
+    return values.index_select(0, step.reshape(-1))  # `values[step]` reads a step without dimensions on the host
 
 
 def column(values: Tensor, step: int | Tensor, latents: Tensor) -> Tensor:
     """`values[step]` broadcastable over `latents`: 0-dim for one step, `[K, 1, ...]` for `[K]` of them."""
-    picked = pick(values.to(latents.device), step)
-    single = not isinstance(step, Tensor) or step.ndim == 0
-    return picked.reshape(()) if single else picked.reshape(-1, *(1,) * (latents.ndim - 1))
-
-
-def statistic(table: TransitionTable, name: str, step: int | Tensor, latents: Tensor) -> Tensor:
-    """A float64 column of the table at `step`, in the shape of `column`; to be rounded once, when it is returned."""
-    return column(table.packed(latents.device, torch.float64)[:, PACKED_COLUMNS.index(name)], step, latents)
+    if not isinstance(step, Tensor):
+        return values[step]
+    picked = pick(values, step)
+    return picked.reshape(()) if step.ndim == 0 else picked.reshape(-1, *(1,) * (latents.ndim - 1))
 
 
 def result_dtype(latents: Tensor, model_output: Tensor) -> torch.dtype:
@@ -127,9 +190,11 @@ def result_dtype(latents: Tensor, model_output: Tensor) -> torch.dtype:
 
 
 def noise_like_sum(latents: Tensor, model_output: Tensor) -> Tensor:
-    """`torch.randn_like(latents + model_output)`, whose order of elements follows the strides, without the sum."""
-    total = latents.detach().to("meta") + model_output.detach().to("meta")
-    return torch.randn_like(total, device=latents.device)
+    """`torch.randn_like(latents + model_output)`: the order of its elements follows the strides of the sum."""
+    if latents.is_contiguous() and model_output.is_contiguous():
+        return torch.randn_like(latents, dtype=result_dtype(latents, model_output))
+    with torch.no_grad():
+        return torch.randn_like(latents + model_output)
 
 
 def noise_like(model_output: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
@@ -140,26 +205,34 @@ def noise_like(model_output: Tensor, generator: Any, dtype: torch.dtype) -> Tens
     return drawn
 
 
-def mean_and_denoised(
-    latents: Tensor,
-    model_output: Tensor,
-    table: TransitionTable,
-    step: int | Tensor,
-    out_dtype: torch.dtype,
-    rounding: str,
-) -> tuple[Tensor, Tensor]:
-    """The step's mean and its estimate of x0 in `out_dtype`, differentiable in the model output."""
-    dtype = reference.compute_dtype(latents, model_output)
-    rows = pick(table.packed(latents.device, dtype), step)
-    rounded = model_output.dtype if check_rounding(rounding, table) else None
-    found = reference.mean_and_denoised(latents.detach(), model_output.to(dtype), rows, rounded)
-    return found[0].to(out_dtype), found[1].to(out_dtype)
+def stored(latents: Tensor, latents_dtype: torch.dtype | None) -> Tensor:
+    """Rounded to what the script keeps latents in, in their own dtype."""
+    return latents if latents_dtype is None else latents.to(latents_dtype).to(latents.dtype)
 
 
-def flow_denoised(latents: Tensor, model_output: Tensor, sigma: Tensor, rounding: str) -> Tensor:
-    """`x - sigma v`, differentiable in the model output; the product is rounded to its dtype where so asked."""
-    wide = model_output if rounding == "reference" else model_output.to(reference.compute_dtype(model_output))
-    return (latents.detach() - sigma * wide).to(result_dtype(latents, model_output))
+def _coefficients(sampler: Sampler, step: Tensor, latents: Tensor, dtype: torch.dtype, names: str) -> list[Tensor]:
+    rows = pick(sampler.table.packed(latents.device, dtype), step)
+    shape = (-1, *(1,) * (latents.ndim - 1))
+    return [rows[:, PACKED_COLUMNS.index(name)].reshape(shape) for name in names]
+
+
+def exact_mean(latents: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """`a x + b v` in `dtype`, computed in float32 at least; differentiable in the output."""
+    wide = reference.compute_dtype(latents, output)
+    x = latents.detach().to(wide)
+    if isinstance(step, Tensor):
+        a, b = _coefficients(sampler, step, latents, wide, "ab")
+        return torch.addcmul(x * a, output.to(wide), b).to(dtype)
+    return torch.add(x * sampler.a[step], output, alpha=sampler.b[step]).to(dtype)
+
+
+def exact_denoised(latents: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """`x - sigma v` in `dtype`, computed in float32 at least; differentiable in the output."""
+    wide = reference.compute_dtype(latents, output)
+    x = latents.detach().to(wide)
+    if isinstance(step, Tensor):
+        return torch.addcmul(x, output.to(wide), _coefficients(sampler, step, latents, wide, "q")[0]).to(dtype)
+    return torch.sub(x, output, alpha=sampler.sigma[step]).to(dtype)
 
 
 def advance(
@@ -167,45 +240,103 @@ def advance(
     model_output: Tensor,
     sampler: Sampler,
     step: int | Tensor,
-    prev_sample: Tensor | None,
+    next_latents: Tensor | None,
     draw: Callable[[], Tensor | None],
     *,
     out_dtype: torch.dtype,
+    latents_dtype: torch.dtype | None,
     rounding: str,
     backend: str,
-    with_mean: bool = False,
+    mean: bool = False,
+    denoised: bool = False,
+    elementwise: bool = False,
 ) -> Outcome:
-    """Samples the next latents from `draw()`, or scores `prev_sample`.
+    """Samples the next latents from `draw()`, or scores `next_latents`.
 
-    The next latents never carry a gradient; the log-probability and the mean do, in the model output.
+    What is sampled never carries a gradient; the log-probability, the mean and the estimate of x0 do, in the model
+    output. With `latents_dtype` it is rounded to that dtype before it is scored, and returned in `out_dtype`.
+    `elementwise`: with `rounding="reference"`, score as the float64 mean of float32 elements.
     """
-    table, factor = sampler
-    if factor is not None:
-        # In torch: how it rounds a number without dimensions for a low-precision tensor depends on the device.
-        step_size = statistic(table, "step_size", step, latents).to(factor.dtype)
-        model_output = model_output * column(factor, step, latents) * -step_size
-    with_mean = with_mean or factor is not None
-    mean = mean_and_denoised(latents, model_output, table, step, out_dtype, rounding)[0] if with_mean else None
     if isinstance(step, Tensor) and step.ndim == 1 and len(step) != len(latents):
         step = step.expand(len(latents))
-    noise = draw() if prev_sample is None else None
-    if noise is not None and factor is not None and mean is not None:
-        # The peers round the product of a low-precision noise; the kernel would not.
-        prev_sample = (mean.detach() + statistic(table, "tau", step, latents).float() * noise).to(out_dtype)
-    elif prev_sample is None:
+    check_choice("rounding", rounding, ("exact", "reference"))
+    if rounding == "reference" and sampler._publish is not None:
+        return _advance_published(
+            latents, model_output, sampler, step, next_latents, draw, latents_dtype, backend, denoised, elementwise
+        )
+    clean, kept = None, next_latents
+    log_prob = None
+    trained = torch.is_grad_enabled() and model_output.requires_grad
+    if kept is None:
+        storage = coarser(out_dtype, latents_dtype)
         with torch.no_grad():
-            found = transition_step(
+            kept, log_prob, clean = transition_step(
                 latents,
                 model_output,
-                table,
+                sampler.table,
                 step,
-                noise=noise,
-                out_dtype=out_dtype,
-                rounding=rounding,
+                noise=draw(),
+                out_dtype=storage,
+                return_denoised=denoised and not trained and storage == out_dtype,
                 backend=backend,
             )
-        if not (torch.is_grad_enabled() and model_output.requires_grad):
-            return Outcome(found.latents, found.log_prob, mean)
-        prev_sample = found.latents
-    log_prob = transition_log_prob(latents, model_output, prev_sample, table, step, rounding=rounding, backend=backend)
-    return Outcome(prev_sample, log_prob, mean)
+    if log_prob is None or trained:
+        log_prob = transition_log_prob(latents, model_output, kept, sampler.table, step, backend=backend)
+    found_mean = exact_mean(latents, model_output, sampler, step, out_dtype) if mean else None
+    if denoised and clean is None:
+        clean = exact_denoised(latents, model_output, sampler, step, out_dtype)
+    return Outcome(kept if next_latents is not None else kept.to(out_dtype), log_prob, found_mean, clean)
+
+
+def coarser(out_dtype: torch.dtype, latents_dtype: torch.dtype | None) -> torch.dtype:
+    """What a number is rounded to that is kept in the one and handed on in the other."""
+    if latents_dtype is None or torch.finfo(latents_dtype).eps <= torch.finfo(out_dtype).eps:
+        return out_dtype
+    return latents_dtype
+
+
+def _advance_published(
+    latents: Tensor,
+    model_output: Tensor,
+    sampler: Sampler,
+    step: int | Tensor,
+    next_latents: Tensor | None,
+    draw: Callable[[], Tensor | None],
+    latents_dtype: torch.dtype | None,
+    backend: str,
+    denoised: bool,
+    elementwise: bool,
+) -> Outcome:
+    """`advance` in the project's own order of operations, whose roundings only torch itself repeats."""
+    row, x = sampler.rows(step, latents), latents.detach()
+    mean = sampler.published.mean(x, model_output, row)
+    plain = mean.detach()
+    if next_latents is None:
+        noise = draw()
+        next_latents = plain
+        if noise is not None:
+            next_latents = plain + (noise * row("tau") if sampler.published.noise_first else row("tau") * noise)
+        next_latents = stored(next_latents, latents_dtype)
+    if elementwise:
+        log_prob = _elementwise_log_prob(next_latents.detach() - mean, row("tau"), sampler.table.kind[0])
+    else:
+        log_prob = transition_log_prob(plain, mean, next_latents, sampler.scored, step, backend=backend)
+    clean = x - times(row("sigma"), model_output, sampler.published.on_cpu) if denoised else None
+    return Outcome(next_latents, log_prob, mean, clean)
+
+
+def times(number: Tensor, values: Tensor, on_cpu: bool) -> Tensor:
+    """`number * values` as torch has it where the number is on the CPU, or on the values' device."""
+    if on_cpu and number.device.type != "cpu" and values.dtype in (torch.bfloat16, torch.float16):
+        # A number on the CPU multiplies in float32, one on the device is rounded to the values' dtype before.
+        return (number * values.float()).to(values.dtype)
+    return number * values
+
+
+def _elementwise_log_prob(difference: Tensor, tau: Tensor, kind: str) -> Tensor:
+    elements = -(difference**2)
+    safe = torch.where(tau > 0, tau, 1.0)
+    if kind == "gaussian":
+        elements = elements / (2 * safe**2) - torch.log(safe) - _LOG_ROOT
+    elements = torch.where(tau > 0, elements, 0.0)
+    return elements.double().mean(dim=tuple(range(1, elements.ndim))).to(elements.dtype)

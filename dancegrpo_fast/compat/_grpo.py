@@ -1,50 +1,44 @@
 """The two steps that DanceGRPO, MixGRPO and Pref-GRPO share, before each returns its own tuple."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import transitions
-from ..transitions import TransitionTable
+from ..checks import check_choice
 from ._common import (
+    Outcome,
     Sampler,
     advance,
     as_step,
-    cached,
-    flow_denoised,
-    flow_sampler,
-    mean_and_denoised,
+    exact_denoised,
+    exact_mean,
     noise_like,
     noise_like_sum,
     result_dtype,
-    statistic,
-    unnormalized,
+    stored,
+    times,
 )
+from ._samplers import Kind
 
 
 class Found(NamedTuple):
-    """What the three projects choose their tuples from, and where to read the statistics."""
+    """What the projects choose their tuples from, and where to read the statistics."""
 
-    next_latents: Tensor
-    denoised: Tensor
-    log_prob: Tensor
-    mean: Tensor | None
-    table: TransitionTable
+    outcome: Outcome
+    sampler: Sampler
     step: int | Tensor
+    rounding: str
+
+    @property
+    def three(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Next latents, estimate of x0, log-probability."""
+        assert self.outcome.denoised is not None
+        return self.outcome.next_latents, self.outcome.denoised, self.outcome.log_prob
 
     def statistic(self, name: str) -> Tensor:
-        """A column of the table at the step, float32 without dimensions."""
-        return statistic(self.table, name, self.step, self.next_latents).float()
-
-
-def _dance_sampler(sigmas: Tensor, eta: float, corrected: bool, normalized: bool) -> Sampler:
-    table = transitions.dance_sde(sigmas, eta)
-    if not corrected:
-        one, zero = torch.ones_like(table.a), torch.zeros_like(table.a)
-        table = replace(table, a=one, b=table.drift, denoised_weight=zero)
-    return Sampler(table if normalized else unnormalized(table))
+        """A column of the sampler at the step, float32 without dimensions."""
+        return self.sampler.statistic(name, self.step, (), self.outcome.next_latents.device, self.rounding)
 
 
 def dance_step(
@@ -58,39 +52,35 @@ def dance_step(
     *,
     normalized: bool,
     noisy_ode: bool,
-    with_mean: bool,
     rounding: str,
     backend: str,
+    latents_dtype: torch.dtype | None,
+    with_mean: bool = False,
 ) -> Found:
     """Dance-SDE, or without `sde_solver` the Euler mean, to which `noisy_ode` still adds the noise."""
-    key = ("dance", float(eta), sde_solver, normalized)
-    sampler = cached("sigmas", sigmas, key, lambda s: _dance_sampler(s, eta, sde_solver, normalized))
-    step = as_step(index, latents)
+    sampler = _dance(sigmas, eta, sde_solver, normalized)
+    step = as_step("index", index, len(sampler.table), latents)
     settings: dict[str, Any] = {
         "out_dtype": result_dtype(latents, model_output),
+        "latents_dtype": latents_dtype,
         "rounding": rounding,
         "backend": backend,
     }
     if prev_sample is None and not sde_solver and not noisy_ode:
-        euler = cached("sigmas", sigmas, ("ode",), lambda s: Sampler(transitions.ode(s)))
+        euler = _dance(sigmas, 0.0, False, normalized)
         prev_sample = advance(latents, model_output, euler, step, None, lambda: None, **settings).next_latents
-    found = advance(
+    outcome = advance(
         latents,
         model_output,
         sampler,
         step,
         prev_sample,
         lambda: noise_like_sum(latents, model_output),
-        with_mean=with_mean,
+        mean=with_mean,
+        denoised=True,
         **settings,
     )
-    if rounding == "reference":
-        denoised = mean_and_denoised(
-            latents, model_output, sampler.table, step, result_dtype(latents, model_output), rounding
-        )[1]
-    else:
-        denoised = flow_denoised(latents, model_output, -statistic(sampler.table, "q", step, latents), rounding)
-    return Found(found.next_latents, denoised, found.log_prob, found.mean, sampler.table, step)
+    return Found(outcome, sampler, step, rounding)
 
 
 def dance_mean(
@@ -103,10 +93,20 @@ def dance_mean(
     rounding: str,
 ) -> tuple[Tensor, Tensor]:
     """The mean and the estimate of x0, without noise or score: what the scripts call with `grpo=False`."""
-    key = ("dance", float(eta), sde_solver, True)
-    sampler = cached("sigmas", sigmas, key, lambda s: _dance_sampler(s, eta, sde_solver, True))
+    check_choice("rounding", rounding, ("exact", "reference"))
+    sampler = _dance(sigmas, eta, sde_solver, True)
+    step = as_step("index", index, len(sampler.table), latents)
+    if rounding == "reference":
+        row, x = sampler.rows(step, latents), latents.detach()
+        clean = x - times(row("sigma"), model_output, sampler.published.on_cpu)
+        return sampler.published.mean(x, model_output, row), clean
     dtype = result_dtype(latents, model_output)
-    return mean_and_denoised(latents, model_output, sampler.table, as_step(index, latents), dtype, rounding)
+    mean = exact_mean(latents, model_output, sampler, step, dtype)
+    return mean, exact_denoised(latents, model_output, sampler, step, dtype)
+
+
+def _dance(sigmas: Tensor, eta: float, sde: bool, normalized: bool) -> Sampler:
+    return Kind("dance", eta, normalized=normalized, sde=sde, exact_noise=True).over("sigmas", sigmas)
 
 
 def flow_step(
@@ -118,36 +118,50 @@ def flow_step(
     prev_sample: Tensor | None,
     generator: Any,
     *,
-    deterministic: bool,
     rounding: str,
     backend: str,
+    latents_dtype: torch.dtype | None,
+    deterministic: bool = False,
+    with_mean: bool = False,
 ) -> Found:
     """Flow-SDE; `deterministic` draws the noise and then takes the Euler step, scored as a sample of the SDE."""
-    sampler = cached("sigmas", sigmas, ("flow", float(eta), rounding), lambda s: flow_sampler(s, eta, rounding))
-    euler = cached("sigmas", sigmas, ("ode",), lambda s: Sampler(transitions.ode(s)))
-    step = as_step(index, latents)
+    sampler = Kind("flow", eta).over("sigmas", sigmas)
+    step = as_step("index", index, len(sampler.table), latents)
+    dtype = result_dtype(latents, model_output)
     settings: dict[str, Any] = {
-        "out_dtype": result_dtype(latents, model_output),
+        "out_dtype": dtype,
+        "latents_dtype": latents_dtype,
         "rounding": rounding,
         "backend": backend,
     }
+
+    def draw() -> Tensor:
+        return noise_like(model_output, generator, model_output.dtype)
+
     if deterministic:
         if prev_sample is None:
-            noise_like(model_output, generator, model_output.dtype)  # the peer's generator moves on, too
-        if rounding == "reference":
-            dt = -statistic(euler.table, "step_size", step, latents).to(sigmas.dtype)
-            prev_sample = (latents + dt * model_output).detach()
-        else:
-            prev_sample = advance(latents, model_output, euler, step, None, lambda: None, **settings).next_latents
-    found = advance(
-        latents,
-        model_output,
-        sampler,
-        step,
-        prev_sample,
-        lambda: noise_like(model_output, generator, model_output.dtype),
-        with_mean=True,
-        **settings,
+            draw()  # the peer's generator moves on, too
+        prev_sample = euler_step(latents, model_output, sigmas, step, **settings)
+    outcome = advance(
+        latents, model_output, sampler, step, prev_sample, draw, mean=with_mean, denoised=True, **settings
     )
-    denoised = flow_denoised(latents, model_output, -statistic(euler.table, "q", step, latents), rounding)
-    return Found(found.next_latents, denoised, found.log_prob, found.mean, sampler.table, step)
+    return Found(outcome, sampler, step, rounding)
+
+
+def euler_step(
+    latents: Tensor,
+    model_output: Tensor,
+    sigmas: Tensor,
+    step: int | Tensor,
+    *,
+    rounding: str,
+    latents_dtype: torch.dtype | None,
+    **settings: Any,
+) -> Tensor:
+    """What the scripts sample where they want no noise: `x + dt v`."""
+    sampler = Kind("ode").over("sigmas", sigmas)
+    if rounding == "reference":
+        moved = latents.detach() + sampler.rows(step, latents)("dt") * model_output.detach()
+        return stored(moved, latents_dtype)
+    settings |= {"rounding": rounding, "latents_dtype": latents_dtype}
+    return advance(latents, model_output, sampler, step, None, lambda: None, **settings).next_latents

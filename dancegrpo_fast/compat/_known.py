@@ -38,18 +38,33 @@ class Known:
         return found  # type: ignore[no-any-return]  # looked up by name
 
 
-_FACTORY, _VERL = "FlowMatchEulerDiscreteSDEScheduler", "FlowMatchSDEDiscreteScheduler"
+_EULER, _UNIPC = "FlowMatchEulerDiscreteSDEScheduler", "UniPCMultistepSDEScheduler"
+_VERL = "FlowMatchSDEDiscreteScheduler"
+_SOLVER = {"grpo": True, "sde_solver": True}
+_OLDER = ("2026-03-21", "2026-03-14", "2026-01")
 # Of one name the first that computes what the original does is taken.
 KNOWN = (
     Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO"),
+    Known("flux_step", None, "dancegrpo:flux_step", "DanceGRPO until 2025-08", {"normalized": False}),
+    Known("flux_step", None, "dancegrpo:flux_step_with_ddpo", "DanceGRPO, a fork"),
+    Known("flux_step", None, "dancegrpo:flux_step_with_ddpo", "DanceGRPO, a fork", {"normalized": False}),
+    Known("flux_step_with_split", None, "dancegrpo:flux_step", "TreeGRPO without splits"),
     Known("ddim_step_with_logprob", None, "ddpo:ddim_step_with_logprob", "DDPO"),
     Known("sde_step_with_logprob", None, "flow_grpo:sde_step_with_logprob", "Flow-GRPO"),
+    Known("sde_step_with_logprob", None, "flow_grpo:sde_step_with_logprob", "FlowCPS", {"sde_type": "cps"}),
+    Known("sde_step_with_logprob", None, "flow_grpo:wan_sde_step_with_logprob", "Flow-GRPO for Wan"),
+    Known("sde_step_with_logprob", None, "flow_grpo:wan_sde_step_with_logprob", "Flow-GRPO of 2025-05", {"level": 0.7}),
+    Known("ode_step_with_logprob", None, "flow_grpo:ode_step_with_logprob", "Flow-GRPO"),
     Known("flow_grpo_step", None, "mixgrpo:flow_grpo_step", "MixGRPO"),
+    Known("flow_grpo_step", None, "pref_grpo:flow_grpo_step", "Pref-GRPO, DiffusionNFT"),
     Known("dance_grpo_step", None, "mixgrpo:dance_grpo_step", "MixGRPO"),
-    Known("flow_grpo_step", None, "pref_grpo:flow_grpo_step", "Pref-GRPO"),
     Known("dance_grpo_step", None, "pref_grpo:dance_grpo_step", "Pref-GRPO"),
+    Known("dance_grpo_step", None, "mixgrpo:dance_grpo_step", "DiffusionNFT", _SOLVER),
     Known("sample_previous_step", _VERL, f"verl_omni:{_VERL}.sample_previous_step", "verl-omni"),
-    Known("step", _FACTORY, f"flow_factory:{_FACTORY}.step", "Flow-Factory"),
+    Known("step", _EULER, "flow_factory:step", "Flow-Factory"),
+    *(Known("step", _EULER, "flow_factory:noise_pred_step", f"Flow-Factory, {s}", {"state": s}) for s in _OLDER),
+    Known("step", _UNIPC, "flow_factory:unipc_step", "Flow-Factory"),
+    *(Known("step", _UNIPC, "flow_factory:unipc_noise_pred_step", f"Flow-Factory, {s}", {"state": s}) for s in _OLDER),
 )
 
 
@@ -74,6 +89,8 @@ def misfit(
         if name not in given and p.default is empty and name not in known.options:
             return f"has no parameter {name}"
     for name, p in given.items():
+        if name in known.options:
+            return f"has a parameter {name}"
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             return f"takes {p}"
         if name not in wanted and p.default is empty:

@@ -14,7 +14,6 @@ from ._apart import beside, twin
 # the third, and the original is called once more in each of them.
 _TIMED, _COUNTED, _LAST = (2, 4), 3, 4
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
-KINDS = ("rollout", "replay")
 Values = tuple[Any, ...]
 
 
@@ -30,11 +29,8 @@ class HostReads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         first = args[0] if args and isinstance(args[0], Tensor) else None
         to_host = name in ("_to_copy", "copy_") and isinstance(found, Tensor) and found.device.type == "cpu"
-        sources = [a for a in args if isinstance(a, Tensor)]
-        if name in _READS and first is not None:
-            self.count += 1
-        elif to_host and any(a.device.type != "cpu" for a in sources):
-            self.count += 1
+        from_device = any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args)
+        self.count += (name in _READS and first is not None) or (to_host and from_device)
         return found
 
 
@@ -71,7 +67,7 @@ class Meter:
         self.calls = [0, 0]
         self.ours: tuple[list[Clock], list[Clock]] = ([], [])
         self.theirs: tuple[list[Clock], list[Clock]] = ([], [])
-        self.reads: list[list[int]] = [[], []]
+        self.reads: list[int | None] = [None, None]
         self.read_by_ours: list[int | None] = [None, None]
         self.untimed = ""
 
@@ -99,10 +95,10 @@ class Meter:
             return
         try:
             with beside(device):
-                if not self.reads[replay]:
+                if self.reads[replay] is None:
                     with HostReads() as reads:
                         self.original(*twin(values))
-                    self.reads[replay].append(reads.count)
+                    self.reads[replay] = reads.count
                 clock, values = Clock(device), twin(values)
                 clock.mark()
                 self.original(*values)

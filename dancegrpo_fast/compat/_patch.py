@@ -25,7 +25,7 @@ class Replacement(NamedTuple):
 
 def sought() -> str:
     """All functions that are known, one a line, as ours are written."""
-    lines = {}
+    lines: dict[str, None] = {}
     for known in KNOWN:
         owner = "" if known.owner is None else f"{known.owner}."
         lines[f"  {owner}{known.name}{inspect.signature(known.load())}"] = None

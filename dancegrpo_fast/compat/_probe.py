@@ -13,16 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._apart import apart, twin
+from ._apart import apart
 from ._roles import Layout, log_prob, next_latents, outputs
+from ._small import EPS, SEED, Setting, Small, Values
 
 # Two float32 evaluations of one formula, whatever their order, stay far within so many times what a rounding of the
 # inputs does to the original. Another formula, or a constant more or less, is off by a hundred times that.
 ROUNDINGS = 32
-_EPS = torch.finfo(torch.float32).eps
-_BATCH, _SIDE = 2, 4
-_SEED = 20
-Values = tuple[Any, ...]
 Call = Callable[[Values, bool], Any]
 
 
@@ -48,25 +45,17 @@ class Ran:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     error: str = ""
 
+    def label(self, name: str) -> str:
+        """A result's name, and what it is."""
+        if name in (self.log_prob, "output 0"):
+            return f"{name} ({'log-probability' if name == self.log_prob else 'next latents'})"
+        return name
+
     def forget(self, name: str) -> None:
         """Takes the value and the gradient of a result away, not that it is there."""
         if isinstance(self.found.get(name), Tensor):
             self.found[name] = torch.zeros_like(self.found[name])
         self.gradients.pop(name, None)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One comparison: at which step, whether a next sample is scored, whether a generator is given."""
-
-    step: str
-    at: int | None
-    scored: bool
-    generator: bool = False
-
-    def __str__(self) -> str:
-        way = "scoring" if self.scored else "sampling from a generator" if self.generator else "sampling"
-        return f"{way} at the {self.step} step"
 
 
 def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Values) -> Closest | None:
@@ -91,126 +80,15 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
     return max(found, key=lambda difference: difference.size, default=None)
 
 
-class Small:
-    """Arguments like those of a real call, with few numbers, on the CPU."""
-
-    def __init__(self, layout: Layout, values: Values) -> None:
-        self.layout = layout
-        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in Dispatch
-        after = None if layout.next is None else values[layout.next]
-        self.tensors = {layout.state: state.dtype, layout.output: output.dtype}
-        if layout.next is not None:
-            self.tensors[layout.next] = after.dtype if isinstance(after, Tensor) else state.dtype
-        self.batch = state.shape[0] if state.ndim else 1
-        self.shape = (_BATCH, *(min(side, _SIDE) for side in state.shape[1:]))
-        self.values = [None if p in self.tensors else twin(v, _on_cpu) for p, v in enumerate(values)]
-        self.owner = None if layout.owner is None else self.values[layout.owner]
-        self.times = getattr(self.owner, "timesteps", None)
-        self.given = layout.generator is not None and values[layout.generator] is not None
-
-    @property
-    def count(self) -> int | None:
-        """How many steps the schedule has; None where it is not seen."""
-        if self.layout.step is None:
-            return None
-        if self.layout.sigmas is not None:
-            return len(self.values[self.layout.sigmas]) - 1
-        return len(self.times) if isinstance(self.times, Tensor) and self.times.ndim == 1 else None
-
-    def settings(self) -> Iterator[Setting]:
-        """All that is compared, the inner step first."""
-        count = self.count
-        places = {None: "given"} if count is None else {0: "first", count - 1: "last", count // 2: "inner"}
-        for at, name in reversed(places.items()):
-            yield Setting(name, at, False)
-            if self.layout.next is not None:
-                yield Setting(name, at, True)
-            if self.layout.generator is not None:
-                yield Setting(name, at, False, generator=True)
-
-    def make(self, setting: Setting, nudge: int = 0, real: bool = False) -> list[Any]:
-        """The arguments; with `nudge` 1 or -1 each number is off by a rounding, with `real` in the call's own dtypes."""
-        layout = self.layout
-        numbers, signs = (torch.Generator().manual_seed(_SEED + i) for i in range(2))
-        state, output, step = (torch.randn(self.shape, generator=numbers) for _ in range(3))
-        drawn = {layout.state: state, layout.output: output, layout.next: state + 0.5 * step}
-        made: list[Any] = []
-        for place, value in enumerate(self.values):
-            if place in self.tensors:
-                tensor = _nudged(drawn[place], nudge, signs)
-                made.append(tensor.to(self.tensors[place]) if real else tensor)
-            elif place == layout.owner:
-                made.append(self._scheduler(value, setting, nudge, signs))
-            elif place == layout.generator:
-                made.append(_generators(value) if setting.generator else None)
-            elif place in (layout.step, layout.after) and setting.at is not None:
-                made.append(self._step(value, setting.at + (place == layout.after)))
-            else:
-                made.append(self._other(value, nudge, signs, place == layout.sigmas))
-        if layout.next is not None and not setting.scored:
-            made[layout.next] = None
-        return made
-
-    def _scheduler(self, value: Any, setting: Setting, nudge: int, signs: torch.Generator) -> Any:
-        double = twin(value)
-        for name, held in vars(double).items() if nudge else ():
-            if isinstance(held, Tensor) and name != "timesteps":
-                double.__dict__[name] = _nudged(held, nudge, signs)
-        if setting.at is not None and self.values[self.layout.step] is None:  # type: ignore[index]  # it is counted
-            double._step_index = setting.at
-        return double
-
-    def _step(self, value: Any, at: int) -> Any:
-        """Step `at` in the form of `value`: an index or a timestep, for each sample or for all."""
-        if value is None:
-            return None
-        tensor = isinstance(value, Tensor)
-        whole = not value.is_floating_point() if tensor else isinstance(value, int)
-        number: Any = at
-        if self.layout.sigmas is None and self.times is not None and not (whole and self.times.is_floating_point()):
-            number = self.times[at] if at < len(self.times) else self.times.new_zeros(())
-        if not tensor:
-            return type(value)(number)
-        shape = () if value.ndim == 0 else (_BATCH if len(value) == self.batch else 1,)
-        return torch.as_tensor(number).to(value.dtype).expand(shape).clone()
-
-    def _other(self, value: Any, nudge: int, signs: torch.Generator, schedule: bool) -> Any:
-        if not isinstance(value, Tensor):
-            return twin(value)
-        if not schedule and value.ndim:
-            value = value[torch.arange(_BATCH) % self.batch] if len(value) == self.batch else value
-            value = value[tuple(map(slice, self.shape))] if value.ndim == len(self.shape) else value
-        return _nudged(value, nudge, signs)
-
-
-def _generators(value: Any) -> Any:
-    count = len(value[:_BATCH]) if isinstance(value, list) else 1
-    made = [torch.Generator().manual_seed(_SEED + i) for i in range(count)]
-    return made if isinstance(value, list) else made[0]
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
-
-
-def _nudged(value: Tensor, nudge: int, signs: torch.Generator) -> Tensor:
-    if not nudge or not value.is_floating_point():
-        return value.clone()
-    up = torch.randint(0, 2, value.shape, generator=signs) * 2 - 1
-    # 0 and 1 are ends of a schedule, which functions compare with.
-    return torch.where(value.abs() == 1, value, (value.double() * (1 + nudge * _EPS * up)).to(value.dtype))
-
-
-def _run(call: Call, small: Small, setting: Setting, seed: int = _SEED, **how: Any) -> Ran:
+def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: Any) -> Ran:
     values, layout, ran = small.make(setting, **how), small.layout, Ran()
     output: Tensor = values[layout.output]  # type: ignore[index]  # seen in Dispatch
     torch.manual_seed(seed)
     try:
         with torch.set_grad_enabled(setting.scored):
-            result = call(tuple(values[:]), setting.scored) if not setting.scored else call(
-                tuple(v.requires_grad_() if v is output else v for v in values), True
-            )
-    except Exception as error:
+            output.requires_grad_(setting.scored)
+            result = call(tuple(values), setting.scored)
+    except BaseException as error:  # it may end the script, which is its own affair
         ran.error = f"{type(error).__name__}: {error}"
         return ran
     ran.kind, found = outputs(result)
@@ -219,7 +97,7 @@ def _run(call: Call, small: Small, setting: Setting, seed: int = _SEED, **how: A
         if score is not None and value is score:
             ran.log_prob = name
         if isinstance(value, Tensor) and value.requires_grad:
-            weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(_SEED)).to(value.dtype)
+            weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(SEED)).to(value.dtype)
             total = (value * weights).sum()
             ran.gradients[name] = torch.autograd.grad(total, output, retain_graph=True, allow_unused=True)[0]
         ran.found[name] = value.detach() if isinstance(value, Tensor) else value
@@ -235,7 +113,7 @@ def _run(call: Call, small: Small, setting: Setting, seed: int = _SEED, **how: A
 def _differences(original: Call, ours: Call, small: Small) -> Iterator[Closest]:
     for setting in small.settings():
         plain = _run(original, small, setting)
-        optional = setting.step in ("first", "last") or (setting.generator and not small.given)
+        optional = setting.step in ("first", "second", "last") or (setting.generator and not small.given)
         if plain.error:
             if not optional:
                 yield Closest(math.inf, f"{setting} the original raises {plain.error}")
@@ -249,14 +127,14 @@ def _differences(original: Call, ours: Call, small: Small) -> Iterator[Closest]:
             mine.forget(mine.log_prob)
         shape = _shape_difference(plain, mine)
         if shape:
-            yield Closest(math.inf, f"{setting} {shape}")
+            yield Closest(math.inf, f"{setting} it {shape}")
             continue
         nudged = [_run(original, small, setting, nudge=nudge) for nudge in (1, -1)]
         for name, value in plain.found.items():
-            yield from _apart(setting, name, value, mine.found[name], [n.found.get(name) for n in nudged])
+            yield from _apart(setting, mine.label(name), value, mine.found[name], [n.found.get(name) for n in nudged])
         for name, value in mine.gradients.items():
-            shifted = [n.gradients.get(name) for n in nudged]
-            yield from _apart(setting, f"the gradient of {name}", plain.gradients[name], value, shifted)
+            label, shifted = f"the gradient of {mine.label(name)}", [n.gradients.get(name) for n in nudged]
+            yield from _apart(setting, label, plain.gradients[name], value, shifted)
     if set(small.tensors.values()) != {torch.float32}:
         yield from _kinds_in_real_dtypes(original, ours, small)
 
@@ -267,10 +145,13 @@ def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[
         plain, mine = (_run(call, small, setting, real=True) for call in (original, ours))
         if plain.error:
             continue  # the CPU lacks something that another device has
+        if not mine.error and _is_calm(original, mine, small, setting):
+            plain.forget(mine.log_prob)
+            mine.forget(mine.log_prob)
         why = f"ours raises {mine.error}" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
         if why:
-            dtypes = " and ".join(str(d) for d in small.tensors.values())
-            yield Closest(math.inf, f"{setting} with {dtypes} {why}")
+            dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items() if p is not None)
+            yield Closest(math.inf, f"{setting} with {dtypes} it {why}")
 
 
 def _is_calm(original: Call, mine: Ran, small: Small, setting: Setting) -> bool:
@@ -290,7 +171,9 @@ def _shape_difference(plain: Ran, mine: Ran, wider: str = "") -> str:
         return f"gives {_listed(plain)}, ours {_listed(mine)}"
     for name in sorted(wanted):
         theirs, value = plain.found[name], mine.found[name]
-        forms = [(type(v).__name__, tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for v in (theirs, value)]
+        forms = [
+            (type(v).__name__, tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for v in (theirs, value)
+        ]
         if isinstance(value, Tensor) and isinstance(theirs, Tensor) and name == wider:
             forms[0] = (*forms[0][:2], torch.promote_types(theirs.dtype, value.dtype))
         if forms[0] != forms[1]:
@@ -305,7 +188,9 @@ def _shape_difference(plain: Ran, mine: Ran, wider: str = "") -> str:
     if not all(map(torch.equal, plain.drawn, mine.drawn)):
         return "leaves another state of the generator than ours"
     if plain.attributes != mine.attributes:
-        changed = sorted(n for n in plain.attributes | mine.attributes if plain.attributes.get(n) != mine.attributes.get(n))
+        changed = sorted(
+            n for n in plain.attributes | mine.attributes if plain.attributes.get(n) != mine.attributes.get(n)
+        )
         return f"leaves other values than ours in self.{changed[0]}"
     return ""
 
@@ -328,7 +213,7 @@ def _apart(setting: Setting, name: str, theirs: Any, ours: Any, nudged: list[Any
     if not bool(finite.any()):
         return
     moved = max(float((s - plain)[finite].abs().nan_to_num(0.0).max()) for s in shifted)
-    allowed = ROUNDINGS * (moved + _EPS * float(plain[finite].abs().max()))
+    allowed = ROUNDINGS * (moved + EPS * float(plain[finite].abs().max()))
     off = float((mine - plain)[finite].abs().max())
     if off > allowed:
         yield Closest(off, f"{setting} {name} is off by {off:.3g}, of which rounding explains {allowed:.1g}")

@@ -1,43 +1,137 @@
-"""What stands in for a known function: ours, from the first call on, where the signature fits."""
+"""What stands in for the step functions of a process. Needs no torch before the first of them is called."""
 
 import functools
 import inspect
+import sys
+import threading
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._known import candidates, misfit
-from ._settings import Settings, say
+from . import _report, _settings
+from ._known import candidates
+from ._settings import Settings
+
+if TYPE_CHECKING:
+    from ._audit import Audit
+    from ._dispatch import Dispatch
+
+
+class Definition:
+    """A step function of a script, from where it is defined to who takes its calls."""
+
+    def __init__(
+        self, replacements: "Replacements", function: Callable[..., Any], owner: str | None, where: str
+    ) -> None:
+        self.replacements, self.function, self.owner, self.where = replacements, function, owner, where
+        self.call: Callable[..., Any] | None = None
+        self.dispatch: Dispatch | None = None
+
+    @property
+    def label(self) -> str:
+        """The function's name as the script has it, with its class."""
+        return self.function.__name__ if self.owner is None else f"{self.owner}.{self.function.__name__}"
+
+    def start(self) -> Callable[..., Any]:
+        """What takes the calls from now on; this is where torch is imported."""
+        compiler = sys.modules.get("torch._dynamo")
+        # A first call from compiled code would have it trace all of this.
+        begin: Callable[[], Callable[..., Any]] = self._begin if compiler is None else compiler.disable(self._begin)
+        return begin()
+
+    start._torchdynamo_disable = True  # type: ignore[attr-defined]  # as `torch.compiler.disable` marks a function
+
+    def _begin(self) -> Callable[..., Any]:
+        from ._audit import Audit
+        from ._dispatch import Dispatch
+
+        with self.replacements.lock:
+            if self.replacements.audit is None and not self.replacements.strict:
+                self.replacements.audit = Audit(self.replacements.say)
+            if self.call is None:
+                self.dispatch = Dispatch(self)
+                self.call = self.dispatch.entry()
+            return self.call
 
 
 class Replacements:
-    """The replaced functions of a process."""
+    """What stands in for known functions in this process: one for each definition, counted and reported together.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    Args:
+        settings: how ours compute.
+        say: takes a line of text; default: stderr.
+        strict: a function that cannot be replaced raises ValueError when it is called, instead of going on as it is.
+    """
 
-    def stand_in(self, function: FunctionType, owner: str | None, where: str) -> Callable[..., Any]:
-        """What the script shall hold."""
-        chosen: list[Callable[..., Any]] = []
+    def __init__(self, settings: Settings, say: Callable[[str], None] | None = None, strict: bool = False) -> None:
+        self.settings, self.strict = settings, strict
+        self.lock = threading.RLock()
+        self.definitions: list[Definition] = []
+        self.refused: list[str] = []
+        self.audit: Audit | None = None
+        self._say = _settings.say if say is None else say
+        self._said: set[str] = set()
+        self._made: dict[int, Callable[..., Any]] = {}
 
-        @functools.wraps(function)
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if not chosen:
-                chosen.append(self._choose(function, owner, where))
-            return chosen[0](*args, **kwargs)
+    def say(self, text: str) -> None:
+        """Says something, once."""
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
 
-        return stand_in
+    def refuse(self, text: str) -> None:
+        """Says why a function stays as it is.
 
-    def _choose(self, function: FunctionType, owner: str | None, where: str) -> Callable[..., Any]:
-        reason: str | None = None
-        for known in candidates(function.__name__, owner):
-            reason = misfit(known, inspect.signature(function).parameters.values())
-            if reason is None:
-                say(f"{where} {function.__qualname__} -> {known.target}")
-                settings = {"rounding": self.settings.rounding, "backend": self.settings.backend}
-                return functools.partial(known.load(), **settings, **known.options)
-        say(f"{where} {function.__qualname__}: left alone: {reason}")
-        return function
+        Raises:
+            ValueError: this, where `strict`.
+        """
+        if self.strict:
+            raise ValueError(text)
+        if text not in self.refused:
+            self.refused.append(text)
+        self.say(text)
+
+    def stand_in(self, function: Any, owner: str | None, where: str) -> Any:
+        """What a script shall hold in place of `function`; nothing is looked at before it is called.
+
+        Args:
+            function: a plain function with a known name, or a method as it lies in its class.
+            owner: the name of its class.
+            where: what a report calls the place, "train.py:131".
+
+        Returns:
+            A function of the same name and signature, the same at every call for the same `function`; or `function`
+            itself where nothing can stand in for it, with the reason said.
+        """
+        if not inspect.isfunction(function):
+            name = getattr(function, "__name__", repr(function))
+            self.refuse(f"{where} {name}: not replaced: got a {type(function).__name__}, want a function or method")
+            return function
+        if not candidates(function.__name__, owner):
+            return function
+        with self.lock:
+            known = self._made.get(id(function))
+            if known is not None:
+                return known
+            definition = Definition(self, function, owner, where)
+
+            def replaced(*args: Any, **kwargs: Any) -> Any:
+                call = definition.call
+                if call is None:
+                    call = definition.start()
+                return call(args, kwargs)
+
+            # torch.compile keeps what it made by code object, and mistakes one definition for another of the same code.
+            replaced.__code__ = replaced.__code__.replace()
+            functools.update_wrapper(replaced, function)
+            self.definitions.append(definition)
+            # `__wrapped__` keeps the original, and with it its id.
+            self._made[id(function)] = self._made[id(replaced)] = replaced
+        return replaced
+
+    def report(self) -> dict[str, Any]:
+        """What happened so far, in plain numbers, texts, lists and dicts."""
+        return _report.collect(self)
 
     def finish(self) -> None:
-        """Closes the report."""
+        """Prints the table of the report, and writes the report to the file of `settings.report`."""
+        _report.finish(self)

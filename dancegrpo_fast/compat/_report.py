@@ -1,17 +1,133 @@
-"""What `run` says while a script runs, and the table at its end."""
+"""What happened to a script's step functions: a table at its end, and the same as JSON. Needs no torch of its own."""
 
+import json
+import multiprocessing
 import os
+import resource
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-PREFIX = "dancegrpo-fast run: "
+from . import _loading
+
+if TYPE_CHECKING:
+    from ._dispatch import Dispatch
+    from ._replaced import Replacements
+
+KINDS = ("rollout", "replay")
+_HEAD = ("function", "kind", "calls", "us, ours", "us, original", "host reads avoided")
 
 
-def rank() -> int:
-    """Which process of a distributed run this is, by the launcher's variables; 0 without one."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) or 0)
+def collect(replacements: "Replacements") -> dict[str, Any]:
+    """All of it in plain numbers, texts, lists and dicts; waits for the device where times are still on it."""
+    called = [d.dispatch for d in replacements.definitions if d.dispatch is not None]
+    return {
+        "settings": asdict(replacements.settings),
+        "functions": [_function(dispatch) for dispatch in called],
+        "not_replaced": list(replacements.refused),
+        "accelerated": list(_loading.RECORDS),
+        "first_update": None if replacements.audit is None else replacements.audit.result(),
+        "peak_memory": peak_memory(),
+    }
 
 
-def say(text: str) -> None:
-    """A line on stderr; of the processes of a distributed run the first one speaks."""
-    if rank() == 0:
-        print(f"{PREFIX}{text}", file=sys.stderr, flush=True)
+def _function(dispatch: "Dispatch") -> dict[str, Any]:
+    meter, kinds = dispatch.meter, {}
+    for kind, name in enumerate(KINDS):
+        ours, theirs = (min((clock.read() for clock in c[kind]), default=None) for c in (meter.ours, meter.theirs))
+        reads, own = meter.reads[kind], meter.read_by_ours[kind]
+        avoided = None if reads is None or own is None else (reads - own) * meter.calls[kind]
+        kinds[name] = {
+            "calls": meter.calls[kind],
+            "microseconds": ours,
+            "microseconds_of_original": theirs,
+            "host_reads_avoided": avoided,
+        }
+    return {
+        "function": dispatch.definition.label,
+        "where": dispatch.definition.where,
+        "by": [known.target for known in dispatch.taken],
+        "about": [known.about for known in dispatch.taken],
+        **kinds,
+        "calls_of_original": dict(dispatch.kept),
+        "original_not_timed": meter.untimed,
+    }
+
+
+def peak_memory() -> dict[str, Any]:
+    """Bytes at the most, and of what: the GPUs' allocations where CUDA was used, else the process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        most = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        return {"bytes": most, "of": "GPU memory allocated by torch"}
+    # Kilobytes, but bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "resident memory of the process"}
+
+
+def finish(replacements: "Replacements") -> None:
+    """Reads what is still on a device, prints the table, and writes the file that `--report` names."""
+    called = [d for d in replacements.definitions if d.dispatch is not None]
+    if replacements.audit is not None:
+        replacements.audit.read()
+    if not called and multiprocessing.parent_process() is not None:
+        return  # a loader's worker, for one, has nothing to tell
+    found = collect(replacements)
+    if not called and replacements.definitions:
+        names = ", ".join(sorted({d.label for d in replacements.definitions}))
+        replacements.say(f"none of these functions was called: {names}")
+    if called:
+        replacements.say("\n" + table(found))
+    if replacements.settings.report is not None:
+        _write(_own(Path(replacements.settings.report)), found)
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `collect` returned, to be read."""
+    rows: list[tuple[str, ...]] = [_HEAD]
+    for function in found["functions"]:
+        name = f"{function['where']} {function['function']}"
+        for kind in KINDS:
+            cells = function[kind]
+            if cells["calls"]:
+                times = (cells["microseconds"], cells["microseconds_of_original"])
+                reads = cells["host_reads_avoided"]
+                rows.append((name, kind, str(cells["calls"]), *map(_time, times), "-" if reads is None else str(reads)))
+                name = ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    aligned = [
+        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
+    ]
+    lines = ["  ".join(row).rstrip() for row in aligned] if len(rows) > 1 else []
+    for function in found["functions"]:
+        for why, times in function["calls_of_original"].items():
+            lines.append(f"{times} calls of the original {function['function']}: {why}")
+        if function["original_not_timed"]:
+            lines.append(f"the original {function['function']} was not timed: {function['original_not_timed']}")
+    update = found["first_update"]
+    if update is not None:
+        lines.append(update["text"])
+    for record in found["accelerated"]:
+        how = f"block ops ({record['mode']})" if record["accepted"] else f"as it was: {record['reason']}"
+        lines.append(f"{record['class']}: {how}")
+    memory = found["peak_memory"]
+    lines.append(f"peak memory: {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _time(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:,.0f}"
+
+
+def _own(path: Path) -> Path:
+    """The file of this process: one of several ranks has its number in the name."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return path
+    return path.with_name(f"{path.stem}.rank{os.environ.get('RANK', '0')}{path.suffix}")
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,30 +1,49 @@
-"""Timesteps of a diffusers flow-matching scheduler as rows of a table, and the samplers its peers name."""
+"""Timesteps of a diffusers flow-matching scheduler as rows of a table."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import transitions
-from ._common import Sampler, cached, flow_sampler, unnormalized
+from ._common import cached
 
 
-def find_steps(scheduler: Any, timestep: Any) -> Tensor:
-    """The index of every timestep in the scheduler's, int64 `[K]`, found without a sync.
+def find_steps(scheduler: Any, timestep: Any, device: torch.device) -> tuple[int | Tensor, int]:
+    """The index of every timestep in the scheduler's, and how many there are; found without a sync.
+
+    One number where all are the same and known on the host, else int64 `[K]` on `device`. Of a timestep that is there
+    twice diffusers takes the second.
 
     Raises:
         ValueError: a timestep that is not in the schedule (CUDA tensors fail a device-side assertion instead).
     """
-    if not isinstance(timestep, Tensor):
-        timestep = torch.as_tensor(timestep, dtype=scheduler.timesteps.dtype)
-    wanted, times = timestep.reshape(-1), scheduler.timesteps
-    device = times.device if wanted.device.type == "cpu" else wanted.device  # never back to the host
-    matches: Tensor = wanted.to(device)[:, None] == times.to(device)
-    require(
-        matches.any(dim=1).all(),
-        lambda: f"timestep: got {wanted.tolist()}, want some of the scheduler's, {times.tolist()}",
-    )
-    return matches.to(torch.int64).argmax(dim=1)
+    times = scheduler.timesteps
+    known = cached("self.timesteps", times, "indices", _indices)
+    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+        return _found_on_device(times, timestep.reshape(-1), len(known) < len(times), device), timestep.numel()
+    if not isinstance(timestep, Tensor):  # torch compares a Python number in the tensor's dtype
+        dtype = times.dtype if times.is_floating_point() else None
+        timestep = torch.as_tensor(timestep, dtype=dtype, device="cpu")
+    wanted = timestep.reshape(-1).tolist()
+    found = [known.get(time, -1) for time in wanted]
+    if -1 in found:
+        raise ValueError(f"timestep: got {wanted}, want some of the scheduler's, {times.tolist()}")
+    return (found[0] if len(set(found)) == 1 else torch.tensor(found, device=device)), len(found)
+
+
+def _indices(times: Tensor) -> dict[float, int]:
+    found: dict[float, list[int]] = {}
+    for index, time in enumerate(times.tolist()):
+        found.setdefault(time, []).append(index)
+    return {time: places[min(1, len(places) - 1)] for time, places in found.items()}
+
+
+def _found_on_device(times: Tensor, wanted: Tensor, repeated: bool, device: torch.device) -> Tensor:
+    matches = wanted[:, None] == times.to(wanted.device)
+    require(matches.any(dim=1).all(), lambda: "timestep: want some of the scheduler's")
+    if repeated:
+        matches = matches & (matches.cumsum(1) == matches.sum(1, keepdim=True).clamp(max=2))
+    return matches.to(torch.int64).argmax(dim=1).to(device)
 
 
 def require(condition: Tensor, message: Any) -> None:
@@ -33,37 +52,3 @@ def require(condition: Tensor, message: Any) -> None:
         torch._assert_async(condition)
     elif not bool(condition):
         raise ValueError(message())
-
-
-def flow_samplers(
-    sigmas: Tensor,
-    kind: str,
-    level: float,
-    rounding: str,
-    *,
-    normalized: bool = True,
-    window: tuple[int, ...] | None = None,
-    sigma_max: float | None = None,
-) -> Sampler:
-    """ "flow", "dance", "cps" or "ode" over `sigmas`; outside `window` the level is 0."""
-
-    def build(values: Tensor, level: float) -> Sampler:
-        if kind == "flow":
-            return flow_sampler(values, level, rounding, sigma_max)
-        if kind == "ode":
-            return Sampler(transitions.ode(values))
-        return Sampler((transitions.dance_sde if kind == "dance" else transitions.cps)(values, level))
-
-    def build_all(values: Tensor) -> Sampler:
-        table, factor = build(values, level)
-        if window is not None:
-            calm = build(values, 0.0)
-            table = transitions.mixed(table, calm.table, window)
-            if factor is not None and calm.factor is not None:
-                inside = torch.zeros(len(table), dtype=torch.bool)
-                inside[list(window)] = True
-                factor = torch.where(inside, factor, calm.factor)
-        return Sampler(table if normalized else unnormalized(table), factor)
-
-    key = (kind, float(level), rounding, normalized, window, sigma_max)
-    return cached("sigmas", sigmas, key, build_all)

@@ -1,5 +1,6 @@
 """DanceGRPO's step (XueZeyue/DanceGRPO, `fastvideo/train_grpo_flux.py` and the other flow scripts)."""
 
+import torch
 from torch import Tensor
 
 from ._grpo import dance_mean, dance_step
@@ -17,6 +18,8 @@ def flux_step(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    normalized: bool = True,
 ) -> tuple[Tensor, ...]:
     """One Dance-SDE step, or the score of `prev_sample`.
 
@@ -29,12 +32,15 @@ def flux_step(
         prev_sample: next latents to score; None draws them from torch's default generator, as `randn_like`.
         grpo: False gives the mean without noise or score.
         sde_solver: False leaves the score term out of the mean; the noise stays.
-        rounding: "exact", or "reference" for products rounded to the model output's dtype.
+        rounding: "exact", or "reference" for the published order of operations, and its roundings in half precision.
         backend: as for `transition_step`.
+        latents_dtype: what the script keeps its latents in; next latents that are drawn are rounded to it before they
+            are scored, and returned in the dtype as before.
+        normalized: with the Gaussian's constants, as published since 2025-08-28; until then they were dropped.
 
     Returns:
-        `(prev_sample, x0, log_prob)`, or `(mean, x0)` where `grpo` is False. `log_prob` is float32 `[B]`, without
-        the Gaussian's constants, which the published script computes and drops. `prev_sample` has no gradient.
+        `(prev_sample, x0, log_prob)`, or `(mean, x0)` where `grpo` is False. `log_prob` is float32 `[B]`.
+        `prev_sample` has no gradient.
 
     Raises:
         ValueError: bad input, by argument.
@@ -49,9 +55,41 @@ def flux_step(
         index,
         prev_sample,
         sde_solver,
-        normalized=False,
+        normalized=normalized,
         noisy_ode=True,
-        with_mean=False,
         rounding=rounding,
         backend=backend,
-    )[:3]
+        latents_dtype=latents_dtype,
+    ).three
+
+
+def flux_step_with_ddpo(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    ddpo: bool,
+    sde_solver: bool,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    normalized: bool = True,
+) -> tuple[Tensor, ...]:
+    """`flux_step` of forks that call `grpo` `ddpo`."""
+    return flux_step(
+        model_output,
+        latents,
+        eta,
+        sigmas,
+        index,
+        prev_sample,
+        ddpo,
+        sde_solver,
+        rounding=rounding,
+        backend=backend,
+        latents_dtype=latents_dtype,
+        normalized=normalized,
+    )

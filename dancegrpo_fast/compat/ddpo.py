@@ -22,6 +22,7 @@ def ddim_step_with_logprob(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One DDIM step, or the score of `prev_sample`.
 
@@ -37,6 +38,7 @@ def ddim_step_with_logprob(
         rounding: "exact" scores the next sample as it is returned; "reference" scores it before it is rounded to the
             dtype of `sample`, as published, so its first ratio is not 1 in half precision.
         backend: as for `transition_step`.
+        latents_dtype: as for `dancegrpo.flux_step`.
 
     Returns:
         `(prev_sample, log_prob)`: in the dtype of `sample`, and float32 `[B]`.
@@ -54,10 +56,11 @@ def ddim_step_with_logprob(
         sample,
         model_output,
         sampler,
-        as_step(timestep, sample),
+        as_step("timestep", timestep, len(sampler.table), sample),
         prev_sample,
         lambda: noise_like(model_output, generator, model_output.dtype),
         out_dtype=wide if rounding == "reference" else sample.dtype,
+        latents_dtype=latents_dtype,
         rounding="exact",  # the published products are float32 already: alphas are tensors with dimensions
         backend=backend,
     )

@@ -1,18 +1,20 @@
-"""Flow-Factory's scheduler (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/flow_match_euler_discrete.py`)."""
+"""Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`)."""
 
+import importlib
+import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ._common import advance, noise_like, statistic
-from ._schedule import find_steps, flow_samplers, require
-
-_KINDS = {"Flow-SDE": "flow", "Dance-SDE": "dance", "CPS": "cps", "ODE": "ode"}
+from ..checks import check_choice
+from ._factory import STATES, steps_of, values
 
 
 @dataclass
@@ -25,6 +27,7 @@ class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no 
     dt: Tensor | None = None
     log_prob: Tensor | None = None
     noise_pred: Tensor | None = None
+    velocity: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Field by name."""
@@ -36,8 +39,178 @@ class SDESchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no 
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
-class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
-    """diffusers' flow-matching scheduler with Flow-Factory's stochastic step.
+def step(
+    self: Any,
+    velocity: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    state: str = "newest",
+) -> Any:
+    """One step of `FlowMatchEulerDiscreteSDEScheduler`, or the score of `next_latents`.
+
+    Args:
+        self: their scheduler or one like it, of which `timesteps`, `sigmas`, `noise_level`, `dynamics_type`, `is_eval`
+            and `current_sde_steps` are read.
+        velocity: `[B, ...]`; the log-probability and the mean are
+            differentiable in it alone.
+        timestep: one of the scheduler's, `[B]` or `[1]` of them, or an integer on the host: a step index.
+        latents: `[B, ...]`.
+        next_latents: what to score.
+        timestep_next: the timestep after `timestep` in the schedule, 0 after the last; with it a sigma is its
+            timestep / 1000.
+        generator: what to draw float32 noise from, with diffusers' `randn_tensor`; ODE draws none.
+        noise_level: eta, one number for the batch, as a tensor on the CPU; default the scheduler's inside its
+            window and 0 outside.
+        compute_log_prob: False gives None.
+        return_dict: False gives `(next_latents, mean, velocity, log_prob, std_dev_t, dt)`.
+        return_kwargs: which fields of the output to fill; default all.
+        dynamics_type: instead of the scheduler's.
+        sigma_max: what stands for a sigma of 1 under Flow-SDE's root; default the second sigma.
+        rounding: "exact", or "reference" for the published order of float32 operations.
+        backend: as for `transition_step`.
+        latents_dtype: as for `dancegrpo.flux_step`; the coarser of it and the latents' own counts.
+        state: of the project, one of `STATES`.
+
+    Returns:
+        Float32 tensors; `std_dev_t` and `dt` are `[B, 1, ...]`. A step without noise scores 0. The class is that of the
+        project where `self` is of the project.
+
+    Raises:
+        ValueError: unknown dynamics, a timestep that is not in the schedule, several noise levels, or bad input.
+    """
+    found = values(**_given(locals()))
+    return _output(self, found, return_kwargs) if return_dict else tuple(found.values())
+
+
+def noise_pred_step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    state: str = "2026-03-21",
+) -> Any:
+    """`step` as it was called until 2026-05, `noise_pred` for `velocity`, in the output, too."""
+    given = locals()
+    return step(velocity=given.pop("noise_pred"), **given)
+
+
+def unipc_step(
+    self: Any,
+    velocity: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    state: str = "newest",
+) -> Any:
+    """`step` of `UniPCMultistepSDEScheduler`, which the project's Wan models use.
+
+    It differs in two things: in evaluation it is the multistep solver's own step and gives next latents alone, and
+    `return_dict=False` gives `(next_latents, log_prob, mean, std_dev_t, dt)`.
+    """
+    given = locals()
+    if self.is_eval:
+        if timestep_next is None:
+            index = steps_of(self, timestep, None, latents.device)[0]
+            timestep = self.timesteps[[index] if isinstance(index, int) else index]
+        moved = UniPCMultistepScheduler.step(self, velocity, timestep, latents, return_dict=False)[0]
+        return _output(self, {"next_latents": moved}, ["next_latents"])
+    found = values(**_given(given))
+    if return_dict:
+        return _output(self, found, return_kwargs)
+    return tuple(found[name] for name in ("next_latents", "log_prob", "next_latents_mean", "std_dev_t", "dt"))
+
+
+def unipc_noise_pred_step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] | None = None,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+    *,
+    rounding: str = "exact",
+    backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
+    state: str = "2026-03-21",
+) -> Any:
+    """`unipc_step` as it was called until 2026-05."""
+    given = locals()
+    return unipc_step(velocity=given.pop("noise_pred"), **given)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A step's arguments as `values` takes them."""
+    scheduler, whole = arguments.pop("self"), not arguments.pop("return_dict")
+    dynamics = arguments.pop("dynamics_type") or scheduler.dynamics_type
+    wanted = None if whole else arguments["return_kwargs"]
+    del arguments["return_kwargs"]
+    return {"scheduler": scheduler, "dynamics": dynamics, "wanted": wanted, **arguments}
+
+
+def _output(scheduler: Any, found: dict[str, Tensor | None], names: Sequence[str] | None) -> Any:
+    chosen = found if names is None else {name: found[name] for name in names if name in found}
+    kind: Any = type(scheduler)
+    return _output_class(kind).from_dict(chosen)
+
+
+@cache
+def _output_class(scheduler: Any) -> Any:
+    """The project's own where the scheduler is the project's, so that its other parts know it."""
+    for base in scheduler.__mro__:
+        home = sys.modules.get(base.__module__)
+        for name in (f"{base.__name__}Output", "SDESchedulerOutput"):
+            if hasattr(getattr(home, name, None), "from_dict"):
+                return getattr(home, name)
+    return SDESchedulerOutput
+
+
+class _Standalone(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
+    """diffusers' flow-matching scheduler with Flow-Factory's step, for where the project is not installed.
 
     Args:
         noise_level: eta inside the window.
@@ -83,121 +256,59 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):  # ty
         chosen = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(self.seed))
         return eligible[chosen[: self.num_sde_steps]]
 
-    def step(
-        self,
-        noise_pred: Tensor,
-        timestep: float | Tensor,
-        latents: Tensor,
-        next_latents: Tensor | None = None,
-        timestep_next: float | Tensor | None = None,
-        generator: Any = None,
-        noise_level: float | Tensor | None = None,
-        compute_log_prob: bool = True,
-        return_dict: bool = True,
-        return_kwargs: Sequence[str] = [  # as published; it is only read
-            "next_latents",
-            "next_latents_mean",
-            "std_dev_t",
-            "dt",
-            "log_prob",
-            "noise_pred",
-        ],
-        dynamics_type: str | None = None,
-        sigma_max: float | None = None,
-        *,
-        rounding: str = "exact",
-        backend: str = "auto",
-    ) -> SDESchedulerOutput | tuple[Tensor | None, ...]:
-        """One step, or the score of `next_latents`.
-
-        Args:
-            noise_pred: `[B, ...]`, the velocity; the log-probability and the mean are differentiable in it alone.
-            timestep: one of the scheduler's, `[B]` or `[1]` of them, or integers: step indices.
-            latents: `[B, ...]`.
-            next_latents: what to score.
-            timestep_next: the timestep after `timestep` in the schedule, 0 after the last.
-            generator: what to draw float32 noise from, with diffusers' `randn_tensor`; ODE draws none.
-            noise_level: eta, one number for the batch, as a tensor on the CPU; default the scheduler's inside its
-                window and 0 outside.
-            compute_log_prob: False gives None.
-            return_dict: False gives `(next_latents, mean, noise_pred, log_prob, std_dev_t, dt)`.
-            return_kwargs: which fields of the output to fill.
-            dynamics_type: instead of the scheduler's.
-            sigma_max: what stands for a sigma of 1 under Flow-SDE's root; default the second sigma.
-            rounding: "exact", or "reference" for the published order of float32 operations.
-            backend: as for `transition_step`.
-
-        Returns:
-            Float32 tensors; `std_dev_t` and `dt` are `[B, 1, ...]`. `std_dev_t` is without `sqrt(-dt)` for Flow-SDE
-            alone. A step without noise scores 0.
-
-        Raises:
-            ValueError: unknown dynamics, a timestep that is not in the schedule, several noise levels, or bad input.
-        """
-        dynamics = dynamics_type or self.dynamics_type
-        if dynamics not in _KINDS:
-            raise ValueError(f'dynamics_type: got "{dynamics}", want one of {list(_KINDS)}')
-        level, window = _level(self, noise_level, dynamics)
-        sampler = flow_samplers(
-            self.sigmas, _KINDS[dynamics], level, rounding, window=window, sigma_max=sigma_max or None
-        )
-        step = _steps(self, timestep, timestep_next).to(latents.device).expand(len(latents))
-        found = advance(
-            latents,
-            noise_pred.float() if rounding == "reference" else noise_pred,
-            sampler,
-            step,
-            None if next_latents is None else next_latents.float(),
-            lambda: None if dynamics == "ODE" else noise_like(noise_pred, generator, torch.float32),
-            out_dtype=torch.float32,
-            rounding=rounding,
-            backend=backend,
-            with_mean=not return_dict or "next_latents_mean" in return_kwargs,
-        )
-        step_size = statistic(sampler.table, "step_size", step, latents)
-        tau = statistic(sampler.table, "tau", step, latents)
-        std = tau / torch.sqrt(step_size) if dynamics == "Flow-SDE" else tau
-        values = {
-            "next_latents": found.next_latents,
-            "next_latents_mean": found.mean,
-            "noise_pred": noise_pred.float(),
-            "log_prob": found.log_prob if compute_log_prob else None,
-            "std_dev_t": std.float(),
-            "dt": -step_size.float(),
-        }
-        if not return_dict:
-            return tuple(values.values())
-        return SDESchedulerOutput.from_dict({name: values[name] for name in return_kwargs if name in values})
+    step = step
 
 
-def _level(scheduler: Any, noise_level: float | Tensor | None, dynamics: str) -> tuple[float, tuple[int, ...] | None]:
-    """The noise level, and the window to which it is confined."""
-    if scheduler.is_eval or dynamics == "ODE":
-        return 0.0, None
-    if noise_level is None:
-        return scheduler.noise_level, tuple(scheduler.current_sde_steps.tolist())
-    if not isinstance(noise_level, Tensor):
-        return noise_level, None
-    if noise_level.device.type != "cpu":
-        raise ValueError(f"noise_level: got a tensor on {noise_level.device}, want a number or a tensor on the CPU")
-    levels = set(noise_level.flatten().tolist())
-    if len(levels) != 1:
-        raise ValueError(f"noise_level: got {sorted(levels)}, want one level for the batch")
-    return levels.pop(), None
+_STEPS = {
+    "FlowMatchEulerDiscreteSDEScheduler": (step, noise_pred_step),
+    "UniPCMultistepSDEScheduler": (unipc_step, unipc_noise_pred_step),
+}
 
 
-def _steps(scheduler: Any, timestep: float | Tensor, timestep_next: float | Tensor | None) -> Tensor:
-    """Step indices `[K]`; `timestep_next` is only compared with the schedule."""
-    integers = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
-    if integers and timestep_next is None:
-        return torch.as_tensor(timestep, dtype=torch.int64).reshape(-1)
-    step = find_steps(scheduler, timestep)
-    if timestep_next is not None:
-        given = torch.as_tensor(timestep_next).to(step.device).reshape(-1)
-        times = scheduler.timesteps.to(step.device)
-        after = torch.cat([times[1:], times.new_zeros(1)])[step]
-        require(
-            (given == after).all(),
-            lambda: f"timestep_next: got {given.tolist()}, want what follows in the schedule, {after.tolist()}",
-        )
-    return step
+@cache
+def scheduler_class(name: str = "FlowMatchEulerDiscreteSDEScheduler") -> Any:
+    """The project's scheduler of that name with `step` as the only difference, or one of our own without the project.
+
+    It is also this module's attribute `name`. The state of the project is told by the scheduler's signature and by what
+    one of its steps on two numbers gives.
+
+    Raises:
+        ValueError: another name.
+        ImportError: UniPC without `flow_factory`.
+    """
+    check_choice("name", name, tuple(_STEPS))
+    try:
+        theirs = getattr(importlib.import_module("flow_factory.scheduler"), name)
+    except ImportError:
+        if name == "UniPCMultistepSDEScheduler":
+            raise
+        theirs, members = _Standalone, {}
+    else:
+        state = state_of(theirs)
+        members = {"step": partialmethod(_STEPS[name][state != "newest"], state=state)}
+    return type(name, (theirs,), {"__module__": __name__, "__doc__": theirs.__doc__, **members})
+
+
+def state_of(scheduler: Any) -> str:
+    """Which of `STATES` a scheduler class of the project is in."""
+    if "velocity" in inspect.signature(scheduler.step).parameters:
+        return "newest"
+    one = scheduler()
+    one.set_timesteps(4)
+    found = one.step(
+        torch.tensor([[[0.1, 0.7]]]),
+        float(one.timesteps[1]),
+        torch.tensor([[[0.3, -0.9]]], dtype=torch.bfloat16),
+        generator=torch.Generator().manual_seed(0),
+        noise_level=0.5,
+        dynamics_type="Dance-SDE",
+    )
+    kept = torch.equal(found.next_latents, found.next_latents.bfloat16().float())
+    bare = bool((found.std_dev_t == 0.5).all())
+    return next(word for word, state in STATES.items() if state[:3] == (kept, bare, False))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _STEPS:
+        return scheduler_class(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._grpo import dance_mean, dance_step, flow_step
@@ -19,11 +20,12 @@ def flow_grpo_step(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One Flow-SDE step, or the score of `prev_sample`.
 
     Args:
-        model_output, latents, eta, sigmas, index, rounding, backend: as for `dancegrpo.flux_step`.
+        model_output, latents, eta, sigmas, index, rounding, backend, latents_dtype: as for `dancegrpo.flux_step`.
         prev_sample: next latents to score; None draws noise of the model output's shape and dtype.
         generator: what to draw it from, with diffusers' `randn_tensor`.
         determistic: take the Euler step, whatever `prev_sample` is, and score it as a sample of the SDE; without
@@ -47,11 +49,13 @@ def flow_grpo_step(
         prev_sample,
         generator,
         deterministic=determistic,
+        with_mean=True,
         rounding=rounding,
         backend=backend,
+        latents_dtype=latents_dtype,
     )
-    assert found.mean is not None
-    return found.next_latents, found.denoised, found.log_prob, found.mean, found.statistic("tau")
+    assert found.outcome.mean is not None
+    return *found.three, found.outcome.mean, found.statistic("tau")
 
 
 def dance_grpo_step(
@@ -66,8 +70,13 @@ def dance_grpo_step(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """`dancegrpo.flux_step`, except that without `sde_solver` nothing is drawn: the next latents are the mean."""
+    """`dancegrpo.flux_step`, except for two things.
+
+    Without `sde_solver` nothing is drawn: the next latents are the mean. The log-probability lacks the Gaussian's
+    constants, as in the solver of DiffusionNFT, which has no `grpo` and `sde_solver`: both are True there.
+    """
     if not grpo:
         return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
     return dance_step(
@@ -80,7 +89,7 @@ def dance_grpo_step(
         sde_solver,
         normalized=False,
         noisy_ode=False,
-        with_mean=False,
         rounding=rounding,
         backend=backend,
-    )[:3]
+        latents_dtype=latents_dtype,
+    ).three

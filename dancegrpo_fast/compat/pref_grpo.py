@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._grpo import Found, dance_mean, dance_step, flow_step
@@ -19,11 +20,13 @@ def flow_grpo_step(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """One Flow-SDE step, or the score of `prev_sample`.
 
     Args:
-        model_output, latents, eta, sigmas, index, prev_sample, rounding, backend: as for `dancegrpo.flux_step`.
+        model_output, latents, eta, sigmas, index, prev_sample, rounding, backend, latents_dtype: as for
+            `dancegrpo.flux_step`.
         generator: what to draw the noise from, with diffusers' `randn_tensor`, in the model output's dtype.
         return_stats: also give the statistics.
 
@@ -42,11 +45,12 @@ def flow_grpo_step(
         index,
         prev_sample,
         generator,
-        deterministic=False,
+        with_mean=return_stats,
         rounding=rounding,
         backend=backend,
+        latents_dtype=latents_dtype,
     )
-    return _tuple(found, -1.0 if return_stats else None)
+    return _tuple(found, 1.0 if return_stats else None)
 
 
 def dance_grpo_step(
@@ -62,6 +66,7 @@ def dance_grpo_step(
     *,
     rounding: str = "exact",
     backend: str = "auto",
+    latents_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """`dancegrpo.flux_step` with the Gaussian's constants in the score.
 
@@ -83,12 +88,13 @@ def dance_grpo_step(
         with_mean=return_stats,
         rounding=rounding,
         backend=backend,
+        latents_dtype=latents_dtype,
     )
-    return _tuple(found, 1.0 if return_stats else None)
+    return _tuple(found, -1.0 if return_stats else None)
 
 
 def _tuple(found: Found, sign: float | None) -> tuple[Tensor, ...]:
-    result = (found.next_latents, found.denoised, found.log_prob)
-    if sign is None or found.mean is None:
-        return result
-    return (*result, found.mean, found.statistic("tau"), sign * found.statistic("step_size"))
+    if sign is None:
+        return found.three
+    assert found.outcome.mean is not None
+    return (*found.three, found.outcome.mean, found.statistic("tau"), sign * found.statistic("dt"))

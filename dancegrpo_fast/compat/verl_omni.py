@@ -8,8 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ._common import advance, noise_like, statistic
-from ._schedule import find_steps, flow_samplers
+from ..checks import check_choice
+from ._common import advance, noise_like
+from ._samplers import Kind
+from ._schedule import find_steps
 
 _KINDS = {"sde": "flow", "cps": "cps", "dance_sde": "dance"}
 
@@ -86,6 +88,7 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
         *,
         rounding: str = "exact",
         backend: str = "auto",
+        latents_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, ...]:
         """One Flow-SDE, CPS or Dance-SDE step, or the score of `prev_sample`.
 
@@ -103,6 +106,7 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
             include_logprob_normalizer: False leaves out the Gaussian's constants.
             rounding: "exact", or "reference" for the published order of float32 operations.
             backend: as for `transition_step`.
+            latents_dtype: as for `dancegrpo.flux_step`.
 
         Returns:
             `(prev_sample, log_prob, mean, std_dev_t[, sqrt_dt])`. `std_dev_t` is without `sqrt(-dt)` for "sde" and
@@ -111,8 +115,7 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
         Raises:
             ValueError: an unknown `sde_type`, `per_token_timesteps`, another dtype, or a timestep not in the schedule.
         """
-        if sde_type not in _KINDS:
-            raise ValueError(f'sde_type: got "{sde_type}", want "sde", "cps" or "dance_sde"')
+        check_choice("sde_type", sde_type, tuple(_KINDS))
         if per_token_timesteps is not None:
             raise ValueError("per_token_timesteps: got a value, want None: a table has one row for each sample")
         for name, value in (("sample", sample), ("model_output", model_output), ("prev_sample", prev_sample)):
@@ -120,10 +123,9 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
                 raise ValueError(f"{name}: got {value.dtype}, want torch.float32")
         if timestep is None and self.step_index is None:
             raise ValueError("timestep: got None before the first step, want the scheduler's timesteps")
-        sampler = flow_samplers(
-            self.sigmas, _KINDS[sde_type], noise_level, rounding, normalized=include_logprob_normalizer
-        )
-        step = self.step_index if timestep is None else find_steps(self, timestep).to(sample.device)
+        kind = Kind(_KINDS[sde_type], noise_level, normalized=include_logprob_normalizer)
+        sampler = kind.over("self.sigmas", self.sigmas)
+        step, count = (self.step_index, 0) if timestep is None else find_steps(self, timestep, sample.device)
         found = advance(
             sample,
             model_output,
@@ -132,15 +134,14 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
             prev_sample,
             lambda: noise_like(model_output, generator, model_output.dtype),
             out_dtype=torch.float32,
+            latents_dtype=latents_dtype,
             rounding=rounding,
             backend=backend,
-            with_mean=True,
+            mean=True,
         )
-        sqrt_dt = torch.sqrt(statistic(sampler.table, "step_size", step, sample))
-        tau = statistic(sampler.table, "tau", step, sample)
-        std = tau / sqrt_dt if sde_type == "sde" else tau
-        result = (found.next_latents, found.log_prob if return_logprobs else None, found.mean, std.float())
+        shape = (count, *(1,) * (sample.ndim - 1)) if count else ()
+        std = sampler.statistic("std" if sde_type == "sde" else "tau", step, shape, sample.device, rounding)
+        result = (found.next_latents, found.log_prob if return_logprobs else None, found.mean, std)
         if not return_sqrt_dt:
             return result
-        sqrt_dt = sqrt_dt.float()
-        return *result, sqrt_dt.reshape(-1) if sqrt_dt.ndim else sqrt_dt.expand(len(sample)).clone()
+        return *result, sampler.statistic("root", step, (count or len(sample),), sample.device, rounding)

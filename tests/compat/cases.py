@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,11 +12,21 @@ from torch import Tensor
 
 from dancegrpo_fast.transitions import shifted_sigmas
 
-from .peers import dancegrpo, ddpo, flow_factory, flow_grpo, mixgrpo, pref_grpo, verl_omni
+from .peers import (
+    dancegrpo,
+    ddpo,
+    diffusion_nft,
+    flow_factory,
+    flow_grpo,
+    flow_grpo_wan,
+    mixgrpo,
+    pref_grpo,
+    verl_omni,
+)
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PEERS = {m.__name__.rpartition(".")[2]: m for m in (dancegrpo, ddpo, flow_grpo, mixgrpo, pref_grpo, verl_omni)}
-PEERS["flow_factory"] = flow_factory
+PEERS |= {"flow_factory": flow_factory, "diffusion_nft": diffusion_nft, "flow_grpo_wan": flow_grpo_wan}
 SIGMAS = shifted_sigmas(4, 3.0).to(F32)
 TIMES = SIGMAS[:-1] * 1000
 SHAPE = (8, 4, 6, 5)
@@ -48,59 +58,92 @@ def ddim_scheduler(dtype: torch.dtype = F32, **config: Any) -> DDIMScheduler:
     return scheduler
 
 
+def find(module: ModuleType, name: str) -> Callable[..., Any]:
+    """A function by its qualified name."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
-    """A peer's function at one setting: `call(module, output, latents, next or None, dtype of the schedule)`."""
+    """A function at one setting, ours and the peer's: `call(function, output, latents, next or None, schedule dtype)`.
 
-    module: str
+    `options` make ours the peer's state. With reference rounding next latents are the peer's to the bit, unless
+    `same_bits` is False; with `same_scores` the log-probability is, too.
+    """
+
+    ours_name: str
+    peer_name: str
     call: Callable[..., Any]
     names: tuple[str, ...]
-    same_bits: bool = False  # with reference rounding, from the same noise, the next latents are the peer's
+    options: dict[str, Any] = field(default_factory=dict)
+    latents: torch.dtype = F32
+    same_bits: bool = True
+    same_scores: bool = False
 
-    def run(self, module: ModuleType, *tensors: Tensor | None, dtype: torch.dtype = F32, **settings: Any):
-        found = self.call(module, *tensors, dtype, **settings)
+    def _run(self, function: Callable[..., Any], *tensors: Tensor | None, dtype: torch.dtype = F32, **settings: Any):
+        found = self.call(function, *tensors, dtype, **settings)
         return dict(zip(self.names, found, strict=True))
 
+    @property
+    def place(self) -> tuple[Any, str]:
+        """Where the peer's function is, a module or a class, and under which name."""
+        module, _, name = self.peer_name.partition(":")
+        home, _, last = name.rpartition(".")
+        return (find(PEERS[module], home) if home else PEERS[module]), last
+
     def ours(self, *tensors: Tensor | None, **settings: Any) -> dict[str, Tensor]:
-        return self.run(ours(self.module), *tensors, **settings)
+        module, _, name = self.ours_name.partition(":")
+        return self._run(find(ours(module), name), *tensors, **self.options, **settings)
 
     def peer(self, *tensors: Tensor | None, **settings: Any) -> dict[str, Tensor]:
-        return self.run(PEERS[self.module], *tensors, **settings)
+        home, name = self.place
+        return self._run(getattr(home, name), *tensors, **settings)
 
 
 THREE = ("next", "denoised", "log_prob")
-STATS = (*THREE, "mean", "std", "dt")
+FIVE = (*THREE, "mean", "std")
+STATS = (*FIVE, "dt")
 FLOW = ("next", "log_prob", "mean", "std", "sqrt_dt")
 FACTORY = ("next", "mean", "noise_pred", "log_prob", "std", "dt")
+UNIPC = ("next", "log_prob", "mean", "std", "dt")
 
 
-def _dance(function: str, sde_solver: bool, *rest: Any, step: int = 1) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return getattr(m, function)(v, x, 0.3, SIGMAS.to(dtype), step, after, True, sde_solver, *rest, **settings)
+def _dance(*rest: Any, step: int = 1) -> Callable[..., Any]:
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        return f(v, x, 0.3, SIGMAS.to(dtype), step, after, *rest, **settings)
 
     return call
 
 
 def _flow(*rest: Any, step: int = 1) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return m.flow_grpo_step(v, x, 0.7, SIGMAS.to(dtype), step, after, None, *rest, **settings)
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        return f(v, x, 0.7, SIGMAS.to(dtype), step, after, None, *rest, **settings)
 
     return call
 
 
-def _flow_grpo(kind: str, steps: list[int]) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        times = TIMES[steps]
-        return m.sde_step_with_logprob(
-            flow_scheduler(dtype), v, times, x, 0.7, after, sde_type=kind, return_sqrt_dt=True, **settings
-        )
+def _flow_grpo(steps: list[int], **fixed: Any) -> Callable[..., Any]:
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        return f(flow_scheduler(dtype), v, TIMES[steps], x, prev_sample=after, **fixed, **settings)
+
+    return call
+
+
+def _flow_grpo_ode(steps: list[int]) -> Callable[..., Any]:
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        other = draw(BF16, 9).to(v.dtype)  # what moves the latents; the score is differentiable in the other output
+        fixed = {"prev_sample": after, "return_sqrt_dt": True}
+        return f(flow_scheduler(dtype), other, v, TIMES[steps], x, **fixed, **settings)
 
     return call
 
 
 def _verl(kind: str, steps: list[int] | None, normalized: bool = True) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return m.FlowMatchSDEDiscreteScheduler.sample_previous_step(
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        return f(
             flow_scheduler(dtype),
             x,
             v.to(x.dtype),  # float32 is asserted
@@ -115,53 +158,99 @@ def _verl(kind: str, steps: list[int] | None, normalized: bool = True) -> Callab
     return call
 
 
-def _factory(kind: str, steps: list[int], **fixed: Any) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return m.FlowMatchEulerDiscreteSDEScheduler.step(
-            flow_scheduler(dtype), v, TIMES[steps], x, after, return_dict=False, dynamics_type=kind, **fixed, **settings
-        )
+def _factory(kind: str, steps: list[int], following: bool = False, **fixed: Any) -> Callable[..., Any]:
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+        times = (TIMES * 1.0).to(dtype)
+        given = dict(fixed)
+        if following:
+            given["timestep_next"] = torch.cat([times[1:], times.new_zeros(1)])[steps]
+        chosen = {"return_dict": False, "dynamics_type": kind}
+        return f(flow_scheduler(dtype), v, TIMES[steps] if not following else times[steps], x, after, **chosen, **given,
+                 **settings)  # fmt: skip
 
     return call
 
 
 def _ddpo(kind: str) -> Callable[..., Any]:
-    def call(m: ModuleType, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
+    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
         times = torch.tensor([901, 701, 501, 401, 301, 201, 101, 801])
-        scheduler = ddim_scheduler(dtype, prediction_type=kind)
-        return m.ddim_step_with_logprob(scheduler, v, times, x, 1.0, prev_sample=after, **settings)
+        return f(ddim_scheduler(dtype, prediction_type=kind), v, times, x, 1.0, prev_sample=after, **settings)
 
     return call
 
 
 EACH = [0, 1, 2, 0, 1, 2, 2, 1]
+FLUX, MIX, PREF, NFT = "dancegrpo:flux_step", "mixgrpo:", "pref_grpo:", "diffusion_nft:"
+OLD_FLUX, SOLVER = "dancegrpo:flux_step_until_2025_08", {"grpo": True, "sde_solver": True}
+SDE, WAN, WAN_PEER = "flow_grpo:sde_step_with_logprob", "flow_grpo:wan_sde_step_with_logprob", "flow_grpo_wan:sde_step"
+VERL = "verl_omni:FlowMatchSDEDiscreteScheduler.sample_previous_step"
+STEP, UNI = "flow_factory:step", "flow_factory:unipc_noise_pred_step"
+NEWEST = "flow_factory:FlowMatchEulerDiscreteSDEScheduler.step"
+
+
+def _state(word: str, peer: str, *rest: Any, **more: Any) -> Case:
+    return Case("flow_factory:noise_pred_step", f"flow_factory:{peer}.step", *rest, {"state": word}, **more)
+
+
 CASES = {
-    "dancegrpo": Case("dancegrpo", _dance("flux_step", True), THREE),
-    "dancegrpo at 1": Case("dancegrpo", _dance("flux_step", True, step=0), THREE),
-    "dancegrpo last": Case("dancegrpo", _dance("flux_step", True, step=3), THREE),
-    "dancegrpo, no SDE": Case("dancegrpo", _dance("flux_step", False), THREE, same_bits=True),
-    "ddpo": Case("ddpo", _ddpo("epsilon"), ("next", "log_prob")),
-    "flow_grpo sde": Case("flow_grpo", _flow_grpo("sde", EACH), FLOW, same_bits=True),
-    "flow_grpo sde, one step": Case("flow_grpo", _flow_grpo("sde", [0]), FLOW, same_bits=True),
-    "flow_grpo cps": Case("flow_grpo", _flow_grpo("cps", EACH), FLOW),
-    "mixgrpo flow": Case("mixgrpo", _flow(), (*THREE, "mean", "std"), same_bits=True),
-    "mixgrpo flow at 1": Case("mixgrpo", _flow(step=0), (*THREE, "mean", "std"), same_bits=True),
-    "mixgrpo flow, ODE": Case("mixgrpo", _flow(True), (*THREE, "mean", "std"), same_bits=True),
-    "mixgrpo dance": Case("mixgrpo", _dance("dance_grpo_step", True), THREE),
-    "mixgrpo dance, ODE": Case("mixgrpo", _dance("dance_grpo_step", False), THREE, same_bits=True),
-    "pref_grpo flow": Case("pref_grpo", _flow(), THREE, same_bits=True),
-    "pref_grpo flow, statistics": Case("pref_grpo", _flow(True), STATS, same_bits=True),
-    "pref_grpo dance": Case("pref_grpo", _dance("dance_grpo_step", True), THREE),
-    "pref_grpo dance, statistics": Case("pref_grpo", _dance("dance_grpo_step", True, True), STATS),
-    "verl_omni sde": Case("verl_omni", _verl("sde", EACH), FLOW, same_bits=True),
-    "verl_omni sde, own step": Case("verl_omni", _verl("sde", None), FLOW, same_bits=True),
-    "verl_omni sde, unnormalized": Case("verl_omni", _verl("sde", [1], False), FLOW, same_bits=True),
-    "verl_omni cps": Case("verl_omni", _verl("cps", EACH), FLOW),
-    "verl_omni dance": Case("verl_omni", _verl("dance_sde", EACH), FLOW),
-    "flow_factory Flow-SDE": Case("flow_factory", _factory("Flow-SDE", EACH), FACTORY, same_bits=True),
-    "flow_factory sigma_max": Case("flow_factory", _factory("Flow-SDE", [0], sigma_max=0.5), FACTORY, same_bits=True),
-    "flow_factory Dance-SDE": Case("flow_factory", _factory("Dance-SDE", EACH, noise_level=0.3), FACTORY),
-    "flow_factory CPS": Case("flow_factory", _factory("CPS", EACH), FACTORY),
-    "flow_factory ODE": Case("flow_factory", _factory("ODE", EACH), FACTORY, same_bits=True),
+    "dancegrpo": Case(FLUX, FLUX, _dance(True, True), THREE),
+    "dancegrpo at 1": Case(FLUX, FLUX, _dance(True, True, step=0), THREE),
+    "dancegrpo last": Case(FLUX, FLUX, _dance(True, True, step=3), THREE),
+    "dancegrpo, no SDE": Case(FLUX, FLUX, _dance(True, False), THREE),
+    "dancegrpo until 2025-08": Case(FLUX, OLD_FLUX, _dance(True, True), THREE, {"normalized": False}),
+    "ddpo": Case(
+        "ddpo:ddim_step_with_logprob",
+        "ddpo:ddim_step_with_logprob",
+        _ddpo("epsilon"),
+        ("next", "log_prob"),
+        same_bits=False,
+    ),
+    "flow_grpo sde": Case(SDE, SDE, _flow_grpo(EACH, return_sqrt_dt=True), FLOW),
+    "flow_grpo sde, one step": Case(SDE, SDE, _flow_grpo([0], return_sqrt_dt=True), FLOW),
+    "flow_grpo cps": Case(SDE, SDE, _flow_grpo(EACH, sde_type="cps", return_sqrt_dt=True), FLOW),
+    "flow_grpo ode": Case(
+        "flow_grpo:ode_step_with_logprob", "flow_grpo:ode_step_with_logprob", _flow_grpo_ode(EACH), FLOW
+    ),
+    "flow_cps": Case(SDE, "flow_grpo:sde_step_of_flow_cps", _flow_grpo([1]), FLOW[:4], {"sde_type": "cps"}),
+    "wan": Case(WAN, f"{WAN_PEER}_with_logprob", _flow_grpo(EACH), FLOW[:4]),
+    "wan, statistics": Case(WAN, f"{WAN_PEER}_with_logprob", _flow_grpo([1], return_dt_and_std_dev_t=True), FLOW),
+    "wan, ODE": Case(WAN, f"{WAN_PEER}_with_logprob", _flow_grpo([1], determistic=True), FLOW[:4]),
+    "flow_grpo 2025-05": Case(WAN, f"{WAN_PEER}_2025_05", _flow_grpo(EACH), FLOW[:4], {"level": 0.7}),
+    "mixgrpo flow": Case(MIX + "flow_grpo_step", MIX + "flow_grpo_step", _flow(), FIVE),
+    "mixgrpo flow at 1": Case(MIX + "flow_grpo_step", MIX + "flow_grpo_step", _flow(step=0), FIVE),
+    "mixgrpo flow, ODE": Case(MIX + "flow_grpo_step", MIX + "flow_grpo_step", _flow(True), FIVE),
+    "mixgrpo dance": Case(MIX + "dance_grpo_step", MIX + "dance_grpo_step", _dance(True, True), THREE),
+    "mixgrpo dance, ODE": Case(MIX + "dance_grpo_step", MIX + "dance_grpo_step", _dance(True, False), THREE),
+    "nft flow": Case(PREF + "flow_grpo_step", NFT + "flow_grpo_step", _flow(), THREE),
+    "nft dance": Case(MIX + "dance_grpo_step", NFT + "dance_grpo_step", _dance(), THREE, SOLVER),
+    "pref_grpo flow": Case(PREF + "flow_grpo_step", PREF + "flow_grpo_step", _flow(), THREE),
+    "pref_grpo flow, statistics": Case(PREF + "flow_grpo_step", PREF + "flow_grpo_step", _flow(True), STATS),
+    "pref_grpo dance": Case(PREF + "dance_grpo_step", PREF + "dance_grpo_step", _dance(True, True), THREE),
+    "pref_grpo dance, statistics": Case(
+        PREF + "dance_grpo_step", PREF + "dance_grpo_step", _dance(True, True, True), STATS
+    ),
+    "verl_omni sde": Case(VERL, VERL, _verl("sde", EACH), FLOW),
+    "verl_omni sde, own step": Case(VERL, VERL, _verl("sde", None), FLOW),
+    "verl_omni sde, unnormalized": Case(VERL, VERL, _verl("sde", [1], False), FLOW),
+    "verl_omni cps": Case(VERL, VERL, _verl("cps", EACH), FLOW),
+    "verl_omni dance": Case(VERL, VERL, _verl("dance_sde", EACH), FLOW),
+    "flow_factory Flow-SDE": Case(STEP, NEWEST, _factory("Flow-SDE", EACH), FACTORY, same_scores=True),
+    "flow_factory Flow-SDE, half": Case(
+        STEP, NEWEST, _factory("Flow-SDE", EACH), FACTORY, latents=BF16, same_scores=True
+    ),
+    "flow_factory sigma_max": Case(STEP, NEWEST, _factory("Flow-SDE", [0], sigma_max=0.5), FACTORY, same_scores=True),
+    "flow_factory next": Case(STEP, NEWEST, _factory("Flow-SDE", EACH, True, noise_level=0.7), FACTORY),
+    "flow_factory Dance-SDE": Case(
+        STEP, NEWEST, _factory("Dance-SDE", EACH, noise_level=0.3), FACTORY, same_scores=True
+    ),
+    "flow_factory CPS": Case(STEP, NEWEST, _factory("CPS", EACH), FACTORY, latents=BF16, same_scores=True),
+    "flow_factory ODE": Case(STEP, NEWEST, _factory("ODE", EACH), FACTORY),
+    "flow_factory 03-21": _state("2026-03-21", "Of2026March21", _factory("Dance-SDE", [1]), FACTORY, latents=BF16),
+    "flow_factory 03-14": _state("2026-03-14", "Of2026March14", _factory("Dance-SDE", [1]), FACTORY, latents=BF16),
+    "flow_factory 01": _state("2026-01", "Of2026January", _factory("Dance-SDE", [1]), FACTORY, latents=BF16),
+    "flow_factory UniPC": Case(
+        UNI, "flow_factory:UniPCMultistepSDEScheduler.step", _factory("Dance-SDE", EACH), UNIPC, {"state": "2026-03-21"}
+    ),
 }
 
 

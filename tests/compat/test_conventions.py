@@ -1,12 +1,10 @@
 """Golden values through the shims, and each peer's own conventions: indices, schedules, windows, refusals."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dancegrpo_fast import transitions
 from dancegrpo_fast.compat import _common, dancegrpo, ddpo, flow_factory, flow_grpo, mixgrpo, pref_grpo, verl_omni
@@ -27,7 +25,7 @@ def test_golden_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         monkeypatch.setattr("dancegrpo_fast.compat._grpo.noise_like_sum", lambda *_: eps)
         found = pref_grpo.dance_grpo_step(v, x, 0.3, sigmas, 0, None, True, True, True)
-        short = dancegrpo.flux_step(v, x, 0.3, sigmas, 0, None, True, True)
+        short = dancegrpo.flux_step(v, x, 0.3, sigmas, 0, None, True, True, normalized=False)
         assert_same_formula(short[2], -eps.square().mean(dim=1) / 2)
     assert_as_printed(found[2][0], first)
     assert_as_printed(found[2][1], second)
@@ -48,22 +46,28 @@ def test_an_index_may_be_a_tensor(step: Callable, index: Tensor) -> None:
 
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("given", [True, False])
-def test_nothing_asks_for_the_value_of_an_index(given: bool, rounding: str) -> None:
-    settings = {"rounding": rounding}
-    scheduler = ddim_scheduler()
-    for index in (1, None):  # first with values, so that the tables are there
-        with FakeTensorMode(allow_non_fake_inputs=True) if index is None else nullcontext():
-            v, x, after = torch.ones(2, 3, dtype=BF16, requires_grad=True), torch.ones(2, 3), torch.ones(2, 3)
-            after = after if given else None
-            # A fake tensor without a value raises where one is asked for, as a tensor on a GPU would wait.
-            at = torch.empty((), dtype=torch.int64) if index is None else index
-            found = [dancegrpo.flux_step(v, x, 0.3, SIGMAS, at, after, True, True, **settings)]
-            found += [mixgrpo.dance_grpo_step(v, x, 0.3, SIGMAS, at, after, True, False, **settings)]
-            found += [pref_grpo.dance_grpo_step(v, x, 0.3, SIGMAS, at, after, True, True, True, **settings)]
-            found += [mixgrpo.flow_grpo_step(v, x, 0.7, SIGMAS, at, after, None, True, **settings)]
-            found += [pref_grpo.flow_grpo_step(v, x, 0.7, SIGMAS, at, after, None, True, **settings)]
-            found += [ddpo.ddim_step_with_logprob(scheduler, v, at, x, 1.0, prev_sample=after, **settings)]
-            assert [len(f) for f in found] == [3, 3, 6, 5, 6, 2]
+def test_nothing_asks_a_device_for_the_value_of_an_index(given: bool, rounding: str) -> None:
+    settings = {"rounding": rounding, "latents_dtype": BF16}
+    scheduler, sigmas = ddim_scheduler(), SIGMAS.clone()
+    for device in ("cpu", "meta"):  # a meta tensor has no value, as one on a GPU has none without waiting
+        v = torch.ones(2, 3, dtype=BF16, requires_grad=True, device=device)
+        x, after = torch.ones(2, 3, device=device), torch.ones(2, 3, device=device)
+        after = after if given else None
+        at = torch.ones((), dtype=torch.int64, device=device)
+        found = [dancegrpo.flux_step(v, x, 0.3, sigmas, at, after, True, True, **settings)]
+        found += [mixgrpo.dance_grpo_step(v, x, 0.3, sigmas, at, after, True, False, **settings)]
+        found += [pref_grpo.dance_grpo_step(v, x, 0.3, sigmas, at, after, True, True, True, **settings)]
+        found += [mixgrpo.flow_grpo_step(v, x, 0.7, sigmas, at, after, None, True, **settings)]
+        found += [pref_grpo.flow_grpo_step(v, x, 0.7, sigmas, at, after, None, True, **settings)]
+        found += [ddpo.ddim_step_with_logprob(scheduler, v, at, x, 1.0, prev_sample=after, **settings)]
+        assert [len(f) for f in found] == [3, 3, 6, 5, 6, 2]
+        times = TIMES[1:2].to(device)
+        found += [flow_grpo.sde_step_with_logprob(FLOW, v, times, x, prev_sample=after, **settings)]
+        found += [flow_grpo.wan_sde_step_with_logprob(FLOW, v, times, x, after, determistic=True, **settings)]
+        found += [flow_factory.step(FLOW, v, times, x, after, TIMES[2:3].to(device), return_dict=False, **settings)]
+        assert {t.device.type for f in found for t in f} == {device}
+        with pytest.raises(ValueError, match="index: got 4, want an int from 0 to 3"):
+            dancegrpo.flux_step(v, x, 0.3, sigmas, torch.tensor(4), None, True, True)
 
 
 @pytest.mark.parametrize("sde_solver", [True, False])
@@ -124,6 +128,34 @@ def test_sampling_with_gradients_enabled_scores_with_them() -> None:
     v = draw(F32, 1).requires_grad_()
     after, clean, log_prob = dancegrpo.flux_step(v, draw(F32, 2), 0.3, SIGMAS, 1, None, True, True)
     assert log_prob.requires_grad and clean.requires_grad and not after.requires_grad
+
+
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+def test_a_rollout_in_inference_mode_can_be_trained_on(rounding: str) -> None:
+    v, x, sigmas, scheduler = draw(F32, 1), draw(F32, 2), SIGMAS.clone(), flow_scheduler(sigmas=SIGMAS.clone())
+    steps: dict[str, Callable[[Tensor, Tensor | None], tuple]] = {
+        "flux": lambda v, after: dancegrpo.flux_step(v, x, 0.3, sigmas, 1, after, True, True, rounding=rounding),
+        "mix": lambda v, after: mixgrpo.flow_grpo_step(v, x, 0.7, sigmas, 1, after, rounding=rounding),
+        "flow": lambda v, after: flow_grpo.sde_step_with_logprob(
+            scheduler, v, TIMES[[0, 1] * 4], x, prev_sample=after, rounding=rounding
+        ),
+    }
+    for name, step in steps.items():
+        score = 1 if name == "flow" else 2
+        with torch.inference_mode(), torch.device("meta"):  # a default device is not where tables belong
+            found = step(v, None)
+        output = v.clone().requires_grad_()
+        again = step(output, found[0].clone())[score]
+        assert torch.equal(torch.exp(again - found[score].clone()), torch.ones(len(x)))
+        again.sum().backward()
+        assert output.grad is not None and bool(output.grad.any())
+
+
+def test_a_table_that_was_first_used_in_inference_mode_can_be_trained_with() -> None:
+    table = transitions.dance_sde(SIGMAS, 0.3)
+    with torch.inference_mode():
+        table.packed("meta")
+    assert not table.packed("meta").is_inference()
 
 
 def test_generators_move_on_as_the_peer_s() -> None:
@@ -216,7 +248,7 @@ FLOW = flow_scheduler()
         (lambda: dancegrpo.flux_step(V, X, 0.3, [1.0, 0.0], 0, None, True, True), "sigmas: got list, want a torch.T"),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS.flip(0), 0, None, True, True), "sigmas: got .* decreasing"),
         (lambda: dancegrpo.flux_step(V, X, -0.3, SIGMAS, 0, None, True, True), "eta: got -0.3, want"),
-        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 4, None, True, True), "step: got 4, want an int from 0 to 3"),
+        (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 4, None, True, True), "index: got 4, want an int from 0 to 3"),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, True, True, rounding="no"), 'rounding: got "no"'),
         (lambda: dancegrpo.flux_step(V, X, 0.3, SIGMAS, 0, None, False, True, rounding="no"), 'rounding: got "no"'),
         (lambda: mixgrpo.flow_grpo_step(V, X, 0.3, SIGMAS, 0, X, torch.Generator()), "generator: got one together"),
@@ -228,7 +260,7 @@ FLOW = flow_scheduler()
         (lambda: verl_step(sde_type="x"), 'sde_type: got "x", want "sde", "cps" or "dance_sde"'),
         (lambda: verl_step(per_token_timesteps=X), "per_token_timesteps: got a value, want None"),
         (lambda: verl_step(model_output=V.bfloat16()), "model_output: got torch.bfloat16, want torch.float32"),
-        (lambda: factory_step(dynamics_type="x"), 'dynamics_type: got "x", want one of'),
+        (lambda: factory_step(dynamics_type="x"), 'dynamics_type: got "x", want "Flow-SDE", "Dance'),
         (lambda: factory_step(timestep_next=TIMES[2]), "timestep_next: got .*, want what follows"),
         (lambda: factory_step(noise_level=torch.arange(8) / 10), "noise_level: got .*, want one level"),
         (lambda: factory_step(noise_level=torch.ones(8, device="meta")), "noise_level: got a tensor on meta"),

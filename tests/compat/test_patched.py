@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -41,7 +42,12 @@ def test_methods_are_replaced_on_their_class_and_put_back_after_an_exception() -
     scheduler = PEERS["verl_omni"].FlowMatchSDEDiscreteScheduler
     original = scheduler.sample_previous_step
     with pytest.raises(KeyError), patched(modules) as done:
-        assert len(done) == 3
+        assert {r.function for r in done} == {
+            "FlowMatchSDEDiscreteScheduler.sample_previous_step",
+            "FlowMatchEulerDiscreteSDEScheduler.step",
+            "UniPCMultistepSDEScheduler.step",
+            "ddim_step_with_logprob",
+        }
         v, x, after = draw(F32, 1), draw(F32, 2), draw(F32, 3)
         assert torch.equal(case.peer(v, x, after)["log_prob"], case.ours(v, x, after)["log_prob"])
         raise KeyError
@@ -49,11 +55,25 @@ def test_methods_are_replaced_on_their_class_and_put_back_after_an_exception() -
 
 
 def test_nothing_to_replace_and_unknown_signatures_are_refused() -> None:
-    wanted = r"os with none of(.|\n)*flux_step\(model_output, latents, eta, .*sde_solver\)"
+    wanted = r"os with none of(.|\n)*flux_step\(model_output: .* latents: .*sde_solver"
     with pytest.raises(ValueError, match=wanted), patched(os):
         pass
     fork = ModuleType("fork")
-    exec("def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator=None): ...", vars(fork))
-    wanted = r"got flow_grpo_step\(.*generator=None\), want .*determistic=False\) or .*return_stats=False\)"
+    exec("def flow_grpo_step(model_output, latents, eta, index, prev_sample, generator=None): ...", vars(fork))
+    wanted = r"got flow_grpo_step\(.*generator=None\); as .*mixgrpo.flow_grpo_step it has no parameter sigmas"
     with pytest.raises(ValueError, match=wanted), patched(fork):
         pass
+
+
+def test_a_function_that_does_something_else_raises_when_it_is_called() -> None:
+    fork = ModuleType("fork")
+    text = Path(PEERS["mixgrpo"].__file__).read_text()
+    exec(text.replace("torch.log(tau) - 0.5", "torch.log(tau) - 0.6"), vars(fork))
+    arguments = (draw(F32, 1), draw(F32, 2), 0.7, SIGMAS, 1, None)
+    with patched(fork):
+        wanted = r"fork flow_grpo_step: not replaced: closest .*output 2 \(log-probability\) is off by 0.184"
+        for _ in range(2):
+            with pytest.raises(ValueError, match=wanted):
+                fork.flow_grpo_step(*arguments)
+        assert len(fork.dance_grpo_step(*arguments, True, True)) == 3
+    assert len(fork.flow_grpo_step(*arguments)) == 5

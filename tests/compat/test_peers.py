@@ -8,7 +8,7 @@ from diffusers.utils import torch_utils
 from torch import Tensor
 
 from ..tolerances import assert_within_budget
-from .cases import BF16, CASES, F32, F64, draw
+from .cases import BF16, CASES, F32, F64, Case, draw
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -22,14 +22,14 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     return drawn
 
 
-def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Model output and float32 latents."""
-    return draw(dtype, 1), draw(F32, 2)
+def inputs(dtype: torch.dtype, case: Case) -> tuple[Tensor, Tensor]:
+    """Model output and latents."""
+    return draw(dtype, 1), draw(case.latents, 2)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_sampling(name: str, dtype: torch.dtype, noise: Tensor) -> None:
-    case, (v, x) = CASES[name], inputs(dtype)
+    case, (v, x) = CASES[name], inputs(dtype, CASES[name])
     found = case.ours(v, x, None)
     truth = case.peer(v.double(), x.double(), None, dtype=F64)
     plain = case.peer(v.float(), x, None)
@@ -54,7 +54,7 @@ def scored(
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_scores_and_gradients(name: str, dtype: torch.dtype, noise: Tensor) -> None:
-    case, (v, x) = CASES[name], inputs(dtype)
+    case, (v, x) = CASES[name], inputs(dtype, CASES[name])
     after = case.peer(v, x, None)["next"]
     found = scored(case.ours, v, x, after)
     truth = scored(case.peer, v.double(), x.double(), after.double(), dtype=F64)
@@ -66,7 +66,7 @@ def test_scores_and_gradients(name: str, dtype: torch.dtype, noise: Tensor) -> N
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_reference_rounding(name: str, dtype: torch.dtype, noise: Tensor) -> None:
-    case, (v, x) = CASES[name], inputs(dtype)
+    case, (v, x) = CASES[name], inputs(dtype, CASES[name])
     found = case.ours(v, x, None, rounding="reference")
     plain = case.peer(v, x, None)
     # A peer's products with a low-precision output are low-precision in wide latents too.
@@ -80,6 +80,8 @@ def test_reference_rounding(name: str, dtype: torch.dtype, noise: Tensor) -> Non
     plain = scored(case.peer, v, x, after)
     truth = scored(case.peer, v, x.double(), after.double(), dtype=F64)
     assert_within_budget(again["log_prob"], truth["log_prob"].double(), plain["log_prob"])
+    if case.same_scores:
+        assert torch.equal(again["log_prob"], plain["log_prob"])
     # Autograd rounds the gradient of a low-precision output in every product: the truth takes that of the latents.
     smooth = scored(case.peer, v.double(), x.double(), after.double(), dtype=F64)
     through = truth["grad_latents"] * (smooth["grad"] / smooth["grad_latents"]).nan_to_num()
@@ -90,7 +92,7 @@ def test_reference_rounding(name: str, dtype: torch.dtype, noise: Tensor) -> Non
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_randomness(name: str, dtype: torch.dtype, layout: torch.memory_format, given: bool) -> None:
-    case, (v, x) = CASES[name], [t.contiguous(memory_format=layout) for t in inputs(dtype)]
+    case, (v, x) = CASES[name], [t.contiguous(memory_format=layout) for t in inputs(dtype, CASES[name])]
     after = draw(F32, 6) if given else None
     torch.manual_seed(7)
     plain = case.peer(v, x, after)
@@ -101,3 +103,16 @@ def test_randomness(name: str, dtype: torch.dtype, layout: torch.memory_format, 
         assert torch.equal(torch.get_rng_state(), state)
     if case.same_bits:
         assert torch.equal(found["next"], plain["next"])
+
+
+@pytest.mark.parametrize("latents", [BF16, torch.float16])
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+def test_what_the_script_keeps_is_scored(name: str, rounding: str, latents: torch.dtype, noise: Tensor) -> None:
+    case, (v, x) = CASES[name], inputs(BF16, CASES[name])
+    plain = case.ours(v, x, None, rounding=rounding)
+    found = case.ours(v, x, None, rounding=rounding, latents_dtype=latents)
+    kept = found["next"].to(latents)
+    assert torch.equal(kept.to(plain["next"].dtype), found["next"])
+    assert torch.equal(plain["next"].to(latents), kept)
+    again = case.ours(v, x, kept.to(found["next"].dtype), rounding=rounding, latents_dtype=latents)
+    assert torch.equal(torch.exp(again["log_prob"] - found["log_prob"]), torch.ones(len(x)))

@@ -1,4 +1,4 @@
-"""MixGRPO's arithmetic, written from MATH.md; the order of products in the Dance step as in `dancegrpo.py`."""
+"""MixGRPO's arithmetic, written from MATH.md; the order of factors as in `dancegrpo.py`."""
 
 import math
 
@@ -27,8 +27,8 @@ def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, gener
 def dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver):
     s, n = sigmas[index], sigmas[index + 1]
     dt = n - s
-    clean = latents - model_output * s
-    mean = latents + model_output * dt
+    clean = latents - s * model_output
+    mean = latents + dt * model_output
     tau = eta * math.sqrt(s - n)
     if sde_solver:
         score = -(latents - clean * (1 - s)) / s**2

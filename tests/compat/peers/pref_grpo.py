@@ -1,4 +1,4 @@
-"""Pref-GRPO's arithmetic, written from MATH.md; the order of products in the Dance step as in `dancegrpo.py`."""
+"""Pref-GRPO's arithmetic, written from MATH.md; the order of factors as in `dancegrpo.py`."""
 
 import math
 
@@ -26,8 +26,8 @@ def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, gener
 def dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver, return_stats=False):
     s, n = sigmas[index], sigmas[index + 1]
     dt = n - s
-    clean = latents - model_output * s
-    mean = latents + model_output * dt
+    clean = latents - s * model_output
+    mean = latents + dt * model_output
     tau = eta * math.sqrt(float(s - n))
     if sde_solver:
         score = -(latents - clean * (1 - s)) / s**2

@@ -1,0 +1,316 @@
+"""What stands in for a function: recognised by what it does, at its first call, without a trace."""
+
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dancegrpo_fast.compat import mixgrpo
+from dancegrpo_fast.compat._replaced import Replacements
+from dancegrpo_fast.compat._settings import Settings
+
+from ..processes import LIMIT
+from .cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw
+
+SOURCE = Path(PEERS["mixgrpo"].__file__).read_text()
+V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
+
+
+class Told:
+    """Replacements that say what they say to a list."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.said: list[str] = []
+        self.all = Replacements(Settings(**settings), self.said.append)
+
+    def stand_in(self, function: Any, owner: str | None = None) -> Any:
+        return self.all.stand_in(function, owner, "x.py:1")
+
+    def calls(self) -> list[int]:
+        """Rollouts, replays, and calls of the original."""
+        (dispatch,) = [d.dispatch for d in self.all.definitions if d.dispatch is not None]
+        return [*dispatch.meter.calls, sum(dispatch.kept.values())]
+
+
+def fork(*edits: tuple[str, str], name: str = "flow_grpo_step") -> Callable[..., Any]:
+    """MixGRPO's step with its source changed."""
+    text = SOURCE
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    module = ModuleType("fork")
+    exec(compile(text, "fork.py", "exec"), vars(module))
+    return getattr(module, name)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", CASES)
+def test_every_peer_is_recognised_by_what_it_does(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, told = CASES[name], Told()
+    home, attribute = case.place
+    owner = home.__name__ if isinstance(home, type) else None
+    monkeypatch.setattr(home, attribute, told.stand_in(vars(home)[attribute], owner))
+    x = draw(case.latents, 2)
+    v = draw(dtype, 1)
+    found = case.peer(v, x, None)
+    scored = case.peer(v, x, found["next"])
+    assert torch.equal(scored["log_prob"], case.ours(v, x, found["next"])["log_prob"])
+    assert told.calls() == [1, 1, 0], told.said
+    (line,) = told.said
+    assert f"-> dancegrpo_fast.compat.{case.ours_name.replace(':', '.')} " in line
+
+
+LAST = "log_prob.flatten(1).mean(dim=1), mean, tau"
+SCORE = "log_prob = -((prev_sample.detach() - mean) ** 2)"
+OTHERS = {
+    "no constant": (" - 0.5 * math.log(2 * math.pi)", ""),
+    "no root of dt": ("tau = level * torch.sqrt(-dt)", "tau = level"),
+    "another mean": ("(1 - s) / (2 * s))", "(1 - s) / (2.1 * s))"),
+    "another clamp": ("torch.where(s == 1,", "torch.where(s > 0.7,"),
+    "a sum": (LAST, LAST.replace("mean(dim", "sum(dim")),
+    "no gradient": (LAST, LAST.replace("log_prob", "log_prob.detach()")),
+    "half a gradient": (SCORE, f"mean = (mean + mean.detach()) / 2\n    {SCORE}"),
+    "less returned": (LAST, LAST.removesuffix(", tau")),
+    "None returned": (LAST, LAST.replace("tau", "None")),
+    "another dtype": (LAST, LAST.replace("mean,", "mean.double(),")),
+    "another shape": (LAST, LAST.replace("tau", "tau[None]")),
+    "more noise drawn": ("noise = torch_utils", "torch.randn(1); noise = torch_utils"),
+    "its own last step": (
+        "    dt = n - s\n    level",
+        "    n = n + (0.01 if n == 0 else 0)\n    dt = n - s\n    level",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_function_that_does_something_else_goes_on_as_it_is(name: str) -> None:
+    original, told = fork(OTHERS[name]), Told()
+    step = told.stand_in(original)
+    for after in (None, AFTER):
+        torch.manual_seed(5)
+        found = step(V, X, 0.7, SIGMAS, 1, after)
+        torch.manual_seed(5)
+        for got, want in zip(found, original(V, X, 0.7, SIGMAS, 1, after), strict=True):
+            assert got is want or torch.equal(got, want)
+    assert told.calls() == [0, 0, 2]
+    (line,) = told.said
+    assert line.startswith("x.py:1 flow_grpo_step: not replaced: closest is dancegrpo_fast.compat."), line
+    assert " step " in line and ("sampling" in line or "scoring" in line), line
+
+
+def test_the_difference_is_named_where_it_is() -> None:
+    told = Told()
+    told.stand_in(fork(("log(2 * math.pi)", "log(2.2 * math.pi)")))(V, X, 0.7, SIGMAS, 1, None)
+    assert "output 2 (log-probability) is off by 0.0477, of which rounding explains" in told.said[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (fork(("device = model_output.device", "raise KeyError('lost')")), "the original raises KeyError: 'lost'"),
+        (fork(("device = model_output.device", "raise SystemExit(3)")), "the original raises SystemExit: 3"),
+    ],
+)
+def test_an_original_that_raises_is_left_to_do_so(function: Callable[..., Any], reason: str) -> None:
+    told = Told()
+    with pytest.raises((KeyError, SystemExit)):
+        told.stand_in(function)(V, X, 0.7, SIGMAS, 1, None)
+    assert reason in told.said[0]
+
+
+def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    noisy = "import random, warnings, numpy, logging; random.random(); numpy.random.rand(); print('heard'); "
+    noisy += "warnings.warn('heard'); logging.getLogger('x').error('heard'); device = model_output.device"
+    told = Told()
+    step = told.stand_in(fork(("    device = model_output.device", f"    {noisy}")))
+    torch.manual_seed(3)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings(record=True) as warned, torch.device("meta"), torch.autocast("cpu", BF16):
+            with torch.inference_mode():
+                found = step(V, X, 0.7, SIGMAS, 1, AFTER)
+                assert torch.is_inference_mode_enabled()
+            assert torch.is_autocast_enabled("cpu") and torch.empty(1).device.type == "meta"
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    assert not warned and capfd.readouterr() == ("", "") and told.calls() == [0, 1, 0]
+    assert torch.equal(found[2], mixgrpo.flow_grpo_step(V, X, 0.7, SIGMAS, 1, AFTER)[2])
+
+
+def test_a_scheduler_is_not_touched() -> None:
+    source = Path(PEERS["ddpo"].__file__).read_text()
+    module = ModuleType("fork")
+    exec(
+        source.replace("    shape = (-1", "    self.calls, self.seen[0] = self.calls + 1, 1\n    shape = (-1"),
+        vars(module),
+    )
+    scheduler, times = ddim_scheduler(), torch.tensor([901, 701, 501, 401, 301, 201, 101, 801])
+    scheduler.calls, scheduler.seen = 0, [0]
+    told = Told()
+    told.stand_in(module.ddim_step_with_logprob)(scheduler, V, times, X, eta=1.0)
+    # It counts its calls, and ours does not: that is a difference.
+    assert (scheduler.calls, scheduler.seen) == (1, [1])
+    assert "it leaves other values than ours in self.calls" in told.said[0]
+
+
+def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """How often it was called."""
+    calls: list[int] = []
+
+    @wraps(function)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return counting, calls
+
+
+def test_amounts_are_tried_once_and_choices_each() -> None:
+    original, calls = counted(PEERS["mixgrpo"].flow_grpo_step)
+    told = Told()
+    step = told.stand_in(original)
+    step(V, X, 0.7, SIGMAS, 1, None)
+    first = len(calls)
+    step(V, X, 0.5, SIGMAS, 2, None)  # the second call is also timed beside the original, after it was called once
+    step(V, X, 0.1, SIGMAS, 0, AFTER)
+    assert first > 10 and len(calls) == first + 2
+    step(V, X, 0.5, SIGMAS, 2, AFTER, determistic=True)
+    assert len(calls) > first + 12 and len(told.said) == 1
+
+
+def test_a_flag_may_choose_what_ours_does_not() -> None:
+    text = ("prev_sample = latents + dt * model_output", "prev_sample = latents - dt * model_output")
+    told = Told()
+    step = told.stand_in(fork(text))
+    step(V, X, 0.7, SIGMAS, 1, None)
+    step(V, X, 0.7, SIGMAS, 1, None, determistic=True)
+    assert told.calls() == [1, 0, 1] and "not replaced" in told.said[1]
+
+
+def test_too_many_ways_go_to_the_original() -> None:
+    told = Told()
+    step = told.stand_in(fork(("determistic=False)", "determistic=False, mode='')")))
+    for i in range(40):
+        step(V, X, 0.7, SIGMAS, 1, AFTER, mode="" if i % 2 else str(i))
+    assert told.calls()[2] >= 20 and told.calls()[1] > 0
+
+
+def test_an_argument_that_ours_lacks_goes_to_the_original_where_it_is_given() -> None:
+    told = Told()
+    step = told.stand_in(fork(("determistic=False):", "determistic=False, scale=1.0):\n    latents = latents * scale")))
+    step(V, X, 0.7, SIGMAS, 1, None)
+    step(V, X, 0.7, SIGMAS, 1, None, scale=1.0)
+    for _ in range(2):
+        step(V, X, 0.7, SIGMAS, 1, None, scale=2.0)
+    assert told.calls() == [2, 0, 2]
+    assert told.said[1] == (
+        "x.py:1 flow_grpo_step: not replaced: called with scale=2.0, which dancegrpo_fast.compat.mixgrpo.flow_grpo_step"
+        " lacks; such calls go to the original"
+    )
+
+
+def test_a_signature_that_does_not_fit_goes_to_the_original() -> None:
+    told = Told()
+    original = fork(("determistic=False):", "determistic=False, **more):"))
+    step = told.stand_in(original)
+    assert len(step(V, X, 0.7, SIGMAS, 1, None)) == 5
+    assert told.calls() == [0, 0, 1] and "it takes **more" in told.said[0]
+
+
+def test_what_cannot_stand_in_is_said() -> None:
+    told = Told()
+    method = staticmethod(PEERS["mixgrpo"].flow_grpo_step)
+    assert told.stand_in(method) is method and told.stand_in(classmethod(len)) is not None
+    assert "got a staticmethod, want a function or method" in told.said[0]
+    assert told.stand_in(draw) is draw
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    assert told.stand_in(step) is step is told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    assert step.__wrapped__ is PEERS["mixgrpo"].flow_grpo_step and step.__name__ == "flow_grpo_step"
+
+
+def test_an_error_of_ours_becomes_a_call_of_the_original() -> None:
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    for wrong in ((1, 2), (V, X, 0.7, SIGMAS, 99, None)):
+        with pytest.raises((TypeError, IndexError)):
+            step(*wrong)
+    step(V, X, 0.7, SIGMAS, 1, None)
+    broad = step(V, X[:1].double(), 0.7, SIGMAS, 1, AFTER)  # ours wants one shape
+    assert broad[0].shape == X.shape and "ours raised ValueError: model_output: got shape" in told.said[-1]
+
+
+def test_gradients_positions_and_keywords() -> None:
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    wanted = V.clone().requires_grad_()
+    (want,) = torch.autograd.grad(mixgrpo.flow_grpo_step(wanted, X, 0.7, SIGMAS, 1, AFTER)[2].sum(), wanted)
+    found = V.clone().requires_grad_()
+    named = {"latents": X, "sigmas": SIGMAS, "index": 1, "prev_sample": AFTER, "eta": 0.7}
+    (got,) = torch.autograd.grad(step(found, **named)[2].sum(), found)
+    assert torch.equal(got, want) and told.calls() == [0, 1, 0]
+    with pytest.raises(TypeError, match=r"flow_grpo_step\(\) got an unexpected keyword argument 'no'"):
+        step(found, no=1, **named)
+
+
+def test_it_is_pickled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = PEERS["mixgrpo"]
+    monkeypatch.setitem(sys.modules, peer.__name__, peer)
+    step = Told().stand_in(peer.flow_grpo_step)
+    monkeypatch.setattr(peer, "flow_grpo_step", step)
+    assert pickle.loads(pickle.dumps(step)) is step
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+def test_compiled_code_calls_it(first: str) -> None:
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    if first == "eager":
+        step(V, X, 0.7, SIGMAS, 1, None)
+
+    @torch.compile(backend="eager")
+    def loop(output: Tensor) -> Tensor:
+        return step(output * 2, X, 0.7, SIGMAS, 1, AFTER)[2] * 2
+
+    output = V.clone().requires_grad_()
+    found = loop(output)
+    want = mixgrpo.flow_grpo_step(V * 2, X, 0.7, SIGMAS, 1, AFTER)[2] * 2
+    found.sum().backward()
+    assert torch.equal(found, want) and output.grad is not None
+    assert told.calls() == [int(first == "eager"), 1, 0]
+
+
+def test_latents_are_rounded_before_they_are_scored() -> None:
+    told = Told(latents="bfloat16")
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    after, _, sampled = step(V, X, 0.7, SIGMAS, 1, None)[:3]
+    assert after.dtype == F32 and torch.equal(after, after.to(BF16).to(F32))
+    scored = step(V, X, 0.7, SIGMAS, 1, after.to(BF16).to(F32))[2]
+    assert torch.equal(sampled, scored)
+
+
+def test_torch_is_not_needed_before_the_first_call() -> None:
+    code = (
+        "import sys\nfrom dancegrpo_fast.compat._replaced import Replacements\n"
+        "from dancegrpo_fast.compat._settings import Settings\n"
+        "def flux_step(): pass\n"
+        "Replacements(Settings()).stand_in(flux_step, None, 'x')\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout == "False\n", done.stderr
