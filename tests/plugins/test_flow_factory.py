@@ -15,7 +15,7 @@ from dancegrpo_fast.memory import checkpointing
 
 from ..models.folders import save_flux
 from ..patch.models import TINY, assert_same_bits, run
-from ..tolerances import assert_within_budget, chain_error
+from ..tolerances import assert_same_sample, assert_within_budget, chain_error
 from . import engines
 
 SHAPE = (4, 5, 6)
@@ -36,7 +36,7 @@ def ready(cls, **settings):
 
 def call(scheduler, index: int, dtype: torch.dtype, **changes):
     drawn = torch.Generator().manual_seed(index)
-    times = torch.cat([scheduler.timesteps, torch.zeros(1)])
+    times = torch.cat([scheduler.timesteps.float(), torch.zeros(1)])
     output = torch.randn(SHAPE, generator=drawn).to(torch.bfloat16)
     given = {
         next(iter(inspected(type(scheduler)))): output,
@@ -59,7 +59,7 @@ def fields(found) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_steps(flow_factory, dynamics: str, dtype: torch.dtype) -> None:
+def test_steps(flow_factory, capsys, dynamics: str, dtype: torch.dtype) -> None:
     ours = ready(flow_factory.FlowMatchEulerDiscreteSDEScheduler, dynamics_type=dynamics)
     plain = ready(theirs(), dynamics_type=dynamics)
     for index in (0, 2, 4):
@@ -83,6 +83,25 @@ def test_steps(flow_factory, dynamics: str, dtype: torch.dtype) -> None:
         sampled = truth(dynamics, given).next_latents
         rounding = 0.0 if dtype == torch.float32 else chain_error(sampled, dtype)
         assert_within_budget(mine["next_latents"], sampled, other["next_latents"], rounding)
+    method = "FlowMatchEulerDiscreteSDEScheduler.step"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"dancegrpo-fast: {theirs().__module__} {method} -> dancegrpo_fast.compat.flow_factory.")
+
+
+def test_the_scheduler_of_wan(flow_factory) -> None:
+    """Its own class in Flow-Factory, with the same steps."""
+    real = "flow_factory.scheduler.abc" in sys.modules
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0} if real else {}
+    plain = sys.modules["flow_factory.scheduler"].UniPCMultistepSDEScheduler
+    assert issubclass(flow_factory.UniPCMultistepSDEScheduler, plain)
+    ours, other = (ready(cls, **flow) for cls in (flow_factory.UniPCMultistepSDEScheduler, plain))
+    given, found = call(ours, 2, torch.bfloat16), []
+    for scheduler in (ours, other):
+        torch.manual_seed(5)
+        found.append(fields(scheduler.step(**given)))
+    for key in ("next_latents_mean", "std_dev_t", "dt", "log_prob"):
+        assert_same_sample(found[0][key], found[1][key])
+    assert_on_policy(ours, given, found[0])
 
 
 def assert_on_policy(scheduler, given: dict, rolled: dict) -> None:
