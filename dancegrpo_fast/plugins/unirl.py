@@ -69,7 +69,8 @@ def _not_ours(
         return "eta above 1"
     if others:
         return f"the argument {', '.join(others)}"
-    if any(s.numel() not in (1, len(sample)) for s in (sigma, sigma_next)) or sigma.numel() != sigma_next.numel():
+    one_each = sigma.numel() == 1 or (sigma.numel() == len(sigma) == len(sample))
+    if not one_each or sigma.shape != sigma_next.shape:
         return f"sigmas of shape {tuple(sigma.shape)} and {tuple(sigma_next.shape)}"
     if noise_pred.shape != sample.shape or sample.ndim < 2 or sample.numel() == 0:
         return f"an output of shape {tuple(noise_pred.shape)} for latents of {tuple(sample.shape)}"

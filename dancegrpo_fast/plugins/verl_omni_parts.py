@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat._common import noise_like
-from ..compat._schedule import flow_samplers
+from .. import transitions
+from ..compat._common import cached, noise_like, unnormalized
 from ..kernels.transition import reference
+from ..transitions import TransitionTable
 from ._common import engine, put_blocks, reader, say, stand_in
 from ._rows import transition
 
 _WANTED = "verl-omni installed (github.com/verl-project/verl-omni)"
 _SCHEDULER = "FlowMatchSDEDiscreteScheduler"
-_KINDS = {"sde": "flow", "cps": "cps", "dance_sde": "dance"}
+_KINDS = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
 _LOSSES = ("flow_grpo", "dance_grpo")
 _METRICS = ("ppo_kl", "pg_clipfrac", "pg_clipfrac_higher", "pg_clipfrac_lower", "ratio_mean", "ratio_std")
 # Dots of a class's dotted name, within the one name that comes after ours.
@@ -84,10 +85,7 @@ def _by_sample(
         return None
     # Read back, and as it was written: the replay has 0.7, and not the float32 number next to it.
     levels = [float(str(level)) for level in noise_level.flatten().float().cpu().numpy()]
-    tables = [
-        flow_samplers(self.sigmas, _KINDS[sde_type], level, "exact", normalized=include_logprob_normalizer).table
-        for level in levels
-    ]
+    tables = [_table(self.sigmas, _KINDS[sde_type], level, include_logprob_normalizer) for level in levels]
     packed, wide = (
         torch.stack([table.packed(sample.device, dtype)[self.step_index] for table in tables])
         for dtype in (torch.float32, torch.float64)
@@ -98,6 +96,15 @@ def _by_sample(
     std = (tau / sqrt_dt if sde_type == "sde" else tau).float().reshape(-1, *(1,) * (sample.ndim - 1))
     found = (after, log_prob if return_logprobs else None, mean, std)
     return (*found, sqrt_dt.float()) if return_sqrt_dt else found
+
+
+def _table(sigmas: Tensor, kind: str, level: float, normalized: bool) -> TransitionTable:
+    def build(values: Tensor) -> Any:
+        found: TransitionTable = getattr(transitions, kind)(values, level)
+        return found if normalized else unnormalized(found)
+
+    found: TransitionTable = cached("sigmas", sigmas, ("plug-in", kind, level, normalized), build)
+    return found
 
 
 def _in_spawned() -> None:

@@ -35,7 +35,7 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
             mean = x * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
             tau = std * torch.sqrt(-dt)
         elif sde_type == "cps":
-            std = tau = n * math.sin(noise_level * math.pi / 2)
+            std = tau = n * torch.sin(torch.as_tensor(noise_level, dtype=torch.float64) * math.pi / 2).to(n.dtype)
             mean = (x - s * v) * (1 - n) + (x + v * (1 - s)) * torch.sqrt(n**2 - std**2)
         else:
             score = -(x - (x - s * v) * (1 - s)) / s**2
