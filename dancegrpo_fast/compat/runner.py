@@ -108,7 +108,7 @@ def _labels() -> dict[str, list[str]]:
 
 
 def _names() -> str:
-    return "\n".join(f"  {name}  ({', '.join(dict.fromkeys(about))})" for name, about in _labels().items())
+    return "\n".join(f"  {name}  ({'; '.join(dict.fromkeys(about))})" for name, about in _labels().items())
 
 
 def _settings(given: dict[str, list[str]]) -> Settings:

@@ -182,7 +182,7 @@ def test_help_names_options_and_functions(capsys: pytest.CaptureFixture[str]) ->
         (["--accelerate", "yes", "x.py"], '--accelerate: got "yes", want one of'),
         (
             ["--only", "flux", "x.py"],
-            '--only: got "flux", want NAME or package.module:NAME of\n  flux_step  (DanceGRPO)',
+            '--only: got "flux", want NAME or package.module:NAME of\n  flux_step  (DanceGRPO; ',
         ),
         (["--skip", "m:step", "x.py"], '--skip: got "m:step", want NAME'),
         (["--skip=,", "x.py"], '--skip: got ",", want a name'),
