@@ -123,6 +123,11 @@ def _settings(given: dict[str, list[str]]) -> Settings:
                 raise ValueError(f'--{name}: got "{wanted}", want NAME or package.module:NAME of\n{_names()}')
         if name in given and not fields[name]:
             raise ValueError(f'--{name}: got "{",".join(given[name])}", want a name')
+    if "report" in fields:
+        # The script may go elsewhere.
+        fields["report"] = os.path.abspath(fields["report"])
+        if not os.path.isdir(os.path.dirname(fields["report"])):
+            raise ValueError(f"--report: got {given['report'][-1]}, whose folder does not exist; want a file to write")
     return Settings(**fields)
 
 

@@ -186,6 +186,7 @@ def test_help_names_options_and_functions(capsys: pytest.CaptureFixture[str]) ->
         ),
         (["--skip", "m:step", "x.py"], '--skip: got "m:step", want NAME'),
         (["--skip=,", "x.py"], '--skip: got ",", want a name'),
+        (["--report", "no/run.json", "x.py"], "--report: got no/run.json, whose folder does not exist; want a file"),
         (["--other", "x.py"], "--other: want one of --rounding, --backend,"),
         (["-c", "x.py"], "-c: want one of --rounding, --backend,"),
         (

@@ -1,6 +1,5 @@
 """Processes that a script starts under `run`: replaced too, or said not to be."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -138,5 +137,5 @@ def test_ray_is_named() -> None:
 def test_a_child_s_report_has_a_file_of_its_own(tmp_path: Path) -> None:
     text = "print(multiprocessing.spawn.get_preparation_data('Worker-1')['dancegrpo_fast']._settings.report)"
     (tmp_path / "train.py").write_text(f"import multiprocessing.spawn\n{text}")
-    done = python(tmp_path, *RUN, "--report", os.path.join("out", "run.json"), "train.py")
-    assert done.stdout == f"{os.path.join('out', 'run.Worker-1.json')}\n"
+    done = python(tmp_path, *RUN, "--report", "run.json", "train.py")
+    assert done.stdout == f"{tmp_path / 'run.Worker-1.json'}\n" and (tmp_path / "run.json").is_file()
