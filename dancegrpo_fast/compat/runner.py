@@ -30,7 +30,8 @@ Processes that multiprocessing starts get the same. Spawned ones report for them
 options:
   --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)
   --backend NAME               of ours: {backends} (auto)
-  --latents DTYPE              scored as stored: next latents are rounded to {latents} before they are scored
+  --latents DTYPE              {latents}, to which a script casts its latents after each step:
+                               they are rounded to it before they are scored, so that the first ratio is 1
   --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops; without a
                                CUDA device only as lossless:cpu or fast:cpu, since there they cost time
   --only NAME, --skip NAME     replace these alone, or all but these; more names after commas, or by repeating
@@ -97,7 +98,7 @@ def _dry_run(program: Sequence[str], settings: Settings) -> Callable[[], None]:
 
 def usage() -> str:
     """What `--help` prints."""
-    return USAGE.format(backends="|".join(BACKENDS), latents=", ".join(LATENTS), names=_names())
+    return USAGE.format(backends="|".join(BACKENDS), latents="|".join(LATENTS), names=_names())
 
 
 def _labels() -> dict[str, list[str]]:

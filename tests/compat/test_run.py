@@ -157,7 +157,7 @@ def test_nothing_known_is_said_after_the_script_has_run(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"{SAID}--only flux_step: no such function was defined",
         f"{SAID}--only __main__:dance_grpo_step: no such function was defined",
-        f"{SAID}no step function of a known project was defined: nothing was replaced (--help lists them)",
+        f"{SAID}no step function of a known project was defined in this process: nothing was replaced (see --help)",
     ]
 
 
