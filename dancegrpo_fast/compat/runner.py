@@ -202,7 +202,7 @@ def _run(run: Callable[[], None], settings: Settings) -> None:
 
 def _without_our_frames(error: BaseException) -> None:
     """Has Python print the script's part of the traceback alone, by whichever hook the script left."""
-    hook, folder, own = sys.excepthook, str(Path(__file__).resolve().parents[1]), error.__traceback__
+    hook, folder, own = sys.excepthook, os.path.join(Path(__file__).parents[1], ""), error.__traceback__
     while own is not None and own.tb_frame.f_code.co_filename.startswith(folder):
         own = own.tb_next
 

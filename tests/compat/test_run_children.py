@@ -66,7 +66,7 @@ def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
             f"{kind} {'__main__' if kind == 'fork' else '__mp_main__'} [True, True, True] {ours / '__init__.py'}"
             for kind in ("fork", "spawn", "nested", "forkserver", "pool")
         ]
-        # Of the first process alone.
+        # Of the first process only.
         assert done.stderr == f"{SAID}none of these functions was called: flux_step\n"
 
 
