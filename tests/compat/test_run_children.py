@@ -37,7 +37,7 @@ if __name__ == "__main__":
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             # Before the hook can be there.
-            context.set_forkserver_preload(["__main__", "steps.deep.flux"])
+            context.set_forkserver_preload(["__main__", "early", "steps.deep.flux"])
         child = context.Process(target=nested if method == "spawn" else told, args=(method, flux_step))
         child.start()
         child.join()
@@ -48,9 +48,22 @@ if __name__ == "__main__":
 )
 
 
+EARLY = """
+from multiprocessing import process, spawn
+
+process.current_process()._inheriting = True
+try:
+    spawn.import_main_path({path!r})
+finally:
+    del process.current_process()._inheriting
+"""
+
+
 def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "steps/deep").mkdir(parents=True)
     (tmp_path / "steps/deep/flux.py").write_text(STEP)
+    # What the fork server of later Pythons does by itself.
+    (tmp_path / "early.py").write_text(EARLY.format(path=str(tmp_path / "train.py")))
     (tmp_path / "package").mkdir()
     (tmp_path / "elsewhere").mkdir()
     ours = tmp_path / "elsewhere/dancegrpo_fast"
