@@ -71,6 +71,7 @@ def test_every_peer_is_recognised_by_what_it_does(
     assert told.calls() == [1, 1, 0], told.said
     (line,) = told.said
     assert f"-> dancegrpo_fast.compat.{case.ours_name.replace(':', '.')} " in line
+    assert [known.options for d in told.all.definitions for known in d.dispatch.taken] == [case.options]
 
 
 LAST = "log_prob.flatten(1).mean(dim=1), mean, tau"
