@@ -157,7 +157,11 @@ def _differences(original: Call, ours: Call, small: Small) -> Iterator[Closest]:
 
 
 def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[Closest]:
-    """Values are not compared: ours round less where the original computes in a low precision."""
+    """Values are not compared: ours round less where the original computes in a low precision.
+
+    What is compared is whether next latents are rounded to the dtype of the latents they are made of.
+    """
+    state = small.tensors[small.layout.state]
     for setting in list(small.settings())[:2]:
         plain, mine = (_run(call, small, setting, real=True) for call in (original, ours))
         if plain.error:
@@ -166,9 +170,16 @@ def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[
             plain.forget(mine.log_prob)
             mine.forget(mine.log_prob)
         why = f"ours raises {mine.error}" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
+        if not why and not setting.scored and _rounded(plain.next, state) != _rounded(mine.next, state):
+            rounds = "rounds" if _rounded(plain.next, state) else "does not round"
+            why = f"{rounds} next latents to {state}, unlike ours,"
         if why:
             dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items() if p is not None)
             yield Closest(math.inf, f"{setting} with {dtypes} it {why}")
+
+
+def _rounded(values: Any, dtype: torch.dtype) -> bool:
+    return isinstance(values, Tensor) and torch.equal(values, values.to(dtype).to(values.dtype))
 
 
 def _is_calm(original: Call, mine: Ran, small: Small, setting: Setting) -> bool:

@@ -80,6 +80,7 @@ def test_every_peer_is_recognised_by_what_it_does(
     assert taken.options == case.options
     (line,) = told.said
     assert f"-> dancegrpo_fast.compat.{case.ours_name.replace(':', '.')} " in line
+    assert [known.options for d in told.all.definitions for known in d.dispatch.taken] == [case.options]
 
 
 OWNERS = {
