@@ -49,9 +49,7 @@ def step() -> None:
         call.apply_defaults()
         given = dict(call.arguments)
         if not is_packed(**given):
-            say(
-                f"{_SCHEDULER}.sample_previous_step: a tensor for noise_level outside of a rollout goes to verl-omni's own"
-            )
+            say(f"{_SCHEDULER}.sample_previous_step: a tensor for noise_level in a replay goes to verl-omni's own")
             return original(*args, **kwargs)
         if not is_taken(original):
             # One level for all samples, scored: nothing is drawn, and the step is held against ours.
