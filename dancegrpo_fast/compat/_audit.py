@@ -5,6 +5,7 @@ are read when an optimiser is about to step for the first time after a replay, o
 """
 
 import math
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,25 +28,19 @@ _HASH = 0x9E3779B1 - 2**32
 
 
 class Call(NamedTuple):
-    """A rollout call: fingerprints `[B]` of what it started from and returned, and its score."""
+    """A call: fingerprints `[B]` of the latents, the next ones and the model's output, and the score.
+
+    Of a rollout also the roundings of the next latents, and how far, relative to what the call before returned, the
+    latents are from it.
+    """
 
     start: Tensor
     after: Tensor
-    rounded: dict[torch.dtype, Tensor]
     output: Tensor
     score: Tensor | None
+    how: dict[str, str]
+    rounded: dict[torch.dtype, Tensor]
     apart: Tensor | None
-    how: dict[str, str]
-
-
-class Replay(NamedTuple):
-    """A replay call with a gradient, likewise."""
-
-    start: Tensor
-    after: Tensor
-    output: Tensor
-    score: Tensor
-    how: dict[str, str]
 
 
 @dataclass
@@ -76,11 +71,12 @@ class Audit:
         self.open, self.trouble, self.forgotten = True, "", 0
         self._say = say
         self._calls: deque[Call] = deque(maxlen=_MAX_CALLS)
-        self._replays: list[Replay] = []
+        self._replays: list[Call] = []
         self._fingerprints = Fingerprints()
         self._last: tuple[Tensor, int | None, Call] | None = None
         self._found: dict[str, Any] | None = None
-        self._hook = register_optimizer_step_pre_hook(lambda *_: self._update())
+        # It stays: an optimiser goes through its hooks while it is called, and would see one that goes.
+        register_optimizer_step_pre_hook(_Hook(self))
 
     def saw(self, layout: Layout, values: Sequence[Any], replay: bool, found: Any) -> None:
         """Takes note of a call; reads nothing from its device."""
@@ -119,27 +115,27 @@ class Audit:
         call = Call(
             self._fingerprints(state) if start is None else start,
             self._fingerprints(after),
-            {dtype: self._fingerprints(after.to(dtype)) for dtype in _ROUNDED if wide},
             self._fingerprints(output),
             None if score is None else score.detach().clone(),
-            apart,
             _how(state, output),
+            {dtype: self._fingerprints(after.to(dtype)) for dtype in _ROUNDED if wide},
+            apart,
         )
         self._calls.append(call)
         self._last = after, None if after.is_inference() else after._version, call
 
     def _replay(self, state: Tensor, output: Tensor, after: Tensor, score: Tensor) -> None:
         if len(self._replays) < _MAX_CALLS:
-            prints = (self._fingerprints(t) for t in (state, after, output))
-            self._replays.append(Replay(*prints, score.detach().clone(), _how(state, output)))
+            start, following, seen = (self._fingerprints(t) for t in (state, after, output))
+            self._replays.append(Call(start, following, seen, score.detach().clone(), _how(state, output), {}, None))
 
-    def _update(self) -> None:
-        if self._replays:
+    def update(self) -> None:
+        """An optimiser is about to step."""
+        if self._replays and self._found is None:
             self.read()
 
     def _stop(self, trouble: str = "") -> None:
         self.open, self.trouble = False, self.trouble or trouble
-        self._hook.remove()
         self._last = None
         self._fingerprints.patterns.clear()
 
@@ -151,10 +147,14 @@ class Audit:
         if not self._replays or not self._calls:
             missing = "replay with a gradient" if self._calls else "rollout"
             why = self.trouble or f"no {missing} was seen in this process"
-            self._found = {"pairs": 0, "text": f"the first update was not audited: {why}"}
+            self._found = {"pairs": 0, "findings": [], "text": f"the first update was not audited: {why}"}
             return
-        drawn, replayed = _read(self._calls), _read(self._replays)
-        self._found = judge(drawn, replayed, self._between(), self.forgotten)
+        try:
+            drawn, replayed = _read(list(self._calls)), _read(self._replays)
+            self._found = judge(drawn, replayed, self._between(), self.forgotten)
+        except Exception as error:  # of a device, for one, which the script will hear of itself
+            why = f"{type(error).__name__}: {error}"
+            self._found = {"pairs": 0, "findings": [], "text": f"the first update was not audited: {why}"}
         for text in self._found["findings"]:
             self._say(f"first update: {text}")
         self._calls.clear()
@@ -183,6 +183,18 @@ class Audit:
         return self._found
 
 
+class _Hook:
+    """Tells an audit of an optimiser's step, as long as it is there."""
+
+    def __init__(self, audit: Audit) -> None:
+        self._audit = weakref.ref(audit)
+
+    def __call__(self, *_: Any) -> None:
+        audit = self._audit()
+        if audit is not None:
+            audit.update()
+
+
 def _how(state: Tensor, output: Tensor) -> dict[str, str]:
     """What may make a model's output another one, beside its inputs."""
     device = state.device.type
@@ -196,19 +208,18 @@ def _how(state: Tensor, output: Tensor) -> dict[str, str]:
     }
 
 
-def _read(calls: Sequence[Call] | Sequence[Replay]) -> list[Pair]:
+def _read(calls: Sequence[Call]) -> list[Pair]:
     """The samples of calls, with one wait for the device."""
     device = calls[0].start.device
-    rounded = [call.rounded if isinstance(call, Call) else {} for call in calls]
     prints, scores = [], []
-    for call, more in zip(calls, rounded, strict=True):
-        prints += [call.start, call.after, call.output, *more.values()]
+    for call in calls:
+        prints += [call.start, call.after, call.output, *call.rounded.values()]
         scores.append(torch.full_like(call.start, math.nan, dtype=torch.float64) if call.score is None else call.score)
     whole = iter(torch.cat([p.to(device) for p in prints]).tolist())
     numbers = iter(torch.cat([s.to(device, torch.float64) for s in scores]).tolist())
     found = []
-    for call, more in zip(calls, rounded, strict=True):
-        names = [_name(dtype) for dtype in more]
+    for call in calls:
+        names = [_name(dtype) for dtype in call.rounded]
         columns = [list(islice(whole, len(call.start))) for _ in range(3 + len(names))]
         for start, after, output, *rest in zip(*columns, strict=True):
             found.append(Pair(start, after, output, next(numbers), dict(zip(names, rest, strict=True)), call.how))

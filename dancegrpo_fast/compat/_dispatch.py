@@ -11,7 +11,7 @@ from torch import Tensor
 from ._apart import inside
 from ._known import Known, candidates, misfit
 from ._meter import Meter
-from ._probe import Closest, compare
+from ._probe import Closest, compare, distance
 from ._replaced import Definition
 from ._roles import Layout
 
@@ -149,12 +149,22 @@ class Dispatch:
             return Verdict(None, None, f"called with {names}")
         able.sort(key=lambda k: k not in self.taken)
         closest: Closest | None = None
+        equal: list[Known] = []
+        several = {values[p].dtype for p in (layout.state, layout.output)} != {torch.float32}  # type: ignore[index]
         for known in able:
             found = compare(self.original, self._bound(known, trial=True), layout, values)
             if found is None:
-                return self._take(known)
+                equal.append(known)
+                # Generations that differ in what they round are the same in float32.
+                if several:
+                    continue
+                break
             found = found._replace(target=known.target)
             closest = found if closest is None or found.size < closest.size else closest
+        if len(equal) > 1:
+            equal.sort(key=lambda k: distance(self.original, self._bound(k, trial=True), layout, values))
+        if equal:
+            return self._take(equal[0])
         assert closest is not None
         self._refuse(f"closest is {closest.target}: {closest.text}")
         return Verdict(None, None, closest.text)
@@ -193,7 +203,8 @@ class Dispatch:
         return f"{self.definition.where} {self.definition.label}"
 
     def _refuse(self, why: str) -> None:
-        self.replacements.refuse(f"{self._name}: not replaced: {why}")
+        latents = "" if self.replacements.settings.latents is None else "; --latents does nothing for it"
+        self.replacements.refuse(f"{self._name}: not replaced: {why}{latents}")
 
     def _keep(self, why: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.kept[why] = self.kept.get(why, 0) + 1

@@ -45,7 +45,7 @@ class Definition:
         from ._dispatch import Dispatch
 
         with self.replacements.lock:
-            if self.replacements.audit is None and not self.replacements.strict:
+            if self.replacements.audit is None and self.replacements.audited:
                 self.replacements.audit = Audit(self.replacements.say)
             if self.call is None:
                 self.dispatch = Dispatch(self)
@@ -60,10 +60,18 @@ class Replacements:
         settings: how ours compute.
         say: takes a line of text; default: stderr.
         strict: a function that cannot be replaced raises ValueError when it is called, instead of going on as it is.
+        audited: the first update is audited. Off where rollouts are in other processes than replays.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None] | None = None, strict: bool = False) -> None:
-        self.settings, self.strict = settings, strict
+    def __init__(
+        self,
+        settings: Settings,
+        say: Callable[[str], None] | None = None,
+        *,
+        strict: bool = False,
+        audited: bool = True,
+    ) -> None:
+        self.settings, self.strict, self.audited = settings, strict, audited and not strict
         self.lock = threading.RLock()
         self.definitions: list[Definition] = []
         self.refused: list[str] = []

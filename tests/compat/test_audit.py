@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dancegrpo_fast.compat._audit import Fingerprints
@@ -182,6 +183,20 @@ def test_only_the_first_update_counts() -> None:
     assert audit is not None and not audit.open
 
 
+def test_other_hooks_of_an_optimizer_are_called() -> None:
+    steps: list[int] = []
+    first, last = Script(), Script()
+    handles = [register_optimizer_step_pre_hook(lambda *_: steps.append(1))]
+    for script in (first, last):
+        script.run()
+    handles.append(register_optimizer_step_pre_hook(lambda *_: steps.append(2)))
+    last.optimizer.step()
+    for handle in handles:
+        handle.remove()
+    assert steps == [1, 1, 1, 2]
+    assert [script.all.report()["first_update"]["largest"] for script in (first, last)] == [0, 0]
+
+
 def test_what_was_not_seen_is_said() -> None:
     script = Script()
     script.rollout()
@@ -215,11 +230,13 @@ class Reads(TorchDispatchMode):
 
 def test_nothing_is_read_in_the_step_loop() -> None:
     script = Script(between=lambda x: x.to(BF16).to(F32))
-    # First calls try and time the original, which reads.
     script.rollout()
+    dispatch = script.all.definitions[0].dispatch
+    assert dispatch is not None
+    dispatch.meter.untimed = "the original reads where it is timed"
     with Reads() as reads:
         kept = script.rollout()
-    script.replay(kept[:1])
+    script.replay(kept[:1])  # makes a trial
     with reads:
         script.replay(kept[1:])
     assert reads.count == 0 and script.all.audit is not None and script.all.audit.open
