@@ -53,6 +53,12 @@ def stand_in(method: Callable[..., Any], owner: str, rounding: str = "exact", ba
     return replacements(rounding, backend).stand_in(method, owner, method.__module__)
 
 
+def is_taken(method: Callable[..., Any], rounding: str = "exact", backend: str = "auto") -> bool:
+    """Whether calls of a method for which ours stand in have been found to be the same as ours."""
+    known = [d for d in replacements(rounding, backend).definitions if d.function is method and d.dispatch is not None]
+    return any(d.dispatch.taken for d in known)
+
+
 def reader(function: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """Reads one argument of a call of `function`: `reader(f, "x")(args, kwargs)`; None for one that it lacks."""
     parameters = inspect.signature(function).parameters

@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import transitions
-from ..compat._common import cached, noise_like, unnormalized
-from ..kernels.transition import reference
-from ..transitions import TransitionTable
-from ._common import engine, put_blocks, reader, say, stand_in
-from ._rows import transition
+from ._common import engine, is_taken, put_blocks, reader, say, stand_in
+from ._packed import by_sample, is_packed
 
 _WANTED = "verl-omni installed (github.com/verl-project/verl-omni)"
 _SCHEDULER = "FlowMatchSDEDiscreteScheduler"
-_KINDS = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
 _LOSSES = ("flow_grpo", "dance_grpo")
 _METRICS = ("ppo_kl", "pg_clipfrac", "pg_clipfrac_higher", "pg_clipfrac_lower", "ratio_mean", "ratio_std")
 # Dots of a class's dotted name, within the one name that comes after ours.
@@ -52,59 +47,19 @@ def step() -> None:
             return ours(*args, **kwargs)
         call = parameters.bind(*args, **kwargs)
         call.apply_defaults()
-        found = _by_sample(**call.arguments)
-        if found is None:
+        given = dict(call.arguments)
+        if not is_packed(**given):
             say(f"{_SCHEDULER}.sample_previous_step: a tensor for noise_level in a replay goes to verl-omni's own")
             return original(*args, **kwargs)
-        return found
+        if not is_taken(original):
+            # One level for all samples, scored: nothing is drawn, and the step is held against ours.
+            ours(**given | {"noise_level": 0.5, "prev_sample": given["sample"]})
+        return by_sample(**given) if is_taken(original) else original(*args, **kwargs)
 
     sample_previous_step._is_ours = True  # type: ignore[attr-defined]  # what _is_put reads
     theirs.sample_previous_step = sample_previous_step
     say(f"verl-omni: {_SCHEDULER}.sample_previous_step is held against our step at its first call")
     _in_spawned()
-
-
-def _by_sample(
-    self: Any,
-    sample: Tensor,
-    model_output: Tensor,
-    noise_level: Tensor,
-    sde_type: str = "sde",
-    timestep: Tensor | None = None,
-    generator: Any = None,
-    prev_sample: Tensor | None = None,
-    return_logprobs: bool = True,
-    return_sqrt_dt: bool = False,
-    include_logprob_normalizer: bool = True,
-    **others: Any,
-) -> tuple[Tensor | None, ...] | None:
-    """A rollout step whose samples have noise levels of their own, as packed requests do; None for other calls."""
-    floats = sample.dtype == model_output.dtype == torch.float32
-    several = timestep is not None or prev_sample is not None or noise_level.numel() != len(sample)
-    if several or not floats or sde_type not in _KINDS or self.step_index is None:
-        return None
-    # Read back, and as it was written: the replay has 0.7, and not the float32 number next to it.
-    levels = [float(str(level)) for level in noise_level.flatten().float().cpu().numpy()]
-    tables = [_table(self.sigmas, _KINDS[sde_type], level, include_logprob_normalizer) for level in levels]
-    packed, wide = (
-        torch.stack([table.packed(sample.device, dtype)[self.step_index] for table in tables])
-        for dtype in (torch.float32, torch.float64)
-    )
-    noise = noise_like(model_output, generator, torch.float32)
-    after, log_prob, mean = transition(sample, model_output, packed, None, noise)
-    tau, sqrt_dt = wide[:, reference.TAU], wide[:, reference.STEP_SIZE].sqrt()
-    std = (tau / sqrt_dt if sde_type == "sde" else tau).float().reshape(-1, *(1,) * (sample.ndim - 1))
-    found = (after, log_prob if return_logprobs else None, mean, std)
-    return (*found, sqrt_dt.float()) if return_sqrt_dt else found
-
-
-def _table(sigmas: Tensor, kind: str, level: float, normalized: bool) -> TransitionTable:
-    def build(values: Tensor) -> Any:
-        found: TransitionTable = getattr(transitions, kind)(values, level)
-        return found if normalized else unnormalized(found)
-
-    found: TransitionTable = cached("sigmas", sigmas, ("plug-in", kind, level, normalized), build)
-    return found
 
 
 def _in_spawned() -> None:

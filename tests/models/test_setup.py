@@ -141,7 +141,7 @@ def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: 
     alone = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (alone.samples, alone.fsdp, alone.strategy, alone.offload) == (12, 1, "none", ("vae", "rewards"))
     assert [(one.parameters, one.bytes_per_parameter) for one in alone.others] == [(parameters, 4)]
-    monkeypatch.setattr(setup, "_processes", lambda: (8, "full_shard"))
+    monkeypatch.setattr(setup, "processes", lambda: (8, "full_shard"))
     shared = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (shared.samples, shared.fsdp, shared.strategy) == (2, 8, "full_shard")
     # The average is in shards.

@@ -1,5 +1,6 @@
 """verl-omni's scheduler, losses and engine with our parts in them, against its own."""
 
+import functools
 import importlib
 import sys
 from types import SimpleNamespace
@@ -100,6 +101,27 @@ def test_packed_requests_are_ours_too(kept, verl_omni, kind: str) -> None:
         )
         assert torch.equal(again[1][row], found[1][row])
     assert torch.isfinite(found[1]).all()
+
+
+def test_another_arithmetic_stays(kept, capsys, monkeypatch, request) -> None:
+    peer = engines.verl_peer.FlowMatchSDEDiscreteScheduler
+    before = peer.sample_previous_step
+
+    @functools.wraps(before)
+    def louder(*args, **kwargs):
+        after, *rest = before(*args, **kwargs)
+        return (1.01 * after, *rest)
+
+    monkeypatch.setattr(peer, "sample_previous_step", louder)
+    request.getfixturevalue("small_verl_omni")
+    made, settings = scheduler(), {"sample": draw(1), "model_output": draw(2)}
+    for level in (torch.tensor([0.6, 0.0, 0.6, 0.35]).reshape(-1, 1, 1), 0.6):
+        found = []
+        for step in (made.sample_previous_step, functools.partial(louder, made)):
+            torch.manual_seed(5)
+            found.append(step(**settings, noise_level=level))
+        assert torch.equal(found[0][0], found[1][0])
+    assert "not replaced: " in capsys.readouterr().err
 
 
 def test_what_is_not_ours_goes_to_theirs(kept, small_verl_omni, capsys) -> None:
