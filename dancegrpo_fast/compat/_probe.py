@@ -70,7 +70,7 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
     found: list[Closest] = []
     try:
         small = Small(layout, values)
-        apart(lambda: found.extend(_differences(lambda v, _: original(*v), ours, small)))
+        apart(lambda: found.extend(_differences(lambda v, _: layout.call(original, v), ours, small)))
     except Exception as error:
         found.append(Closest(math.inf, f"it could not be tried: {type(error).__name__}: {error}"))
     return max(found, key=lambda difference: difference.size, default=None)
@@ -81,12 +81,11 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 
     The largest difference of a result at an inner step, relative to the original's largest number.
     """
-    found = [0.0]
+    found, small = [0.0], Small(layout, values)
 
     def work() -> None:
-        small = Small(layout, values)
         for setting in list(small.settings())[:2]:
-            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v, _: original(*v), ours))
+            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v, _: layout.call(original, v), ours))
             for name in plain.found.keys() & mine.found.keys():
                 theirs, value = plain.found[name], mine.found[name]
                 if isinstance(theirs, Tensor) and isinstance(value, Tensor) and theirs.shape == value.shape:
@@ -99,7 +98,7 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 
 def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: Any) -> Ran:
     values, layout, ran = small.make(setting, **how), small.layout, Ran()
-    output: Tensor = values[layout.output]  # type: ignore[index]  # seen in Dispatch
+    output: Tensor = values[layout.output]
     torch.manual_seed(seed)
     try:
         with torch.set_grad_enabled(setting.scored):
