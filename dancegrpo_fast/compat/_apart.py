@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Far more than a trial takes. One that waits for what its caller holds, as for the import of a module, ends here.
+_LIMIT = 60.0
 # Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
 inside = threading.local()
 
@@ -26,6 +28,7 @@ def apart(work: Callable[[], None]) -> None:
 
     Raises:
         BaseException: what `work` raised.
+        TimeoutError: it takes too long; it is left to itself.
     """
     raised: list[BaseException] = []
 
@@ -39,7 +42,9 @@ def apart(work: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, name="dancegrpo-fast", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(_LIMIT)
+    if thread.is_alive():
+        raise TimeoutError(f"it took longer than {_LIMIT:.0f} s")
     if raised:
         raise raised[0]
 

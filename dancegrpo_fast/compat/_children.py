@@ -38,10 +38,14 @@ class _Passport:
         self._settings = settings
 
     def __reduce__(self) -> tuple[Any, ...]:
-        root = str(Path(__file__).resolve().parents[2])
-        # The path is replaced by the parent's right after.
+        package, _, _ = __name__.partition(".")
+        # The parent's own copy; the child may find another one, or none.
         text = (
-            f"import sys; sys.path.append({root!r})\n"
+            "import importlib.util, sys\n"
+            f"if {package!r} not in sys.modules:\n"
+            f"    spec = importlib.util.spec_from_file_location({package!r}, {sys.modules[package].__file__!r})\n"
+            f"    sys.modules[{package!r}] = importlib.util.module_from_spec(spec)\n"
+            f"    spec.loader.exec_module(sys.modules[{package!r}])\n"
             f"from {__package__}._process import arrive\n"
             f"arrive({asdict(self._settings)!r})"
         )
@@ -58,10 +62,10 @@ def tell_of_others() -> None:
         # Whatever a command line holds, the script's process must start.
         with contextlib.suppress(Exception):
             words = shlex.split(os.fsdecode(arguments[0])) if event == "os.system" else _words(arguments[1])
-            better = _better(words)
-            if better is not None and better not in told:
-                told.add(better)
-                say(f"a Python process is started in which nothing is replaced; to have it replaced: {better}")
+            hint = _hint(words)
+            if hint is not None and hint not in told:
+                told.add(hint)
+                say(hint)
 
     sys.addaudithook(hook)
 
@@ -71,6 +75,15 @@ def _words(arguments: Any) -> list[str]:
     if len(words) == 3 and words[1] == "-c" and PurePath(words[0]).name in ("sh", "bash"):
         return shlex.split(words[2])
     return words
+
+
+def _hint(words: Sequence[str]) -> str | None:
+    if words and PurePath(words[0]).name == "raylet":
+        return "Ray's workers are processes in which nothing is replaced; dancegrpo_fast.plugins says what to do"
+    better = _better(words)
+    if better is None:
+        return None
+    return f"a Python process is started in which nothing is replaced; to have it replaced: {better}"
 
 
 def _better(words: Sequence[str]) -> str | None:

@@ -11,12 +11,15 @@ from torch import Tensor
 from ._apart import inside
 from ._known import Known, candidates, misfit
 from ._meter import Meter
-from ._probe import Closest, compare
+from ._probe import Closest, compare, distance
 from ._replaced import Definition
 from ._roles import Layout
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
 _MAX_KEYS = 32
+_CHOICES = frozenset({bool, str, type(None)})
+_HELD = frozenset({bool, str, float})
+_NO_TENSORS = ("no tensors",)
 Values = tuple[Any, ...]
 
 
@@ -58,7 +61,8 @@ class Dispatch:
         self.keyed = [p for p in range(len(self.layout.names)) if p not in other]
         self.extra = [p for p, n in enumerate(self.layout.names) if n in lacking]
         self.verdicts: dict[Any, Verdict] = {}
-        self.configs: dict[int, tuple[Any, Values]] = {}
+        self.configs: dict[int, tuple[Any, int]] = {}
+        self.numbers: dict[Values, int] = {}
         entry: Callable[..., Any] = torch.compiler.disable(self.dispatch)
         return entry
 
@@ -68,46 +72,57 @@ class Dispatch:
         if getattr(inside, "on", False):
             return self.original(*values)
         verdict = self.verdicts.get(self.key(values)) or self._decide(values)
+        layout = self.layout
+        replay = layout.next is not None and values[layout.next] is not None
         if verdict.ours is None:
-            return self._keep(verdict.why, args, kwargs)
-        place = self.layout.next
-        replay = place is not None and values[place] is not None
-        try:
-            found = self.meter.run(verdict.ours, values, replay)
-        except Exception as error:
-            return self._failed(error, values, args, kwargs)
+            found = self._keep(verdict.why, args, kwargs)
+        else:
+            try:
+                found = self.meter.run(verdict.ours, values, replay)
+            except Exception as error:
+                found = self._failed(error, values, args, kwargs)
         audit = self.replacements.audit
         if audit is not None and audit.open:
-            audit.saw(self, values, replay, found)
+            audit.saw(layout, values, replay, found)
         return found
 
     def key(self, values: Values) -> Values:
-        """What a verdict holds for: every choice among behaviours, but no amount."""
+        """What a verdict holds for: every choice among behaviours, but no amount. Takes part in every call's time."""
         layout = self.layout
         state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in `entry`
-        if not isinstance(state, Tensor) or not isinstance(output, Tensor):
-            return ("no tensors",)
-        found = [state.ndim, state.dtype, output.dtype, *[_kind(values[p]) for p in self.keyed]]
-        found += [_form(values[p]) for p in self.formed]
-        found += [_is_default(values[p], layout.defaults[p]) for p in self.extra]
+        try:
+            found = [state.ndim, state.dtype, output.dtype]
+        except AttributeError:
+            return _NO_TENSORS
+        for place in self.keyed:
+            value = values[place]
+            found.append(value if value.__class__ in _CHOICES else _kind(value))
+        for place in self.formed:
+            value = values[place]
+            found.append((value.ndim, value.is_floating_point()) if isinstance(value, Tensor) else value.__class__)
+        for place in self.extra:
+            found.append(_is_default(values[place], layout.defaults[place]))
         if layout.generator is not None:
-            found.append(type(values[layout.generator]) is list)
+            found.append(values[layout.generator].__class__ is list)
         if layout.owner is not None:
             found += self._choices(values[layout.owner])
         return tuple(found)
 
     def _choices(self, owner: Any) -> list[Any]:
+        """Those that a scheduler holds: flags, names, whether a number is 0; and its configuration."""
         attributes = getattr(owner, "__dict__", {})
-        chosen: list[Any] = [type(owner)]
-        chosen += [_kind(v) for v in attributes.values() if v.__class__ in (bool, str, float)]
+        held = [(v.__class__, v) for v in attributes.values() if v.__class__ in _HELD]
+        chosen: list[Any] = [not v if kind is float else v for kind, v in held]
+        chosen.append(owner.__class__)
         config = attributes.get("_internal_dict")  # of diffusers' schedulers, replaced as a whole when it changes
         if config is not None:
             known = self.configs.get(id(config))
             if known is None:
                 if len(self.configs) >= _MAX_KEYS:
                     self.configs.clear()
-                picked = tuple((n, v) for n, v in dict(config).items() if v is None or isinstance(v, (bool, str)))
-                known = self.configs[id(config)] = (config, picked)
+                picked = tuple((n, v) for n, v in dict(config).items() if v.__class__ in _CHOICES)
+                # A number for each, as a long tuple takes long to look up.
+                known = self.configs[id(config)] = config, self.numbers.setdefault(picked, len(self.numbers))
             chosen.append(known[1])
         return chosen
 
@@ -124,7 +139,7 @@ class Dispatch:
 
     def _judge(self, values: Values) -> Verdict:
         layout = self.layout
-        if self.key(values) == ("no tensors",):
+        if self.key(values) is _NO_TENSORS:
             return Verdict(None, None, "arguments that are no tensors")
         given = {p for p in self.extra if not _is_default(values[p], layout.defaults[p])}
         able = [k for k in self.fitting if {layout.names[p] for p in given} <= self._wanted(k)]
@@ -134,12 +149,22 @@ class Dispatch:
             return Verdict(None, None, f"called with {names}")
         able.sort(key=lambda k: k not in self.taken)
         closest: Closest | None = None
+        equal: list[Known] = []
+        several = {values[p].dtype for p in (layout.state, layout.output)} != {torch.float32}  # type: ignore[index]
         for known in able:
             found = compare(self.original, self._bound(known, trial=True), layout, values)
             if found is None:
-                return self._take(known)
+                equal.append(known)
+                # Generations that differ in what they round are the same in float32.
+                if several:
+                    continue
+                break
             found = found._replace(target=known.target)
             closest = found if closest is None or found.size < closest.size else closest
+        if len(equal) > 1:
+            equal.sort(key=lambda k: distance(self.original, self._bound(k, trial=True), layout, values))
+        if equal:
+            return self._take(equal[0])
         assert closest is not None
         self._refuse(f"closest is {closest.target}: {closest.text}")
         return Verdict(None, None, closest.text)
@@ -178,7 +203,8 @@ class Dispatch:
         return f"{self.definition.where} {self.definition.label}"
 
     def _refuse(self, why: str) -> None:
-        self.replacements.refuse(f"{self._name}: not replaced: {why}")
+        latents = "" if self.replacements.settings.latents is None else "; --latents does nothing for it"
+        self.replacements.refuse(f"{self._name}: not replaced: {why}{latents}")
 
     def _keep(self, why: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.kept[why] = self.kept.get(why, 0) + 1
@@ -195,22 +221,13 @@ class Dispatch:
 
 
 def _kind(value: Any) -> Any:
-    """The choice in an argument: booleans, texts, None and whether a number is 0 count, numbers themselves do not."""
+    """What counts of an argument that is no choice itself: of a number, whether it is 0."""
     kind = value.__class__
-    if value is None or kind is bool or kind is str:
-        return value
     if kind is float or kind is int:
         return kind if value else (kind, 0)
-    if isinstance(value, Tensor):
-        return Tensor, value.ndim, value.is_floating_point()
     if kind is list or kind is tuple:
-        return tuple([_kind(v) for v in value])
-    return kind
-
-
-def _form(value: Any) -> Any:
-    """How a step is given."""
-    return (value.ndim, value.is_floating_point()) if isinstance(value, Tensor) else value.__class__
+        return tuple([v if v.__class__ in _CHOICES else _kind(v) for v in value])
+    return (Tensor, value.ndim, value.is_floating_point()) if isinstance(value, Tensor) else kind
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ._known import candidates
 from ._settings import say
-from ._source import HOOK, defines, hooked
+from ._source import HOOK, METHODS, defines, hooked
 
 Define = Callable[[FunctionType], Any]
 _LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader, zipimport.zipimporter)
@@ -30,15 +30,13 @@ def install(define: Define, watch: Mapping[str, Callable[[ModuleType], object]])
     """From now on known functions go through `define` where they are defined. Once in a process.
 
     Args:
-        define: gets the function, returns what its module shall hold.
-        watch: for a module's name, what is called with it once it has been executed.
+        define: gets the function, returns what its module shall hold; the same for the same function.
+        watch: for a module's name, what is called with the module once it has been executed.
     """
     setattr(builtins, HOOK, define)
     for loader in _LOADERS:
         _wrap(_home(loader, "get_code"), "get_code", _get_code)
     _wrap(runpy, "_get_code_from_file", _get_code_from_file)
-    for name in watch.keys() & sys.modules.keys():
-        watch[name](sys.modules[name])
     if watch:
         _wrap(_home(_LOADERS[0], "exec_module"), "exec_module", lambda original: _exec_module(original, watch))
 
@@ -110,20 +108,18 @@ def _again(code: CodeType, source: Callable[[], str | bytes | None], to_code: Ca
 
 
 def replace_loaded(define: Define) -> None:
-    """Replaces known functions in modules that were executed before the hook was there, as by a fork server."""
-    done: dict[int, tuple[FunctionType, Any]] = {}  # an original that is kept keeps its id
+    """Replaces known functions in modules that were executed before the hook was there, by a fork server for one."""
 
     def put(home: Any, owner: str | None) -> None:
         for name, value in list(vars(home).items()):
-            if isinstance(value, type) and owner is None and value.__module__ == home.__name__:
-                put(value, value.__name__)
-            elif isinstance(value, FunctionType) and candidates(value.__name__, owner):
-                if value.__code__.co_name != value.__name__:
+            # By type alone: a lazy object may do anything when it is asked.
+            if issubclass(type(value), type) and owner is None and name in METHODS:
+                put(value, name)
+            elif type(value) is FunctionType and candidates(value.__name__, owner):
+                if value.__code__.co_name == value.__name__:
+                    setattr(home, name, define(value))
+                else:
                     say(f"{value.__module__}.{value.__qualname__}: left alone: decorated and imported before the hook")
-                    continue
-                if id(value) not in done:
-                    done[id(value)] = (value, define(value))
-                setattr(home, name, done[id(value)][1])
 
     for module in list(sys.modules.values()):
         if type(module) is ModuleType and module.__name__.partition(".")[0] != _OURS:

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._apart import beside, twin
 
-# The first call builds tables and is left out; ours is timed in the second and fourth, its host reads are counted in
-# the third, and the original is called once more in each of them.
-_TIMED, _COUNTED, _LAST = (2, 4), 3, 4
+# Calls beside which the original is called and timed, too. The first one builds tables and is left out, and so is the
+# one in which host reads are counted; later ones know every step.
+_TIMED, _COUNTED, _LAST = frozenset({2, 4, 16, 64, 256}), 3, 256
+_WATCHED = _TIMED | {_COUNTED}
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 Values = tuple[Any, ...]
 
@@ -73,12 +74,12 @@ class Meter:
 
     def run(self, ours: Callable[[Values, bool], Any], values: Values, replay: bool) -> Any:
         """Ours; now and then the original beside it."""
-        self.calls[replay] += 1
-        if self.calls[replay] > _LAST or self.calls[replay] < _TIMED[0]:
+        self.calls[replay] = number = self.calls[replay] + 1
+        if number > _LAST or number not in _WATCHED:
             return ours(values, replay)
         device = next(v.device for v in values if isinstance(v, Tensor))
         self._try(values, replay, device)
-        if self.calls[replay] == _COUNTED:
+        if number == _COUNTED:
             with HostReads() as reads:
                 found = ours(values, replay)
             self.read_by_ours[replay] = reads.count

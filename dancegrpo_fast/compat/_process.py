@@ -1,14 +1,13 @@
 """One process of `run`: starts the replacements, notes what was defined, and closes with the report. Needs no torch."""
 
 import atexit
-import importlib
 import os
 from collections.abc import Mapping
 from multiprocessing import util
 from types import FunctionType
 from typing import Any
 
-from . import _children, _imports
+from . import _children, _imports, _loading
 from ._known import candidates
 from ._replaced import Replacements
 from ._settings import Settings, say
@@ -36,13 +35,12 @@ class Process:
         return self.replacements.stand_in(function, owner or None, f"{code.co_filename}:{code.co_firstlineno}")
 
     def start(self) -> None:
-        """Everything that is defined, loaded or spawned from now on is looked at."""
+        """Everything that is defined, loaded or spawned is looked at from now on."""
         watch: Mapping[str, Any] = {}
         if self.settings.accelerate is not None:
-            _loading: Any = importlib.import_module("._loading", __package__)
-            _loading.install(self.settings.accelerate, say)
-            watch = _loading.WATCH
+            watch = _loading.install(self.settings.accelerate, say)
         _imports.install(self.define, watch)
+        _imports.replace_loaded(self.define)
         _children.follow(self.settings)
         _children.tell_of_others()
 
@@ -69,6 +67,13 @@ def arrive(fields: Mapping[str, Any]) -> None:
     """For a process that `multiprocessing` started; it reports for itself, where it called something."""
     process = Process(Settings(**fields))
     process.start()
-    _imports.replace_loaded(process.define)
-    # A forked process runs these, and no `atexit`.
-    util.Finalize(None, process.replacements.finish, exitpriority=-1)
+    own = os.getpid()
+
+    def close(process: Process) -> None:
+        if os.getpid() == own:
+            # Runs where `atexit` does not.
+            util.Finalize(None, process.replacements.finish, exitpriority=-1)
+
+    close(process)
+    # A fork server's process forgets what was there before this.
+    util.register_after_fork(process, close)

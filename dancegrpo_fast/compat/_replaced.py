@@ -12,6 +12,7 @@ from ._known import candidates
 from ._settings import Settings
 
 if TYPE_CHECKING:
+    from ._audit import Audit
     from ._dispatch import Dispatch
 
 
@@ -40,9 +41,12 @@ class Definition:
     start._torchdynamo_disable = True  # type: ignore[attr-defined]  # as `torch.compiler.disable` marks a function
 
     def _begin(self) -> Callable[..., Any]:
+        from ._audit import Audit
         from ._dispatch import Dispatch
 
         with self.replacements.lock:
+            if self.replacements.audit is None and self.replacements.audited:
+                self.replacements.audit = Audit(self.replacements.say)
             if self.call is None:
                 self.dispatch = Dispatch(self)
                 self.call = self.dispatch.entry()
@@ -56,14 +60,22 @@ class Replacements:
         settings: how ours compute.
         say: takes a line of text; default: stderr.
         strict: a function that cannot be replaced raises ValueError when it is called, instead of going on as it is.
+        audited: the first update is audited. Off where rollouts are in other processes than replays.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None] | None = None, strict: bool = False) -> None:
-        self.settings, self.strict = settings, strict
+    def __init__(
+        self,
+        settings: Settings,
+        say: Callable[[str], None] | None = None,
+        *,
+        strict: bool = False,
+        audited: bool = True,
+    ) -> None:
+        self.settings, self.strict, self.audited = settings, strict, audited and not strict
         self.lock = threading.RLock()
         self.definitions: list[Definition] = []
         self.refused: list[str] = []
-        self.audit: Any = None
+        self.audit: Audit | None = None
         self._say = _settings.say if say is None else say
         self._said: set[str] = set()
         self._made: dict[int, Callable[..., Any]] = {}

@@ -67,20 +67,27 @@ def peak_memory() -> dict[str, Any]:
 
 
 def finish(replacements: "Replacements") -> None:
-    """Reads what is still on a device, prints the table, and writes the file that `--report` names."""
+    """Reads what is still on a device, prints the table, and writes the file that `--report` names.
+
+    What stands in the way is said: a script's end is its own.
+    """
     called = [d for d in replacements.definitions if d.dispatch is not None]
-    if replacements.audit is not None:
-        replacements.audit.read()
     if not called and multiprocessing.parent_process() is not None:
         return  # a loader's worker, for one, has nothing to tell
-    found = collect(replacements)
-    if not called and replacements.definitions:
-        names = ", ".join(sorted({d.label for d in replacements.definitions}))
-        replacements.say(f"none of these functions was called: {names}")
-    if called:
-        replacements.say("\n" + table(found))
-    if replacements.settings.report is not None:
-        _write(_own(Path(replacements.settings.report)), found)
+    try:
+        found = collect(replacements)
+        if called:
+            # Children print tables of their own.
+            child = multiprocessing.parent_process() is not None
+            where = f"in {multiprocessing.current_process().name}" if child else ""
+            replacements.say(f"{where}\n{table(found)}")
+        elif replacements.definitions:
+            names = ", ".join(sorted({d.label for d in replacements.definitions}))
+            replacements.say(f"none of these functions was called: {names}")
+        if replacements.settings.report is not None:
+            _write(_own(Path(replacements.settings.report)), found)
+    except Exception as error:
+        replacements.say(f"the report is incomplete: {type(error).__name__}: {error}")
 
 
 def table(found: dict[str, Any]) -> str:

@@ -3,13 +3,12 @@
 import os
 import sys
 from dataclasses import dataclass
+from multiprocessing import process
 
 ROUNDINGS = ("exact", "reference")
 # As in `backends`, which needs torch.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 LATENTS = ("bfloat16", "float16", "float32")
-# On a CPU block ops make a step longer: only where that is asked for.
-ACCELERATE = ("lossless", "fast", "lossless:cpu", "fast:cpu")
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Settings:
 
 
 def say(text: str) -> None:
-    """Tells the user of `run` something; of many ranks, the first one speaks."""
+    """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
+    child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
     if os.environ.get("RANK", "0") == "0":
-        print(f"dancegrpo-fast run: {text}", file=sys.stderr, flush=True)
+        print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)

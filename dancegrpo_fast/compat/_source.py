@@ -11,14 +11,16 @@ from ._known import KNOWN, candidates
 # Not mangled in a class, as it ends with underscores.
 HOOK = "__dancegrpo_fast_define__"
 _FUNCTIONS = {known.name for known in KNOWN if known.owner is None}
-_METHODS = {known.owner: {k.name for k in KNOWN if k.owner == known.owner} for known in KNOWN if known.owner}
+METHODS = {known.owner: {k.name for k in KNOWN if k.owner == known.owner} for known in KNOWN if known.owner}
+_NAMES = _FUNCTIONS | METHODS.keys()
 
 
 def defines(code: CodeType) -> bool:
     """Whether a module's code may define a known function; reads no source."""
-    return any(
+    # Most modules end here; what a module defines is among its names.
+    return not _NAMES.isdisjoint(code.co_names) and any(
         inner.co_name in _FUNCTIONS
-        or any(method.co_name in _METHODS[inner.co_name] for method in _inner(inner) if inner.co_name in _METHODS)
+        or any(method.co_name in METHODS[inner.co_name] for method in _inner(inner) if inner.co_name in METHODS)
         for inner in _inner(code)
     )
 

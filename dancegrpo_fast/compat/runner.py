@@ -13,7 +13,8 @@ from typing import Any
 
 from ._known import KNOWN
 from ._launchers import launches, with_run
-from ._settings import ACCELERATE, BACKENDS, LATENTS, ROUNDINGS, Settings
+from ._loading import MODES
+from ._settings import BACKENDS, LATENTS, ROUNDINGS, Settings
 from ._source import hooked
 
 USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
@@ -24,12 +25,14 @@ USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
 Runs a training script as `python` does (a folder or zip file with a __main__.py, too), with the step functions of known
 projects replaced by this library's. A function is known by its name. At its first call ours is tried beside it, and
 takes its place where it computes the same. What was replaced, what was not and why, is said. A table closes the run.
+Processes that multiprocessing starts get the same. Spawned ones report for themselves; forked ones are not counted.
 
 options:
   --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)
   --backend NAME               of ours: {backends} (auto)
   --latents DTYPE              scored as stored: next latents are rounded to {latents} before they are scored
-  --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops
+  --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops; without a
+                               CUDA device only as lossless:cpu or fast:cpu, since there they cost time
   --only NAME, --skip NAME     replace these alone, or all but these; more names after commas, or by repeating
   --report FILE                writes the closing table as JSON
   --dry-run                    runs nothing: lists the known functions in the script's own files
@@ -38,7 +41,7 @@ options:
 names, as NAME or package.module:NAME:
 {names}
 """
-_CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "accelerate": ACCELERATE}
+_CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "accelerate": MODES}
 _VALUES = (*_CHOICES, "only", "skip", "report")
 
 
@@ -70,7 +73,11 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
     if not rest or rest == ["-m"]:
         raise ValueError("script: got none, want a Python file, or -m and a module")
     if launches(rest):
-        raise ValueError(f"{rest[0]}: got a launcher, whose processes would not be replaced; want: {with_run(rest)}")
+        module = rest[0] == "-m"
+        raise ValueError(
+            f"{' '.join(rest[: 1 + module])}: got a launcher, whose processes would not be replaced; "
+            f"want: {'python ' * module}{with_run(rest)}"
+        )
     run = _module(rest[1], rest[2:]) if rest[0] == "-m" else _path(rest[0], rest[1:])
     if "--dry-run" in flags:
         return _dry_run(rest, settings)
@@ -124,7 +131,7 @@ def _path(script: str, own: Sequence[str]) -> Callable[[], None]:
     path = Path(script)
     if not path.exists():
         raise ValueError(f"script: got {script}, which does not exist; want a Python file")
-    program = path.is_dir() or zipfile.is_zipfile(path)
+    program = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))
     if path.is_dir() and not (path / "__main__.py").is_file():
         raise ValueError(f"script: got {script}, a folder without __main__.py; want a Python file")
     if path.suffix == ".pyc":
@@ -134,10 +141,11 @@ def _path(script: str, own: Sequence[str]) -> Callable[[], None]:
     def run() -> None:
         sys.argv = [script, *own]
         # The real folder of a file, as Python has it.
-        _first_on_path(os.path.abspath(path) if program else str(path.resolve().parent))
         if program:
+            _first_on_path(os.path.abspath(path), sys.flags.safe_path)
             _run_as_main("__main__", False)
             return
+        _first_on_path(str(path.resolve().parent))
         file = os.path.join(os.getcwd(), script)
         main = sys.modules["__main__"]
         loader = importlib.machinery.SourceFileLoader("__main__", file)
@@ -163,8 +171,10 @@ def _run_as_main(name: str, alter_argv: bool) -> None:
     as_python._run_module_as_main(name, alter_argv)
 
 
-def _first_on_path(folder: str) -> None:
-    if not sys.flags.safe_path:  # else the first is one of the user's
+def _first_on_path(folder: str, beside: bool = False) -> None:
+    if beside:
+        sys.path.insert(0, folder)
+    elif not sys.flags.safe_path:  # else the first is one of the user's
         sys.path[0] = folder
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.compat import mixgrpo
+from dancegrpo_fast.compat._known import Known
 from dancegrpo_fast.compat._replaced import Replacements
 from dancegrpo_fast.compat._settings import Settings
 
 from ..processes import LIMIT
 from .cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw
+from .real_peers import FOLDER, ROWS, Real
 
 SOURCE = Path(PEERS["mixgrpo"].__file__).read_text()
 V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
@@ -36,6 +38,10 @@ class Told:
 
     def stand_in(self, function: Any, owner: str | None = None) -> Any:
         return self.all.stand_in(function, owner, "x.py:1")
+
+    def taken(self) -> list[Known]:
+        """Which of ours stand in."""
+        return [known for d in self.all.definitions if d.dispatch is not None for known in d.dispatch.taken]
 
     def calls(self) -> list[int]:
         """Rollouts, replays, and calls of the original."""
@@ -69,9 +75,35 @@ def test_every_peer_is_recognised_by_what_it_does(
     scored = case.peer(v, x, found["next"])
     assert torch.equal(scored["log_prob"], case.ours(v, x, found["next"])["log_prob"])
     assert told.calls() == [1, 1, 0], told.said
+    (taken,) = told.taken()
+    # Of states that do the same here the first is taken.
+    assert taken.options == case.options
     (line,) = told.said
     assert f"-> dancegrpo_fast.compat.{case.ours_name.replace(':', '.')} " in line
-    assert [known.options for d in told.all.definitions for known in d.dispatch.taken] == [case.options]
+
+
+OWNERS = {
+    "step": "FlowMatchEulerDiscreteSDEScheduler",
+    "UniPC.step": "UniPCMultistepSDEScheduler",
+    "sample_previous_step": "FlowMatchSDEDiscreteScheduler",
+}
+
+
+@pytest.mark.skipif(FOLDER is None, reason="DGF_PEERS names no folder with the projects' checkouts")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
+def test_a_project_s_own_function_is_recognised(row: Real) -> None:
+    theirs, told = row.theirs(), Told()
+    if theirs is None:
+        pytest.skip(f"{row.path} of {row.project} at {row.commit or 'its checkout'} is not to be had")
+    step = told.stand_in(theirs, OWNERS.get(row.name))
+    fixed = {name: value for name, value in row.options.items() if name == "dynamics_type"}
+    for dtype in (F32, BF16):
+        for place in row.steps:
+            v, x = draw(dtype, place, row.shape), draw(row.latents, 9, row.shape)
+            after = row.call(step, v, x, None, place, **fixed)[0]
+            row.call(step, v, x, after, place, **fixed)
+    assert told.calls() == [2 * len(row.steps), 2 * len(row.steps), 0], told.said
+    assert {known.ours for known in told.taken()} == {row.ours_name}
 
 
 LAST = "log_prob.flatten(1).mean(dim=1), mean, tau"
@@ -295,6 +327,15 @@ def test_compiled_code_calls_it(first: str) -> None:
     found.sum().backward()
     assert torch.equal(found, want) and output.grad is not None
     assert told.calls() == [int(first == "eager"), 1, 0]
+
+
+def test_latents_are_rounded_before_they_are_scored() -> None:
+    told = Told(latents="bfloat16")
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    after, _, sampled = step(V, X, 0.7, SIGMAS, 1, None)[:3]
+    assert after.dtype == F32 and torch.equal(after, after.to(BF16).to(F32))
+    scored = step(V, X, 0.7, SIGMAS, 1, after.to(BF16).to(F32))[2]
+    assert torch.equal(sampled, scored)
 
 
 def test_torch_is_not_needed_before_the_first_call() -> None:

@@ -1,0 +1,161 @@
+"""The table at the end of a run, the file beside it, and that neither changes what a script computes."""
+
+import json
+import multiprocessing
+import resource
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from dancegrpo_fast.compat import _loading, mixgrpo
+from dancegrpo_fast.compat._replaced import Replacements
+from dancegrpo_fast.compat._report import peak_memory, table
+from dancegrpo_fast.compat._settings import Settings
+
+from .cases import F32, PEERS, SIGMAS, draw
+
+V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
+
+
+def original() -> Any:
+    return PEERS["mixgrpo"].flow_grpo_step
+
+
+def replacements(**settings: Any) -> tuple[Replacements, list[str]]:
+    said: list[str] = []
+    return Replacements(Settings(**settings), said.append), said
+
+
+def fork(text: str) -> Any:
+    """MixGRPO's step, which does `text` first."""
+    module = ModuleType("fork")
+    source = Path(PEERS["mixgrpo"].__file__).read_text()
+    exec(
+        source.replace("    device = model_output.device\n", f"    {text}\n    device = model_output.device\n"),
+        vars(module),
+    )
+    return module.flow_grpo_step
+
+
+def test_calls_times_and_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loading, "RECORDS", [])
+    found, _ = replacements()
+    step = found.stand_in(original(), None, "train.py:131")
+    for _ in range(5):
+        step(V, X, 0.7, SIGMAS, 1, None)
+    for index in (1, 2):
+        step(V, X, 0.7, SIGMAS, index, AFTER)
+    (function,) = found.report()["functions"]
+    assert function["function"] == "flow_grpo_step" and function["where"] == "train.py:131"
+    assert function["by"] == ["dancegrpo_fast.compat.mixgrpo.flow_grpo_step"]
+    rollout, replay = function["rollout"], function["replay"]
+    assert rollout["calls"] == 5 and replay["calls"] == 2
+    assert rollout["microseconds"] > 0 and rollout["microseconds_of_original"] > 0
+    # This double reads nothing; replays were too few to count those of ours.
+    assert rollout["host_reads_avoided"] == 0 and replay["host_reads_avoided"] is None
+    json.dumps(found.report())
+
+
+def test_host_reads_of_the_original_are_avoided() -> None:
+    found, _ = replacements()
+    step = found.stand_in(fork("float(sigmas[index]); bool(latents.isnan().any())"), None, "x")
+    for _ in range(7):
+        step(V, X, 0.7, SIGMAS, 1, AFTER)
+    assert found.report()["functions"][0]["replay"]["host_reads_avoided"] == 14
+
+
+def test_timing_changes_nothing() -> None:
+    found, _ = replacements()
+    step = found.stand_in(original(), None, "x")
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    states = []
+    for call, generator in zip((mixgrpo.flow_grpo_step, step), generators, strict=True):
+        torch.manual_seed(3)
+        drawn = [call(V, X, 0.7, SIGMAS, index, None) for index in (0, 1, 2, 3, 0, 1)]
+        drawn += [call(V, X, 0.7, SIGMAS, index, None, generator) for index in (0, 1, 2)]
+        states.append((torch.stack([d[0] for d in drawn]), torch.get_rng_state(), generator.get_state()))
+    for ours, replaced in zip(*states, strict=True):
+        assert torch.equal(ours, replaced)
+    assert found.report()["functions"][0]["rollout"]["calls"] == 9
+
+
+def test_an_original_that_cannot_be_timed() -> None:
+    found, _ = replacements()
+    step = found.stand_in(fork("if len(latents) == 8: raise MemoryError('full')"), None, "x")
+    for _ in range(5):
+        assert len(step(V, X, 0.7, SIGMAS, 1, AFTER)) == 5
+    report = found.report()
+    (function,) = report["functions"]
+    assert function["original_not_timed"] == "MemoryError: full"
+    assert function["replay"]["microseconds_of_original"] is None and function["replay"]["microseconds"] > 0
+    assert "the original flow_grpo_step was not timed: MemoryError: full" in table(report)
+
+
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        {"class": "FluxTransformer2DModel", "mode": "lossless", "accepted": True, "reason": ""},
+        {"class": "UNet2DConditionModel", "mode": "lossless", "accepted": False, "reason": "no such blocks"},
+    ]
+    monkeypatch.setattr(_loading, "RECORDS", records)
+    found, said = replacements()
+    step = found.stand_in(original(), None, "train.py:131")
+    other = found.stand_in(fork("latents = latents * 2"), None, "other.py:7")
+    for _ in range(5):
+        step(V, X, 0.7, SIGMAS, 1, None)
+    for _ in range(3):
+        other(V, X, 0.7, SIGMAS, 1, None)
+    found.finish()
+    lines = [line.strip() for line in said[-1].splitlines()[1:]]
+    assert lines[0].split("  ")[0] == "function" and "us, original" in lines[0]
+    assert lines[1].startswith("train.py:131 flow_grpo_step  rollout      5")
+    (kept,) = [line for line in lines if line.startswith("3 calls of the original flow_grpo_step: sampling at the")]
+    assert "is off by" in kept
+    assert "FluxTransformer2DModel: block ops (lossless)" in lines
+    assert "UNet2DConditionModel: as it was: no such blocks" in lines
+    assert "the first update was not audited: no replay with a gradient was seen in this process" in lines
+    assert lines[-1].startswith("peak memory: ") and lines[-1].endswith("GiB (resident memory of the process)")
+
+
+def test_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "report.json"
+    found, _ = replacements(report=str(file), latents="float32")
+    found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, None)
+    found.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    written = json.loads(file.read_text())
+    assert written["functions"] == found.report()["functions"] and written["settings"]["latents"] == "float32"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.rank3.json"]
+
+
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    found, said = replacements(report=str(tmp_path / "missing" / "report.json"))
+    found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, None)
+    found.finish()
+    assert said[-1].startswith("the report is incomplete: FileNotFoundError: ")
+
+
+def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, said = replacements()
+    found.finish()
+    assert said == []
+    found.stand_in(original(), None, "x")
+    found.finish()
+    assert said == ["none of these functions was called: flow_grpo_step"]
+    found, said = replacements()
+    found.stand_in(original(), None, "x")
+    monkeypatch.setattr(multiprocessing, "parent_process", object)
+    found.finish()
+    assert said == []
+
+
+def test_peak_memory() -> None:
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert resident < 2 * peak_memory()["bytes"] < 100 * resident  # in bytes, not in kilobytes

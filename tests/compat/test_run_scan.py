@@ -1,0 +1,138 @@
+"""`dancegrpo-fast run --dry-run`: what it finds in files that it does not run, and what it says of it."""
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.compat import _scan
+from dancegrpo_fast.compat._known import KNOWN, misfit
+from dancegrpo_fast.compat._source import parameters
+
+from .test_run import RUN, python
+from .test_run_imports import FILES, STEP
+
+BROKEN = "raise SystemExit('this must not run')\n"
+MINE = "dancegrpo_fast.compat.dancegrpo.flux_step (DanceGRPO)"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("repository")
+    for name, text in {
+        **{name: text for name, text in FILES.items() if name.startswith(("strings/", "relative/", "namespace/"))},
+        "train.py": f"{BROKEN}import torch, os.path, strings.registry, unreadable\nfrom installed import steps\n"
+        f"from namespace.deep import steps, absent\n\n\ndef f():\n    from relative import exported\n\n\n{STEP}",
+        "namespace/deep/steps.py": BROKEN + STEP.replace("grpo, sde_solver", "grpo, sde_solver, ddpo"),
+        "namespace/deep/program.py": f"{BROKEN}from .steps import flux_step\nfrom ..other import x",
+        "namespace/other.py": BROKEN + STEP,
+        "unreadable.py": "def f(:",
+        "site-packages/installed/steps.py": STEP,
+        "program/__main__.py": f"{BROKEN}import beside",
+        "program/beside.py": STEP,
+        "package/__main__.py": f"{BROKEN}from . import beside",
+        "package/beside.py": STEP,
+        "nothing.py": f"{BROKEN}def f(): ...",
+        "wrong.py": "x = (",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+Listing = Callable[..., list[str]]
+
+
+@pytest.fixture
+def listed(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Listing:
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(repository / "site-packages")])
+
+    def run(*arguments: str) -> list[str]:
+        before = sys.modules.copy()
+        assert main(["run", "--dry-run", *arguments]) == 0
+        assert sys.modules.keys() - before.keys() <= {"dancegrpo_fast.compat._scan"}
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_a_script_and_what_it_imports_are_listed(repository: Path, listed: Listing) -> None:
+    script = repository / "train.py"
+    line = script.read_text().partition("def flux_step")[0].count("\n") + 1
+    fit = f"tried at its first call as {MINE}"
+    found = listed("train.py", "--own", "x")
+    assert found[0] == f"{script}:{line} flux_step: {fit}"
+    assert sorted(found[1:]) == [
+        f"{repository}/namespace/deep/steps.py:2 flux_step: left alone: as DanceGRPO's it has a parameter ddpo "
+        "without a default",
+        f"{repository}/relative/inner/steps.py:3 flux_step: {fit}",
+        f"{repository}/strings/schedulers.py:2 FlowMatchSDEDiscreteScheduler.sample_previous_step: left alone: as "
+        "verl-omni's it has no parameter model_output",
+        f"{repository}/strings/steps.py:1 flux_step: {fit}",
+        f"{repository}/unreadable.py: not looked at: invalid syntax (unreadable.py, line 1)",
+    ]
+
+
+def test_only_and_skip_are_said(repository: Path, listed: Listing) -> None:
+    found = listed("--only", "relative.inner.steps:flux_step", "--skip=__main__:flux_step", "train.py")
+    assert [line.partition(": ")[2] for line in found if "relative" in line] == [f"tried at its first call as {MINE}"]
+    assert sum("left alone: not named by --only" in line for line in found) == len(found) - 2
+    assert "left alone: named by --skip" in listed("--skip=__main__:flux_step", "train.py")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        (["-m", "namespace.deep.program"], ["namespace/other.py:2", "namespace/deep/steps.py:2"]),
+        (["-m", "package"], ["package/beside.py:1"]),
+        (["program"], ["program/beside.py:1"]),
+    ],
+)
+def test_programs(words: list[str], places: list[str], repository: Path, listed: Listing) -> None:
+    assert {line.partition(" ")[0] for line in listed(*words)} == {f"{repository}/{place}" for place in places}
+
+
+def test_nothing_and_errors(listed: Listing, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "neither it nor what it imports outside of site-packages defines a known function"
+    assert listed("nothing.py") == [f"nothing.py: {text}"]
+    for words, message in {
+        "wrong.py": "wrong.py: '(' was never closed (wrong.py, line 1)",
+        "-m installed.steps": "-m: got installed.steps, want a module of the user's own files",
+        "-m no.such": "-m: got no.such, want a module",
+    }.items():
+        assert main(["run", "--dry-run", *words.split()]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_an_editable_finder_and_a_zip_file_are_looked_through(tmp_path: Path) -> None:
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/steps.py").write_text(STEP)
+    (tmp_path / "train.py").write_text(f"from editable import steps\n{BROKEN}")
+    for name in ("hooks/__editable___editable_0_1_finder.py", "hooks/sitecustomize.py"):
+        (tmp_path / name).write_text(FILES[name].replace("%s", str(tmp_path / "elsewhere")))
+    (tmp_path / "elsewhere/__init__.py").write_text("")
+    done = python(tmp_path, *RUN, "--dry-run", "train.py", path=[tmp_path / "hooks"])
+    assert done.stdout.startswith(f"{tmp_path}/elsewhere/steps.py:1 flux_step: tried"), done.stderr
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.ours)
+def test_our_own_signatures_are_read_as_python_has_them(known: Any) -> None:
+    read, real = _scan._ours(known.ours), tuple(inspect.signature(known.load()).parameters.values())
+    assert [(p.name, p.kind, p.default is p.empty) for p in read] == [
+        (p.name, p.kind, p.default is p.empty) for p in real
+    ]
+    assert misfit(known, real, read) is misfit(known, real) is None
+
+
+def test_written_signatures() -> None:
+    text = "def f(a, /, b, c=1, *d, e, g=(1, 'x'), h=A.b, **i): ..."
+    node = ast.parse(text).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    assert str(inspect.Signature(parameters(node))) == "(a, /, b, c=1, *d, e, g=(1, 'x'), h='A.b', **i)"
