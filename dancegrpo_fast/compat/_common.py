@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checks import check_choice, check_int
-from ..kernels.transition import reference
-from ..ops.transition import transition_log_prob, transition_step
+from ..ops.transition import check_scoring, transition_log_prob, transition_step
 from ..transitions import PACKED_COLUMNS, TransitionTable
 
 # Both far above what a script uses at once; past them everything is built anew, not kept for ever.
@@ -84,7 +83,8 @@ class Sampler:
             return torch.full(shape, numbers[step], dtype=torch.float32, device=device)
         key = (name, rounding, device)
         if key not in self._on_device:
-            self._on_device[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
+            with _plain():
+                self._on_device[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
         found = pick(self._on_device[key], step)
         return found.expand(shape[0]).reshape(shape) if shape else found.reshape(())
 
@@ -99,7 +99,8 @@ class Sampler:
 
         def moved(name: str) -> Tensor:
             if (name, home) not in self._on_device:
-                self._on_device[name, home] = columns[name].to(home)
+                with _plain():
+                    self._on_device[name, home] = columns[name].to(home)
             return column(self._on_device[name, home], step, latents)
 
         return moved
@@ -210,29 +211,46 @@ def stored(latents: Tensor, latents_dtype: torch.dtype | None) -> Tensor:
     return latents if latents_dtype is None else latents.to(latents_dtype).to(latents.dtype)
 
 
-def _coefficients(sampler: Sampler, step: Tensor, latents: Tensor, dtype: torch.dtype, names: str) -> list[Tensor]:
-    rows = pick(sampler.table.packed(latents.device, dtype), step)
+def _coefficients(sampler: Sampler, step: Tensor, latents: Tensor, names: str) -> list[Tensor]:
+    rows = pick(sampler.table.packed(latents.device, latents.dtype), step)
     shape = (-1, *(1,) * (latents.ndim - 1))
     return [rows[:, PACKED_COLUMNS.index(name)].reshape(shape) for name in names]
 
 
-def exact_mean(latents: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """`a x + b v` in `dtype`, computed in float32 at least; differentiable in the output."""
-    wide = reference.compute_dtype(latents, output)
-    x = latents.detach().to(wide)
-    if isinstance(step, Tensor):
-        a, b = _coefficients(sampler, step, latents, wide, "ab")
-        return torch.addcmul(x * a, output.to(wide), b).to(dtype)
-    return torch.add(x * sampler.a[step], output, alpha=sampler.b[step]).to(dtype)
+def widened(latents: Tensor, output: Tensor) -> Tensor:
+    """The latents as steps are computed: without their graph, in float32 at least."""
+    x = latents.detach()
+    wide = torch.float64 if torch.float64 in (x.dtype, output.dtype) else torch.float32
+    return x if x.dtype == wide else x.to(wide)
 
 
-def exact_denoised(latents: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """`x - sigma v` in `dtype`, computed in float32 at least; differentiable in the output."""
-    wide = reference.compute_dtype(latents, output)
-    x = latents.detach().to(wide)
+def exact_mean(x: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """`a x + b v` in `dtype`, computed in that of `x`; differentiable in the output."""
     if isinstance(step, Tensor):
-        return torch.addcmul(x, output.to(wide), _coefficients(sampler, step, latents, wide, "q")[0]).to(dtype)
-    return torch.sub(x, output, alpha=sampler.sigma[step]).to(dtype)
+        a, b = _coefficients(sampler, step, x, "ab")
+        found = torch.addcmul(x * a, output.to(x.dtype), b)
+    else:
+        found = torch.add(x * sampler.a[step], output, alpha=sampler.b[step])
+    return found if found.dtype == dtype else found.to(dtype)
+
+
+def exact_denoised(x: Tensor, output: Tensor, sampler: Sampler, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """`x - sigma v` in `dtype`, computed in that of `x`; differentiable in the output."""
+    if isinstance(step, Tensor):
+        found = torch.addcmul(x, output.to(x.dtype), _coefficients(sampler, step, x, "q")[0])
+    else:
+        found = torch.sub(x, output, alpha=sampler.sigma[step])
+    return found if found.dtype == dtype else found.to(dtype)
+
+
+def _score(
+    latents: Tensor, output: Tensor, after: Tensor, table: TransitionTable, step: int | Tensor, backend: str
+) -> Tensor:
+    if torch.is_grad_enabled() and output.requires_grad:
+        return transition_log_prob(latents, output, after, table, step, backend=backend)
+    arguments = check_scoring(latents, output, after, table, step, None, None, "exact", backend)
+    found: Tensor = torch.ops.dgf.transition_log_prob(*arguments)
+    return found
 
 
 def advance(
@@ -281,10 +299,14 @@ def advance(
                 backend=backend,
             )
     if log_prob is None or trained:
-        log_prob = transition_log_prob(latents, model_output, kept, sampler.table, step, backend=backend)
-    found_mean = exact_mean(latents, model_output, sampler, step, out_dtype) if mean else None
-    if denoised and clean is None:
-        clean = exact_denoised(latents, model_output, sampler, step, out_dtype)
+        log_prob = _score(latents, model_output, kept, sampler.table, step, backend)
+    found_mean = None
+    if mean or (denoised and clean is None):
+        x = widened(latents, model_output)
+        if mean:
+            found_mean = exact_mean(x, model_output, sampler, step, out_dtype)
+        if denoised and clean is None:
+            clean = exact_denoised(x, model_output, sampler, step, out_dtype)
     return Outcome(kept if next_latents is not None else kept.to(out_dtype), log_prob, found_mean, clean)
 
 
@@ -320,7 +342,7 @@ def _advance_published(
     if elementwise:
         log_prob = _elementwise_log_prob(next_latents.detach() - mean, row("tau"), sampler.table.kind[0])
     else:
-        log_prob = transition_log_prob(plain, mean, next_latents, sampler.scored, step, backend=backend)
+        log_prob = _score(plain, mean, next_latents, sampler.scored, step, backend)
     clean = x - times(row("sigma"), model_output, sampler.published.on_cpu) if denoised else None
     return Outcome(next_latents, log_prob, mean, clean)
 

@@ -102,6 +102,10 @@ def _sigmas_of(timesteps: Tensor) -> Tensor:
     return torch.cat([timesteps, timesteps.new_zeros(1)]) / 1000
 
 
+def _following(timesteps: Tensor) -> Tensor:
+    return torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+
+
 def _second(sigmas: Tensor) -> float:
     return cached("self.sigmas", sigmas, "second", lambda values: float(values[1]))
 
@@ -137,11 +141,13 @@ def steps_of(scheduler: Any, timestep: Any, timestep_next: Any, device: torch.de
     if not isinstance(given, Tensor):
         given = torch.as_tensor(given, dtype=scheduler.timesteps.dtype, device="cpu")
     given = given.reshape(-1)
-    times = scheduler.timesteps.to(given.device)
-    following = torch.cat([times[1:], times.new_zeros(1)])
-    after = following[found.to(given.device) if isinstance(found, Tensor) else found]
-    require(
-        (given == after).all(),
-        lambda: f"timestep_next: got {given.tolist()}, want what follows in the schedule, {after.tolist()}",
-    )
+    following = cached("self.timesteps", scheduler.timesteps, "following", _following)
+    if given.device.type == "cpu" and not isinstance(found, Tensor):
+        after = following.tolist()[found]
+        if any(value != after for value in given.tolist()):
+            raise ValueError(f"timestep_next: got {given.tolist()}, want what follows in the schedule, {after}")
+        return found, count
+    at = found.to(given.device) if isinstance(found, Tensor) else found
+    right = (given == following.to(given.device)[at]).all()
+    require(right, lambda: f"timestep_next: got {given.tolist()}, want what follows each timestep in the schedule")
     return found, count

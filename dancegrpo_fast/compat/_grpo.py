@@ -18,6 +18,7 @@ from ._common import (
     result_dtype,
     stored,
     times,
+    widened,
 )
 from ._samplers import Kind
 
@@ -101,8 +102,9 @@ def dance_mean(
         clean = x - times(row("sigma"), model_output, sampler.published.on_cpu)
         return sampler.published.mean(x, model_output, row), clean
     dtype = result_dtype(latents, model_output)
-    mean = exact_mean(latents, model_output, sampler, step, dtype)
-    return mean, exact_denoised(latents, model_output, sampler, step, dtype)
+    x = widened(latents, model_output)
+    mean = exact_mean(x, model_output, sampler, step, dtype)
+    return mean, exact_denoised(x, model_output, sampler, step, dtype)
 
 
 def _dance(sigmas: Tensor, eta: float, sde: bool, normalized: bool) -> Sampler:

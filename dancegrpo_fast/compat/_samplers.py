@@ -1,7 +1,8 @@
 """Samplers of rectified flows: a table for the kernels, and the same in the projects' own order of operations."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from ..transitions import TransitionTable
 from ._common import Mean, Published, Rows, Sampler, cached, times, unnormalized
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A sampler by name, and what of it the projects choose.
 
     Attributes:

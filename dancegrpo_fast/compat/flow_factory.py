@@ -202,7 +202,7 @@ def _output(scheduler: Any, found: dict[str, Tensor | None], names: Sequence[str
 def _output_class(scheduler: Any) -> Any:
     """The project's own where the scheduler is the project's, so that its other parts know it."""
     for base in scheduler.__mro__:
-        home = sys.modules.get(base.__module__)
+        home = sys.modules.get(base.__module__) if base.__module__ != __name__ else None
         for name in (f"{base.__name__}Output", "SDESchedulerOutput"):
             if hasattr(getattr(home, name, None), "from_dict"):
                 return getattr(home, name)
@@ -265,28 +265,31 @@ _STEPS = {
 }
 
 
-@cache
 def scheduler_class(name: str = "FlowMatchEulerDiscreteSDEScheduler") -> Any:
     """The project's scheduler of that name with `step` as the only difference, or one of our own without the project.
 
-    It is also this module's attribute `name`. The state of the project is told by the scheduler's signature and by what
-    one of its steps on two numbers gives.
+    It is also this module's attribute `name`, and the same class every time. The state of the project is told by the
+    scheduler's signature and by what one of its steps on two numbers gives.
 
     Raises:
         ValueError: another name.
         ImportError: UniPC without `flow_factory`.
     """
     check_choice("name", name, tuple(_STEPS))
+    return _made(name)
+
+
+@cache
+def _made(name: str) -> Any:
     try:
         theirs = getattr(importlib.import_module("flow_factory.scheduler"), name)
     except ImportError:
         if name == "UniPCMultistepSDEScheduler":
             raise
-        theirs, members = _Standalone, {}
-    else:
-        state = state_of(theirs)
-        members = {"step": partialmethod(_STEPS[name][state != "newest"], state=state)}
-    return type(name, (theirs,), {"__module__": __name__, "__doc__": theirs.__doc__, **members})
+        return type(name, (_Standalone,), {"__module__": __name__, "__doc__": _Standalone.__doc__})
+    state = state_of(theirs)
+    step = partialmethod(_STEPS[name][state != "newest"], state=state)
+    return type(name, (theirs,), {"__module__": __name__, "__doc__": theirs.__doc__, "step": step})
 
 
 def state_of(scheduler: Any) -> str:
@@ -294,10 +297,11 @@ def state_of(scheduler: Any) -> str:
     if "velocity" in inspect.signature(scheduler.step).parameters:
         return "newest"
     one = scheduler()
-    one.set_timesteps(4)
+    one.sigmas = torch.tensor([0.75, 0.5, 0.25, 0.0])
+    one.timesteps = one.sigmas[:-1] * 1000
     found = one.step(
         torch.tensor([[[0.1, 0.7]]]),
-        float(one.timesteps[1]),
+        500.0,
         torch.tensor([[[0.3, -0.9]]], dtype=torch.bfloat16),
         generator=torch.Generator().manual_seed(0),
         noise_level=0.5,

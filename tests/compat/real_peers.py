@@ -158,6 +158,7 @@ def flow() -> FlowMatchEulerDiscreteScheduler:
 
 def unipc() -> UniPCMultistepScheduler:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.numpy()  # diffusers makes it an array with a warning
     scheduler.set_timesteps(4)
     return scheduler
 

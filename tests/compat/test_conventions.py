@@ -4,10 +4,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dancegrpo_fast import transitions
-from dancegrpo_fast.compat import _common, dancegrpo, ddpo, flow_factory, flow_grpo, mixgrpo, pref_grpo, verl_omni
+from dancegrpo_fast.compat import (
+    _common,
+    _schedule,
+    dancegrpo,
+    ddpo,
+    flow_factory,
+    flow_grpo,
+    mixgrpo,
+    pref_grpo,
+    verl_omni,
+)
 
 from ..test_transitions import GOLDEN, golden_inputs
 from ..tolerances import assert_as_printed, assert_same_formula, assert_within_budget
@@ -238,6 +249,20 @@ def test_flow_factory_s_window_timesteps_and_fields() -> None:
     assert torch.equal(given.next_latents, scheduler.step(v, times[1], x, noise_level=0.5).next_latents)
 
 
+def test_of_a_timestep_that_is_there_twice_the_second_is_taken_as_in_diffusers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.timesteps = torch.tensor([999, 999, 750, 500, 500, 250])  # as UniPC's integers are in long schedules
+    for time in (999, 750, 500, 250):
+        want = scheduler.index_for_timestep(torch.tensor(time))
+        for given in (torch.tensor([time]), torch.tensor([time] * 3), torch.tensor(float(time)), time):
+            assert _schedule.find_steps(scheduler, given, torch.device("cpu"))[0] == want
+        wanted = torch.tensor([time, 750])
+        on_device = _schedule._found_on_device(scheduler.timesteps, wanted, True, torch.device("cpu"))
+        assert on_device.tolist() == [want, 2]
+    mixed, count = _schedule.find_steps(scheduler, torch.tensor([750, 250]), torch.device("cpu"))
+    assert mixed.tolist() == [2, 5] and count == 2
+
+
 V, X = draw(F32, 1), draw(F32, 2)
 FLOW = flow_scheduler()
 
@@ -260,6 +285,11 @@ FLOW = flow_scheduler()
         (lambda: verl_step(sde_type="x"), 'sde_type: got "x", want "sde", "cps" or "dance_sde"'),
         (lambda: verl_step(per_token_timesteps=X), "per_token_timesteps: got a value, want None"),
         (lambda: verl_step(model_output=V.bfloat16()), "model_output: got torch.bfloat16, want torch.float32"),
+        (
+            lambda: flow_grpo.wan_sde_step_with_logprob(FLOW, V, TIMES[:1], X, X, torch.Generator()),
+            "generator: got one together",
+        ),
+        (lambda: factory_step(state="x"), 'state: got "x", want "newest", "2026-03-21"'),
         (lambda: factory_step(dynamics_type="x"), 'dynamics_type: got "x", want "Flow-SDE", "Dance'),
         (lambda: factory_step(timestep_next=TIMES[2]), "timestep_next: got .*, want what follows"),
         (lambda: factory_step(noise_level=torch.arange(8) / 10), "noise_level: got .*, want one level"),

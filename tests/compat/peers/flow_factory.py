@@ -69,7 +69,9 @@ def _older(name, rounded, bare, last_first=False):
         return tuple(values[k] for k in order)
 
     base = UniPCMultistepScheduler if last_first else FlowMatchEulerDiscreteScheduler
-    return type(name, (base,), {"step": step, "is_eval": False, "noise_level": 0.7, "dynamics_type": "Flow-SDE"})
+    members = {"step": step, "is_eval": False, "noise_level": 0.7, "dynamics_type": "Flow-SDE"}
+    members |= {"current_sde_steps": torch.tensor([0, 1, 2]), "get_train_timesteps": lambda self: self.timesteps[:3]}
+    return type(name, (base,), members)
 
 
 Of2026March21 = _older("FlowMatchEulerDiscreteSDEScheduler", True, True)
