@@ -77,7 +77,7 @@ def finish(replacements: "Replacements") -> None:
     try:
         found = collect(replacements)
         if called:
-            replacements.say("\n" + table(found))
+            replacements.say(f"\n{table(found)}")
         elif replacements.definitions:
             names = ", ".join(sorted({d.label for d in replacements.definitions}))
             replacements.say(f"none of these functions was called: {names}")
