@@ -61,9 +61,9 @@ class Clock:
 
 
 class Meter:
-    """One function's calls by kind, rollout and replay."""
+    """One function's calls by kind, rollout and replay; `original` takes a call's values."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Callable[[Values], Any]) -> None:
         self.original = original
         self.calls = [0, 0]
         self.ours: tuple[list[Clock], list[Clock]] = ([], [])
@@ -98,11 +98,11 @@ class Meter:
             with beside(device):
                 if self.reads[replay] is None:
                     with HostReads() as reads:
-                        self.original(*twin(values))
+                        self.original(twin(values))
                     self.reads[replay] = reads.count
                 clock, values = Clock(device), twin(values)
                 clock.mark()
-                self.original(*values)
+                self.original(values)
                 clock.mark()
                 self.theirs[replay].append(clock)
         except Exception as error:  # out of memory, or a side effect that can be had once

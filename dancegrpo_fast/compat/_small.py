@@ -35,14 +35,16 @@ class Small:
 
     def __init__(self, layout: Layout, values: Values) -> None:
         self.layout = layout
-        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in Dispatch
+        state, output = values[layout.state], values[layout.output]
         after = None if layout.next is None else values[layout.next]
         self.tensors = {layout.state: state.dtype, layout.output: output.dtype}
         if layout.next is not None:
             self.tensors[layout.next] = after.dtype if isinstance(after, Tensor) else state.dtype
         self.batch = state.shape[0] if state.ndim else 1
         self.shape = (_BATCH, *(min(side, _SIDE) for side in state.shape[1:]))
-        self.values = [None if p in self.tensors else twin(v, _on_cpu) for p, v in enumerate(values)]
+        # Copies of a schedule that was made in inference mode are to be saved for a backward.
+        with torch.inference_mode(False), torch.no_grad():
+            self.values = [None if p in self.tensors else twin(v, _on_cpu) for p, v in enumerate(values)]
         self.owner = None if layout.owner is None else self.values[layout.owner]
         self.times = getattr(self.owner, "timesteps", None)
         self.given = layout.generator is not None and values[layout.generator] is not None
