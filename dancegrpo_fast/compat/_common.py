@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checks import check_choice, check_int
+from ..checks import check_choice, check_dtype, check_int
+from ..ops._checks import FLOATS
 from ..ops.transition import check_scoring, transition_log_prob, transition_step
 from ..transitions import PACKED_COLUMNS, TransitionTable
 
 # Both far above what a script uses at once; past them everything is built anew, not kept for ever.
 _MAX_SCHEDULES, _MAX_SAMPLERS = 64, 16
 _samplers: Any = WeakIdKeyDictionary()
+_by_numbers: dict[Any, Any] = {}
 
 # As published: a float32 root and logarithm.
 _LOG_ROOT = torch.log(torch.sqrt(2 * torch.tensor(math.pi, dtype=torch.float32, device="cpu")))
@@ -116,7 +118,7 @@ class Outcome(NamedTuple):
 
 
 def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Built]) -> Built:
-    """`build(schedule)`, once for every tensor, its in-place version and `key`; it is kept as long as the tensor lives.
+    """`build(schedule)`, once for every tensor, its in-place version and `key`, and for others of the same numbers.
 
     Raises:
         ValueError: `schedule` is not a tensor.
@@ -124,8 +126,7 @@ def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Buil
     if not isinstance(schedule, Tensor):
         raise ValueError(f"{name}: got {type(schedule).__name__}, want a torch.Tensor")
     if schedule.is_inference():  # has no version
-        with _plain():
-            return build(schedule)
+        return _shared(schedule, key, build)
     version, samplers = _samplers.get(schedule, (None, {}))
     if version != schedule._version:
         if len(_samplers) >= _MAX_SCHEDULES:
@@ -135,9 +136,20 @@ def cached(name: str, schedule: Tensor, key: Any, build: Callable[[Tensor], Buil
     if key not in samplers:
         if len(samplers) >= _MAX_SAMPLERS:
             samplers.clear()
-        with _plain():
-            samplers[key] = build(schedule)
+        samplers[key] = _shared(schedule, key, build)
     found: Built = samplers[key]
+    return found
+
+
+def _shared(schedule: Tensor, key: Any, build: Callable[[Tensor], Built]) -> Built:
+    # A table takes as long to build as several steps, and scripts make their schedule anew for every rollout.
+    numbers = (tuple(schedule.reshape(-1).tolist()), schedule.shape, schedule.dtype, schedule.device, key)
+    if numbers not in _by_numbers:
+        if len(_by_numbers) >= _MAX_SCHEDULES:
+            _by_numbers.clear()
+        with _plain():
+            _by_numbers[numbers] = build(schedule)
+    found: Built = _by_numbers[numbers]
     return found
 
 
@@ -164,6 +176,8 @@ def as_step(name: str, index: int | Tensor, rows: int, latents: Tensor) -> int |
             index = index.to(latents.device, torch.int64)
             return index.reshape(()) if index.numel() == 1 else index
         values = index.reshape(-1).tolist()
+        if not values:
+            raise ValueError(f"{name}: got an empty tensor, want an int or an int64 tensor")
         for value in set(values):
             check_int(name, value, 0, rows - 1)
         if len(set(values)) > 1:
@@ -278,6 +292,8 @@ def advance(
     if isinstance(step, Tensor) and step.ndim == 1 and len(step) != len(latents):
         step = step.expand(len(latents))
     check_choice("rounding", rounding, ("exact", "reference"))
+    if latents_dtype is not None:
+        check_dtype("latents_dtype", latents_dtype, FLOATS)
     if rounding == "reference" and sampler._publish is not None:
         return _advance_published(
             latents, model_output, sampler, step, next_latents, draw, latents_dtype, backend, denoised, elementwise

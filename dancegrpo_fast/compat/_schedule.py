@@ -9,10 +9,10 @@ from ._common import cached
 
 
 def find_steps(scheduler: Any, timestep: Any, device: torch.device) -> tuple[int | Tensor, int]:
-    """The index of every timestep in the scheduler's, and how many there are; found without a sync.
+    """The index of every timestep in the scheduler's, and how many there are.
 
-    One number where all are the same and known on the host, else int64 `[K]` on `device`. Of a timestep that is there
-    twice diffusers takes the second.
+    The scheduler's are read once, timesteps on a device never. One number where all are the same and known on the
+    host, else int64 `[K]` on `device`. Of a timestep that is there twice diffusers takes the second.
 
     Raises:
         ValueError: a timestep that is not in the schedule (CUDA tensors fail a device-side assertion instead).
@@ -39,7 +39,8 @@ def _indices(times: Tensor) -> dict[float, int]:
 
 
 def _found_on_device(times: Tensor, wanted: Tensor, repeated: bool, device: torch.device) -> Tensor:
-    matches = wanted[:, None] == times.to(wanted.device)
+    beside = cached("self.timesteps", times, wanted.device, lambda values: values.to(wanted.device))
+    matches = wanted[:, None] == beside
     require(matches.any(dim=1).all(), lambda: "timestep: want some of the scheduler's")
     if repeated:
         matches = matches & (matches.cumsum(1) == matches.sum(1, keepdim=True).clamp(max=2))

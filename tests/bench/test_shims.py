@@ -1,4 +1,4 @@
-"""The benchmark of the projects' step functions: every function runs in every way, and ours does what is timed beside it."""
+"""The benchmark of the projects' step functions: every function runs, and ours does what is timed beside it."""
 
 import pytest
 import torch

@@ -99,6 +99,7 @@ def test_without_grpo(module: str, sde_solver: bool) -> None:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Schedules for which a Dance table was built."""
     calls: list[Tensor] = []
+    monkeypatch.setattr(_common, "_by_numbers", {})
     original = transitions.dance_sde
     monkeypatch.setattr(transitions, "dance_sde", lambda s, eta: calls.append(s.clone()) or original(s, eta))
     return calls
@@ -119,6 +120,10 @@ def test_a_table_is_built_once_and_again_after_a_change(built: list[Tensor]) -> 
     with torch.inference_mode():
         without_version = SIGMAS.clone()
         assert torch.equal(flux(without_version), first)
+    assert len(built) == 2  # tensors of the same numbers share one table
+    assert not torch.equal(flux(sigmas.clone(), 0.2), changed) and len(built) == 3
+    with pytest.raises(ValueError, match="sigmas: "):
+        flux(sigmas.expand(2, -1))
 
 
 def test_tables_do_not_outlive_their_schedule() -> None:
@@ -133,6 +138,9 @@ def test_tables_do_not_outlive_their_schedule() -> None:
     for eta in range(2 * _common._MAX_SAMPLERS):
         flux(kept[-1], 0.1 + eta / 100)
     assert len(_common._samplers[kept[-1]][1]) <= _common._MAX_SAMPLERS
+    for scale in range(2 * _common._MAX_SCHEDULES):
+        flux(SIGMAS * (1 - scale / 1000))
+    assert len(_common._by_numbers) <= _common._MAX_SCHEDULES
 
 
 def test_sampling_with_gradients_enabled_scores_with_them() -> None:
@@ -285,6 +293,10 @@ FLOW = flow_scheduler()
         (lambda: verl_step(sde_type="x"), 'sde_type: got "x", want "sde", "cps" or "dance_sde"'),
         (lambda: verl_step(per_token_timesteps=X), "per_token_timesteps: got a value, want None"),
         (lambda: verl_step(model_output=V.bfloat16()), "model_output: got torch.bfloat16, want torch.float32"),
+        (
+            lambda: mixgrpo.flow_grpo_step(V, X, 0.3, SIGMAS, 0, None, latents_dtype=torch.int32),
+            "latents_dtype: got torch.int32, want",
+        ),
         (
             lambda: flow_grpo.wan_sde_step_with_logprob(FLOW, V, TIMES[:1], X, X, torch.Generator()),
             "generator: got one together",
