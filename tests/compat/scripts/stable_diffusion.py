@@ -1,10 +1,6 @@
-"""Shaped as DanceGRPO's script for Stable Diffusion: a UNet under bfloat16 autocast, DDIM, one update per group.
+"""Shaped as DanceGRPO's script for Stable Diffusion: a UNet under bfloat16 autocast, DDIM, an update per rollout."""
 
-Usage: sd_script.py OUTPUT
-"""
-
-import json
-import sys
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -13,24 +9,26 @@ from peers.ddpo import ddim_step_with_logprob
 STEPS, GROUP, EPOCHS, CLIP = 5, 4, 2, 1e-4
 
 
-def main(output: str) -> None:
+def train() -> list[dict[str, Any]]:
+    """What was seen of each update."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    unet = UNet2DConditionModel.from_config(settings)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     scheduler.set_timesteps(STEPS)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     prompts = torch.randn(GROUP, 3, 8)
     times = [step.repeat(GROUP) for step in scheduler.timesteps[:-1]]
-    updates = []
+    updates: list[dict[str, Any]] = []
     for _ in range(EPOCHS):
         x = torch.randn(1, 4, 8, 8, dtype=torch.bfloat16).repeat(GROUP, 1, 1, 1)
         latents, scores = [x], []
@@ -45,9 +43,7 @@ def main(output: str) -> None:
         for i, t in enumerate(times):
             with torch.autocast("cpu", torch.bfloat16):
                 noise = unet(latents[i], t, prompts).sample
-                _, score = ddim_step_with_logprob(
-                    scheduler, noise, t, latents[i], eta=1.0, prev_sample=latents[i + 1]
-                )
+                _, score = ddim_step_with_logprob(scheduler, noise, t, latents[i], eta=1.0, prev_sample=latents[i + 1])
             ratio = torch.exp(score - scores[i])
             clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
             loss = torch.maximum(-advantages * ratio, clipped).mean()
@@ -58,9 +54,4 @@ def main(output: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         updates.append({"ratios": ratios, "loss": sum(losses), "norm": norm.item()})
-    with open(output, "w") as file:
-        json.dump(updates, file)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return updates

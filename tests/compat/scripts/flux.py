@@ -1,12 +1,11 @@
-"""Shaped as DanceGRPO's script for FLUX: FSDP1 around each block, checkpoints, bfloat16 autocast, its step beside it.
+"""Shaped as DanceGRPO's script for FLUX: FSDP1 around each block, checkpoints, bfloat16 autocast, its step in the file.
 
-Its latents are cast to bfloat16 after each step. Usage, with torchrun's variables set: flux_script.py OUTPUT
+Its latents are cast to bfloat16 after each step.
 """
 
 import functools
-import json
 import math
-import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,8 +50,9 @@ def wrapped(model):
     return unit
 
 
-def main(output: str) -> None:
-    dist.init_process_group("gloo")
+def train() -> list[dict[str, Any]]:
+    """What was seen of each update."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     torch.manual_seed(0)
     settings = {
         "in_channels": 8,
@@ -67,7 +67,10 @@ def main(output: str) -> None:
     model = wrapped(FluxTransformer2DModel.from_config(settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     sigmas = torch.linspace(1, 0, STEPS + 1)
-    ids = {"img_ids": torch.cat([torch.zeros(16, 1), torch.randint(0, 4, (16, 2))], dim=1), "txt_ids": torch.zeros(5, 3)}
+    ids = {
+        "img_ids": torch.cat([torch.zeros(16, 1), torch.randint(0, 4, (16, 2))], dim=1),
+        "txt_ids": torch.zeros(5, 3),
+    }
     prompt = {"encoder_hidden_states": torch.randn(1, 5, 24), "pooled_projections": torch.randn(1, 12)}
     prompt = {name: value.repeat(GROUP, *[1] * (value.ndim - 1)) for name, value in prompt.items()}
 
@@ -75,7 +78,7 @@ def main(output: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(x, timestep=sigmas[i].repeat(GROUP), **prompt, **ids, return_dict=False)[0]
 
-    updates = []
+    updates: list[dict[str, Any]] = []
     for _ in range(EPOCHS):
         x = torch.randn(1, 16, 8, dtype=torch.bfloat16).repeat(GROUP, 1, 1)
         latents, scores = [x], []
@@ -102,9 +105,4 @@ def main(output: str) -> None:
         optimizer.zero_grad()
         updates.append({"ratios": ratios, "loss": sum(losses), "norm": norm.item()})
     dist.destroy_process_group()
-    with open(output, "w") as file:
-        json.dump(updates, file)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return updates
