@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._apart import inside
 from ._known import Known, candidates, misfit
 from ._meter import Meter
 from ._probe import Closest, compare, distance
-from ._replaced import Definition
+from ._replaced import Definition, inside
 from ._roles import Layout
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.

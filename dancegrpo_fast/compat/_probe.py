@@ -1,8 +1,8 @@
 """Whether ours does what an original does: both are called on small CPU tensors, and what they return is compared.
 
-The tensors are made after those of a real call. Both sample from a seed and score a given next sample, at the first,
-an inner and the last step, and what they return, how they leave the random state and the scheduler, and the gradient
-with respect to the model's output have to be the same.
+The tensors are made after those of a real call. Both sample from a seed and score a given next sample, at the first
+two, an inner and the last step. The same have to be: what they return, how they leave the random state and the
+scheduler, and the gradient with respect to the model's output.
 """
 
 import math
@@ -166,7 +166,7 @@ def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[
             mine.forget(mine.log_prob)
         why = f"ours raises {mine.error}" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
         if why:
-            dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items() if p is not None)
+            dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items())
             yield Closest(math.inf, f"{setting} with {dtypes} it {why}")
 
 

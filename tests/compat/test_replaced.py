@@ -215,6 +215,24 @@ def test_a_schedule_of_inference_mode() -> None:
     assert told.calls() == [4, 0, 0], told.said
 
 
+def test_an_original_that_calls_another_one() -> None:
+    told = Told()
+    inner = fork(name="dance_grpo_step")
+    outer = fork(
+        (
+            "    device = model",
+            "    other(model_output, latents, 0.3, sigmas, index, latents, True, True)\n    device = model",
+        )
+    )
+    outer.__globals__["other"] = told.stand_in(inner)
+    step = told.stand_in(outer)
+    for _ in range(5):
+        step(V, X, 0.7, SIGMAS, 1, AFTER)
+    # Only what the script itself calls counts, and what is called on the side waits for nothing.
+    assert told.calls() == [0, 5, 0] and len(told.said) == 1
+    assert told.all.report()["functions"][0]["original_not_timed"] == ""
+
+
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
     """How often it was called."""
     calls: list[int] = []
