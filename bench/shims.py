@@ -11,8 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dancegrpo_fast.compat._replaced import Replacements
-from dancegrpo_fast.compat._settings import Settings
+from dancegrpo_fast.dropin.replaced import Replacements
+from dancegrpo_fast.dropin.settings import Settings
 from tests.compat.cases import ddim_scheduler, find, ours
 from tests.compat.peers import dancegrpo as dance
 from tests.compat.peers import (

@@ -39,8 +39,8 @@ def engine(name: str, wanted: str) -> ModuleType:
 @functools.cache
 def replacements(rounding: str, backend: str) -> Any:
     """What tries our steps against an engine's own at the first call; one for each setting."""
-    from ..compat._replaced import Replacements
-    from ..compat._settings import Settings
+    from ..dropin.replaced import Replacements
+    from ..dropin.settings import Settings
 
     made: Any = Replacements(Settings(rounding=rounding, backend=backend), say)
     # An engine rolls out in other processes, or takes some steps itself: an audit would miss what it has to see.

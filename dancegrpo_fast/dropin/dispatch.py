@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._known import Known, candidates, misfit
-from ._meter import Meter
-from ._probe import Closest, compare, distance
-from ._replaced import Definition, inside
-from ._roles import Layout
+from .known import Known, candidates, misfit
+from .meter import Meter
+from .probe import Closest, compare, distance
+from .replaced import Definition, inside
+from .roles import Layout
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
 _MAX_KEYS = 32

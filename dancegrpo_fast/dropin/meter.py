@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._apart import beside, twin
+from .apart import beside, twin
 
 # Calls beside which the original is called and timed, too. The first one builds tables and is left out, and so is the
 # one in which host reads are counted; later ones know every step.

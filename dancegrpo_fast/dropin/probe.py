@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._apart import apart
-from ._roles import Layout, log_prob, next_latents, outputs
-from ._small import EPS, SEED, Setting, Small, Values
+from .apart import apart
+from .roles import Layout, log_prob, next_latents, outputs
+from .small import EPS, SEED, Setting, Small, Values
 
 # Two float32 evaluations of one formula, whatever their order, stay far within so many times what a rounding of the
 # inputs does to the original. Another formula, or a constant more or less, is off by a hundred times that.
