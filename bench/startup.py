@@ -59,8 +59,8 @@ def main() -> None:
     run = ("-m", "dancegrpo_fast.cli", "run")
     inherited = os.environ.get("PYTHONPATH", "")
     mine = os.pathsep.join(filter(None, [str(ROOT), inherited]))
-    print("| script imports | python | run | run adds |" + (" run of the other version | it adds |" if given.old else ""))
-    print("|---" * (6 if given.old else 4) + "|")
+    columns = ["script imports", "python", "run", "run adds", *(["other version", "it adds"] if given.old else [])]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in given.only:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "train.py").write_text(SCRIPTS[name] + STEP)

@@ -1,7 +1,8 @@
 """Drop-in replacements for the step functions of published training scripts, one module per project.
 
 `from dancegrpo_fast.compat.dancegrpo import flux_step` replaces one by hand, `patched(module)` every one that it
-recognises, and `dancegrpo-fast run script.py` those of a script that stays as it is.
+recognises, and `dancegrpo-fast run script.py` those of a script that stays as it is. The last two try the original
+and ours side by side, at the first call, on small CPU tensors, and replace only what computes the same.
 """
 
 import importlib

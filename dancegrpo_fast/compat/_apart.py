@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._replaced import inside
+
 # Far more than a trial takes. One that waits for what its caller holds, as for the import of a module, ends here.
 _LIMIT = 60.0
-# Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
-inside = threading.local()
 
 
 def apart(work: Callable[[], None]) -> None:

@@ -80,7 +80,7 @@ class Audit:
 
     def saw(self, layout: Layout, values: Sequence[Any], replay: bool, found: Any) -> None:
         """Takes note of a call; reads nothing from its device."""
-        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in Dispatch
+        state, output = values[layout.state], values[layout.output]
         score, after = log_prob(found), values[layout.next] if replay else next_latents(found)  # type: ignore[index]
         tensors = [t for t in (state, output, after, score) if t is not None]
         if after is None or any(type(t) is not Tensor for t in tensors) or after.shape != state.shape or state.ndim < 2:
@@ -133,6 +133,8 @@ class Audit:
         """An optimiser is about to step."""
         if self._replays and self._found is None:
             self.read()
+        elif self._calls and self.open:
+            self._stop("an optimiser stepped before any of these functions replayed something")
 
     def _stop(self, trouble: str = "") -> None:
         self.open, self.trouble = False, self.trouble or trouble

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._apart import inside
 from ._known import Known, candidates, misfit
 from ._meter import Meter
 from ._probe import Closest, compare, distance
-from ._replaced import Definition
+from ._replaced import Definition, inside
 from ._roles import Layout
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
@@ -37,7 +36,7 @@ class Dispatch:
     def __init__(self, definition: Definition) -> None:
         self.definition, self.replacements = definition, definition.replacements
         self.original = definition.function
-        self.meter = Meter(self.original)
+        self.meter = Meter(lambda values: self.layout.call(self.original, values))
         self.taken: list[Known] = []
         self.kept: dict[str, int] = {}
         known = candidates(self.original.__name__, definition.owner)
@@ -52,8 +51,6 @@ class Dispatch:
             self._refuse(unfit(self.original, self.misfits))
             return lambda args, kwargs: self._keep("its parameters", args, kwargs)
         self.layout = Layout(self.original)
-        if None in (self.layout.output, self.layout.state):
-            raise TypeError(f"{self.definition.label}: got parameters {self.layout.names}, want names of _roles.py")
         lacking = {n for k in self.fitting for n in self.layout.names if n not in self._wanted(k)}
         roles = {self.layout.output, self.layout.state, self.layout.next, self.layout.sigmas, self.layout.generator}
         self.formed = [p for p in (self.layout.step, self.layout.after) if p is not None]
@@ -68,9 +65,9 @@ class Dispatch:
 
     def dispatch(self, args: Values, kwargs: dict[str, Any]) -> Any:
         """One call."""
-        values = self.layout.bind(*args, **kwargs)
         if getattr(inside, "on", False):
-            return self.original(*values)
+            return self.original(*args, **kwargs)
+        values = self.layout.bind(*args, **kwargs)
         verdict = self.verdicts.get(self.key(values)) or self._decide(values)
         layout = self.layout
         replay = layout.next is not None and values[layout.next] is not None
@@ -89,7 +86,7 @@ class Dispatch:
     def key(self, values: Values) -> Values:
         """What a verdict holds for: every choice among behaviours, but no amount. Takes part in every call's time."""
         layout = self.layout
-        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in `entry`
+        state, output = values[layout.state], values[layout.output]
         try:
             found = [state.ndim, state.dtype, output.dtype]
         except AttributeError:
@@ -150,7 +147,7 @@ class Dispatch:
         able.sort(key=lambda k: k not in self.taken)
         closest: Closest | None = None
         equal: list[Known] = []
-        several = {values[p].dtype for p in (layout.state, layout.output)} != {torch.float32}  # type: ignore[index]
+        several = {values[p].dtype for p in (layout.state, layout.output)} != {torch.float32}
         for known in able:
             found = compare(self.original, self._bound(known, trial=True), layout, values)
             if found is None:

@@ -7,6 +7,7 @@ function, a registry, a circular import, a subclass, gets what stands in for it.
 
 import ast
 import builtins
+import functools
 import importlib.machinery
 import runpy
 import sys
@@ -109,18 +110,28 @@ def _again(code: CodeType, source: Callable[[], str | bytes | None], to_code: Ca
 
 def replace_loaded(define: Define) -> None:
     """Replaces known functions in modules that were executed before the hook was there, by a fork server for one."""
+    stands: dict[int, Any] = {}
 
-    def put(home: Any, owner: str | None) -> None:
-        for name, value in list(vars(home).items()):
+    def put(names: Mapping[str, Any], owner: str | None, hold: Callable[[str, Any], None]) -> None:
+        for name, value in list(names.items()):
             # By type alone: a lazy object may do anything when it is asked.
             if issubclass(type(value), type) and owner is None and name in METHODS:
-                put(value, name)
+                put(vars(value), name, functools.partial(setattr, value))
             elif type(value) is FunctionType and candidates(value.__name__, owner):
-                if value.__code__.co_name == value.__name__:
-                    setattr(home, name, define(value))
-                else:
+                if id(value) not in stands and value.__code__.co_name != value.__name__:
                     say(f"{value.__module__}.{value.__qualname__}: left alone: decorated and imported before the hook")
+                    continue
+                if id(value) not in stands:
+                    stand = define(value)
+                    stands[id(value)] = stands[id(stand)] = stand
+                hold(name, stands[id(value)])
 
-    for module in list(sys.modules.values()):
+    for module in list({id(module): module for module in sys.modules.values()}.values()):
         if type(module) is ModuleType and module.__name__.partition(".")[0] != _OURS:
-            put(module, None)
+            scopes = {id(vars(module)): vars(module)}
+            if module.__name__ == "__mp_main__":
+                # A copy: the script's functions look their names up where it was executed.
+                own = [f for f in vars(module).values() if type(f) is FunctionType and f.__module__ == module.__name__]
+                scopes |= {id(f.__globals__): f.__globals__ for f in own}
+            for scope in scopes.values():
+                put(scope, None, scope.__setitem__)

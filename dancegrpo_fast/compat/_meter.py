@@ -19,19 +19,18 @@ Values = tuple[Any, ...]
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what waits for a device: reads of a tensor's value, and copies of one to the host."""
+    """Counts what waits for a device: reads of a value that lies on it, and copies from it to the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self._device = 0, device.type
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        to_host = name in ("_to_copy", "copy_") and isinstance(found, Tensor) and found.device.type == "cpu"
-        from_device = any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args)
-        self.count += (name in _READS and first is not None) or (to_host and from_device)
+        if any(isinstance(a, Tensor) and a.device.type == self._device for a in args):
+            copied = name in ("_to_copy", "copy_") and self._device != "cpu" and found.device.type == "cpu"
+            self.count += copied or name in _READS
         return found
 
 
@@ -61,9 +60,9 @@ class Clock:
 
 
 class Meter:
-    """One function's calls by kind, rollout and replay."""
+    """One function's calls by kind, rollout and replay; `original` takes a call's values."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Callable[[Values], Any]) -> None:
         self.original = original
         self.calls = [0, 0]
         self.ours: tuple[list[Clock], list[Clock]] = ([], [])
@@ -80,7 +79,7 @@ class Meter:
         device = next(v.device for v in values if isinstance(v, Tensor))
         self._try(values, replay, device)
         if number == _COUNTED:
-            with HostReads() as reads:
+            with HostReads(device) as reads:
                 found = ours(values, replay)
             self.read_by_ours[replay] = reads.count
             return found
@@ -97,12 +96,12 @@ class Meter:
         try:
             with beside(device):
                 if self.reads[replay] is None:
-                    with HostReads() as reads:
-                        self.original(*twin(values))
+                    with HostReads(device) as reads:
+                        self.original(twin(values))
                     self.reads[replay] = reads.count
                 clock, values = Clock(device), twin(values)
                 clock.mark()
-                self.original(*values)
+                self.original(values)
                 clock.mark()
                 self.theirs[replay].append(clock)
         except Exception as error:  # out of memory, or a side effect that can be had once

@@ -69,12 +69,19 @@ def _silent(text: str) -> None:
 def patched(
     module_or_modules: ModuleType | Iterable[ModuleType], *, rounding: str = "exact", backend: str = "auto"
 ) -> Iterator[list[Replacement]]:
-    """Replaces the step functions of known projects, everywhere they were imported to, until the context ends.
+    r"""Replaces the step functions of known projects, everywhere they were imported to, until the context ends.
 
     A function is recognised by its name, its signature and, at its first call, by what it does: original and ours are
     called on small CPU tensors, and have to return the same. Every module that holds the function gets ours.
     References elsewhere (in a list, a closure, a `functools.partial`) are not found. Methods of the known schedulers
     are replaced on their class.
+
+        from dancegrpo_fast.compat import patched
+        import train_grpo_flux
+
+        with patched(train_grpo_flux) as done:
+            print(*done, sep="\n")
+            train_grpo_flux.main(arguments)
 
     Args:
         module_or_modules: where to look.

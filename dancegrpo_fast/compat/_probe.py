@@ -1,8 +1,8 @@
 """Whether ours does what an original does: both are called on small CPU tensors, and what they return is compared.
 
-The tensors are made after those of a real call. Both sample from a seed and score a given next sample, at the first,
-an inner and the last step, and what they return, how they leave the random state and the scheduler, and the gradient
-with respect to the model's output have to be the same.
+The tensors are made after those of a real call. Both sample from a seed and score a given next sample, at the first
+two, an inner and the last step. The same have to be: what they return, how they leave the random state and the
+scheduler, and the gradient with respect to the model's output.
 """
 
 import math
@@ -70,7 +70,7 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
     found: list[Closest] = []
     try:
         small = Small(layout, values)
-        apart(lambda: found.extend(_differences(lambda v, _: original(*v), ours, small)))
+        apart(lambda: found.extend(_differences(lambda v, _: layout.call(original, v), ours, small)))
     except Exception as error:
         found.append(Closest(math.inf, f"it could not be tried: {type(error).__name__}: {error}"))
     return max(found, key=lambda difference: difference.size, default=None)
@@ -81,12 +81,11 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 
     The largest difference of a result at an inner step, relative to the original's largest number.
     """
-    found = [0.0]
+    found, small = [0.0], Small(layout, values)
 
     def work() -> None:
-        small = Small(layout, values)
         for setting in list(small.settings())[:2]:
-            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v, _: original(*v), ours))
+            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v, _: layout.call(original, v), ours))
             for name in plain.found.keys() & mine.found.keys():
                 theirs, value = plain.found[name], mine.found[name]
                 if isinstance(theirs, Tensor) and isinstance(value, Tensor) and theirs.shape == value.shape:
@@ -99,7 +98,7 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 
 def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: Any) -> Ran:
     values, layout, ran = small.make(setting, **how), small.layout, Ran()
-    output: Tensor = values[layout.output]  # type: ignore[index]  # seen in Dispatch
+    output: Tensor = values[layout.output]
     torch.manual_seed(seed)
     try:
         with torch.set_grad_enabled(setting.scored):
@@ -167,7 +166,7 @@ def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[
             mine.forget(mine.log_prob)
         why = f"ours raises {mine.error}" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
         if why:
-            dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items() if p is not None)
+            dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items())
             yield Closest(math.inf, f"{setting} with {dtypes} it {why}")
 
 

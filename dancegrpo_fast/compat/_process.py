@@ -51,7 +51,7 @@ class Process:
                 if name not in self.seen:
                     say(f"{option} {name}: no such function was defined")
         if not self.seen:
-            say("no step function of a known project was defined: nothing was replaced (--help lists them)")
+            say("no step function of a known project was defined in this process: nothing was replaced (see --help)")
         self.replacements.finish()
 
 

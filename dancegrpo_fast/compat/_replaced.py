@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ._audit import Audit
     from ._dispatch import Dispatch
 
+# Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
+inside = threading.local()
+
 
 class Definition:
     """A step function of a script, from where it is defined to who takes its calls."""
@@ -33,6 +36,8 @@ class Definition:
 
     def start(self) -> Callable[..., Any]:
         """What takes the calls from now on; this is where torch is imported."""
+        if getattr(inside, "on", False):
+            return lambda args, kwargs: self.function(*args, **kwargs)
         compiler = sys.modules.get("torch._dynamo")
         # A first call from compiled code would have it trace all of this.
         begin: Callable[[], Callable[..., Any]] = self._begin if compiler is None else compiler.disable(self._begin)

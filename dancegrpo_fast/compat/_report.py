@@ -77,10 +77,7 @@ def finish(replacements: "Replacements") -> None:
     try:
         found = collect(replacements)
         if called:
-            # Children print tables of their own.
-            child = multiprocessing.parent_process() is not None
-            where = f"in {multiprocessing.current_process().name}" if child else ""
-            replacements.say(f"{where}\n{table(found)}")
+            replacements.say(f"\n{table(found)}")
         elif replacements.definitions:
             names = ", ".join(sorted({d.label for d in replacements.definitions}))
             replacements.say(f"none of these functions was called: {names}")

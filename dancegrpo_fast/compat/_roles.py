@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 OUTPUT = ("model_output", "noise_pred", "velocity")
@@ -21,6 +21,9 @@ class Layout:
 
     `bind(*args, **kwargs)` gives the values in the order of `names`, defaults filled in, and raises Python's own
     TypeError.
+
+    Raises:
+        ValueError: no parameter is the model's output or the latents.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -28,9 +31,23 @@ class Layout:
         self.names = tuple(signature.parameters)
         self.defaults = tuple(p.default for p in signature.parameters.values())
         self.bind = _binder(function.__name__, signature)
-        self.output, self.state, self.next = self._place(OUTPUT), self._place(STATE), self._place(NEXT)
+        self.output, self.state = self._required(OUTPUT), self._required(STATE)
+        self.next = self._place(NEXT)
+        kinds = [p.kind for p in signature.parameters.values()]
+        self._named = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.KEYWORD_ONLY), len(kinds))
         self.step, self.after, self.sigmas = self._place(STEP), self._place(AFTER), self._place(SIGMAS)
         self.generator, self.owner = self._place(GENERATOR), self._place(SELF)
+
+    def call(self, function: Callable[..., Any], values: Sequence[Any]) -> Any:
+        """`function` with values in the order of `names`."""
+        named = zip(self.names[self._named :], values[self._named :], strict=True)
+        return function(*values[: self._named], **dict(named))
+
+    def _required(self, role: tuple[str, ...]) -> int:
+        place = self._place(role)
+        if place is None:
+            raise ValueError(f"parameters: got {', '.join(self.names)}, want one of {', '.join(role)}")
+        return place
 
     def _place(self, role: tuple[str, ...]) -> int | None:
         return next((place for place, name in enumerate(self.names) if name in role), None)

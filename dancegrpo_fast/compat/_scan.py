@@ -63,12 +63,18 @@ def _verdict(found: Definition, settings: Settings) -> str:
         return "left alone: not named by --only"
     if not names.isdisjoint(settings.skip):
         return "left alone: named by --skip"
-    rows = candidates(found.name, found.owner)
-    reasons = [(known, misfit(known, found.parameters, _ours(known.ours))) for known in rows]
-    fitting = [f"{known.target} ({known.about})" for known, reason in reasons if reason is None]
+    fitting: dict[str, list[str]] = {}
+    reasons: list[str] = []
+    for known in candidates(found.name, found.owner):
+        reason = misfit(known, found.parameters, _ours(known.ours))
+        if reason is None:
+            fitting.setdefault(known.target, []).append(known.about)
+        else:
+            reasons.append(f"as {known.target} it {reason}")
     if fitting:
-        return f"tried at its first call as {', then as '.join(fitting)}"
-    return "left alone: " + "; ".join(f"as {known.about}'s it {reason}" for known, reason in reasons)
+        tried = (f"{target} ({'; '.join(about)})" for target, about in fitting.items())
+        return f"tried at its first call as {', then as '.join(tried)}"
+    return f"left alone: {'; '.join(dict.fromkeys(reasons))}"
 
 
 @functools.cache

@@ -27,5 +27,5 @@ class Settings:
 def say(text: str) -> None:
     """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
     child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)

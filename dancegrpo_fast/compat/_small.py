@@ -35,14 +35,16 @@ class Small:
 
     def __init__(self, layout: Layout, values: Values) -> None:
         self.layout = layout
-        state, output = values[layout.state], values[layout.output]  # type: ignore[index]  # seen in Dispatch
+        state, output = values[layout.state], values[layout.output]
         after = None if layout.next is None else values[layout.next]
         self.tensors = {layout.state: state.dtype, layout.output: output.dtype}
         if layout.next is not None:
             self.tensors[layout.next] = after.dtype if isinstance(after, Tensor) else state.dtype
         self.batch = state.shape[0] if state.ndim else 1
         self.shape = (_BATCH, *(min(side, _SIDE) for side in state.shape[1:]))
-        self.values = [None if p in self.tensors else twin(v, _on_cpu) for p, v in enumerate(values)]
+        # Copies of a schedule that was made in inference mode are to be saved for a backward.
+        with torch.inference_mode(False), torch.no_grad():
+            self.values = [None if p in self.tensors else twin(v, _on_cpu) for p, v in enumerate(values)]
         self.owner = None if layout.owner is None else self.values[layout.owner]
         self.times = getattr(self.owner, "timesteps", None)
         self.given = layout.generator is not None and values[layout.generator] is not None
@@ -59,17 +61,19 @@ class Small:
 
     def settings(self) -> Iterator[Setting]:
         """All that is compared, the inner step first."""
-        count = self.count
-        # What a function does where sigma is near 1 shows at the second step.
-        places = {None: "given"} if count is None else {0: "first", 1: "second", count - 1: "last", count // 2: "inner"}
-        for at, name in reversed(places.items()):
-            if at is not None and not 0 <= at < max(count or 0, 1):
-                continue
-            yield Setting(name, at, False)
+        places: dict[int | None, str] = {None: "given"}
+        if self.count is not None:
+            places = {self.count // 2: "inner"}
+            # What a function does where sigma is near 1 shows at the second step.
+            for at, name in ((0, "first"), (1, "second"), (self.count - 1, "last")):
+                if 0 <= at < self.count:
+                    places.setdefault(at, name)
+        for place, name in places.items():
+            yield Setting(name, place, False)
             if self.layout.next is not None:
-                yield Setting(name, at, True)
+                yield Setting(name, place, True)
             if self.layout.generator is not None:
-                yield Setting(name, at, False, generator=True)
+                yield Setting(name, place, False, generator=True)
 
     def make(self, setting: Setting, nudge: int = 0, real: bool = False) -> list[Any]:
         """The arguments: with `nudge` 1 or -1 each number is off by a rounding; `real` takes the call's own dtypes."""

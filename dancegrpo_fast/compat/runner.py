@@ -30,7 +30,8 @@ Processes that multiprocessing starts get the same. Spawned ones report for them
 options:
   --rounding exact|reference   of ours: exact arithmetic, or the roundings of the published code (exact)
   --backend NAME               of ours: {backends} (auto)
-  --latents DTYPE              scored as stored: next latents are rounded to {latents} before they are scored
+  --latents DTYPE              {latents}, to which a script casts its latents after each step:
+                               they are rounded to it before they are scored, so that the first ratio is 1
   --accelerate lossless|fast   transformers that are loaded through diffusers get this library's block ops; without a
                                CUDA device only as lossless:cpu or fast:cpu, since there they cost time
   --only NAME, --skip NAME     replace these alone, or all but these; more names after commas, or by repeating
@@ -97,7 +98,7 @@ def _dry_run(program: Sequence[str], settings: Settings) -> Callable[[], None]:
 
 def usage() -> str:
     """What `--help` prints."""
-    return USAGE.format(backends="|".join(BACKENDS), latents=", ".join(LATENTS), names=_names())
+    return USAGE.format(backends="|".join(BACKENDS), latents="|".join(LATENTS), names=_names())
 
 
 def _labels() -> dict[str, list[str]]:
@@ -108,7 +109,7 @@ def _labels() -> dict[str, list[str]]:
 
 
 def _names() -> str:
-    return "\n".join(f"  {name}  ({', '.join(dict.fromkeys(about))})" for name, about in _labels().items())
+    return "\n".join(f"  {name}  ({'; '.join(dict.fromkeys(about))})" for name, about in _labels().items())
 
 
 def _settings(given: dict[str, list[str]]) -> Settings:
@@ -123,6 +124,11 @@ def _settings(given: dict[str, list[str]]) -> Settings:
                 raise ValueError(f'--{name}: got "{wanted}", want NAME or package.module:NAME of\n{_names()}')
         if name in given and not fields[name]:
             raise ValueError(f'--{name}: got "{",".join(given[name])}", want a name')
+    if "report" in fields:
+        # The script may go elsewhere.
+        fields["report"] = os.path.abspath(fields["report"])
+        if not os.path.isdir(os.path.dirname(fields["report"])):
+            raise ValueError(f"--report: got {given['report'][-1]}, whose folder does not exist; want a file to write")
     return Settings(**fields)
 
 
@@ -196,7 +202,7 @@ def _run(run: Callable[[], None], settings: Settings) -> None:
 
 def _without_our_frames(error: BaseException) -> None:
     """Has Python print the script's part of the traceback alone, by whichever hook the script left."""
-    hook, folder, own = sys.excepthook, str(Path(__file__).resolve().parents[1]), error.__traceback__
+    hook, folder, own = sys.excepthook, os.path.join(Path(__file__).parents[1], ""), error.__traceback__
     while own is not None and own.tb_frame.f_code.co_filename.startswith(folder):
         own = own.tb_next
 

@@ -206,6 +206,13 @@ def test_what_was_not_seen_is_said() -> None:
     x = torch.randn(4, 5, 6)
     script.replay([(x, x, 1)])
     assert "no rollout was seen" in script.all.report()["first_update"]["text"]
+    script = Script()
+    script.optimizer.step()
+    script.rollout()
+    assert script.all.audit is not None and script.all.audit.open
+    script.optimizer.step()
+    assert not script.all.audit.open  # nothing more is kept, for however long the script goes on
+    assert "an optimiser stepped before any" in script.all.report()["first_update"]["text"]
 
 
 def test_an_optimizer_that_is_not_torch_s() -> None:

@@ -62,6 +62,18 @@ def test_nothing_to_replace_and_unknown_signatures_are_refused() -> None:
         pass
 
 
+def test_a_static_method_is_refused_and_nothing_stays_replaced() -> None:
+    class FlowMatchSDEDiscreteScheduler:
+        @staticmethod
+        def sample_previous_step() -> None: ...
+
+    fork = ModuleType("fork")
+    fork.kind, step = FlowMatchSDEDiscreteScheduler, PEERS["mixgrpo"].flow_grpo_step
+    with pytest.raises(ValueError, match="got a staticmethod, want a function"), patched([PEERS["mixgrpo"], fork]):
+        pass
+    assert PEERS["mixgrpo"].flow_grpo_step is step
+
+
 def test_a_function_that_does_something_else_raises_when_it_is_called() -> None:
     fork = ModuleType("fork")
     text = Path(PEERS["mixgrpo"].__file__).read_text()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.compat import mixgrpo
-from dancegrpo_fast.compat._known import Known
+from dancegrpo_fast.compat._known import KNOWN, Known
 from dancegrpo_fast.compat._replaced import Replacements
+from dancegrpo_fast.compat._roles import OUTPUT, STATE, Layout
 from dancegrpo_fast.compat._settings import Settings
 
 from ..processes import LIMIT
@@ -203,6 +204,35 @@ def test_a_scheduler_is_not_touched() -> None:
     assert "it leaves other values than ours in self.calls" in told.said[0]
 
 
+def test_a_schedule_of_inference_mode() -> None:
+    told, x, kind = Told(), X, PEERS["verl_omni"].FlowMatchSDEDiscreteScheduler
+    step = told.stand_in(kind.sample_previous_step, kind.__name__)
+    with torch.inference_mode():
+        scheduler = kind(shift=3.0)
+        scheduler.set_timesteps(4)
+        for scheduler._step_index in range(4):
+            x = step(scheduler, x, V, sde_type="dance_sde")[0]
+    assert told.calls() == [4, 0, 0], told.said
+
+
+def test_an_original_that_calls_another_one() -> None:
+    told = Told()
+    inner = fork(name="dance_grpo_step")
+    outer = fork(
+        (
+            "    device = model",
+            "    other(model_output, latents, 0.3, sigmas, index, latents, True, True)\n    device = model",
+        )
+    )
+    outer.__globals__["other"] = told.stand_in(inner)
+    step = told.stand_in(outer)
+    for _ in range(5):
+        step(V, X, 0.7, SIGMAS, 1, AFTER)
+    # Only what the script itself calls counts, and what is called on the side waits for nothing.
+    assert told.calls() == [0, 5, 0] and len(told.said) == 1
+    assert told.all.report()["functions"][0]["original_not_timed"] == ""
+
+
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
     """How often it was called."""
     calls: list[int] = []
@@ -265,6 +295,24 @@ def test_a_signature_that_does_not_fit_goes_to_the_original() -> None:
     step = told.stand_in(original)
     assert len(step(V, X, 0.7, SIGMAS, 1, None)) == 5
     assert told.calls() == [0, 0, 1] and "it takes **more" in told.said[0]
+
+
+def test_parameters_that_are_only_named() -> None:
+    told = Told()
+    step = told.stand_in(fork(("generator=None, determistic", "generator=None, *, determistic")))
+    for _ in range(3):
+        step(V, X, 0.7, SIGMAS, 1, None, determistic=True)
+    assert told.calls() == [3, 0, 0]
+    assert told.all.report()["functions"][0]["original_not_timed"] == ""
+    with pytest.raises(TypeError, match="positional arguments but 8 were given"):
+        step(V, X, 0.7, SIGMAS, 1, None, None, True)
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.ours)
+def test_every_known_function_has_parameters_that_are_told_apart(known: Known) -> None:
+    layout = Layout(known.load())
+    assert layout.names[layout.state] in STATE and layout.names[layout.output] in OUTPUT
+    assert layout.next is not None and layout.step is not None
 
 
 def test_what_cannot_stand_in_is_said() -> None:

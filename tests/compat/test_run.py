@@ -157,7 +157,7 @@ def test_nothing_known_is_said_after_the_script_has_run(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"{SAID}--only flux_step: no such function was defined",
         f"{SAID}--only __main__:dance_grpo_step: no such function was defined",
-        f"{SAID}no step function of a known project was defined: nothing was replaced (--help lists them)",
+        f"{SAID}no step function of a known project was defined in this process: nothing was replaced (see --help)",
     ]
 
 
@@ -182,10 +182,11 @@ def test_help_names_options_and_functions(capsys: pytest.CaptureFixture[str]) ->
         (["--accelerate", "yes", "x.py"], '--accelerate: got "yes", want one of'),
         (
             ["--only", "flux", "x.py"],
-            '--only: got "flux", want NAME or package.module:NAME of\n  flux_step  (DanceGRPO)',
+            '--only: got "flux", want NAME or package.module:NAME of\n  flux_step  (DanceGRPO; ',
         ),
         (["--skip", "m:step", "x.py"], '--skip: got "m:step", want NAME'),
         (["--skip=,", "x.py"], '--skip: got ",", want a name'),
+        (["--report", "no/run.json", "x.py"], "--report: got no/run.json, whose folder does not exist; want a file"),
         (["--other", "x.py"], "--other: want one of --rounding, --backend,"),
         (["-c", "x.py"], "-c: want one of --rounding, --backend,"),
         (

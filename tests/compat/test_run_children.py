@@ -1,6 +1,5 @@
 """Processes that a script starts under `run`: replaced too, or said not to be."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ if __name__ == "__main__":
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             # Before the hook can be there.
-            context.set_forkserver_preload(["__main__", "steps.deep.flux"])
+            context.set_forkserver_preload(["__main__", "early", "steps.deep.flux"])
         child = context.Process(target=nested if method == "spawn" else told, args=(method, flux_step))
         child.start()
         child.join()
@@ -49,9 +48,22 @@ if __name__ == "__main__":
 )
 
 
+EARLY = """
+from multiprocessing import process, spawn
+
+process.current_process()._inheriting = True
+try:
+    spawn.import_main_path({path!r})
+finally:
+    del process.current_process()._inheriting
+"""
+
+
 def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "steps/deep").mkdir(parents=True)
     (tmp_path / "steps/deep/flux.py").write_text(STEP)
+    # What the fork server of later Pythons does by itself.
+    (tmp_path / "early.py").write_text(EARLY.format(path=str(tmp_path / "train.py")))
     (tmp_path / "package").mkdir()
     (tmp_path / "elsewhere").mkdir()
     ours = tmp_path / "elsewhere/dancegrpo_fast"
@@ -67,7 +79,7 @@ def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
             f"{kind} {'__main__' if kind == 'fork' else '__mp_main__'} [True, True, True] {ours / '__init__.py'}"
             for kind in ("fork", "spawn", "nested", "forkserver", "pool")
         ]
-        # Of the first process alone.
+        # Of the first process only.
         assert done.stderr == f"{SAID}none of these functions was called: flux_step\n"
 
 
@@ -138,5 +150,5 @@ def test_ray_is_named() -> None:
 def test_a_child_s_report_has_a_file_of_its_own(tmp_path: Path) -> None:
     text = "print(multiprocessing.spawn.get_preparation_data('Worker-1')['dancegrpo_fast']._settings.report)"
     (tmp_path / "train.py").write_text(f"import multiprocessing.spawn\n{text}")
-    done = python(tmp_path, *RUN, "--report", os.path.join("out", "run.json"), "train.py")
-    assert done.stdout == f"{os.path.join('out', 'run.Worker-1.json')}\n"
+    done = python(tmp_path, *RUN, "--report", "run.json", "train.py")
+    assert done.stdout == f"{tmp_path / 'run.Worker-1.json'}\n" and (tmp_path / "run.json").is_file()
