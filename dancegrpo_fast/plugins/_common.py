@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -42,10 +42,8 @@ def replacements(rounding: str, backend: str) -> Any:
     from ..dropin.replaced import Replacements
     from ..dropin.settings import Settings
 
-    made: Any = Replacements(Settings(rounding=rounding, backend=backend), say)
     # An engine rolls out in other processes, or takes some steps itself: an audit would miss what it has to see.
-    made.audit = SimpleNamespace(open=False)
-    return made
+    return Replacements(Settings(rounding=rounding, backend=backend), say, audited=False)
 
 
 def stand_in(method: Callable[..., Any], owner: str, rounding: str = "exact", backend: str = "auto") -> Any:
