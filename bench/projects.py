@@ -18,11 +18,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import dancegrpo_fast
 from dancegrpo_fast.dropin.known import KNOWN
 
 _GUARD = re.compile(r"__name__\s*==\s*['\"]__main__['\"]")
@@ -148,7 +150,7 @@ def arguments(function: Any, owner: type | None) -> dict[str, Any]:
 
 def run_one(program: list[str], root: Path) -> dict[str, Any]:
     """Runs a script, or `-m` and a module, with `--help` under `run`; then calls what it has of known functions."""
-    from dancegrpo_fast.compat import runner
+    from dancegrpo_fast.dropin import command
     from dancegrpo_fast.dropin.source import HOOK
 
     absent = _AbsentModules(root)
@@ -158,7 +160,7 @@ def run_one(program: list[str], root: Path) -> dict[str, Any]:
     # Where older scripts look for it.
     diffusers.utils.randn_tensor = diffusers.utils.torch_utils.randn_tensor
     ended = "ran to its end"
-    execute = runner.prepare([*program, "--help"])
+    execute = command.prepare([*program, "--help"])
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             execute()
@@ -203,10 +205,14 @@ def state_of(root: Path) -> str:
 
 def _process(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    search = os.pathsep.join([str(root), str(root / "src"), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": search}
+    folders = (root, root / "src", Path(dancegrpo_fast.__file__).parents[1], Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, env=environment)
+        # A script that does not know `--help` does its work, and writes files.
+        with tempfile.TemporaryDirectory() as folder:
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=_SECONDS, env=environment, cwd=folder
+            )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"longer than {_SECONDS} s")
 
@@ -227,7 +233,7 @@ def look(root: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"script": str(script.relative_to(root)), "dry_run": dry.stdout.replace(f"{root}/", "")}
         if dry.returncode != 0:
             row["crash"] = dry.stderr[-400:]
-        elif ".py:" in dry.stdout:
+        elif "tried at its first call" in dry.stdout:
             row |= _run(root, str(script))
         rows.append(row)
     met = set[str]()
