@@ -99,7 +99,7 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: Any) -> Ran:
     values, layout, ran = small.make(setting, **how), small.layout, Ran()
     output: Tensor = values[layout.output]
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach the random numbers of GPUs, too
     try:
         with torch.set_grad_enabled(setting.scored):
             output.requires_grad_(setting.scored)

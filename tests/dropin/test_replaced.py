@@ -165,12 +165,13 @@ def test_an_original_that_raises_is_left_to_do_so(function: Callable[..., Any], 
     assert reason in told.said[0]
 
 
-def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     noisy = "import random, warnings, numpy, logging; random.random(); numpy.random.rand(); print('heard'); "
     noisy += "warnings.warn('heard'); logging.getLogger('x').error('heard'); device = model_output.device"
     told = Told()
     step = told.stand_in(fork(("    device = model_output.device", f"    {noisy}")))
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs have other random numbers"))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     torch.set_default_dtype(torch.float64)
     try:
