@@ -80,6 +80,24 @@ def test_unipc_takes_its_own_step_in_evaluation(installed: ModuleType) -> None:
         flow_factory.scheduler_class("x")
 
 
+@pytest.mark.parametrize(("name", "field"), [(EULER, "velocity"), (UNIPC, "noise_pred")])
+def test_the_model_s_output_may_be_asked_for_off_the_schedule(name: str, field: str, installed: ModuleType) -> None:
+    theirs = getattr(DOUBLES, name)
+    setattr(installed, name, theirs)
+    times = {"timestep": torch.tensor([333.0]), "timestep_next": torch.zeros(1)}
+    asked = {**times, "noise_level": 0.0, "compute_log_prob": False, "return_kwargs": [field]}
+    results, states = [], []
+    for kind in (flow_factory.scheduler_class(name), theirs):
+        scheduler, generator = kind(), torch.Generator().manual_seed(3)
+        if name == UNIPC:
+            scheduler.alphas_cumprod = scheduler.alphas_cumprod.numpy()  # diffusers makes it an array with a warning
+        scheduler.set_timesteps(4)
+        found = scheduler.step(draw(BF16, 1), latents=draw(F32, 2), generator=generator, **asked)
+        results.append(getattr(found, field))
+        states.append(generator.get_state())
+    assert torch.equal(*results) and torch.equal(*states) and results[0].dtype == F32
+
+
 def test_without_the_project_there_is_one_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flow_factory", None)
     flow_factory._made.cache_clear()
