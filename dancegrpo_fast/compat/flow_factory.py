@@ -1,4 +1,15 @@
-"""Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`)."""
+"""Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`).
+
+    import torch
+    from dancegrpo_fast.compat.flow_factory import FlowMatchEulerDiscreteSDEScheduler
+
+    scheduler = FlowMatchEulerDiscreteSDEScheduler(noise_level=0.7)
+    scheduler.set_timesteps(10)
+    latents, output, time = torch.randn(2, 64, 16), torch.randn(2, 64, 16), scheduler.timesteps[2]
+    drawn = scheduler.step(output, time, latents)
+    scored = scheduler.step(output, time, latents, next_latents=drawn.next_latents)
+    assert torch.equal(scored.log_prob, drawn.log_prob)
+"""
 
 import importlib
 import inspect
@@ -64,8 +75,7 @@ def step(
     Args:
         self: their scheduler or one like it, of which `timesteps`, `sigmas`, `noise_level`, `dynamics_type`, `is_eval`
             and `current_sde_steps` are read.
-        velocity: `[B, ...]`; the log-probability and the mean are
-            differentiable in it alone.
+        velocity: `[B, ...]`; the log-probability and the mean are differentiable in it alone.
         timestep: one of the scheduler's, `[B]` or `[1]` of them, or an integer on the host: a step index.
         latents: `[B, ...]`.
         next_latents: what to score.

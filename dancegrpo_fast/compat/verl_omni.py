@@ -1,4 +1,15 @@
-"""verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`)."""
+"""verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`).
+
+    import torch
+    from dancegrpo_fast.compat.verl_omni import FlowMatchSDEDiscreteScheduler
+
+    scheduler = FlowMatchSDEDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    latents, output, time = torch.randn(2, 64, 16), torch.randn(2, 64, 16), scheduler.timesteps[2:3]
+    after, log_prob, mean, std = scheduler.sample_previous_step(latents, output, time)
+    again = scheduler.sample_previous_step(latents, output, time, prev_sample=after)[1]
+    assert torch.equal(again, log_prob)
+"""
 
 from dataclasses import dataclass
 from typing import Any
