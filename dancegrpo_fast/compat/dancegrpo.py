@@ -7,6 +7,8 @@
     after, x0, log_prob = flux_step(output, latents, 0.3, sigmas, 2, None, True, True)
     again = flux_step(output, latents, 0.3, sigmas, 2, after, True, True)[2]
     assert torch.equal(again, log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 import torch

@@ -10,6 +10,8 @@
     after, log_prob = ddim_step_with_logprob(scheduler, output, time, latents, eta=1.0)
     again = ddim_step_with_logprob(scheduler, output, time, latents, eta=1.0, prev_sample=after)[1]
     assert torch.equal(again, log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 from typing import Any

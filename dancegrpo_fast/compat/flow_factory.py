@@ -9,6 +9,8 @@
     drawn = scheduler.step(output, time, latents)
     scored = scheduler.step(output, time, latents, next_latents=drawn.next_latents)
     assert torch.equal(scored.log_prob, drawn.log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 import importlib

@@ -10,6 +10,8 @@
     after, log_prob, mean, std_dev_t = sde_step_with_logprob(scheduler, output, time, latents, 0.7)
     again = sde_step_with_logprob(scheduler, output, time, latents, 0.7, prev_sample=after)[1]
     assert torch.equal(again, log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 from typing import Any

@@ -7,6 +7,8 @@
     after, x0, log_prob, mean, std = flow_grpo_step(output, latents, 0.7, sigmas, 2, None)
     again = flow_grpo_step(output, latents, 0.7, sigmas, 2, after)[2]
     assert torch.equal(again, log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 from typing import Any

@@ -9,6 +9,8 @@
     after, log_prob, mean, std = scheduler.sample_previous_step(latents, output, time)
     again = scheduler.sample_previous_step(latents, output, time, prev_sample=after)[1]
     assert torch.equal(again, log_prob)
+
+A sample is scored as it was drawn, so the ratio of a first update is 1.
 """
 
 from dataclasses import dataclass

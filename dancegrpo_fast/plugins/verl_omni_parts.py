@@ -1,9 +1,11 @@
-"""What `plugins.verl_omni` puts into verl-omni, part by part, for a module of one's own under `external_lib`.
+"""What `plugins.verl_omni` puts into verl-omni, part by part, for a module of one's own under `external_lib`:
 
-from dancegrpo_fast.plugins import verl_omni_parts
+    from dancegrpo_fast.plugins import verl_omni_parts
 
-verl_omni_parts.step()
-verl_omni_parts.loss()
+    verl_omni_parts.step()
+    verl_omni_parts.loss()
+
+Rollout and actor need the same `step`, or old log-probabilities are another code's.
 """
 
 import functools
