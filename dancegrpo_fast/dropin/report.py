@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import loading
+from .settings import rank, ranks
 
 if TYPE_CHECKING:
     from .dispatch import Dispatch
@@ -26,6 +27,7 @@ def collect(replacements: "Replacements") -> dict[str, Any]:
         "settings": asdict(replacements.settings),
         "functions": [_function(dispatch) for dispatch in called],
         "not_replaced": list(replacements.refused),
+        "not_called": [f"{d.where} {d.label}" for d in replacements.definitions if d.dispatch is None],
         "accelerated": list(loading.RECORDS),
         "first_update": None if replacements.audit is None else replacements.audit.result(),
         "peak_memory": peak_memory(),
@@ -109,6 +111,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"{times} calls of the original {function['function']}: {why}")
         if function["original_not_timed"]:
             lines.append(f"the original {function['function']} was not timed: {function['original_not_timed']}")
+    if found["not_called"]:
+        lines.append(f"never called: {', '.join(found['not_called'])}")
     update = found["first_update"]
     if update is not None:
         lines.append(update["text"])
@@ -126,9 +130,7 @@ def _time(microseconds: float | None) -> str:
 
 def _own(path: Path) -> Path:
     """The file of this process: one of several ranks has its number in the name."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return path
-    return path.with_name(f"{path.stem}.rank{os.environ.get('RANK', '0')}{path.suffix}")
+    return path if ranks() == 1 else path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

@@ -24,8 +24,18 @@ class Settings:
     report: str | None = None
 
 
+def rank() -> int:
+    """This process's number in a distributed run, from 0."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def ranks() -> int:
+    """How many processes a distributed run has."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def say(text: str) -> None:
     """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
     child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
-    if (os.environ.get("RANK") or "0") == "0":
+    if rank() == 0:
         print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)

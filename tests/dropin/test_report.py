@@ -108,12 +108,14 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         step(V, X, 0.7, SIGMAS, 1, None)
     for _ in range(3):
         other(V, X, 0.7, SIGMAS, 1, None)
+    found.stand_in(fork("pass"), None, "imported.py:3")
     found.finish()
     lines = [line.strip() for line in said[-1].splitlines()[1:]]
     assert lines[0].split("  ")[0] == "function" and "us, original" in lines[0]
     assert lines[1].startswith("train.py:131 flow_grpo_step  rollout      5")
     (kept,) = [line for line in lines if line.startswith("3 calls of the original flow_grpo_step: sampling at the")]
     assert "is off by" in kept
+    assert "never called: imported.py:3 flow_grpo_step" in lines
     assert "FluxTransformer2DModel: block ops (lossless)" in lines
     assert "UNet2DConditionModel: as it was: no such blocks" in lines
     assert "the first update was not audited: no replay with a gradient was seen in this process" in lines
