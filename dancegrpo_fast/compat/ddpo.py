@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import transitions
+from ..checks import check_choice
 from ..kernels.transition import reference
 from ._common import Sampler, advance, as_step, cached, noise_like
 
@@ -62,8 +63,7 @@ def ddim_step_with_logprob(
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("generator: got one together with prev_sample, want one of them")
-    if rounding not in ("exact", "reference"):
-        raise ValueError(f'rounding: got "{rounding}", want "exact" or "reference"')
+    check_choice("rounding", rounding, ("exact", "reference"))
     sampler = _sampler(self, eta)
     wide = reference.compute_dtype(sample, model_output)
     found = advance(

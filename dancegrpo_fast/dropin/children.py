@@ -5,14 +5,14 @@ import importlib.machinery
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from multiprocessing import spawn
 from pathlib import Path, PurePath
 from typing import Any
 
 from .launchers import RUN, after_options, is_python, launches, with_run
-from .settings import Settings, say
+from .settings import Settings
 
 _INSTALLED = {"site-packages", "dist-packages"}
 
@@ -52,9 +52,8 @@ class _Passport:
         return exec, (text, {})
 
 
-def tell_of_others() -> None:
+def tell_of_others(say: Callable[[str], None]) -> None:
     """Says of each other Python process that the script starts which words would have it replaced."""
-    told: set[str] = set()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"):
@@ -63,8 +62,7 @@ def tell_of_others() -> None:
         with contextlib.suppress(Exception):
             words = shlex.split(os.fsdecode(arguments[0])) if event == "os.system" else _words(arguments[1])
             hint = _hint(words)
-            if hint is not None and hint not in told:
-                told.add(hint)
+            if hint is not None:
                 say(hint)
 
     sys.addaudithook(hook)

@@ -39,7 +39,7 @@ def install(mode: str, say: Callable[[str], None]) -> dict[str, Callable[[Module
 
     Args:
         mode: one of `MODES`.
-        say: gets a line for each new kind of outcome.
+        say: gets a line for each model.
 
     Returns:
         Functions by the module that each waits for. One that was imported already is served at once.
@@ -48,15 +48,9 @@ def install(mode: str, say: Callable[[str], None]) -> dict[str, Callable[[Module
         ValueError: an unknown mode.
     """
     check_mode(mode)
-    said: set[str] = set()
-
-    def tell(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            say(text)
 
     def follow(module: ModuleType) -> None:
-        _follow(module.ConfigMixin, lambda model: _place(model, mode, tell))
+        _follow(module.ConfigMixin, lambda model: _place(model, mode, say))
 
     if _WATCHED in sys.modules:
         follow(sys.modules[_WATCHED])
@@ -77,7 +71,7 @@ def _follow(mixin: Any, place: Callable[[Any], None]) -> None:
     mixin.from_config = classmethod(from_config)
 
 
-def _place(model: Any, mode: str, tell: Callable[[str], None]) -> None:
+def _place(model: Any, mode: str, say: Callable[[str], None]) -> None:
     """Puts the block ops into a denoiser, or says why not."""
     import torch
 
@@ -99,4 +93,4 @@ def _place(model: Any, mode: str, tell: Callable[[str], None]) -> None:
             f" (--accelerate {rounding}:cpu puts them in)"
         )
     RECORDS.append({"class": name, "mode": rounding, "accepted": not reason, "reason": reason})
-    tell(f"{name} is left as it is: {reason}" if reason else f"{name} runs on the block ops ({rounding})")
+    say(f"{name} is left as it is: {reason}" if reason else f"{name} runs on the block ops ({rounding})")

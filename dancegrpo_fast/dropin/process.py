@@ -38,11 +38,11 @@ class Process:
         """Everything that is defined, loaded or spawned is looked at from now on."""
         watch: Mapping[str, Any] = {}
         if self.settings.accelerate is not None:
-            watch = loading.install(self.settings.accelerate, say)
+            watch = loading.install(self.settings.accelerate, self.replacements.say)
         imports.install(self.define, watch)
         imports.replace_loaded(self.define)
         children.follow(self.settings)
-        children.tell_of_others()
+        children.tell_of_others(self.replacements.say)
 
     def finish(self) -> None:
         """Says what was done; names that were asked for and never occurred, too."""

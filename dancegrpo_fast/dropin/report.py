@@ -78,7 +78,7 @@ def finish(replacements: "Replacements") -> None:
         return  # a loader's worker, for one, has nothing to tell
     try:
         found = collect(replacements)
-        if called:
+        if called or found["accelerated"]:
             replacements.say(f"\n{table(found)}")
         elif replacements.definitions:
             names = ", ".join(sorted({d.label for d in replacements.definitions}))
@@ -116,9 +116,11 @@ def table(found: dict[str, Any]) -> str:
     update = found["first_update"]
     if update is not None:
         lines.append(update["text"])
+    models: dict[str, None] = {}
     for record in found["accelerated"]:
         how = f"block ops ({record['mode']})" if record["accepted"] else f"as it was: {record['reason']}"
-        lines.append(f"{record['class']}: {how}")
+        models[f"{record['class']}: {how}"] = None
+    lines += models
     memory = found["peak_memory"]
     lines.append(f"peak memory: {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})")
     return "\n".join(f"  {line}" for line in lines)

@@ -146,12 +146,16 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "RECORDS", [])
     found, said = replacements()
     found.finish()
     assert said == []
     found.stand_in(original(), None, "x")
     found.finish()
     assert said == ["none of these functions was called: flow_grpo_step"]
+    loading.RECORDS.append({"class": "FluxTransformer2DModel", "mode": "fast", "accepted": True, "reason": ""})
+    found.finish()
+    assert "FluxTransformer2DModel: block ops (fast)" in said[-1]
     found, said = replacements()
     found.stand_in(original(), None, "x")
     monkeypatch.setattr(multiprocessing, "parent_process", object)
