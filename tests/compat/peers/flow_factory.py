@@ -91,11 +91,13 @@ def _step(
     if timestep_next is None:
         steps = [self.index_for_timestep(t) for t in torch.as_tensor(timestep).reshape(-1)]
         s, n = self.sigmas[steps], self.sigmas[[i + 1 for i in steps]]
-        inside = torch.isin(torch.tensor(steps), self.current_sde_steps)
-        level = torch.where(inside, self.noise_level, 0.0) if noise_level is None else torch.tensor([noise_level])
     else:
         s, n = timestep / 1000, timestep_next / 1000
-        level = torch.tensor([noise_level])
+    if noise_level is None:
+        inside = self.sigmas if timestep_next is None else self.timesteps / 1000
+        level = torch.where(torch.isin(s, inside[self.current_sde_steps]), self.noise_level, 0.0)
+    else:
+        level = torch.as_tensor(noise_level).reshape(-1)
     if self.is_eval:
         level = torch.zeros(1)
     s, n, level = (t.to(wide).expand(len(x)).reshape(shape) for t in (s, n, level))
