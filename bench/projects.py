@@ -148,7 +148,7 @@ def arguments(function: Any, owner: type | None) -> dict[str, Any]:
 
 def run_one(program: list[str], root: Path) -> dict[str, Any]:
     """Runs a script, or `-m` and a module, with `--help` under `run`; then calls what it has of known functions."""
-    from dancegrpo_fast.compat import runner
+    from dancegrpo_fast.dropin import command
     from dancegrpo_fast.dropin.source import HOOK
 
     absent = _AbsentModules(root)
@@ -158,7 +158,7 @@ def run_one(program: list[str], root: Path) -> dict[str, Any]:
     # Where older scripts look for it.
     diffusers.utils.randn_tensor = diffusers.utils.torch_utils.randn_tensor
     ended = "ran to its end"
-    execute = runner.prepare([*program, "--help"])
+    execute = command.prepare([*program, "--help"])
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             execute()
@@ -227,7 +227,7 @@ def look(root: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"script": str(script.relative_to(root)), "dry_run": dry.stdout.replace(f"{root}/", "")}
         if dry.returncode != 0:
             row["crash"] = dry.stderr[-400:]
-        elif ".py:" in dry.stdout:
+        elif "tried at its first call" in dry.stdout:
             row |= _run(root, str(script))
         rows.append(row)
     met = set[str]()
