@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dancegrpo_fast.compat._known import KNOWN
+from dancegrpo_fast.dropin.known import KNOWN
 
 _GUARD = re.compile(r"__name__\s*==\s*['\"]__main__['\"]")
 _SECONDS = 300
@@ -149,7 +149,7 @@ def arguments(function: Any, owner: type | None) -> dict[str, Any]:
 def run_one(program: list[str], root: Path) -> dict[str, Any]:
     """Runs a script, or `-m` and a module, with `--help` under `run`; then calls what it has of known functions."""
     from dancegrpo_fast.compat import runner
-    from dancegrpo_fast.compat._source import HOOK
+    from dancegrpo_fast.dropin.source import HOOK
 
     absent = _AbsentModules(root)
     sys.meta_path.append(absent)

@@ -34,7 +34,7 @@ _HOMES = {
     "transition_step": "ops.transition",
     "TransitionTable": "transitions",
 }
-_MODULES = ("advantages", "backends", "memory", "patch", "transitions")
+_MODULES = ("advantages", "backends", "compat", "memory", "patch", "plugins", "transitions")
 
 __all__ = [*_HOMES, *_MODULES]
 

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "evaluate" and rest:
             evaluate(rest)
         elif command == "run" and rest:
-            from .compat.runner import prepare
+            from .dropin.command import prepare
 
             script = prepare(rest)
         elif command == "memory" and rest:

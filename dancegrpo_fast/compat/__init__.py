@@ -9,8 +9,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from ._patch import Replacement as Replacement
-from ._patch import patched as patched
+from ..dropin.patched import Replacement as Replacement
+from ..dropin.patched import patched as patched
 
 __all__ = ["Replacement", "patched"]
 
@@ -28,4 +28,4 @@ def __dir__() -> list[str]:
 
 def _modules() -> list[str]:
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return [name for name in found if not name.startswith("_") and name != "runner"]
+    return [name for name in found if not name.startswith("_")]

@@ -1,4 +1,12 @@
-"""DanceGRPO's step (XueZeyue/DanceGRPO, `fastvideo/train_grpo_flux.py` and the other flow scripts)."""
+"""DanceGRPO's step (XueZeyue/DanceGRPO, `fastvideo/train_grpo_flux.py` and the other flow scripts).
+
+>>> import torch
+>>> from dancegrpo_fast.compat.dancegrpo import flux_step
+>>> latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
+>>> after, x0, log_prob = flux_step(output, latents, 0.3, sigmas, 2, None, True, True)
+>>> bool((flux_step(output, latents, 0.3, sigmas, 2, after, True, True)[2] == log_prob).all())
+True
+"""
 
 import torch
 from torch import Tensor

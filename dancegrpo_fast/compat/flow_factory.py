@@ -1,4 +1,14 @@
-"""Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`)."""
+"""Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`).
+
+>>> import torch
+>>> from dancegrpo_fast.compat.flow_factory import FlowMatchEulerDiscreteSDEScheduler
+>>> scheduler = FlowMatchEulerDiscreteSDEScheduler(shift=3.0)
+>>> scheduler.set_timesteps(10)
+>>> latents, velocity, time = torch.randn(2, 16, 64), torch.randn(2, 16, 64), scheduler.timesteps[3]
+>>> out = scheduler.step(velocity, time, latents)
+>>> bool((scheduler.step(velocity, time, latents, next_latents=out.next_latents).log_prob == out.log_prob).all())
+True
+"""
 
 import importlib
 import inspect

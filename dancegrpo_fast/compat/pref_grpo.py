@@ -1,4 +1,12 @@
-"""Pref-GRPO's steps (CodeGoat24/Pref-GRPO, `fastvideo/grpo/steps.py`)."""
+"""Pref-GRPO's steps (CodeGoat24/Pref-GRPO, `fastvideo/grpo/steps.py`).
+
+>>> import torch
+>>> from dancegrpo_fast.compat.pref_grpo import flow_grpo_step
+>>> latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
+>>> after, x0, log_prob = flow_grpo_step(output, latents, 0.7, sigmas, 2, None)
+>>> bool((flow_grpo_step(output, latents, 0.7, sigmas, 2, after)[2] == log_prob).all())
+True
+"""
 
 from typing import Any
 

@@ -1,4 +1,14 @@
-"""verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`)."""
+"""verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`).
+
+>>> import torch
+>>> from dancegrpo_fast.compat.verl_omni import FlowMatchSDEDiscreteScheduler
+>>> scheduler = FlowMatchSDEDiscreteScheduler(shift=3.0)
+>>> scheduler.set_timesteps(10)
+>>> sample, output, times = torch.randn(2, 16, 64), torch.randn(2, 16, 64), scheduler.timesteps[3:4]
+>>> after, log_prob, mean, std = scheduler.sample_previous_step(sample, output, times)
+>>> bool((scheduler.sample_previous_step(sample, output, times, prev_sample=after)[1] == log_prob).all())
+True
+"""
 
 from dataclasses import dataclass
 from typing import Any

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -39,13 +39,11 @@ def engine(name: str, wanted: str) -> ModuleType:
 @functools.cache
 def replacements(rounding: str, backend: str) -> Any:
     """What tries our steps against an engine's own at the first call; one for each setting."""
-    from ..compat._replaced import Replacements
-    from ..compat._settings import Settings
+    from ..dropin.replaced import Replacements
+    from ..dropin.settings import Settings
 
-    made: Any = Replacements(Settings(rounding=rounding, backend=backend), say)
     # An engine rolls out in other processes, or takes some steps itself: an audit would miss what it has to see.
-    made.audit = SimpleNamespace(open=False)
-    return made
+    return Replacements(Settings(rounding=rounding, backend=backend), say, audited=False)
 
 
 def stand_in(method: Callable[..., Any], owner: str, rounding: str = "exact", backend: str = "auto") -> Any:

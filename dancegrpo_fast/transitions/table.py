@@ -170,9 +170,7 @@ class TransitionTable:
         key = (torch.device(device), dtype)
         if key not in self._packed:
             if torch.is_inference_mode_enabled():
-                with torch.inference_mode(
-                    False
-                ):  # what is made in it cannot be trained with later
+                with torch.inference_mode(False):  # what is made in it cannot be trained with later
                     return self.packed(device, dtype)
             self._packed[key] = self._packed[_CPU, dtype].to(device)
         return self._packed[key]

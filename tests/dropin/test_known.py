@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.compat._known import KNOWN, SETTINGS, Known, candidates, misfit
-from dancegrpo_fast.compat._replaced import Replacements
-from dancegrpo_fast.compat._settings import Settings
+from dancegrpo_fast.dropin.known import KNOWN, SETTINGS, Known, candidates, misfit
+from dancegrpo_fast.dropin.replaced import Replacements
+from dancegrpo_fast.dropin.settings import Settings
 
-from .cases import CASES, F32, PEERS, SIGMAS, TIMES, draw, flow_scheduler
+from ..compat.cases import CASES, F32, PEERS, SIGMAS, TIMES, draw, flow_scheduler
 
 V, X = draw(F32, 1), draw(F32, 2)
 FLUX, SDE = PEERS["dancegrpo"].flux_step, PEERS["flow_grpo"].sde_step_with_logprob

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._known import Known, candidates, misfit
-from ._meter import Meter
-from ._probe import Closest, compare, distance
-from ._replaced import Definition, inside
-from ._roles import Layout
+from .known import Known, candidates, misfit
+from .meter import Meter
+from .probe import Closest, compare, distance
+from .replaced import Definition, inside
+from .roles import Layout
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
 _MAX_KEYS = 32
@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     """Who takes calls of one kind: `ours` by the values of the original's parameters, or None and why."""
 
     known: Known | None
-    ours: Callable[[Values, bool], Any] | None
+    ours: Callable[[Values], Any] | None
     why: str = ""
 
 
@@ -172,22 +172,21 @@ class Dispatch:
             self.replacements.say(f"{self._name} -> {known.target} ({known.about})")
         return Verdict(known, self._bound(known))
 
-    def _bound(self, known: Known, trial: bool = False) -> Callable[[Values, bool], Any]:
-        """Ours, called with the values of the original's parameters, and whether a next sample is scored."""
+    def _bound(self, known: Known, trial: bool = False) -> Callable[[Values], Any]:
+        """Ours, called with the values of the original's parameters."""
         ours, settings = known.load(), self.replacements.settings
         wanted = self._wanted(known)
         places = [p for p, n in enumerate(self.layout.names) if n in wanted]
         names = [self.layout.names[p] for p in places]
         pick = itemgetter(*places)
-        replay: dict[str, Any] = {"rounding": settings.rounding, "backend": settings.backend, **known.options}
+        how: dict[str, Any] = {"rounding": settings.rounding, "backend": settings.backend, **known.options}
         if trial:
-            replay["backend"] = "auto"  # on the CPU
-        rollout = dict(replay)
-        if settings.latents is not None and not trial:
-            rollout["latents_dtype"] = getattr(torch, settings.latents)
+            how["backend"] = "auto"  # on the CPU
+        elif settings.latents is not None:
+            how["latents_dtype"] = getattr(torch, settings.latents)
 
-        def call(values: Values, scored: bool) -> Any:
-            return ours(**dict(zip(names, pick(values), strict=True)), **(replay if scored else rollout))
+        def call(values: Values) -> Any:
+            return ours(**dict(zip(names, pick(values), strict=True)), **how)
 
         return call
 

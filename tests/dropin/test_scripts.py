@@ -34,7 +34,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Updates, Updates, dic
         [sys.executable, "-m", "dancegrpo_fast.cli", "run", *options, script, str(folder / "run.json")],
     ]
     # Where they import the peers' functions from.
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE.parent / "compat"), *filter(None, [os.environ.get("PYTHONPATH")])])
     together(commands, folder, [os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}] * 2)
     plain, run, said = (json.loads(file.read_text()) for file in (folder / "plain.json", folder / "run.json", report))
     return plain, run, said

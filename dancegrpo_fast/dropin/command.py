@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from ._known import KNOWN
-from ._launchers import launches, with_run
-from ._loading import MODES
-from ._settings import BACKENDS, LATENTS, ROUNDINGS, Settings
-from ._source import hooked
+from .known import KNOWN
+from .launchers import launches, with_run
+from .loading import MODES
+from .settings import BACKENDS, LATENTS, ROUNDINGS, Settings
+from .source import hooked
 
 USAGE = """usage: dancegrpo-fast run [options] SCRIPT.py [--] [ARGUMENTS]
        dancegrpo-fast run [options] -m MODULE [ARGUMENTS]
@@ -86,7 +86,7 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def _dry_run(program: Sequence[str], settings: Settings) -> Callable[[], None]:
-    from ._scan import listed
+    from .scan import listed
 
     script = Path(program[0])
     if program[0] == "-m":
@@ -185,7 +185,7 @@ def _first_on_path(folder: str, beside: bool = False) -> None:
 
 
 def _run(run: Callable[[], None], settings: Settings) -> None:
-    from ._process import begin
+    from .process import begin
 
     main = ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __annotations__={})

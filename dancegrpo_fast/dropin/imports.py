@@ -18,9 +18,9 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from ._known import candidates
-from ._settings import say
-from ._source import HOOK, METHODS, defines, hooked
+from .known import candidates
+from .settings import say
+from .source import HOOK, METHODS, defines, hooked
 
 Define = Callable[[FunctionType], Any]
 _LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader, zipimport.zipimporter)

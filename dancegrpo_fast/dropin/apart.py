@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._replaced import inside
+from .replaced import inside
 
 # Far more than a trial takes. One that waits for what its caller holds, as for the import of a module, ends here.
 _LIMIT = 60.0

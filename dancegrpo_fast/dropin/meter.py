@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._apart import beside, twin
+from .apart import beside, twin
 
 # Calls beside which the original is called and timed, too. The first one builds tables and is left out, and so is the
 # one in which host reads are counted; later ones know every step.
@@ -71,21 +71,21 @@ class Meter:
         self.read_by_ours: list[int | None] = [None, None]
         self.untimed = ""
 
-    def run(self, ours: Callable[[Values, bool], Any], values: Values, replay: bool) -> Any:
+    def run(self, ours: Callable[[Values], Any], values: Values, replay: bool) -> Any:
         """Ours; now and then the original beside it."""
         self.calls[replay] = number = self.calls[replay] + 1
         if number > _LAST or number not in _WATCHED:
-            return ours(values, replay)
+            return ours(values)
         device = next(v.device for v in values if isinstance(v, Tensor))
         self._try(values, replay, device)
         if number == _COUNTED:
             with HostReads(device) as reads:
-                found = ours(values, replay)
+                found = ours(values)
             self.read_by_ours[replay] = reads.count
             return found
         clock = Clock(device)
         clock.mark()
-        found = ours(values, replay)
+        found = ours(values)
         clock.mark()
         self.ours[replay].append(clock)
         return found

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dancegrpo_fast as dgf
-from dancegrpo_fast.compat import _loading
+from dancegrpo_fast.dropin import loading
 
 from ..models.folders import save_flux, save_stable_diffusion
 from ..patch.models import TINY, assert_same_bits, run
@@ -24,7 +24,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was said; diffusers is as before afterwards."""
     mixin = diffusers.ConfigMixin
     monkeypatch.setattr(mixin, "from_config", mixin.__dict__["from_config"])
-    monkeypatch.setattr(_loading, "RECORDS", [])
+    monkeypatch.setattr(loading, "RECORDS", [])
     return []
 
 
@@ -46,7 +46,7 @@ def test_loaded_model_and_what_is_done_with_it(said: list[str], tmp_path: Path) 
 
     TINY["flux"].model().save_pretrained(tmp_path / "transformer")
     plain_keys, plain = prepared()
-    _loading.install("lossless:cpu", said.append)
+    loading.install("lossless:cpu", said.append)
     keys, model = prepared()
     assert said == ["FluxTransformer2DModel runs on the block ops (lossless)"]
     assert keys == plain_keys and has_block_ops(model) and not has_block_ops(plain)
@@ -64,7 +64,7 @@ def test_loaded_model_and_what_is_done_with_it(said: list[str], tmp_path: Path) 
 
 def test_saved_whole(said: list[str], tmp_path: Path) -> None:
     """The file opens as diffusers' own model, which can be accelerated again."""
-    _loading.install("fast:cpu", said.append)
+    loading.install("fast:cpu", said.append)
     model = diffusers.FluxTransformer2DModel.from_config(TINY["flux"].model().config).to(torch.bfloat16)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -81,7 +81,7 @@ def test_saved_whole(said: list[str], tmp_path: Path) -> None:
 def test_compiled_after(said: list[str]) -> None:
     torch._dynamo.reset()
     config = TINY["wan"].model().config
-    _loading.install("lossless:cpu", said.append)
+    loading.install("lossless:cpu", said.append)
     torch.manual_seed(0)
     model, inputs = diffusers.WanTransformer3DModel.from_config(config, num_layers=1), TINY["wan"].inputs()
     wanted = model(**inputs)[0]
@@ -92,12 +92,12 @@ def test_compiled_after(said: list[str]) -> None:
 
 def test_pipeline(said: list[str], tmp_path: Path) -> None:
     """Its transformer; nothing is said of a VAE."""
-    _loading.install("fast:cpu", said.append)
+    loading.install("fast:cpu", said.append)
     pipeline = diffusers.FluxPipeline.from_pretrained(save_flux(tmp_path))
     assert has_block_ops(pipeline.transformer) and not has_block_ops(pipeline.vae)
     assert said == ["FluxTransformer2DModel runs on the block ops (fast)"]
     record = {"class": "FluxTransformer2DModel", "mode": "fast", "accepted": True, "reason": ""}
-    assert [record] == _loading.RECORDS
+    assert [record] == loading.RECORDS
 
 
 def test_models_that_are_refused(said: list[str], tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ def test_models_that_are_refused(said: list[str], tmp_path: Path) -> None:
     class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):  # type: ignore[misc, name-defined]  # untyped
         pass
 
-    _loading.install("lossless:cpu", said.append)
+    loading.install("lossless:cpu", said.append)
     unet = diffusers.StableDiffusionPipeline.from_pretrained(save_stable_diffusion(tmp_path), safety_checker=None).unet
     own = FluxTransformer2DModel.from_config(TINY["flux"].model().config)
     assert not has_block_ops(unet) and not has_block_ops(own)
-    assert [record["accepted"] for record in _loading.RECORDS] == [False, False]
+    assert [record["accepted"] for record in loading.RECORDS] == [False, False]
     assert said[0].startswith("UNet2DConditionModel is left as it is: transformer: got diffusers.models")
     assert said[1].startswith(f"FluxTransformer2DModel is left as it is: transformer: got {__name__}")
 
@@ -120,10 +120,10 @@ def test_a_cpu_is_left_alone(said: list[str], monkeypatch: pytest.MonkeyPatch, c
     """Unless the mode says so; each outcome is said once, and recorded for every model."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     config = TINY["sd3"].model().config
-    _loading.install("lossless", said.append)
+    loading.install("lossless", said.append)
     models = [diffusers.SD3Transformer2DModel.from_config(config, num_layers=1) for _ in range(2)]
     assert [has_block_ops(model) for model in models] == [cuda] * 2
-    assert len(said) == 1 and len(_loading.RECORDS) == 2
+    assert len(said) == 1 and len(loading.RECORDS) == 2
     assert cuda or "a step 1.6 to 2.5 times as long (--accelerate lossless:cpu puts them in)" in said[0]
 
 
@@ -131,7 +131,7 @@ def test_a_module_that_comes_later(said: list[str]) -> None:
     """Whoever imports modules calls what is returned; nothing is imported for it."""
     module = sys.modules.pop("diffusers.configuration_utils")
     try:
-        waiting = _loading.install("lossless:cpu", said.append)
+        waiting = loading.install("lossless:cpu", said.append)
         assert "diffusers.configuration_utils" not in sys.modules
     finally:
         sys.modules["diffusers.configuration_utils"] = module
@@ -145,4 +145,4 @@ def test_a_module_that_comes_later(said: list[str]) -> None:
 
 def test_unknown_mode(said: list[str]) -> None:
     with pytest.raises(ValueError, match='--accelerate: got "best", want one of lossless, fast, lossless:cpu'):
-        _loading.install("best", said.append)
+        loading.install("best", said.append)

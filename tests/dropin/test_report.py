@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.compat import _loading, mixgrpo
-from dancegrpo_fast.compat._replaced import Replacements
-from dancegrpo_fast.compat._report import peak_memory, table
-from dancegrpo_fast.compat._settings import Settings
+from dancegrpo_fast.compat import mixgrpo
+from dancegrpo_fast.dropin import loading
+from dancegrpo_fast.dropin.replaced import Replacements
+from dancegrpo_fast.dropin.report import peak_memory, table
+from dancegrpo_fast.dropin.settings import Settings
 
-from .cases import F32, PEERS, SIGMAS, draw
+from ..compat.cases import F32, PEERS, SIGMAS, draw
 
 V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
 
@@ -41,7 +42,7 @@ def fork(text: str) -> Any:
 
 
 def test_calls_times_and_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loading, "RECORDS", [])
+    monkeypatch.setattr(loading, "RECORDS", [])
     found, _ = replacements()
     step = found.stand_in(original(), None, "train.py:131")
     for _ in range(5):
@@ -99,7 +100,7 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         {"class": "FluxTransformer2DModel", "mode": "lossless", "accepted": True, "reason": ""},
         {"class": "UNet2DConditionModel", "mode": "lossless", "accepted": False, "reason": "no such blocks"},
     ]
-    monkeypatch.setattr(_loading, "RECORDS", records)
+    monkeypatch.setattr(loading, "RECORDS", records)
     found, said = replacements()
     step = found.stand_in(original(), None, "train.py:131")
     other = found.stand_in(fork("latents = latents * 2"), None, "other.py:7")

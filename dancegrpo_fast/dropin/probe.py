@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._apart import apart
-from ._roles import Layout, log_prob, next_latents, outputs
-from ._small import EPS, SEED, Setting, Small, Values
+from .apart import apart
+from .roles import Layout, log_prob, next_latents, outputs
+from .small import EPS, SEED, Setting, Small, Values
 
 # Two float32 evaluations of one formula, whatever their order, stay far within so many times what a rounding of the
 # inputs does to the original. Another formula, or a constant more or less, is off by a hundred times that.
 ROUNDINGS = 32
-Call = Callable[[Values, bool], Any]
+Call = Callable[[Values], Any]
 
 
 class Closest(NamedTuple):
@@ -70,7 +70,7 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
     found: list[Closest] = []
     try:
         small = Small(layout, values)
-        apart(lambda: found.extend(_differences(lambda v, _: layout.call(original, v), ours, small)))
+        apart(lambda: found.extend(_differences(lambda v: layout.call(original, v), ours, small)))
     except Exception as error:
         found.append(Closest(math.inf, f"it could not be tried: {type(error).__name__}: {error}"))
     return max(found, key=lambda difference: difference.size, default=None)
@@ -85,7 +85,7 @@ def distance(original: Callable[..., Any], ours: Call, layout: Layout, values: V
 
     def work() -> None:
         for setting in list(small.settings())[:2]:
-            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v, _: layout.call(original, v), ours))
+            plain, mine = (_run(c, small, setting, real=True) for c in (lambda v: layout.call(original, v), ours))
             for name in plain.found.keys() & mine.found.keys():
                 theirs, value = plain.found[name], mine.found[name]
                 if isinstance(theirs, Tensor) and isinstance(value, Tensor) and theirs.shape == value.shape:
@@ -103,7 +103,7 @@ def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: An
     try:
         with torch.set_grad_enabled(setting.scored):
             output.requires_grad_(setting.scored)
-            result = call(tuple(values), setting.scored)
+            result = call(tuple(values))
     except BaseException as error:  # it may end the script, which is its own affair
         ran.error = f"{type(error).__name__}: {error}"
         return ran

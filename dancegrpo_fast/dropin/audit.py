@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ._roles import Layout, log_prob, next_latents
-from ._verdict import Pair, judge
+from .roles import Layout, log_prob, next_latents
+from .verdict import Pair, judge
 
 # Calls that are remembered; one takes some dozen bytes a sample. What came before is forgotten, and that is said.
 _MAX_CALLS = 4096

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from ..compat.cases import PEERS
 from ..tolerances import assert_within_budget
-from .cases import PEERS
 from .test_run import RUN, SAID, python
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "compat"
 # A rollout and a replay of two steps with every kind of definition: in the script, imported, a method of an import.
 SCRIPT = (
     (FOLDER / "peers" / "dancegrpo.py").read_text()

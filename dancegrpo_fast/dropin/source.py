@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
-from ._known import KNOWN, candidates
+from .known import KNOWN, candidates
 
 # Not mangled in a class, as it ends with underscores.
 HOOK = "__dancegrpo_fast_define__"

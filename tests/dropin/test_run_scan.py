@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.compat import _scan
-from dancegrpo_fast.compat._known import KNOWN, misfit
-from dancegrpo_fast.compat._source import parameters
+from dancegrpo_fast.dropin import scan
+from dancegrpo_fast.dropin.known import KNOWN, misfit
+from dancegrpo_fast.dropin.source import parameters
 
 from .test_run import RUN, python
 from .test_run_imports import FILES, STEP
@@ -56,7 +56,7 @@ def listed(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def run(*arguments: str) -> list[str]:
         before = sys.modules.copy()
         assert main(["run", "--dry-run", *arguments]) == 0
-        assert sys.modules.keys() - before.keys() <= {"dancegrpo_fast.compat._scan"}
+        assert sys.modules.keys() - before.keys() <= {"dancegrpo_fast.dropin.scan"}
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -126,7 +126,7 @@ def test_an_editable_finder_and_a_zip_file_are_looked_through(tmp_path: Path) ->
 
 @pytest.mark.parametrize("known", {known.ours: known for known in KNOWN}.values(), ids=lambda known: known.ours)
 def test_our_own_signatures_are_read_as_python_has_them(known: Any) -> None:
-    read, real = _scan._ours(known.ours), tuple(inspect.signature(known.load()).parameters.values())
+    read, real = scan._ours(known.ours), tuple(inspect.signature(known.load()).parameters.values())
     assert [(p.name, p.kind, p.default is p.empty) for p in read] == [
         (p.name, p.kind, p.default is p.empty) for p in real
     ]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
 
-from ._known import candidates, misfit
-from ._settings import Settings
-from ._source import definitions, parameters
+from .known import candidates, misfit
+from .settings import Settings
+from .source import definitions, parameters
 
 _INSTALLED = {"site-packages", "dist-packages"}
 _OURS = __name__.partition(".")[0]
@@ -81,7 +81,7 @@ def _verdict(found: Definition, settings: Settings) -> str:
 def _ours(ours: str) -> tuple[Parameter, ...]:
     """Our own signature as written, so that torch is not imported."""
     module, _, names = ours.partition(":")
-    body = _tree(Path(__file__).with_name(f"{module}.py")).body
+    body = _tree(Path(__file__).parents[1] / "compat" / f"{module}.py").body
     for name in names.split("."):
         node = next(n for n in body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name)
         body = node.body

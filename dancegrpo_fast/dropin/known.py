@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+PEERS = "dancegrpo_fast.compat"
 # Of ours alone: how it computes, not what.
 SETTINGS = ("rounding", "backend", "latents_dtype")
 Parameters = Mapping[str, inspect.Parameter]
@@ -27,12 +28,12 @@ class Known:
     @property
     def target(self) -> str:
         """The dotted name of ours."""
-        return f"{__package__}.{self.ours.replace(':', '.')}"
+        return f"{PEERS}.{self.ours.replace(':', '.')}"
 
     def load(self) -> Callable[..., Any]:
         """Ours, imported now."""
         module, _, names = self.ours.partition(":")
-        found: Any = importlib.import_module(f".{module}", __package__)
+        found: Any = importlib.import_module(f"{PEERS}.{module}")
         for name in names.split("."):
             found = getattr(found, name)
         return found  # type: ignore[no-any-return]  # looked up by name

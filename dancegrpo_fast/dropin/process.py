@@ -7,10 +7,10 @@ from multiprocessing import util
 from types import FunctionType
 from typing import Any
 
-from . import _children, _imports, _loading
-from ._known import candidates
-from ._replaced import Replacements
-from ._settings import Settings, say
+from . import children, imports, loading
+from .known import candidates
+from .replaced import Replacements
+from .settings import Settings, say
 
 
 class Process:
@@ -38,11 +38,11 @@ class Process:
         """Everything that is defined, loaded or spawned is looked at from now on."""
         watch: Mapping[str, Any] = {}
         if self.settings.accelerate is not None:
-            watch = _loading.install(self.settings.accelerate, say)
-        _imports.install(self.define, watch)
-        _imports.replace_loaded(self.define)
-        _children.follow(self.settings)
-        _children.tell_of_others()
+            watch = loading.install(self.settings.accelerate, say)
+        imports.install(self.define, watch)
+        imports.replace_loaded(self.define)
+        children.follow(self.settings)
+        children.tell_of_others()
 
     def finish(self) -> None:
         """Says what was done; names that were asked for and never occurred, too."""

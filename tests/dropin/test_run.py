@@ -12,9 +12,9 @@ import pytest
 
 from dancegrpo_fast import backends
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.compat._launchers import launches, with_run
-from dancegrpo_fast.compat._settings import BACKENDS
-from dancegrpo_fast.compat.runner import prepare
+from dancegrpo_fast.dropin.command import prepare
+from dancegrpo_fast.dropin.launchers import launches, with_run
+from dancegrpo_fast.dropin.settings import BACKENDS
 
 from ..processes import LIMIT
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.compat import mixgrpo
-from dancegrpo_fast.compat._known import KNOWN, Known
-from dancegrpo_fast.compat._replaced import Replacements
-from dancegrpo_fast.compat._roles import OUTPUT, STATE, Layout
-from dancegrpo_fast.compat._settings import Settings
+from dancegrpo_fast.dropin.known import KNOWN, Known
+from dancegrpo_fast.dropin.replaced import Replacements
+from dancegrpo_fast.dropin.roles import OUTPUT, STATE, Layout
+from dancegrpo_fast.dropin.settings import Settings
 
+from ..compat.cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw
+from ..compat.real_peers import FOLDER, ROWS, Real
 from ..processes import LIMIT
-from .cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw
-from .real_peers import FOLDER, ROWS, Real
 
 SOURCE = Path(PEERS["mixgrpo"].__file__).read_text()
 V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
@@ -388,8 +388,8 @@ def test_latents_are_rounded_before_they_are_scored() -> None:
 
 def test_torch_is_not_needed_before_the_first_call() -> None:
     code = (
-        "import sys\nfrom dancegrpo_fast.compat._replaced import Replacements\n"
-        "from dancegrpo_fast.compat._settings import Settings\n"
+        "import sys\nfrom dancegrpo_fast.dropin.replaced import Replacements\n"
+        "from dancegrpo_fast.dropin.settings import Settings\n"
         "def flux_step(): pass\n"
         "Replacements(Settings()).stand_in(flux_step, None, 'x')\nprint('torch' in sys.modules)"
     )

@@ -11,7 +11,7 @@ import torch
 
 from dancegrpo_fast.compat import Replacement, patched
 
-from .cases import CASES, F32, PEERS, SIGMAS, draw
+from ..compat.cases import CASES, F32, PEERS, SIGMAS, draw
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import _report, _settings
-from ._known import candidates
-from ._settings import Settings
+from .known import candidates
+from .report import collect, finish
+from .settings import Settings
+from .settings import say as say_aloud
 
 if TYPE_CHECKING:
-    from ._audit import Audit
-    from ._dispatch import Dispatch
+    from .audit import Audit
+    from .dispatch import Dispatch
 
 # Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
 inside = threading.local()
@@ -46,8 +47,8 @@ class Definition:
     start._torchdynamo_disable = True  # type: ignore[attr-defined]  # as `torch.compiler.disable` marks a function
 
     def _begin(self) -> Callable[..., Any]:
-        from ._audit import Audit
-        from ._dispatch import Dispatch
+        from .audit import Audit
+        from .dispatch import Dispatch
 
         with self.replacements.lock:
             if self.replacements.audit is None and self.replacements.audited:
@@ -81,7 +82,7 @@ class Replacements:
         self.definitions: list[Definition] = []
         self.refused: list[str] = []
         self.audit: Audit | None = None
-        self._say = _settings.say if say is None else say
+        self._say = say_aloud if say is None else say
         self._said: set[str] = set()
         self._made: dict[int, Callable[..., Any]] = {}
 
@@ -143,8 +144,8 @@ class Replacements:
 
     def report(self) -> dict[str, Any]:
         """What happened so far, in plain numbers, texts, lists and dicts."""
-        return _report.collect(self)
+        return collect(self)
 
     def finish(self) -> None:
         """Prints the table of the report, and writes the report to the file of `settings.report`."""
-        _report.finish(self)
+        finish(self)

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _loading
+from . import loading
 
 if TYPE_CHECKING:
-    from ._dispatch import Dispatch
-    from ._replaced import Replacements
+    from .dispatch import Dispatch
+    from .replaced import Replacements
 
 KINDS = ("rollout", "replay")
 _HEAD = ("function", "kind", "calls", "us, ours", "us, original", "host reads avoided")
@@ -26,7 +26,7 @@ def collect(replacements: "Replacements") -> dict[str, Any]:
         "settings": asdict(replacements.settings),
         "functions": [_function(dispatch) for dispatch in called],
         "not_replaced": list(replacements.refused),
-        "accelerated": list(_loading.RECORDS),
+        "accelerated": list(loading.RECORDS),
         "first_update": None if replacements.audit is None else replacements.audit.result(),
         "peak_memory": peak_memory(),
     }

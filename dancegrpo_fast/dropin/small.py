@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._apart import twin
-from ._roles import Layout
+from .apart import twin
+from .roles import Layout
 
 EPS = torch.finfo(torch.float32).eps
 SEED = 20

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dancegrpo_fast
-from dancegrpo_fast.compat._children import _better, _hint
+from dancegrpo_fast.dropin.children import _better, _hint
 
 from .test_run import RUN, SAID, python
 from .test_run_imports import STEP

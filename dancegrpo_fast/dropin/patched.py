@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ._known import KNOWN, candidates, misfit
-from ._replaced import Replacements
-from ._settings import Settings
+from .known import KNOWN, candidates, misfit
+from .replaced import Replacements
+from .settings import Settings
 
 
 class Replacement(NamedTuple):
@@ -50,7 +50,7 @@ def _target(function: Callable[..., Any], owner: str | None) -> str:
     Raises:
         ValueError: none of ours has it.
     """
-    from ._dispatch import unfit
+    from .dispatch import unfit
 
     parameters = inspect.signature(function).parameters.values()
     tried = [(known, misfit(known, parameters)) for known in candidates(function.__name__, owner)]

@@ -11,8 +11,8 @@ from multiprocessing import spawn
 from pathlib import Path, PurePath
 from typing import Any
 
-from ._launchers import RUN, after_options, is_python, launches, with_run
-from ._settings import Settings, say
+from .launchers import RUN, after_options, is_python, launches, with_run
+from .settings import Settings, say
 
 _INSTALLED = {"site-packages", "dist-packages"}
 
@@ -46,7 +46,7 @@ class _Passport:
             f"    spec = importlib.util.spec_from_file_location({package!r}, {sys.modules[package].__file__!r})\n"
             f"    sys.modules[{package!r}] = importlib.util.module_from_spec(spec)\n"
             f"    spec.loader.exec_module(sys.modules[{package!r}])\n"
-            f"from {__package__}._process import arrive\n"
+            f"from {__package__}.process import arrive\n"
             f"arrive({asdict(self._settings)!r})"
         )
         return exec, (text, {})

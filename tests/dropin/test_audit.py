@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dancegrpo_fast.compat._audit import Fingerprints
-from dancegrpo_fast.compat._replaced import Replacements
-from dancegrpo_fast.compat._settings import Settings
+from dancegrpo_fast.dropin.audit import Fingerprints
+from dancegrpo_fast.dropin.replaced import Replacements
+from dancegrpo_fast.dropin.settings import Settings
 
-from .cases import BF16, F32, PEERS, SIGMAS, draw
+from ..compat.cases import BF16, F32, PEERS, SIGMAS, draw
 
 F16 = torch.float16
 STEPS = len(SIGMAS) - 1
