@@ -24,11 +24,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import dancegrpo_fast
 from dancegrpo_fast.dropin.known import KNOWN
 
 _GUARD = re.compile(r"__name__\s*==\s*['\"]__main__['\"]")
 _SECONDS = 300
+_HERE = Path(__file__).resolve().parents[1]
 
 
 class _Absent:
@@ -205,16 +205,14 @@ def state_of(root: Path) -> str:
 
 def _process(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    folders = (root, root / "src", Path(dancegrpo_fast.__file__).parents[1], Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])}
-    try:
-        # A script that does not know `--help` does its work, and writes files.
-        with tempfile.TemporaryDirectory() as folder:
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=_SECONDS, env=environment, cwd=folder
-            )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"longer than {_SECONDS} s")
+    search = os.pathsep.join([str(root), str(root / "src"), str(_HERE), os.environ.get("PYTHONPATH", "")])
+    # In a folder of their own, since some write logs where they are started.
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"cwd": folder, "env": os.environ | {"PYTHONPATH": search}}
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, **options)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 124, "", f"longer than {_SECONDS} s")
 
 
 def _run(root: Path, *program: str) -> dict[str, Any]:

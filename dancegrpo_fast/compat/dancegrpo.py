@@ -1,14 +1,11 @@
 """DanceGRPO's step (XueZeyue/DanceGRPO, `fastvideo/train_grpo_flux.py` and the other flow scripts).
 
-    import torch
-    from dancegrpo_fast.compat.dancegrpo import flux_step
-
-    latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
-    after, x0, log_prob = flux_step(output, latents, 0.3, sigmas, 2, None, True, True)
-    again = flux_step(output, latents, 0.3, sigmas, 2, after, True, True)[2]
-    assert torch.equal(again, log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from dancegrpo_fast.compat.dancegrpo import flux_step
+>>> latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
+>>> after, x0, log_prob = flux_step(output, latents, 0.3, sigmas, 2, None, True, True)
+>>> bool((flux_step(output, latents, 0.3, sigmas, 2, after, True, True)[2] == log_prob).all())
+True
 """
 
 import torch

@@ -1,17 +1,14 @@
 """DDPO's step (kvablack/ddpo-pytorch, `ddpo_pytorch/diffusers_patch/ddim_with_logprob.py`; DanceGRPO's SD script).
 
-    import torch
-    from diffusers import DDIMScheduler
-    from dancegrpo_fast.compat.ddpo import ddim_step_with_logprob
-
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(50)
-    latents, output, time = torch.randn(2, 4, 64, 64), torch.randn(2, 4, 64, 64), scheduler.timesteps[3]
-    after, log_prob = ddim_step_with_logprob(scheduler, output, time, latents, eta=1.0)
-    again = ddim_step_with_logprob(scheduler, output, time, latents, eta=1.0, prev_sample=after)[1]
-    assert torch.equal(again, log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from diffusers import DDIMScheduler
+>>> from dancegrpo_fast.compat.ddpo import ddim_step_with_logprob
+>>> scheduler = DDIMScheduler(clip_sample=False)
+>>> scheduler.set_timesteps(10)
+>>> sample, output, time = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), scheduler.timesteps[3]
+>>> after, log_prob = ddim_step_with_logprob(scheduler, output, time, sample, eta=1.0)
+>>> bool((ddim_step_with_logprob(scheduler, output, time, sample, 1.0, prev_sample=after)[1] == log_prob).all())
+True
 """
 
 from typing import Any

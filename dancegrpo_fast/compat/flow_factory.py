@@ -1,16 +1,13 @@
 """Flow-Factory's schedulers (X-GenGroup/Flow-Factory, `src/flow_factory/scheduler/`).
 
-    import torch
-    from dancegrpo_fast.compat.flow_factory import FlowMatchEulerDiscreteSDEScheduler
-
-    scheduler = FlowMatchEulerDiscreteSDEScheduler(noise_level=0.7)
-    scheduler.set_timesteps(10)
-    latents, output, time = torch.randn(2, 64, 16), torch.randn(2, 64, 16), scheduler.timesteps[2]
-    drawn = scheduler.step(output, time, latents)
-    scored = scheduler.step(output, time, latents, next_latents=drawn.next_latents)
-    assert torch.equal(scored.log_prob, drawn.log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from dancegrpo_fast.compat.flow_factory import FlowMatchEulerDiscreteSDEScheduler
+>>> scheduler = FlowMatchEulerDiscreteSDEScheduler(shift=3.0)
+>>> scheduler.set_timesteps(10)
+>>> latents, velocity, time = torch.randn(2, 16, 64), torch.randn(2, 16, 64), scheduler.timesteps[3]
+>>> out = scheduler.step(velocity, time, latents)
+>>> bool((scheduler.step(velocity, time, latents, next_latents=out.next_latents).log_prob == out.log_prob).all())
+True
 """
 
 import importlib

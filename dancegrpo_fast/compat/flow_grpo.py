@@ -1,17 +1,14 @@
 """Flow-GRPO's steps (yifan123/flow_grpo, `flow_grpo/diffusers_patch/`: SD3, FLUX and Wan), and FlowCPS's.
 
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from dancegrpo_fast.compat.flow_grpo import sde_step_with_logprob
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(10)
-    latents, output, time = torch.randn(2, 16, 64, 64), torch.randn(2, 16, 64, 64), scheduler.timesteps[2:3]
-    after, log_prob, mean, std_dev_t = sde_step_with_logprob(scheduler, output, time, latents, 0.7)
-    again = sde_step_with_logprob(scheduler, output, time, latents, 0.7, prev_sample=after)[1]
-    assert torch.equal(again, log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from diffusers import FlowMatchEulerDiscreteScheduler
+>>> from dancegrpo_fast.compat.flow_grpo import sde_step_with_logprob
+>>> scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+>>> scheduler.set_timesteps(10)
+>>> sample, output, times = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), scheduler.timesteps[3:4]
+>>> after, log_prob, mean, std = sde_step_with_logprob(scheduler, output, times, sample, 0.7)
+>>> bool((sde_step_with_logprob(scheduler, output, times, sample, 0.7, after)[1] == log_prob).all())
+True
 """
 
 from typing import Any

@@ -1,14 +1,11 @@
 """MixGRPO's steps (Tencent-Hunyuan/MixGRPO, `fastvideo/utils/sampling_utils.py`).
 
-    import torch
-    from dancegrpo_fast.compat.mixgrpo import flow_grpo_step
-
-    latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
-    after, x0, log_prob, mean, std = flow_grpo_step(output, latents, 0.7, sigmas, 2, None)
-    again = flow_grpo_step(output, latents, 0.7, sigmas, 2, after)[2]
-    assert torch.equal(again, log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from dancegrpo_fast.compat.mixgrpo import flow_grpo_step
+>>> latents, output, sigmas = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.linspace(1, 0, 9)
+>>> after, x0, log_prob, mean, std = flow_grpo_step(output, latents, 0.7, sigmas, 2, None)
+>>> bool((flow_grpo_step(output, latents, 0.7, sigmas, 2, after)[2] == log_prob).all())
+True
 """
 
 from typing import Any

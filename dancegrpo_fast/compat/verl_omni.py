@@ -1,16 +1,13 @@
 """verl-omni's scheduler (verl-project/verl-omni, `verl_omni/pipelines/schedulers/flow_match_sde.py`).
 
-    import torch
-    from dancegrpo_fast.compat.verl_omni import FlowMatchSDEDiscreteScheduler
-
-    scheduler = FlowMatchSDEDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(10)
-    latents, output, time = torch.randn(2, 64, 16), torch.randn(2, 64, 16), scheduler.timesteps[2:3]
-    after, log_prob, mean, std = scheduler.sample_previous_step(latents, output, time)
-    again = scheduler.sample_previous_step(latents, output, time, prev_sample=after)[1]
-    assert torch.equal(again, log_prob)
-
-A sample is scored as it was drawn, so the ratio of a first update is 1.
+>>> import torch
+>>> from dancegrpo_fast.compat.verl_omni import FlowMatchSDEDiscreteScheduler
+>>> scheduler = FlowMatchSDEDiscreteScheduler(shift=3.0)
+>>> scheduler.set_timesteps(10)
+>>> sample, output, times = torch.randn(2, 16, 64), torch.randn(2, 16, 64), scheduler.timesteps[3:4]
+>>> after, log_prob, mean, std = scheduler.sample_previous_step(sample, output, times)
+>>> bool((scheduler.sample_previous_step(sample, output, times, prev_sample=after)[1] == log_prob).all())
+True
 """
 
 from dataclasses import dataclass
