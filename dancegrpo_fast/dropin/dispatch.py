@@ -223,7 +223,8 @@ class Dispatch:
 
     def _failed(self, error: Exception, values: Values, args: Values, kwargs: dict[str, Any]) -> Any:
         """The original instead: what it raises is the script's own; what it does not is said, and not tried again."""
-        if self.replacements.strict:
+        # Others are not ours: a checkpoint stops what it computes again by one, and memory may be out.
+        if self.replacements.strict or type(error).__module__ != "builtins":
             raise error
         found = self._keep("an error of ours", args, kwargs)
         self._refuse(f"ours raised {type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.compat import mixgrpo
 from dancegrpo_fast.dropin.known import KNOWN, Known
@@ -357,6 +358,40 @@ def test_calls_beyond_ours_are_the_original_s_to_the_bit(kind: str) -> None:
     with torch.no_grad():
         step(V, x, 0.7, SIGMAS, 1, None)
     assert told.calls() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [1, 2, 3])  # a call by which the original is timed is recorded, or repeated, or both
+def test_a_step_within_a_checkpoint(before: int, reentrant: bool) -> None:
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+
+    def loss(v: Tensor) -> Tensor:
+        return step(v.tanh(), X, 0.7, SIGMAS, 1, AFTER)[2].sum()
+
+    wanted, found = (V.clone().requires_grad_() for _ in range(2))
+    for _ in range(before):
+        wanted.grad = None
+        loss(wanted).backward()
+    checkpoint(loss, found, use_reentrant=reentrant).backward()
+    assert torch.equal(found.grad, wanted.grad)
+    assert told.calls() == [0, before + 2, 0]
+    assert told.all.report()["functions"][0]["original_not_timed"] == ""
+
+
+def test_an_error_of_who_watches_a_call_is_not_an_error_of_ours() -> None:
+    class StopError(Exception): ...
+
+    def stop(tensor: Tensor) -> Tensor:
+        raise StopError
+
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    v = V.clone().requires_grad_()
+    with pytest.raises(StopError), torch.autograd.graph.saved_tensors_hooks(stop, stop):
+        step(v, X, 0.7, SIGMAS, 1, AFTER)
+    step(v, X, 0.7, SIGMAS, 1, AFTER)
+    assert told.calls() == [0, 2, 0] and len(told.said) == 1
 
 
 def test_gradients_positions_and_keywords() -> None:
