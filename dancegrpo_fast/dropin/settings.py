@@ -1,5 +1,6 @@
 """What `dancegrpo-fast run` was asked for, and how it speaks. Needs no torch; settings travel to child processes."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -27,5 +28,8 @@ class Settings:
 def say(text: str) -> None:
     """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
     child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
-    if (os.environ.get("RANK") or "0") == "0":
-        print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)
+    # `print` would take stdout where there is no stderr.
+    if (os.environ.get("RANK") or "0") == "0" and sys.stderr is not None:
+        # What a script has put there, or closed, must not end it.
+        with contextlib.suppress(Exception):
+            print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)
