@@ -148,7 +148,8 @@ def _shared(schedule: Tensor, key: Any, build: Callable[[Tensor], Built]) -> Bui
         if len(_by_numbers) >= _MAX_SCHEDULES:
             _by_numbers.clear()
         with _plain():
-            _by_numbers[numbers] = build(schedule)
+            # A copy: others get it by these numbers, which the script may overwrite.
+            _by_numbers[numbers] = build(schedule.detach().clone())
     found: Built = _by_numbers[numbers]
     return found
 

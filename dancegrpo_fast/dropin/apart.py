@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .replaced import inside
 
@@ -78,17 +79,27 @@ def _unchanged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Runs a script's function once more in its own surroundings, with the random states put back."""
+    """Runs a script's function once more in its own surroundings, with the random states put back.
+
+    What watches the call, a checkpoint for one, does not see it.
+    """
     states = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     before, inside.on = getattr(inside, "on", False), True
+    seen = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same) if seen else contextlib.nullcontext()
     try:
-        yield
+        with _disable_current_modes(), unseen:
+            yield
     finally:
         inside.on = before
         torch.set_rng_state(states)
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, device)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def twin(value: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:

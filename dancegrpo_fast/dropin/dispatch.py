@@ -18,7 +18,9 @@ from .roles import Layout
 _MAX_KEYS = 32
 _CHOICES = frozenset({bool, str, type(None)})
 _HELD = frozenset({bool, str, float})
-_NO_TENSORS = ("no tensors",)
+_NO_TENSORS = "arguments that are no tensors"
+_SHAPES = "latents and a model output of two shapes"
+_GRAPH = "latents or a sample to be differentiated through; ours is for sampling without gradients"
 Values = tuple[Any, ...]
 
 
@@ -87,10 +89,9 @@ class Dispatch:
         """What a verdict holds for: every choice among behaviours, but no amount. Takes part in every call's time."""
         layout = self.layout
         state, output = values[layout.state], values[layout.output]
-        try:
-            found = [state.ndim, state.dtype, output.dtype]
-        except AttributeError:
-            return _NO_TENSORS
+        if not isinstance(state, Tensor) or not isinstance(output, Tensor):
+            return (_NO_TENSORS,)
+        found = [self._beyond(values), state.ndim, state.dtype, output.dtype]
         for place in self.keyed:
             value = values[place]
             found.append(value if value.__class__ in _CHOICES else _kind(value))
@@ -104,6 +105,18 @@ class Dispatch:
         if layout.owner is not None:
             found += self._choices(values[layout.owner])
         return tuple(found)
+
+    def _beyond(self, values: Values) -> str:
+        """What of a call is outside of what ours do, whatever the original is; "" if nothing."""
+        layout = self.layout
+        state, output = values[layout.state], values[layout.output]
+        if state.shape != output.shape:
+            return _SHAPES
+        if torch.is_grad_enabled():
+            draws = layout.next is not None and values[layout.next] is None
+            if state.requires_grad or (draws and output.requires_grad):
+                return _GRAPH
+        return ""
 
     def _choices(self, owner: Any) -> list[Any]:
         """Those that a scheduler holds: flags, names, whether a number is 0; and its configuration."""
@@ -136,8 +149,10 @@ class Dispatch:
 
     def _judge(self, values: Values) -> Verdict:
         layout = self.layout
-        if self.key(values) is _NO_TENSORS:
-            return Verdict(None, None, "arguments that are no tensors")
+        beyond = self.key(values)[0]
+        if beyond:
+            self._refuse(f"called with {beyond}; such calls go to the original")
+            return Verdict(None, None, f"called with {beyond}")
         given = {p for p in self.extra if not _is_default(values[p], layout.defaults[p])}
         able = [k for k in self.fitting if {layout.names[p] for p in given} <= self._wanted(k)]
         if not able:
@@ -208,7 +223,8 @@ class Dispatch:
 
     def _failed(self, error: Exception, values: Values, args: Values, kwargs: dict[str, Any]) -> Any:
         """The original instead: what it raises is the script's own; what it does not is said, and not tried again."""
-        if self.replacements.strict:
+        # Others are not ours: a checkpoint stops what it computes again by one, and memory may be out.
+        if self.replacements.strict or type(error).__module__ != "builtins":
             raise error
         found = self._keep("an error of ours", args, kwargs)
         self._refuse(f"ours raised {type(error).__name__}: {error}")

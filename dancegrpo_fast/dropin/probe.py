@@ -164,10 +164,12 @@ def _kinds_in_real_dtypes(original: Call, ours: Call, small: Small) -> Iterator[
         if not mine.error and _is_calm(original, mine, small, setting):
             plain.forget(mine.log_prob)
             mine.forget(mine.log_prob)
-        why = f"ours raises {mine.error}" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
-        if why:
+        shape = "" if mine.error else _shape_difference(plain, mine, wider=mine.log_prob)
+        if mine.error or shape:
             dtypes = ", ".join(f"{small.layout.names[p]} in {d}" for p, d in small.tensors.items())
-            yield Closest(math.inf, f"{setting} with {dtypes} it {why}")
+            yield Closest(
+                math.inf, f"{setting} with {dtypes} {f'it {shape}' if shape else f'ours raises {mine.error}'}"
+            )
 
 
 def _is_calm(original: Call, mine: Ran, small: Small, setting: Setting) -> bool:

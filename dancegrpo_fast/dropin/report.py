@@ -82,7 +82,7 @@ def finish(replacements: "Replacements") -> None:
             replacements.say(f"\n{table(found)}")
         elif replacements.definitions:
             names = ", ".join(sorted({d.label for d in replacements.definitions}))
-            replacements.say(f"none of these functions was called: {names}")
+            replacements.say(f"none of these functions was called in this process: {names}")
         if replacements.settings.report is not None:
             _write(_own(Path(replacements.settings.report)), found)
     except Exception as error:

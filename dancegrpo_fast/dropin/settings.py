@@ -1,5 +1,6 @@
 """What `dancegrpo-fast run` was asked for, and how it speaks. Needs no torch; settings travel to child processes."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -37,5 +38,8 @@ def ranks() -> int:
 def say(text: str) -> None:
     """Tells the user of `run` something; of the processes of a distributed run the first one speaks."""
     child = "" if process.parent_process() is None else f" [{process.current_process().name}]"
-    if rank() == 0:
-        print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)
+    # What a script has put there, or closed, must not end it.
+    with contextlib.suppress(Exception):
+        # `print` would take stdout where there is no stderr.
+        if rank() == 0 and sys.stderr is not None:
+            print(f"dancegrpo-fast run{child}: {text}", file=sys.stderr, flush=True)

@@ -126,6 +126,23 @@ def test_a_table_is_built_once_and_again_after_a_change(built: list[Tensor]) -> 
         flux(sigmas.expand(2, -1))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+def test_a_schedule_that_is_overwritten_changes_no_other_of_its_numbers(
+    rounding: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_common, "_by_numbers", {})
+    v, x = draw(F32, 1), draw(F32, 2)
+
+    def step(sigmas: Tensor) -> tuple[Tensor, ...]:
+        return dancegrpo.flux_step(v, x, 0.3, sigmas, 1, x, True, True, rounding=rounding)
+
+    first = SIGMAS.to(dtype) * 0.95
+    wanted = step(first)
+    first *= 0.5
+    assert all(map(torch.equal, step(SIGMAS.to(dtype) * 0.95), wanted))
+
+
 def test_tables_do_not_outlive_their_schedule() -> None:
     before = len(_common._samplers)
     for _ in range(3):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.compat import mixgrpo
 from dancegrpo_fast.dropin.known import KNOWN, Known
@@ -334,8 +335,64 @@ def test_an_error_of_ours_becomes_a_call_of_the_original() -> None:
         with pytest.raises((TypeError, IndexError)):
             step(*wrong)
     step(V, X, 0.7, SIGMAS, 1, None)
-    broad = step(V, X[:1].double(), 0.7, SIGMAS, 1, AFTER)  # ours wants one shape
-    assert broad[0].shape == X.shape and "ours raised ValueError: model_output: got shape" in told.said[-1]
+    twice = SIGMAS[[0, 0, 1, 2, 3, 4]]
+    assert step(V, X, 0.7, twice, 2, AFTER)[0] is AFTER
+    assert "ours raised ValueError: sigmas: got" in told.said[-1]
+
+
+@pytest.mark.parametrize("kind", ["one output for all", "latents with a gradient", "a sample with a gradient"])
+def test_calls_beyond_ours_are_the_original_s_to_the_bit(kind: str) -> None:
+    told, peer = Told(), PEERS["mixgrpo"].flow_grpo_step
+    step = told.stand_in(peer)
+    step(V, X, 0.7, SIGMAS, 1, None)
+    v, x = V.clone(), X.clone()
+    if kind == "one output for all":
+        v = v[:1]
+    (x if kind == "latents with a gradient" else v).requires_grad_(kind != "one output for all")
+    found = []
+    for function in (peer, step):
+        torch.manual_seed(5)
+        found.append((function(v, x, 0.7, SIGMAS, 1, None), torch.get_rng_state()))
+    assert all(map(torch.equal, found[0][0], found[1][0])) and torch.equal(found[0][1], found[1][1])
+    assert [t.requires_grad for t in found[0][0]] == [t.requires_grad for t in found[1][0]]
+    assert told.calls() == [1, 0, 1] and "such calls go to the original" in told.said[-1]
+    with torch.no_grad():
+        step(V, x, 0.7, SIGMAS, 1, None)
+    assert told.calls() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [1, 2, 3])  # a call by which the original is timed is recorded, or repeated, or both
+def test_a_step_within_a_checkpoint(before: int, reentrant: bool) -> None:
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+
+    def loss(v: Tensor) -> Tensor:
+        return step(v.tanh(), X, 0.7, SIGMAS, 1, AFTER)[2].sum()
+
+    wanted, found = (V.clone().requires_grad_() for _ in range(2))
+    for _ in range(before):
+        wanted.grad = None
+        loss(wanted).backward()
+    checkpoint(loss, found, use_reentrant=reentrant).backward()
+    assert torch.equal(found.grad, wanted.grad)
+    assert told.calls() == [0, before + 2, 0]
+    assert told.all.report()["functions"][0]["original_not_timed"] == ""
+
+
+def test_an_error_of_who_watches_a_call_is_not_an_error_of_ours() -> None:
+    class StopError(Exception): ...
+
+    def stop(tensor: Tensor) -> Tensor:
+        raise StopError
+
+    told = Told()
+    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    v = V.clone().requires_grad_()
+    with pytest.raises(StopError), torch.autograd.graph.saved_tensors_hooks(stop, stop):
+        step(v, X, 0.7, SIGMAS, 1, AFTER)
+    step(v, X, 0.7, SIGMAS, 1, AFTER)
+    assert told.calls() == [0, 2, 0] and len(told.said) == 1
 
 
 def test_gradients_positions_and_keywords() -> None:

@@ -1,8 +1,10 @@
 """The table at the end of a run, the file beside it, and that neither changes what a script computes."""
 
+import io
 import json
 import multiprocessing
 import resource
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,7 +154,7 @@ def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == []
     found.stand_in(original(), None, "x")
     found.finish()
-    assert said == ["none of these functions was called: flow_grpo_step"]
+    assert said == ["none of these functions was called in this process: flow_grpo_step"]
     loading.RECORDS.append({"class": "FluxTransformer2DModel", "mode": "fast", "accepted": True, "reason": ""})
     found.finish()
     assert "FluxTransformer2DModel: block ops (fast)" in said[-1]
@@ -161,6 +163,30 @@ def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "parent_process", object)
     found.finish()
     assert said == []
+
+
+class Bare:
+    """A stream as scripts write them for their logs."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "without flush"])
+def test_whatever_stderr_is_a_script_goes_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed, bare = io.StringIO(), Bare()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed, "without flush": bare}[kind])
+    found = Replacements(Settings())
+    assert found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, V)[0] is V
+    found.finish()
+    assert capsys.readouterr().out == ""
+    assert ("x flow_grpo_step -> " in bare.text) == (kind == "without flush")
 
 
 def test_peak_memory() -> None:

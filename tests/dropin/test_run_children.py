@@ -80,7 +80,7 @@ def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
             for kind in ("fork", "spawn", "nested", "forkserver", "pool")
         ]
         # Of the first process only.
-        assert done.stderr == f"{SAID}none of these functions was called: flux_step\n"
+        assert done.stderr == f"{SAID}none of these functions was called in this process: flux_step\n"
 
 
 OTHERS = """
