@@ -51,30 +51,37 @@ def apart(work: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged() -> Iterator[None]:
-    drawn, python, dtype, level = (
-        torch.get_rng_state(),
-        random.getstate(),
-        torch.get_default_dtype(),
-        logging.root.manager,
-    )
+def _random_states(device: torch.device | None = None) -> Iterator[None]:
+    """Puts back the states of torch's, Python's and numpy's random numbers, and of a GPU's."""
     numpy = sys.modules.get("numpy")
+    drawn, python = torch.get_rng_state(), random.getstate()
     numbers = None if numpy is None else numpy.random.get_state()
-    disabled = level.disable
-    silent = io.StringIO()
+    on_device = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
     try:
-        torch.set_default_dtype(torch.float32)
-        logging.disable(logging.CRITICAL)
-        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.disable(disabled)
-        torch.set_default_dtype(dtype)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)  # type: ignore[arg-type]  # it is a GPU
         if numpy is not None:
             numpy.random.set_state(numbers)
         random.setstate(python)
         torch.set_rng_state(drawn)
+
+
+@contextlib.contextmanager
+def _unchanged() -> Iterator[None]:
+    dtype, disabled = torch.get_default_dtype(), logging.root.manager.disable
+    silent = io.StringIO()
+    with _random_states():
+        try:
+            torch.set_default_dtype(torch.float32)
+            logging.disable(logging.CRITICAL)
+            with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(disabled)
+            torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager
@@ -83,19 +90,14 @@ def beside(device: torch.device) -> Iterator[None]:
 
     What watches the call, a checkpoint for one, does not see it.
     """
-    states = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     before, inside.on = getattr(inside, "on", False), True
     seen = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same) if seen else contextlib.nullcontext()
     try:
-        with _disable_current_modes(), unseen:
+        with _random_states(device), _disable_current_modes(), unseen:
             yield
     finally:
         inside.on = before
-        torch.set_rng_state(states)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
 
 
 def _same(tensor: Tensor) -> Tensor:

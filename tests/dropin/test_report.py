@@ -3,12 +3,14 @@
 import io
 import json
 import multiprocessing
+import random
 import resource
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +85,17 @@ def test_timing_changes_nothing() -> None:
     for ours, replaced in zip(*states, strict=True):
         assert torch.equal(ours, replaced)
     assert found.report()["functions"][0]["rollout"]["calls"] == 9
+
+
+def test_timing_draws_none_of_the_script_s_other_random_numbers() -> None:
+    found, _ = replacements()
+    step = found.stand_in(fork("import random, numpy; random.random(); numpy.random.rand()"), None, "x")
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    for _ in range(4):
+        step(V, X, 0.7, SIGMAS, 1, AFTER)
+    (function,) = found.report()["functions"]
+    assert function["replay"]["calls"] == 4 and function["replay"]["microseconds_of_original"] > 0
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
 
 def test_an_original_that_cannot_be_timed() -> None:
