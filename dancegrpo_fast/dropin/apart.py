@@ -4,11 +4,13 @@ import contextlib
 import copy
 import io
 import logging
+import operator
 import random
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -102,6 +104,69 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+class Held:
+    """Numbers, texts and containers that a function reaches by its globals and its closure, as they are now."""
+
+    def __init__(self, function: Any) -> None:
+        scope, names = function.__globals__, set(_names(function.__code__))
+        found = [(name, scope, name) for name in names if name in scope]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        found += [(name, cell, None) for name, cell in cells]
+        self._kept = [(*place, value, _contents(value)) for place in found if _is_plain(value := _at(*place[1:]))]
+
+    def put_back(self) -> list[str]:
+        """Undoes what was changed, and names it."""
+        changed = []
+        for name, home, key, value, contents in self._kept:
+            now = _at(home, key)
+            if now is value and _same_items(_contents(now), contents):
+                continue
+            changed.append(name)
+            if type(value) is list:
+                value[:] = contents
+            elif type(value) in (dict, set):
+                value.clear()
+                value.update(contents)
+            if key is None:
+                home.cell_contents = value
+            else:
+                home[key] = value
+        return changed
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _at(home: Any, key: str | None) -> Any:
+    if key is not None:
+        return home.get(key)
+    try:
+        return home.cell_contents
+    except ValueError:  # nothing was put in yet
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (bool, int, float, str, type(None), list, dict, set)
+
+
+def _contents(value: Any) -> Any:
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """By identity, as tensors have no truth."""
+    if type(now) is dict and type(before) is dict:
+        return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+    if type(now) is list and type(before) is list:
+        return len(now) == len(before) and all(map(operator.is_, now, before))
+    return bool(now == before)
 
 
 def twin(value: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .apart import apart
+from .apart import Held, apart
 from .roles import Layout, log_prob, next_latents, outputs
 from .small import EPS, SEED, Setting, Small, Values
 
@@ -43,6 +43,7 @@ class Ran:
     drawn: list[Tensor] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
     error: str = ""
 
     def label(self, name: str) -> str:
@@ -68,11 +69,17 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
         values: of a real call; nothing of it is changed or read but what describes the schedule.
     """
     found: list[Closest] = []
+    held = Held(original)
     try:
         small = Small(layout, values)
         apart(lambda: found.extend(_differences(lambda v: layout.call(original, v), ours, small)))
     except Exception as error:
         found.append(Closest(math.inf, f"it could not be tried: {type(error).__name__}: {error}"))
+    changed = held.put_back()
+    if changed:
+        found.append(
+            Closest(math.inf, f"it changes {', '.join(sorted(changed))}, which it does not own; ours does not")
+        )
     return max(found, key=lambda difference: difference.size, default=None)
 
 
@@ -118,6 +125,7 @@ def _run(call: Call, small: Small, setting: Setting, seed: int = SEED, **how: An
             ran.gradients[name] = torch.autograd.grad(total, output, retain_graph=True, allow_unused=True)[0]
         ran.found[name] = value.detach() if isinstance(value, Tensor) else value
     ran.state = torch.get_rng_state()
+    ran.given = {n: v.detach() for n, v in zip(layout.names, values, strict=True) if isinstance(v, Tensor)}
     generators = values[layout.generator] if setting.generator else []  # type: ignore[index]  # it has one
     ran.drawn = [g.get_state() for g in (generators if isinstance(generators, list) else [generators])]
     if layout.owner is not None:
@@ -205,6 +213,9 @@ def _shape_difference(plain: Ran, mine: Ran, wider: str = "") -> str:
         return "leaves another state of torch's random numbers than ours"
     if not all(map(torch.equal, plain.drawn, mine.drawn)):
         return "leaves another state of the generator than ours"
+    for name, value in plain.given.items():
+        if not torch.equal(value, mine.given[name]):
+            return f"changes {name} in place, ours does not"
     if plain.attributes != mine.attributes:
         changed = sorted(
             n for n in plain.attributes | mine.attributes if plain.attributes.get(n) != mine.attributes.get(n)

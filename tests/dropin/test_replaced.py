@@ -238,10 +238,11 @@ def test_an_original_that_calls_another_one() -> None:
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
     """How often it was called."""
     calls: list[int] = []
+    note = calls.append  # a list that the function itself holds would be put back
 
     @wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        note(1)
         return function(*args, **kwargs)
 
     return counting, calls
@@ -359,6 +360,33 @@ def test_calls_beyond_ours_are_the_original_s_to_the_bit(kind: str) -> None:
     with torch.no_grad():
         step(V, x, 0.7, SIGMAS, 1, None)
     assert told.calls() == [2, 0, 1]
+
+
+SIDE_EFFECTS = {
+    "LOG": "LOG.append(index)",
+    "COUNTS": "COUNTS['steps'] = COUNTS.get('steps', 0) + 1",
+    "TOTAL": "global TOTAL; TOTAL += 1",
+    "latents in place": "latents.mul_(0.5)",
+    "sigmas in place": "sigmas.mul_(0.5)",
+}
+
+
+@pytest.mark.parametrize("what", SIDE_EFFECTS)
+def test_what_a_step_changes_is_changed_as_without_us(what: str) -> None:
+    head = "    device = model_output.device\n"
+    step = fork((head, f"    {SIDE_EFFECTS[what]}\n{head}"))
+    scope, told = step.__globals__, Told()
+    scope |= {"LOG": [], "COUNTS": {}, "TOTAL": 0}
+    x, sigmas = X.clone(), SIGMAS.clone()
+    stand = told.stand_in(step)
+    for _ in range(2):
+        stand(V, x, 0.7, sigmas, 1, AFTER)
+    assert told.calls() == [0, 0, 2]
+    assert f"it changes {what}" in told.said[-1]
+    wanted = {"LOG": [1, 1], "COUNTS": {"steps": 2}, "TOTAL": 2}
+    assert all(scope[name] == (value if name == what else type(value)()) for name, value in wanted.items())
+    assert torch.equal(x, X * 0.25 if what == "latents in place" else X)
+    assert torch.equal(sigmas, SIGMAS * 0.25 if what == "sigmas in place" else SIGMAS)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
