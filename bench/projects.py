@@ -7,8 +7,10 @@ ours. The table says what was found, what ours took over, what was refused and w
 """
 
 import argparse
+import ast
 import builtins
 import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import inspect
@@ -24,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dancegrpo_fast.dropin.known import KNOWN
+from dancegrpo_fast.dropin.source import definitions
 
 _GUARD = re.compile(r"__name__\s*==\s*['\"]__main__['\"]")
 _SECONDS = 300
@@ -150,13 +152,15 @@ def arguments(function: Any, owner: type | None) -> dict[str, Any]:
 
 def run_one(program: list[str], root: Path) -> dict[str, Any]:
     """Runs a script, or `-m` and a module, with `--help` under `run`; then calls what it has of known functions."""
+    import diffusers
+
     from dancegrpo_fast.dropin import command
     from dancegrpo_fast.dropin.source import HOOK
 
+    # It asks what is installed while it is imported, and must not find what is made up below.
+    importlib.import_module("diffusers.pipelines.flux.pipeline_flux")
     absent = _AbsentModules(root)
     sys.meta_path.append(absent)
-    import diffusers
-
     # Where older scripts look for it.
     diffusers.utils.randn_tensor = diffusers.utils.torch_utils.randn_tensor
     ended = "ran to its end"
@@ -197,6 +201,13 @@ def scripts_of(root: Path) -> list[Path]:
     return found
 
 
+def _defines(path: Path) -> bool:
+    try:
+        return any(True for _ in definitions(ast.parse(path.read_bytes()).body))
+    except (SyntaxError, ValueError):
+        return False
+
+
 def state_of(root: Path) -> str:
     """The commit of a checkout and its day."""
     command = ["git", "-C", str(root), "log", "-1", "--format=%h, %ad", "--date=short"]
@@ -235,12 +246,10 @@ def look(root: Path) -> list[dict[str, Any]]:
             row |= _run(root, str(script))
         rows.append(row)
     met = set[str]()
-    names = "|".join(sorted({known.name for known in KNOWN}))
-    defining = re.compile(rf"^\s*def ({names})\(", re.MULTILINE)
     for path in sorted(root.rglob("*.py")):
         met |= {function["place"].partition(":")[0] for row in rows for function in row.get("functions", [])}
         name = str(path.relative_to(root))
-        if name not in met and ".git" not in path.parts and defining.search(path.read_text(errors="replace")):
+        if name not in met and ".git" not in path.parts and _defines(path):
             module = name.removesuffix(".py").removeprefix("src/").replace("/", ".")
             rows.append({"script": f"-m {module}", **_run(root, "-m", module)})
     return rows
@@ -267,6 +276,8 @@ def table(projects: dict[str, dict[str, Any]]) -> str:
                 details.append(f"| {name} | `{row['script']}` | {place} | {by}{called} |")
             for text in row.get("refused", []):
                 details.append(f"| {name} | `{row['script']}` | | {text} |")
+    # A module that is run by name may be imported by its package, too.
+    details = list(dict.fromkeys(details))
     return "\n".join([*lines, "", "| project | script | function | what stands in |", "|" + "---|" * 4, *details])
 
 
