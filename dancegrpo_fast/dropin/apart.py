@@ -109,7 +109,7 @@ class Held:
 
     def __init__(self, function: Any) -> None:
         scope, names = function.__globals__, set(_names(function.__code__))
-        found = [(name, scope, name) for name in names if name in scope]
+        found: list[tuple[str, Any, str | None]] = [(name, scope, name) for name in names if name in scope]
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         found += [(name, cell, None) for name, cell in cells]
         self._kept = [(*place, value, _contents(value)) for place in found if _is_plain(value := _at(*place[1:]))]
