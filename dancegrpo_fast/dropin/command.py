@@ -127,8 +127,15 @@ def _settings(given: dict[str, list[str]]) -> Settings:
     if "report" in fields:
         # The script may go elsewhere.
         fields["report"] = os.path.abspath(fields["report"])
-        if not os.path.isdir(os.path.dirname(fields["report"])):
-            raise ValueError(f"--report: got {given['report'][-1]}, whose folder does not exist; want a file to write")
+        folder = os.path.dirname(fields["report"])
+        why = "whose folder does not exist" if not os.path.isdir(folder) else ""
+        # Told now, not after days of training.
+        if not why and os.path.isdir(fields["report"]):
+            why = "a folder"
+        if not why and not os.access(folder, os.W_OK):
+            why = "in a folder where you may not write"
+        if why:
+            raise ValueError(f"--report: got {given['report'][-1]}, {why}; want a file to write")
     return Settings(**fields)
 
 

@@ -151,13 +151,13 @@ class Dispatch:
         layout = self.layout
         beyond = self.key(values)[0]
         if beyond:
-            self._refuse(f"called with {beyond}; such calls go to the original")
+            self._refuse(f"called with {beyond}{self._elsewhere}")
             return Verdict(None, None, f"called with {beyond}")
         given = {p for p in self.extra if not _is_default(values[p], layout.defaults[p])}
         able = [k for k in self.fitting if {layout.names[p] for p in given} <= self._wanted(k)]
         if not able:
             names = ", ".join(sorted(f"{layout.names[p]}={_shown(values[p])}" for p in given))
-            self._refuse(f"called with {names}, which {self.fitting[0].target} lacks; such calls go to the original")
+            self._refuse(f"called with {names}, which {self.fitting[0].target} lacks{self._elsewhere}")
             return Verdict(None, None, f"called with {names}")
         able.sort(key=lambda k: k not in self.taken)
         closest: Closest | None = None
@@ -212,6 +212,10 @@ class Dispatch:
     @property
     def _name(self) -> str:
         return f"{self.definition.where} {self.definition.label}"
+
+    @property
+    def _elsewhere(self) -> str:
+        return "" if self.replacements.strict else "; such calls go to the original"
 
     def _refuse(self, why: str) -> None:
         latents = "" if self.replacements.settings.latents is None else "; --latents does nothing for it"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .known import KNOWN, candidates, misfit
 from .replaced import Replacements
-from .settings import Settings
+from .settings import BACKENDS, ROUNDINGS, Settings
 
 
 class Replacement(NamedTuple):
@@ -92,9 +92,13 @@ def patched(
         What was replaced, one entry for each place.
 
     Raises:
-        ValueError: nothing was recognised, a known name has an unknown signature, or, where the function is called,
-            it does something else than ours; the message has the largest difference.
+        ValueError: a bad setting; nothing was recognised; a known name has an unknown signature; or, where the function
+            is called, it does something else than ours, with the largest difference.
     """
+    from ..checks import check_choice
+
+    check_choice("rounding", rounding, ROUNDINGS)
+    check_choice("backend", backend, BACKENDS)
     modules = [module_or_modules] if isinstance(module_or_modules, ModuleType) else list(module_or_modules)
     found = {id(original): (home, original) for m in modules for home, original in _found_in(m)}
     if not found:
@@ -103,6 +107,7 @@ def patched(
     replacements = Replacements(Settings(rounding=rounding, backend=backend), _silent, strict=True)
     undo: list[tuple[Any, str, Any]] = []
     done: list[Replacement] = []
+    stands: dict[int, tuple[Any, Any]] = {}
     try:
         for home, original in found.values():
             owner = None if home is None else home.__name__
@@ -115,13 +120,22 @@ def patched(
                 setattr(home, original.__name__, ours)
                 done.append(Replacement(where, f"{home.__qualname__}.{original.__name__}", by))
                 continue
-            for module in {id(m): m for m in (*modules, *list(sys.modules.values()))}.values():
-                for name, value in list(getattr(module, "__dict__", {}).items()):
-                    if value is original:
-                        undo.append((module, name, original))
-                        setattr(module, name, ours)
-                        done.append(Replacement(module.__name__, name, by))
+            stands[id(ours)] = ours, original
+            for module, name in _holders(original, modules):
+                undo.append((module, name, original))
+                setattr(module, name, ours)
+                done.append(Replacement(module.__name__, name, by))
         yield done
     finally:
         for place, name, value in reversed(undo):
             setattr(place, name, value)
+        # Modules that were imported within the block took what they found.
+        for ours, original in stands.values():
+            for module, name in _holders(ours, modules):
+                setattr(module, name, original)
+
+
+def _holders(value: Any, modules: Iterable[ModuleType]) -> list[tuple[ModuleType, str]]:
+    """Imported modules and others that hold a value, and under which names."""
+    every = {id(m): m for m in (*modules, *list(sys.modules.values()))}.values()
+    return [(m, name) for m in every for name, held in list(getattr(m, "__dict__", {}).items()) if held is value]

@@ -37,6 +37,14 @@ def test_functions_are_replaced_wherever_they_were_imported_to(holder: ModuleTyp
     assert holder.step is peer.flow_grpo_step is original
 
 
+def test_what_is_imported_within_the_block_is_put_back_too(holder: ModuleType) -> None:
+    peer = PEERS["mixgrpo"]
+    original = peer.flow_grpo_step
+    with patched(peer):
+        holder.late = peer.flow_grpo_step
+    assert holder.late is original
+
+
 def test_methods_are_replaced_on_their_class_and_put_back_after_an_exception() -> None:
     case, modules = CASES["verl_omni dance"], [PEERS["verl_omni"], PEERS["flow_factory"], PEERS["ddpo"]]
     scheduler = PEERS["verl_omni"].FlowMatchSDEDiscreteScheduler
@@ -60,6 +68,17 @@ def test_nothing_to_replace_and_unknown_signatures_are_refused() -> None:
     wanted = r"got flow_grpo_step\(.*generator=None\); as .*mixgrpo.flow_grpo_step it has no parameter sigmas"
     with pytest.raises(ValueError, match=wanted), patched(fork):
         pass
+
+
+def test_bad_settings_and_calls_beyond_ours_raise() -> None:
+    peer = PEERS["mixgrpo"]
+    with pytest.raises(ValueError, match='rounding: got "no", want "exact" or'), patched(peer, rounding="no"):
+        pass
+    with pytest.raises(ValueError, match='backend: got "no", want "auto",'), patched(peer, backend="no"):
+        pass
+    v = draw(F32, 1).requires_grad_()
+    with patched(peer), pytest.raises(ValueError, match=r"ours is for sampling without gradients$"):
+        peer.flow_grpo_step(v, draw(F32, 2), 0.7, SIGMAS, 1, None)
 
 
 def test_a_static_method_is_refused_and_nothing_stays_replaced() -> None:

@@ -187,6 +187,8 @@ def test_help_names_options_and_functions(capsys: pytest.CaptureFixture[str]) ->
         (["--skip", "m:step", "x.py"], '--skip: got "m:step", want NAME'),
         (["--skip=,", "x.py"], '--skip: got ",", want a name'),
         (["--report", "no/run.json", "x.py"], "--report: got no/run.json, whose folder does not exist; want a file"),
+        (["--report", ".", "x.py"], "--report: got ., a folder; want a file to write"),
+        (["--report=", "x.py"], "--report: got , a folder; want a file to write"),
         (["--other", "x.py"], "--other: want one of --rounding, --backend,"),
         (["-c", "x.py"], "-c: want one of --rounding, --backend,"),
         (
@@ -209,6 +211,14 @@ def test_bad_arguments(
     assert str(raised.value).startswith(message)
     assert main(["run", *arguments]) != 0
     assert (message if arguments else "usage") in capsys.readouterr().err
+
+
+def test_a_report_that_could_not_be_written_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (str(path), mode) != (str(tmp_path), os.W_OK))
+    with pytest.raises(ValueError, match=r"--report: got .*run.json, in a folder where you may not write; want a file"):
+        prepare(["--report", str(tmp_path / "run.json"), "x.py"])
 
 
 @pytest.mark.parametrize(
