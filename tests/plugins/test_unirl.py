@@ -6,6 +6,10 @@ import pickle
 import pytest
 import torch
 
+from dancegrpo_fast import transitions
+from dancegrpo_fast.kernels.transition import reference
+from dancegrpo_fast.plugins import _rows
+
 from ..tolerances import assert_within_budget
 from . import engines
 
@@ -87,6 +91,16 @@ def test_each_sample_may_be_at_its_own_sigma(unirl) -> None:
         }
         alone = ours.denoise(**one, prev_sample=after[row : row + 1])
         assert torch.equal(alone[1], old[row : row + 1]) and torch.equal(alone[2], mean[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+def test_coefficients_are_those_of_the_tables(kind: str) -> None:
+    sigmas = SIGMAS.float()
+    found = _rows.rows(kind.removesuffix("_sde"), sigmas[:-1], sigmas[1:], 0.7, sigmas[1])
+    used = [reference.A, reference.B, reference.TAU, reference.P, reference.Q, reference.SCALE, reference.CONSTANT]
+    used.append(reference.STEP_SIZE)
+    wanted = getattr(transitions, kind)(sigmas, 0.7).packed("cpu", torch.float32)
+    assert torch.equal(found[:, used], wanted[:, used])
 
 
 TOKENS = {"sigma": SIGMAS[:6].reshape(1, 1, 6, 1), "sigma_next": SIGMAS[1:7].reshape(1, 1, 6, 1)}
