@@ -7,7 +7,7 @@ from torch import nn
 
 from ..ops._block import check_mode
 from ._common import RECOMPUTE, Accelerated, Settings
-from ._recognise import Family, check_sources
+from ._recognise import Family, check_sources, following
 
 __all__ = ["SUPPORTED", "Accelerated", "accelerate"]
 
@@ -109,4 +109,5 @@ def accelerate(
     trimmed = mode == "fast" if trim_text is None else trim_text
     checked = on_mismatch == "eager" and backend == "auto"
     settings = Settings(mode, recompute, trimmed, gates_from_weights, "checked" if checked else backend)
-    return Accelerated(inner, family.forwards(inner, settings))
+    forwards = ((module, following(family, forward)) for module, forward in family.forwards(inner, settings))
+    return Accelerated(inner, forwards)

@@ -1,13 +1,16 @@
 """How a patch knows the code that it stands in for: fingerprints of sources, and checks of modules."""
 
+import functools
 import hashlib
 import inspect
 import io
 import tokenize
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ._common import Settings
@@ -74,11 +77,11 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def resolve(path: str) -> Callable[..., Any] | None:
-    """The function at "module:qualified name", or None where there is none."""
+    """The function at "module:qualified name" (a class or a module, too), or None where there is none."""
     module, _, name = path.partition(":")
     try:
         found: Any = __import__(module, fromlist=["_"])
-        for part in name.split("."):
+        for part in filter(None, name.split(".")):
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return None
@@ -97,6 +100,33 @@ def check_sources(family: Family) -> None:
                 f"transformer: got a {family.name} of diffusers {diffusers.__version__}, whose {path.replace(':', '.')}"
                 f" {state}; want a version with the code of diffusers 0.42.1"
             )
+
+
+def following(family: Family, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` as long as the code that it stands in for is what it was, else the module's own.
+
+    A script may put its own forward or processor into diffusers' classes after its model was accelerated.
+    """
+    places = [path.partition(":")[::2] for path in family.sources]
+    known: list[tuple[Any, str, Any]] = []
+    for module, name in places:
+        owner, _, last = name.rpartition(".")
+        known.append((resolve(f"{module}:{owner}"), last, resolve(f"{module}:{name}")))
+
+    @functools.wraps(forward)
+    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for home, name, function in known:
+                if getattr(home, name) is not function:
+                    where = f"{home.__name__}.{name}"
+                    warnings.warn(
+                        f"{where} was changed after accelerate(): {type(self).__name__} runs as diffusers has it now",
+                        stacklevel=2,
+                    )
+                    return type(self).forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return followed
 
 
 def want(condition: bool, where: str, got: Any, wanted: str) -> None:

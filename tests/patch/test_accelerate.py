@@ -292,6 +292,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"attn\.processor: got object, want FluxAttnProcessor"):
             model(**inputs)
 
+    @pytest.mark.parametrize("name", ["FluxSingleTransformerBlock.forward", "FluxAttnProcessor.__call__"])
+    def test_a_class_that_is_changed_afterwards_is_followed(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        owner, _, attribute = name.partition(".")
+        home = getattr(transformer_flux, owner)
+        original = getattr(home, attribute)
+
+        def doubled(*arguments: Any, **more: Any) -> Any:
+            found = original(*arguments, **more)
+            return tuple(2 * part for part in found) if isinstance(found, tuple) else 2 * found
+
+        model, inputs = TINY["flux"].model(), TINY["flux"].inputs()
+        plain = run(copy.deepcopy(model), inputs)
+        dgf.accelerate(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(home, attribute, doubled)
+            with pytest.warns(UserWarning, match=rf"{name} was changed after accelerate\(\): Flux"):
+                changed = run(model, inputs)
+            plainly_changed = run(TINY["flux"].model(), inputs)
+        assert_same_bits(changed, plainly_changed)
+        assert not torch.equal(changed[0], plain[0])
+        assert_same_bits(run(model, inputs), plain)
+
     def test_other_layers(self) -> None:
         model = TINY["flux"].model()
         model.transformer_blocks[1].norm2 = nn.LayerNorm(64)
