@@ -64,7 +64,7 @@ def compare(original: Callable[..., Any], ours: Call, layout: Layout, values: Va
 
     Args:
         original: called with its own parameters.
-        ours: called with the same values in one tuple, and whether a next sample is given.
+        ours: called with the same values in one tuple.
         layout: of the original's parameters.
         values: of a real call; nothing of it is changed or read but what describes the schedule.
     """
