@@ -105,6 +105,10 @@ def weight_of(norm: Any) -> Tensor | None:
     return affine_of(norm)[0]
 
 
+# What slicing leaves in the graph, and what brings offloaded inputs back does.
+_CUTS = ("SliceBackward0", "AsStridedBackward0")
+
+
 def _only_cut(part: Tensor, base: Tensor) -> bool:
     """Whether nothing but slicing lies between a part and its base, so that a gradient may go past the part.
 
@@ -116,9 +120,10 @@ def _only_cut(part: Tensor, base: Tensor) -> bool:
     if part._backward_hooks or part.retains_grad:
         return False
     node, end = part.grad_fn, base.grad_fn
-    while node is not None and node is not end and node.name() == "SliceBackward0":
+    while node is not None and node is not end and node.name() in _CUTS:
         node = node.next_functions[0][0]
-    return node is not None and node is end
+    # A base without a graph, as offloaded inputs come back, ends in the node that fills its gradient.
+    return node is not None and (node is end or getattr(node, "variable", None) is base)
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:
