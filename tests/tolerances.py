@@ -64,7 +64,7 @@ def chain_error(truth: Tensor, dtype: torch.dtype) -> float:
 def assert_same_formula(actual: Tensor, expected: Tensor) -> None:
     """Two float64 evaluations of the same mathematics, relative to the largest value."""
     assert actual.dtype == expected.dtype == torch.float64 and actual.shape == expected.shape
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=FORMULA * scale)
 
 
