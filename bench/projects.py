@@ -90,7 +90,7 @@ class _AbsentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = ModuleType(spec.name)
-        module.__getattr__ = _Absent().__getattr__  # type: ignore[method-assign]
+        module.__getattr__ = _Absent().__getattr__  # type: ignore[method-assign]  # modules may have one
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -234,6 +234,16 @@ def _run(root: Path, *program: str) -> dict[str, Any]:
     return found
 
 
+# Above the table, so that the page says how it was made.
+_HEAD = """# What `run` does with the scripts of other projects
+
+Made by `python -m bench.projects CHECKOUT ...`. Scripts are files with a `__main__` guard, and files with a known
+function that none of those imports (`-m`). Each is looked through; those with a candidate are run with `--help`, where
+modules that are not installed are empty stand-ins. Then every known function that was defined is called once on small
+tensors.
+"""
+
+
 def look(root: Path) -> list[dict[str, Any]]:
     """A row for every script of a project, and for every file with a known function that none of them imports."""
     rows = []
@@ -295,7 +305,7 @@ def main() -> None:
     for folder in given.folders:
         projects[folder.name] = {"state": state_of(folder), "rows": look(folder.resolve())}
         print(f"{folder.name}: {len(projects[folder.name]['rows'])} scripts", file=sys.stderr)
-    given.output.write_text(f"{table(projects)}\n")
+    given.output.write_text(f"{_HEAD}\n{table(projects)}\n")
     given.output.with_suffix(".json").write_text(f"{json.dumps(projects, indent=1)}\n")
     print(given.output.read_text())
 
