@@ -81,7 +81,8 @@ class Audit:
     def saw(self, layout: Layout, values: Sequence[Any], replay: bool, found: Any) -> None:
         """Takes note of a call; reads nothing from its device."""
         state, output = values[layout.state], values[layout.output]
-        score, after = log_prob(found), values[layout.next] if replay else next_latents(found)  # type: ignore[index]
+        score = log_prob(found)
+        after = values[layout.next] if replay else next_latents(found)  # type: ignore[index]  # a replay gives one
         tensors = [t for t in (state, output, after, score) if t is not None]
         if after is None or any(type(t) is not Tensor for t in tensors) or after.shape != state.shape or state.ndim < 2:
             return
