@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.activations import checkpointing
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from ...memory.families import FAMILIES, prepare, real, real_inputs
 from ...rows import Row
