@@ -1,10 +1,15 @@
-"""What every test shares. The tests run against the installed package: nothing here touches `sys.path`."""
+"""What every test shares. The tests run against the installed package."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# `bench` lies beside the package: its folder comes last, so that the installed package is the one tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(autouse=True, scope="module")
