@@ -26,3 +26,25 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision per process; every test is its own run."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .train import tiny
+
+    return tiny.make_flux(tmp_path_factory.mktemp("flux") / "base")
+
+
+@pytest.fixture(scope="session")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .train import tiny
+
+    return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")

@@ -1,7 +1,6 @@
 import gc
 import json
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +16,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState
 
 from dancegrpo_fast.cli import load_recipe, main
 from dancegrpo_fast.memory import _books, _phases
@@ -32,22 +30,6 @@ from ..train import tiny
 
 TRAINED = ("text encoding", "rollout", "decode", "rewards", "replay forward", "replay backward", "optimizer")
 PREDICTED = ("rollout", "decode", "replay forward", "replay backward", "optimizer")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_flux(tmp_path_factory.mktemp("flux") / "base")
-
-
-@pytest.fixture(scope="module")
-def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")
 
 
 def recipe_file(base: Path, folder: Path, **changes: Any) -> Path:
