@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast import trainer as module
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.train import loop as module
+from dancegrpo_fast.train.loop import Trainer
 
 from ..tolerances import REORDERED_SUMS, assert_same_gradient
 from .tiny import LoraSettings, make_recipe, reward
