@@ -140,10 +140,10 @@ def bars(
     for i, (label, sizes, colour) in enumerate(rows):
         shift = thick * (i - (len(rows) - 1) / 2)
         values = [sizes.get(group, 0) / size for group in groups]
-        total = f"{label}: {sum(sizes.values()) / size:.1f} {name}"
-        drawn_bars = panel.barh([y + shift for y in range(len(groups))], values, 0.9 * thick, color=colour, label=total)
-        texts = [f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in values]
-        panel.bar_label(drawn_bars, texts, padding=3, fontsize=7)
+        total = f"{label}: {sum(sizes.values()) / size:.3g} {name}"
+        row = panel.barh([y + shift for y in range(len(groups))], values, 0.9 * thick, color=colour, label=total)
+        texts = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
+        panel.bar_label(row, texts, padding=3, fontsize=7)
     panel.set_yticks(range(len(groups)), groups)
     panel.tick_params(axis="y", length=0)
     panel.set_ylim(len(groups) - 0.45, -0.55)
