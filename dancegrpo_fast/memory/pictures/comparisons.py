@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..planning import specs
-from ..planning.calls import kinds_of, resolved
+from ..planning.cases import kinds_of, resolved
 from ..planning.planner import CAPACITIES, Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
