@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo_fast.demo import bases, video
+from dancegrpo_fast.demo import bases, fitting, video
 from dancegrpo_fast.demo.rewards.motion import (
     FirstFrame,
     MotionAlignment,
@@ -159,11 +159,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both bases by the script itself, with few steps (quality is what the recipes show), and the prompt files."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
-        fit, make = bases._fit, video.make_clips
-        patch.setattr(bases, "_fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 2, rate))
+        fit, make = fitting.fit, video.make_clips
+        patch.setattr(
+            fitting, "fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 2, rate)
+        )
         patch.setattr(video, "make_clips", lambda *given: tuple(part[::10] for part in make(*given)))
         for base in ("video", "video_i2v"):
-            patch.setitem(bases.RECIPES, base, dataclasses.replace(bases.RECIPES[base], batch=4))
+            patch.setitem(bases.BASES, base, dataclasses.replace(bases.BASES[base], batch=4))
             target = folder / "runs" / "bases" / base
             assert bases.build(base, target)
             assert not bases.build(base, target)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..planning import specs
-from ..planning.calls import kinds_of, resolved
+from ..planning.cases import kinds_of, resolved
 from ..planning.planner import CAPACITIES, Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
