@@ -1,17 +1,27 @@
-"""`python -m bench.shims`: what the projects' step functions and ours cost, on the shapes that their scripts have."""
+"""The projects' step functions: what a call of theirs costs, of ours, and of what `dancegrpo-fast run` puts there.
 
-import argparse
-import json
+    peer     the project's function (its double of `tests/compat/peers`)
+    ours     `dancegrpo_fast.compat`
+    run      after its first calls, which are compared, and without the audit of the first update
+
+Each in a rollout, in a replay that a gradient can be taken of, and with that gradient, on the shapes of the scripts'
+latents; `host` is so small that only Python and dispatch are left. On a GPU it is the time that a call costs the host.
+"""
+
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from bench.clocks import Run
+from bench.place import PLACES, Place
+from bench.rows import Row
+from bench.turns import Contest, cross
 from dancegrpo_fast.dropin.replaced import Replacements
 from dancegrpo_fast.dropin.settings import Settings
 from tests.compat.cases import ddim_scheduler, find, ours
@@ -26,13 +36,12 @@ from tests.compat.peers import (
     pref_grpo,
     verl_omni,
 )
-
-from .clocks import HostClock, Run, WallClock
-from .harness import environment, interleave
+from tests.tolerances import chain_error
 
 # FLUX at 256, 720 and 1024 pixels, Stable Diffusion, SD3 at 512 pixels; Wan at 832 x 480, 81 frames.
+HOST, WAYS = "host", ("rollout", "replay", "backward")
 SHAPES = {
-    "host": (1, 4, 4, 4),
+    HOST: (1, 4, 4, 4),
     "SD": (1, 4, 64, 64),
     "FLUX": (1, 2025, 64),
     "SD3": (2, 16, 64, 64),
@@ -55,7 +64,7 @@ class Shim:
     outputs: torch.dtype = torch.bfloat16
 
 
-def shims() -> dict[str, Shim]:
+def _shims() -> dict[str, Shim]:
     """Name -> function; outputs are bfloat16 as under autocast, float32 where a script casts them before."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(16)
@@ -140,11 +149,41 @@ def shims() -> dict[str, Shim]:
     }
 
 
-def ways(shim: Shim, function: Callable[..., Any], shape: tuple[int, ...], device: torch.device) -> dict[str, Run]:
-    """A rollout, a replay that a gradient can be taken of, and the same with the gradient."""
-    generator = torch.Generator(device).manual_seed(0)
-    x, v, after = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
-    v = v.to(shim.outputs)
+SHIMS = _shims()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function on one size, one way."""
+
+    function: str
+    size: str
+    way: str
+
+    def __str__(self) -> str:
+        return f"{self.function}, {self.size}, {self.way}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every function on every size, in a dry run on the smallest."""
+    dry = PLACES[metafunc.config.getoption("--device")]().dry
+    cases = [
+        pytest.param(Case(name, size, way), marks=[] if size == HOST else [pytest.mark.full])
+        for size in ([HOST] if dry else SHAPES)
+        for name in SHIMS
+        for way in WAYS
+    ]
+    cross(metafunc, cases, ["peer", "ours", "run"])
+
+
+def test_shim(case: Case, place: Place, contest: Any) -> None:
+    """Three contenders."""
+    contest(lambda: _functions(case, place))
+
+
+def ways(shim: Shim, function: Callable[..., Any], inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
+    """Way -> call."""
+    x, v, after = inputs
     leaf = v.clone().requires_grad_()
 
     def rollout(i: int) -> Any:
@@ -155,65 +194,34 @@ def ways(shim: Shim, function: Callable[..., Any], shape: tuple[int, ...], devic
         shim.call(function, leaf, x, after)[shim.score].sum().backward()
         leaf.grad = None
 
-    return {"rollout": rollout, "replay": lambda i: shim.call(function, leaf, x, after), "backward": backward}
+    return dict(zip(WAYS, (rollout, lambda i: shim.call(function, leaf, x, after), backward), strict=True))
 
 
-def measure(
-    names: list[str], shapes: dict[str, tuple[int, ...]], rounds: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Rows: microseconds a call of the peer's double, of ours, and of what `run` puts in its place."""
-    clock = WallClock() if device.type == "cpu" else HostClock(torch.cuda.synchronize)
-    for name, shim in shims().items():
-        if names and name not in names:
-            continue
-        module, _, attribute = shim.ours.partition(":")
-        # As after the first update, which is audited.
-        stand_in = Replacements(Settings(), lambda text: None, audited=False).stand_in(shim.peer, shim.owner, "bench")
-        functions = {"peer": shim.peer, "ours": find(ours(module), attribute), "run": stand_in}
-        for word, shape in shapes.items():
-            calls = {which: ways(shim, function, shape, device) for which, function in functions.items()}
-            for way in ("rollout", "replay", "backward"):
-                begin = time.perf_counter()
-                for call in range(WARM_CALLS):
-                    calls["run"][way](call)
-                    if time.perf_counter() - begin > WARM_SECONDS:
-                        break
-                timings = interleave({which: found[way] for which, found in calls.items()}, rounds, clock=clock)
-                row: dict[str, Any] = {"function": name, "shape": list(shape), "size": word, "way": way}
-                for which, timing in timings.items():
-                    row[f"us_{which}"], row[f"us_{which}_low"] = 1e3 * timing.median, 1e3 * timing.low
-                yield row
+def _functions(case: Case, place: Place) -> Contest:
+    shim, shape = SHIMS[case.function], SHAPES[case.size]
+    generator = torch.Generator(place.device).manual_seed(0)
+    x, v, after = (torch.randn(shape, generator=generator, device=place.device) for _ in range(3))
+    inputs = (x, v.to(shim.outputs), after)
+    module, _, attribute = shim.ours.partition(":")
+    stand_in = Replacements(Settings(), lambda text: None, audited=False).stand_in(shim.peer, shim.owner, "bench")
+    functions = {"peer": shim.peer, "ours": find(ours(module), attribute), "run": stand_in}
+    found = {which: ways(shim, function, inputs) for which, function in functions.items()}
 
+    def scores(which: str) -> Tensor:
+        result: Tensor = shim.call(functions[which], inputs[1], x, after)[shim.score]
+        return result.detach()
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.shims", description=__doc__)
-    parser.add_argument("--only", action="append", default=[], choices=shims(), help="a function; repeat for several")
-    parser.add_argument("--size", action="append", default=[], choices=SHAPES, help="of SHAPES; repeat for several")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds (default 11)")
-    parser.add_argument("--threads", type=int, help="torch threads (default torch's own)")
-    parser.add_argument("--device", default="cpu", help="cuda times what a call costs the host")
-    parser.add_argument("--out", type=Path, help="also append rows as JSON lines")
-    options = parser.parse_args()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    where = environment(device)
-    print("  ".join(f"{k} {v}" for k, v in where.items()), flush=True)
-    shapes = {word: shape for word, shape in SHAPES.items() if not options.size or word in options.size}
-    print("\n| function | shape | call | peer, us | ours | under run | ours / peer |\n|---|---|---|---|---|---|---|")
-    slower = 0
-    for row in measure(options.only, shapes, options.rounds, device):
-        share = row["us_ours"] / row["us_peer"]
-        slower += row["us_run"] > row["us_peer"]
-        sizes = "x".join(map(str, row["shape"]))
-        times = " | ".join(f"{row[f'us_{which}']:,.0f}" for which in ("peer", "ours", "run"))
-        print(f"| {row['function']} | {row['size']} {sizes} | {row['way']} | {times} | {share:.2f} |", flush=True)
-        if options.out is not None:
-            with options.out.open("a") as file:
-                file.write(json.dumps({"op": "shim", **row, **where}) + "\n")
-    print(f"\n{slower} rows in which what `run` puts in place is slower than the peer")
+    def check(name: str) -> None:
+        want, given = scores("peer"), scores(name)
+        assert float((given - want).abs().max()) <= chain_error(want, torch.bfloat16), "its score is another one"
+        if name == "run" and not place.dry:
+            begin = time.perf_counter()
+            for call in range(WARM_CALLS):
+                found["run"][case.way](call)
+                if time.perf_counter() - begin > WARM_SECONDS:
+                    break
 
+    def info(name: str) -> Row:
+        return {"op": "shim", "function": case.function, "shape": list(shape), "size": case.size, "way": case.way}
 
-if __name__ == "__main__":
-    main()
+    return Contest({which: every[case.way] for which, every in found.items()}, check, info, place.host_clock)
