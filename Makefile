@@ -10,12 +10,13 @@ SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' 
 # Another Triton that the kernels are compiled with: what torch 2.11 brings.
 OTHER_TRITON := 3.6.0
 
-.PHONY: help install demo test lint format bench matrix clean
+.PHONY: help install demo test lint format bench docs matrix clean
 
 help:
 	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
 	@echo "make test    lint, types and every test, against the installed package"
 	@echo "make bench   time the ops on this CPU: bench/results"
+	@echo "make docs    build the documentation as a site: build/site"
 	@echo "make matrix  tests with other versions of Python, torch, Triton and diffusers: docs/compatibility.md"
 	@echo "make install create .venv with exactly the versions in constraints.txt"
 
@@ -26,7 +27,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch triton
 	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  e = p['optional-dependencies']; names = {'demo', 'judge', 'ocr', 'quantized', 'train', 'test', 'bench', 'dev'}; \
+	  e = p['optional-dependencies']; names = {'demo', 'judge', 'ocr', 'quantized', 'train', 'test', 'bench', 'docs', 'dev'}; \
 	  print('\n'.join(r for n in sorted(names) for r in e[n] if not r.startswith('dancegrpo_fast')))" > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
 	rm -rf $(VENV)/triton-*
@@ -63,6 +64,9 @@ format: $(VENV)/.packages
 
 bench: install
 	$(BIN)/python -m bench
+
+docs: $(VENV)/.packages
+	$(BIN)/mkdocs build --quiet --strict
 
 # light, or heavy: the cells whose torch brings gigabytes of CUDA.
 CELLS ?= light
