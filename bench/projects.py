@@ -154,7 +154,7 @@ def run_one(program: list[str], root: Path) -> dict[str, Any]:
     """Runs a script, or `-m` and a module, with `--help` under `run`; then calls what it has of known functions."""
     import diffusers
 
-    from dancegrpo_fast.dropin import command
+    from dancegrpo_fast.cli import run as command
     from dancegrpo_fast.dropin.source import HOOK
 
     # It asks what is installed while it is imported, and must not find what is made up below.

@@ -22,6 +22,6 @@ Single-stream blocks are counted in the middle of their stack: both streams come
 gradients of the parts are put together where the parts are made, unless the block takes the whole.
 
 Operators are those that torch runs on CUDA: RMSNorm of torch is one operator each way, attention is flash attention, or
-the memory-efficient one with a mask. `dancegrpo_fast/memory/fake.py` says how without a GPU. For torch.compile see
-`compiled.py`.
+the memory-efficient one with a mask. `dancegrpo_fast/memory/trace/fake.py` says how without a GPU. For torch.compile
+see `compiled.py`.
 """

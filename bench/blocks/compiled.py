@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from dancegrpo_fast.memory.fake import CudaOperators
+from dancegrpo_fast.memory.trace.fake import CudaOperators
 
 from .configurations import Configuration
 from .count import Counts, Tally, is_compute, token_dimensions

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dancegrpo_fast.memory.fake import CudaOperators
+from dancegrpo_fast.memory.trace.fake import CudaOperators
 
 from .configurations import Configuration, Setup
 

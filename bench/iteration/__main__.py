@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness import environment
-from dancegrpo_fast.cli import load_recipe
-from dancegrpo_fast.config import Recipe
 from dancegrpo_fast.memory import profile
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import Recipe, load_recipe
+from dancegrpo_fast.train.loop import Trainer
 from tests.gpu.activity import FREE
 
 from . import figure

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench.peers import flux_step
-from dancegrpo_fast.config import Recipe
 from dancegrpo_fast.models import GeneratorModel
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.ops.transition import transition_step
 from dancegrpo_fast.prompts import Prompt, prompts_of_iteration
+from dancegrpo_fast.recipe import Recipe
 from dancegrpo_fast.rewards import RewardInput, RewardSet
 from dancegrpo_fast.rng import derive_seed, generator
 from dancegrpo_fast.transitions import LogProbKind, TransitionTable

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dancegrpo_fast.memory.budget import Phase
-from dancegrpo_fast.memory.planner import Iteration
-from dancegrpo_fast.memory.settings import GIB, Settings
+from dancegrpo_fast.memory.planning.budget import Phase
+from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
 Row = dict[str, Any]
 Given = dict[str, Any]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.models.base import add_lora
+from dancegrpo_fast.lora import add_lora
+from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.patch import accelerate
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.blocks import compose
-from dancegrpo_fast.memory.planner import Iteration
-from dancegrpo_fast.memory.settings import Settings
-from dancegrpo_fast.parallel import Processes, local
+from dancegrpo_fast.activations import checkpointing
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.planning.blocks import compose
+from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.settings import Settings
+from dancegrpo_fast.processes import Processes, local
 
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
 from .ledger import Ledger

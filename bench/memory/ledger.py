@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dancegrpo_fast.memory import offload
+from dancegrpo_fast.activations import offload
 
 MARK = "the forward is over"
 

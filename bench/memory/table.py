@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.blocks import Blocks, compose
-from dancegrpo_fast.memory.phases import Case, kinds_of
-from dancegrpo_fast.memory.policy import Picked, automatic, seconds
-from dancegrpo_fast.memory.settings import Settings
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.activations import checkpointing
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.planning.blocks import Blocks, compose
+from dancegrpo_fast.memory.planning.calls import Case, kinds_of
+from dancegrpo_fast.memory.planning.policy import Picked, automatic, seconds
+from dancegrpo_fast.memory.planning.settings import Settings
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
 from .ledger import Account, measure

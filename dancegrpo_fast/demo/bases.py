@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.prompt_store import PromptStore, given_identity
-from ..rewards.digits import DigitNet
 from . import data, video
+from .rewards.digits import DigitNet
 
 WIDTH = 32  # channels of a prompt token
 

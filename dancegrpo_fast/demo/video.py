@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rewards.motion import DIRECTIONS as DIRECTIONS
 from .data import DIGIT_NAMES, SEED, digit_prompt, load_digits
+from .rewards.motion import DIRECTIONS as DIRECTIONS
 
 DIGITS = (0, 1, 4, 7)  # that the generator learns; its autoencoder sees all ten
 FRAMES = 9

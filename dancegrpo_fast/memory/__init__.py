@@ -12,26 +12,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import choose as choose
-    from .planner import Plan as Plan
-    from .planner import plan as plan
-    from .profiler import profile as profile
-    from .profiler import profile_recipe as profile_recipe
-    from .settings import Rates as Rates
-    from .settings import Reward as Reward
-    from .settings import Settings as Settings
+    from ..attention.choice import choose as choose
+    from ..profile.profiler import profile as profile
+    from ..profile.profiler import profile_recipe as profile_recipe
+    from .planning.planner import Plan as Plan
+    from .planning.planner import plan as plan
+    from .planning.settings import Rates as Rates
+    from .planning.settings import Reward as Reward
+    from .planning.settings import Settings as Settings
 
 _HOMES = {
-    "Plan": "planner",
-    "Rates": "settings",
-    "Reward": "settings",
-    "Settings": "settings",
-    "choose": "attention",
-    "plan": "planner",
-    "profile": "profiler",
-    "profile_recipe": "profiler",
+    "Plan": "planning.planner",
+    "Rates": "planning.settings",
+    "Reward": "planning.settings",
+    "Settings": "planning.settings",
+    "choose": ".attention",
+    "plan": "planning.planner",
+    "profile": ".profile",
+    "profile_recipe": ".profile",
 }
-_MODULES = ("attention", "checkpointing", "solve", "specs", "trace")
+_MODULES = {
+    "attention": ".attention",
+    "checkpointing": ".activations.checkpointing",
+    "solve": "planning.solve",
+    "specs": "planning.specs",
+    "trace": "trace",
+}
 
 __all__ = [*_HOMES, *_MODULES]
 
@@ -40,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
+        value = importlib.import_module(f".{_MODULES[name]}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -6,11 +6,12 @@ from typing import cast
 
 import torch
 
-from ..config import Recipe
 from ..prompts import Prompt
+from ..recipe import Recipe
 from .base import Conditioning as Conditioning
 from .base import DiffusersModel
 from .base import GeneratorModel as GeneratorModel
+from .base import decode as decode
 from .setup import prepare
 
 FAMILIES = {

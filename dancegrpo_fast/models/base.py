@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelSettings, SamplerSettings
+from .. import quantization
+from ..lora import add_lora
 from ..prompts import Prompt
+from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
-from . import quantization
 from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 
@@ -357,43 +358,6 @@ def video_grid(sampler: SamplerSettings, multiple: int, scale: int, time_scale: 
     return (sampler.frames - 1) // time_scale + 1, sampler.height // scale, sampler.width // scale
 
 
-def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The targets in which no module's name ends."""
-    names = [f".{name}" for name, _ in model.named_modules()]
-    return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
-
-
-def add_lora(
-    denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], dtype: torch.dtype | None = None
-) -> None:
-    """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
-
-    Args:
-        denoiser: a diffusers model.
-        rank: of the update matrices.
-        alpha: its scale is `alpha / rank`.
-        target_modules: endings of module names.
-        dtype: of the layers; None: peft's choice, each its module's, and float32 for some quantised ones.
-
-    Raises:
-        ValueError: no module has such a name.
-    """
-    from peft import LoraConfig
-
-    if lost := unmatched(denoiser, target_modules):
-        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
-    denoiser.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
-    try:
-        denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-    except ValueError as error:
-        raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
-    if dtype is not None:
-        for parameter in denoiser.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-
-
 def save_denoiser(denoiser: nn.Module, folder: Path, subfolder: str, save_lora: Any) -> None:
     """`save_lora` is the pipeline class's `save_lora_weights`; without LoRA layers the whole denoiser is written."""
     if not getattr(denoiser, "peft_config", None):
@@ -404,3 +368,9 @@ def save_denoiser(denoiser: nn.Module, folder: Path, subfolder: str, save_lora: 
 
     layers = get_peft_model_state_dict(denoiser)
     save_lora(folder, **{f"{subfolder}_lora_layers": layers}, **_collate_lora_metadata({subfolder: denoiser}))
+
+
+def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
+    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
+    with torch.no_grad():
+        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])

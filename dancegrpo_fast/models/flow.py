@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import transitions
-from ..config import SamplerSettings
+from ..recipe import SamplerSettings
 
 
 def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = None, linear: bool = True) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory import specs
-from ..parallel import is_sharded
+from ..memory.planning import specs
+from ..processes import is_sharded
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 

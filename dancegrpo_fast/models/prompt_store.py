@@ -17,30 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_text, writing
-from ..parallel import share
+from ..files import fingerprint, write_text, writing
+from ..processes import share
 
 FORMAT = 1
 SHARD, SHARD_BYTES = 1000, 1 << 30
 # Seconds after which a network file system shows what another host wrote.
 SEEN_AFTER = 90
 # Weight files are told apart by their size and by this many pieces of this many bytes.
-PIECES, PIECE = 64, 1 << 20
 
 Identity = Mapping[str, Any]
 EncodeOne = Callable[[str], Mapping[str, Tensor]]
-
-
-def fingerprint(file: Path) -> str:
-    """Of a small file's bytes; of a large file's size and evenly spaced pieces, since hashing 10 GB takes a minute."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for piece in range(PIECES):
-            start = piece * PIECE if size <= PIECES * PIECE else piece * (size - PIECE) // (PIECES - 1)
-            stream.seek(start)
-            digest.update(stream.read(PIECE))
-    return digest.hexdigest()
 
 
 def text_identity(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
+from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
 from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
 from .flow import flow_sigmas, flow_table

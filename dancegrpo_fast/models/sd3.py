@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import SamplerSettings
+from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
 from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
 from .flow import flow_sigmas, flow_table

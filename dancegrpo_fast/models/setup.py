@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import Recipe
-from ..memory import checkpointing
-from ..memory.recipe import settings_of
-from ..memory.settings import GIB, Settings
-from ..memory.trace import collected
+from ..activations import checkpointing
+from ..memory.planning.settings import GIB, Settings
+from ..memory.trace.tracer import collected
 from ..patch import accelerate
 from ..prompts import Prompt
+from ..quantization import store_in_fp8
+from ..recipe import Recipe
 from .base import DiffusersModel
-from .quantization import store_in_fp8
+from .planning import settings_of
 
 if TYPE_CHECKING:
-    from ..memory.planner import Iteration
+    from ..memory.planning.planner import Iteration
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -70,7 +70,8 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     Raises:
         ValueError: a backend that is unknown, cannot run here, or must not be used for this model.
     """
-    from ..memory import attention, specs
+    from ..attention import choice as attention
+    from ..memory.planning import specs
 
     asked, sampler, train = recipe.model.attention, recipe.sampler, recipe.train
     assert asked is not None
@@ -118,7 +119,7 @@ def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, boo
     """The policy, and whether block inputs wait on the host."""
     if iteration is None:
         raise ValueError('model.checkpointing: got "auto" on the CPU, want model.memory_gib, or a policy by name')
-    from ..memory.automatic import automatic
+    from ..memory.planning.automatic import automatic
 
     try:
         policy, offload, reasons = automatic(iteration)
@@ -150,7 +151,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
         if device.type != "cuda":
             return None
         gib = torch.cuda.get_device_properties(device).total_memory / GIB
-    from ..memory.planner import Iteration
+    from ..memory.planning.planner import Iteration
 
     found = Iteration(_settings(model, recipe, device, text_tokens, gib))
     if found.decode is not None and recipe.model.frozen_torch_dtype() == torch.float32:

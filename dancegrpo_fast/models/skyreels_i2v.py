@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
+from ..recipe import ModelSettings, SamplerSettings
 from ..rng import generator
 from .base import Conditioning
 from .hunyuan_video import HunyuanVideo

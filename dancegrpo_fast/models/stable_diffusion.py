@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import transitions
-from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
+from ..recipe import ModelSettings, SamplerSettings
 from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelSettings, SamplerSettings
 from ..prompts import Prompt
+from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable, shifted_sigmas
 from .base import Conditioning, DiffusersModel, guided_batch, split_guided, to_frames, video_grid
 from .flow import flow_sigmas, flow_table

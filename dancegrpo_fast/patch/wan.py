@@ -19,15 +19,7 @@ from ._common import (
     projected,
     weight_of,
 )
-from ._recognise import (
-    ACTIVATIONS,
-    ATTENTION,
-    NORMALIZATION,
-    Family,
-    check_feed_forward,
-    check_processor,
-    want,
-)
+from ._recognise import ACTIVATIONS, ATTENTION, NORMALIZATION, Family, check_feed_forward, check_processor, want
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
 # The text encoder's length, which the processor too takes for granted when image tokens come before the text's.

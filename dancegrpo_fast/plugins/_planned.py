@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.settings import GIB, Reward, Settings
+from ..memory.planning.settings import GIB, Reward, Settings
 from ..models.setup import processes
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import checkpointing
+from ..activations import checkpointing
 from ._common import engine, put_blocks, reader, say, stand_in
 
 _SCHEDULERS = {
@@ -168,9 +168,9 @@ def _setup_checkpointing(self: Any, adapter: Any) -> None:
         model, chosen, host = adapter._unwrap(adapter.get_component(part)), policy, offload
         reasons: tuple[str, ...] = (policy,)
         if policy == "auto":
-            from ..memory.automatic import automatic
-            from ..memory.planner import Iteration
-            from ..memory.trace import collected
+            from ..memory.planning.automatic import automatic
+            from ..memory.planning.planner import Iteration
+            from ..memory.trace.tracer import collected
             from ._planned import settings_of
 
             with collected():

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..config import RewardSettings
 from ..prompts import Prompt
+from ..recipe import RewardSettings
 from .base import Checking as Checking
 from .base import Movable as Movable
 from .base import Reward as Reward
@@ -27,13 +27,13 @@ BY_NAME = {
     "geneval": "dancegrpo_fast.rewards.geneval:GenEval",
     "http_judge": "dancegrpo_fast.rewards.http_judge:HttpJudge",
     "http_preference": "dancegrpo_fast.rewards.http_judge:HttpPreference",
-    "digit_probability": "dancegrpo_fast.rewards.digits:DigitProbability",
-    "digit_judge": "dancegrpo_fast.rewards.digits:DigitJudge",
-    "motion_alignment": "dancegrpo_fast.rewards.motion:MotionAlignment",
-    "motion_quality": "dancegrpo_fast.rewards.motion:MotionQuality",
-    "moving_digit": "dancegrpo_fast.rewards.motion:MovingDigit",
-    "moving_digit_judge": "dancegrpo_fast.rewards.motion:MovingDigitJudge",
-    "first_frame": "dancegrpo_fast.rewards.motion:FirstFrame",
+    "digit_probability": "dancegrpo_fast.demo.rewards.digits:DigitProbability",
+    "digit_judge": "dancegrpo_fast.demo.rewards.digits:DigitJudge",
+    "motion_alignment": "dancegrpo_fast.demo.rewards.motion:MotionAlignment",
+    "motion_quality": "dancegrpo_fast.demo.rewards.motion:MotionQuality",
+    "moving_digit": "dancegrpo_fast.demo.rewards.motion:MovingDigit",
+    "moving_digit_judge": "dancegrpo_fast.demo.rewards.motion:MovingDigitJudge",
+    "first_frame": "dancegrpo_fast.demo.rewards.motion:FirstFrame",
     "ocr": "dancegrpo_fast.rewards.ocr:OcrReward",
     "ocr_exact": "dancegrpo_fast.rewards.ocr:OcrExact",
 }

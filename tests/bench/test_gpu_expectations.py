@@ -16,7 +16,7 @@ from bench.gpu import expectations, ledger, reports, stages
 from bench.gpu.expectations import JUDGES, Evidence, Verdict, held
 from bench.gpu.gate import PASSED, Gate, Summary
 from bench.gpu.process import Runner
-from dancegrpo_fast.memory import planner
+from dancegrpo_fast.memory.planning import planner
 
 from ..processes import LIMIT
 from ..tolerances import PREDICTED_BYTES

@@ -11,7 +11,7 @@ from bench.iteration.__main__ import table
 from bench.iteration.plain import PlainLoop
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.train.loop import Trainer
 
 from ..tolerances import assert_same_training
 from ..train import tiny

@@ -21,8 +21,8 @@ from bench.memory.families import FAMILIES
 from bench.memory.ledger import measure
 from bench.memory.scenarios import SCENARIOS, Scenario
 from bench.memory.table import Setting
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.memory.command import parse
+from dancegrpo_fast.cli.memory import parse
+from dancegrpo_fast.memory.planning import specs
 
 from ..tolerances import PREDICTED_BYTES
 

@@ -14,8 +14,8 @@ import torch
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2]))
-    from dancegrpo_fast.cli import load_recipe
-    from dancegrpo_fast.evaluate import evaluate
+    from dancegrpo_fast.evaluate.scores import evaluate
+    from dancegrpo_fast.recipe import load_recipe
     from tests.train.parallel_worker import group
 
     with group(folder, "evaluate", False, rank):

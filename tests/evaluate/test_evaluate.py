@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo_fast.cli import main
-from dancegrpo_fast.config import EvaluationSettings, LoraSettings, Recipe
-from dancegrpo_fast.evaluate import Scores, evaluate, load_weights, summary, table_text
-from dancegrpo_fast.evaluation import Evaluator, diversity
+from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.evaluate.scores import Scores, evaluate, load_weights, summary, table_text
 from dancegrpo_fast.prompts import Prompt
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
+from dancegrpo_fast.train.held_out import Evaluator, diversity
+from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import together
 from ..train import tiny

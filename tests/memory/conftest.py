@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dancegrpo_fast.memory.trace import collected
+from dancegrpo_fast.memory.trace.tracer import collected
 
 
 @pytest.fixture(scope="module")

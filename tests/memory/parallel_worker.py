@@ -17,7 +17,7 @@ WORLD = 2
 def main(rank: int, store: str, output: str) -> None:
     sys.path.append(str(Path(__file__).parents[2]))
     from dancegrpo_fast import accelerate
-    from dancegrpo_fast.memory.checkpointing import FirstBlocks, Keep, apply
+    from dancegrpo_fast.activations.checkpointing import FirstBlocks, Keep, apply
     from tests.patch.models import TINY
     from tests.patch.parallel_worker import split_weights
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dancegrpo_fast import accelerate
-from dancegrpo_fast.memory.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
+from dancegrpo_fast.activations.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
 
 from ..patch.models import FAMILIES, TINY, Tiny, diffusers
 

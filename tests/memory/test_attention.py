@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dancegrpo_fast.memory import attention
-from dancegrpo_fast.memory._attention_facts import FACTS
-from dancegrpo_fast.memory.attention import Shapes
+from dancegrpo_fast.attention import choice as attention
+from dancegrpo_fast.attention.choice import Shapes
+from dancegrpo_fast.attention.facts import FACTS
 from dancegrpo_fast.patch import accelerate
 
 from ..patch.conftest import own_attention_backend  # noqa: F401  # autouse here too

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dancegrpo_fast.memory import attention
-from dancegrpo_fast.memory._attention_facts import COPIED_MASK, FACTS, HALF, MASKS, NO_MASK
-from dancegrpo_fast.memory.attention import Shapes
+from dancegrpo_fast.attention import choice as attention
+from dancegrpo_fast.attention.choice import Shapes
+from dancegrpo_fast.attention.facts import COPIED_MASK, FACTS, HALF, MASKS, NO_MASK
 
 from ..patch.models import TINY
 from .test_attention import BACKENDS, dispatch, real

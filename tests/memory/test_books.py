@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.memory.result import Trace
-from dancegrpo_fast.memory.trace import measure, trace
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.trace.result import Trace
+from dancegrpo_fast.memory.trace.tracer import measure, trace
 from dancegrpo_fast.patch import accelerate
 
 from .small import tiny

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dancegrpo_fast.memory import checkpointing, operators
-from dancegrpo_fast.memory.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
+from dancegrpo_fast.activations import checkpointing, operators
+from dancegrpo_fast.activations.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
 
 from ..patch.models import assert_same_bits, run
 from .policies import MODELS, POLICIES, add_lora, build, mixed

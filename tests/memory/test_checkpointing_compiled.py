@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.memory.checkpointing import FirstBlocks, apply
+from dancegrpo_fast.activations.checkpointing import FirstBlocks, apply
 
 from ..patch.models import assert_same_bits, run
 from .policies import MODELS, build, mixed

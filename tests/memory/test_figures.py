@@ -12,10 +12,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from dancegrpo_fast.memory import _comparisons, _drawing, _timeline, figures
-from dancegrpo_fast.memory._comparisons import Point
-from dancegrpo_fast.memory.planner import Phase, Plan, plan
-from dancegrpo_fast.memory.settings import GIB, Settings
+from dancegrpo_fast.memory.pictures import comparisons as _comparisons
+from dancegrpo_fast.memory.pictures import drawing as _drawing
+from dancegrpo_fast.memory.pictures import figures
+from dancegrpo_fast.memory.pictures import timeline as _timeline
+from dancegrpo_fast.memory.pictures.comparisons import Point
+from dancegrpo_fast.memory.planning.planner import Phase, Plan, plan
+from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
 from ..patch.models import TINY
 from ..tolerances import PREDICTED_BYTES

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from ..tolerances import assert_as_printed
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dancegrpo_fast import accelerate
-from dancegrpo_fast.memory import offload as offload_module
-from dancegrpo_fast.memory.checkpointing import FirstBlocks, apply, blocks_of
+from dancegrpo_fast.activations import offload as offload_module
+from dancegrpo_fast.activations.checkpointing import FirstBlocks, apply, blocks_of
 
 from ..patch.models import FAMILIES, assert_same_bits, run
 from .policies import MODELS, build, kept

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dancegrpo_fast.memory.blocks import compose
-from dancegrpo_fast.memory.budget import Advice
-from dancegrpo_fast.memory.phases import Case
-from dancegrpo_fast.memory.planner import CATEGORIES, FRAGMENTATION, Iteration, Plan, plan
-from dancegrpo_fast.memory.quantised import INT8, conversion_bytes, quantised
-from dancegrpo_fast.memory.settings import GIB, REWARDS, Rates, Settings
-from dancegrpo_fast.memory.sharding import state_bytes_8bit, weights_of
+from dancegrpo_fast.memory.planning.blocks import compose
+from dancegrpo_fast.memory.planning.budget import Advice
+from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.planner import CATEGORIES, FRAGMENTATION, Iteration, Plan, plan
+from dancegrpo_fast.memory.planning.quantised import INT8, conversion_bytes, quantised
+from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Rates, Settings
+from dancegrpo_fast.memory.planning.sharding import state_bytes_8bit, weights_of
 
 from ..processes import LIMIT
 from ..tolerances import COMPOSED

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dancegrpo_fast.cli import main
-from dancegrpo_fast.memory.planner import CATEGORIES
+from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.memory.planning.planner import CATEGORIES
 
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")

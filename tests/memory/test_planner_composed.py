@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.blocks import Blocks, compose
-from dancegrpo_fast.memory.decode import decode
-from dancegrpo_fast.memory.phases import Case, build, kinds_of, resolved
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.activations import checkpointing
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.planning.blocks import Blocks, compose
+from dancegrpo_fast.memory.planning.calls import Case, build, kinds_of, resolved
+from dancegrpo_fast.memory.planning.decode import decode
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from ..tolerances import COMPOSED
 

@@ -6,7 +6,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from bench.memory.earlier import FIGURES, FLUX, VIDEO, Figure, denoiser, pieces, replay
-from dancegrpo_fast.memory.settings import GIB
+from dancegrpo_fast.memory.planning.settings import GIB
 
 from ..tolerances import PUBLISHED
 

@@ -19,13 +19,15 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
 
-from dancegrpo_fast.cli import load_recipe, main
-from dancegrpo_fast.memory import _books, _phases
-from dancegrpo_fast.memory._cuda import Counters
-from dancegrpo_fast.memory._predict import planned
-from dancegrpo_fast.memory.budget import CATEGORIES
-from dancegrpo_fast.memory.profiler import Report, phase, profile, profile_recipe
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast import marks as _phases
+from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.memory.planning.budget import CATEGORIES
+from dancegrpo_fast.profile import books as _books
+from dancegrpo_fast.profile.cuda import Counters
+from dancegrpo_fast.profile.predict import planned
+from dancegrpo_fast.profile.profiler import Report, phase, profile, profile_recipe
+from dancegrpo_fast.recipe import load_recipe
+from dancegrpo_fast.train.loop import Trainer
 
 from ..tolerances import PREDICTED_BYTES
 from ..train import tiny
@@ -226,7 +228,7 @@ def test_code_without_marks_has_its_backward_and_its_step_apart() -> None:
 def test_long_runs_forget_what_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
     for limit in (10, 100_000):
-        monkeypatch.setattr("dancegrpo_fast.memory._books.COMPACT", limit)
+        monkeypatch.setattr("dancegrpo_fast.profile.books.COMPACT", limit)
         gc.collect()
         with profile(device="cpu") as report, report.phase("rollout"):
             x = torch.zeros(1000)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.memory.phases import Case
-from dancegrpo_fast.memory.quantised import kept_casts, nf4_bytes, quantised
-from dancegrpo_fast.memory.trace import measure
-from dancegrpo_fast.models.base import add_lora
-from dancegrpo_fast.models.quantization import store_in_fp8
+from dancegrpo_fast.lora import add_lora
+from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.quantised import kept_casts, nf4_bytes, quantised
+from dancegrpo_fast.memory.trace.tracer import measure
+from dancegrpo_fast.quantization import store_in_fp8
 
 from ..tolerances import PREDICTED_BYTES
 from .small import tiny

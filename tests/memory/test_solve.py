@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dancegrpo_fast.memory.checkpointing import KEEPABLE, Keep, PerBlock, apply, keeps
-from dancegrpo_fast.memory.operators import GROUPS, group
-from dancegrpo_fast.memory.solve import GIB, BlockFigures, GroupFigures, options_of, solve
+from dancegrpo_fast.activations.checkpointing import KEEPABLE, Keep, PerBlock, apply, keeps
+from dancegrpo_fast.activations.operators import GROUPS, group
+from dancegrpo_fast.memory.planning.solve import GIB, BlockFigures, GroupFigures, options_of, solve
 
 from ..patch.models import FAMILIES, assert_same_bits, run
 from .policies import MODELS, build, kept

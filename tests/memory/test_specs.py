@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.memory import planner, specs
-from dancegrpo_fast.memory.settings import Settings
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.memory.planning import planner, specs
+from dancegrpo_fast.memory.planning.settings import Settings
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from ..tolerances import assert_as_printed
 

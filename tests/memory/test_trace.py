@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dancegrpo_fast.memory.fake import CudaOperators
-from dancegrpo_fast.memory.result import Trace
-from dancegrpo_fast.memory.trace import measure, trace
-from dancegrpo_fast.models.base import add_lora
+from dancegrpo_fast.lora import add_lora
+from dancegrpo_fast.memory.trace.fake import CudaOperators
+from dancegrpo_fast.memory.trace.result import Trace
+from dancegrpo_fast.memory.trace.tracer import measure, trace
 from dancegrpo_fast.patch import _common, accelerate
 
 from .small import tiny

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dancegrpo_fast.config import LoraSettings, ModelSettings, Recipe, SamplerSettings, TrainSettings
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import Prompt, load_prompts
+from dancegrpo_fast.recipe import LoraSettings, ModelSettings, Recipe, SamplerSettings, TrainSettings
 
 from ..train.tiny import reward
 

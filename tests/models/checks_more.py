@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo_fast import checkpoint
-from dancegrpo_fast.config import Recipe
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import Recipe
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.train.loop import Trainer
 
 from ..train.tiny import make_recipe
 

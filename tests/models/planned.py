@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from dancegrpo_fast.config import Recipe
-from dancegrpo_fast.memory.settings import GIB
+from dancegrpo_fast.memory.planning.settings import GIB
 from dancegrpo_fast.models import setup
 from dancegrpo_fast.models.base import DiffusersModel
+from dancegrpo_fast.recipe import Recipe
 
 from .checks_more import CPU
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dancegrpo_fast.models import FAMILIES
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.rng import generator
-from dancegrpo_fast.rollout import Policy, rollout
+from dancegrpo_fast.train.draw import Policy, rollout
 
 from ..tolerances import assert_same_frames, assert_same_sample
 from .cases import CASES, NEGATIVE, STEPS, Case, load, make_recipe

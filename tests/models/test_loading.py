@@ -15,16 +15,15 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo_fast.cli import load_recipe
-from dancegrpo_fast.config import EvaluationSettings
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.memory.recipe import settings_of
+from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.loading import find_denoiser, find_folder, published_as
-from dancegrpo_fast.parallel import PATIENCE, Processes
+from dancegrpo_fast.models.planning import settings_of
+from dancegrpo_fast.processes import PATIENCE, Processes
 from dancegrpo_fast.prompts import Prompt, load_prompts, prompts_of_iteration, prompts_of_run
-from dancegrpo_fast.residence import Residence
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import EvaluationSettings, load_recipe
+from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.train.residence import Residence
 
 from ..processes import together
 from ..train.tiny import reward

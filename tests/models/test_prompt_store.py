@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.config import Recipe
+from dancegrpo_fast import files
 from dancegrpo_fast.models import prompt_store
 from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
+from dancegrpo_fast.recipe import Recipe
 
 from ..processes import together
 from .cases import CASES, PROMPTS, load
@@ -227,7 +228,7 @@ def test_the_cache_depends_on_what_the_text_encoders_are(base: Base, tmp_path: P
 
 
 def test_large_files_are_told_apart_by_any_of_their_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_store, "PIECE", 16)
+    monkeypatch.setattr(files, "PIECE", 16)
     file = tmp_path / "weights"
     found = set()
     for changed in (None, 0, 4999, 5 * (5000 - 16) // 63):
@@ -235,9 +236,9 @@ def test_large_files_are_told_apart_by_any_of_their_pieces(tmp_path: Path, monke
         if changed is not None:
             data[changed] = 1
         file.write_bytes(data)
-        found.add(prompt_store.fingerprint(file))
+        found.add(files.fingerprint(file))
     file.write_bytes(bytes(5001))
-    found.add(prompt_store.fingerprint(file))
+    found.add(files.fingerprint(file))
     assert len(found) == 5
 
 

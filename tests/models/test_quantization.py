@@ -8,15 +8,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dancegrpo_fast.cli import load_recipe
-from dancegrpo_fast.config import ModelSettings
-from dancegrpo_fast.memory.blocks import compose
-from dancegrpo_fast.memory.phases import Case
-from dancegrpo_fast.memory.quantised import quantised
+from dancegrpo_fast.memory.planning.blocks import compose
+from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.prompts import Prompt
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import ModelSettings, load_recipe
+from dancegrpo_fast.train.loop import Trainer
 
 from ..train.tiny import LoraSettings, make_flux, make_recipe
 from . import checks_more as checks

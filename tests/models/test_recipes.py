@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from dancegrpo_fast import transitions
-from dancegrpo_fast.cli import load_recipe
-from dancegrpo_fast.config import Recipe
 from dancegrpo_fast.models import FAMILIES
+from dancegrpo_fast.recipe import Recipe, load_recipe
 from dancegrpo_fast.rewards import BY_NAME
 
 FOLDER = Path(__file__).parents[2] / "recipes"

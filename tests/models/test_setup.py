@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dancegrpo_fast.config import EvaluationSettings, Recipe, RewardSettings
-from dancegrpo_fast.memory.blocks import compose
+from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.prompts import Prompt
+from dancegrpo_fast.recipe import EvaluationSettings, Recipe, RewardSettings
 
 from ..train.tiny import make_flux, make_recipe, reward
 from . import checks_more as checks

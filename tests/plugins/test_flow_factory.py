@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from dancegrpo_fast.memory import checkpointing
+from dancegrpo_fast.activations import checkpointing
 
 from ..models.folders import save_flux
 from ..patch.models import TINY, assert_same_bits, run

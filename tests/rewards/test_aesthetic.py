@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardSet
 from dancegrpo_fast.rewards.aesthetic import Aesthetic
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from dancegrpo_fast.demo.rewards.motion import FirstFrame, MotionAlignment, MovingDigitJudge
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.rewards import Checking, RewardSet, build_reward
 from dancegrpo_fast.rewards.geneval import GenEval
 from dancegrpo_fast.rewards.hps import Hps
-from dancegrpo_fast.rewards.motion import FirstFrame, MotionAlignment, MovingDigitJudge
 from dancegrpo_fast.rewards.videoalign import TextAlignment
 
 from ..train.tiny import RewardSettings

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardInput, RewardSet
 from dancegrpo_fast.rewards import clip as clip_module
 from dancegrpo_fast.rewards.clip import ClipReward

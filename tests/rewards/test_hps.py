@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardSet
 from dancegrpo_fast.rewards.hps import Hps, clean_prompt, model_from_open_clip
 from dancegrpo_fast.rewards.pixels import letterbox_pixels

@@ -16,18 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardInput, RewardSet
 from dancegrpo_fast.rewards._videoalign_pixels import frame_indices, frame_size, patches
 from dancegrpo_fast.rewards._videoalign_prompt import QUESTION, REWARD_TOKENS
 from dancegrpo_fast.rewards._videoalign_weights import read_config
-from dancegrpo_fast.rewards.videoalign import (
-    _SHARED,
-    MotionQuality,
-    TextAlignment,
-    VideoQuality,
-    VideoReward,
-)
+from dancegrpo_fast.rewards.videoalign import _SHARED, MotionQuality, TextAlignment, VideoQuality, VideoReward
 
 from ..tolerances import assert_as_printed, assert_same_cosines, assert_within_budget
 from .tiny_videoreward import LORA_TARGETS, make_base, trained_model, videos, write_checkpoint, write_config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dancegrpo_fast.config import RewardSettings
+from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardInput, RewardSet
 from dancegrpo_fast.rewards.win_rate import win_rates
 

@@ -74,9 +74,9 @@ def count_reductions(trainer: Any) -> list[int]:
 
 def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run; what this process saw of it."""
-    from dancegrpo_fast.cli import load_recipe
-    from dancegrpo_fast.parallel import whole
-    from dancegrpo_fast.trainer import Trainer
+    from dancegrpo_fast.processes import whole
+    from dancegrpo_fast.recipe import load_recipe
+    from dancegrpo_fast.train.loop import Trainer
 
     found: dict[str, Any] = {}
     originals = {name: getattr(dist, name) for name in REDUCE_SCATTER}

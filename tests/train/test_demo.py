@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dancegrpo_fast.demo import bases, data
+from dancegrpo_fast.demo.rewards.digits import DigitJudge, DigitProbability
 from dancegrpo_fast.rewards import RewardInput
-from dancegrpo_fast.rewards.digits import DigitJudge, DigitProbability
 from dancegrpo_fast.rewards.ocr import OcrExact, OcrReward, edit_distance, quoted_text
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.train.loop import Trainer
 
 from .tiny import EvaluationSettings, make_recipe, reward
 
@@ -118,7 +118,7 @@ def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypat
 
     from PIL import Image
 
-    from dancegrpo_fast.report import closing_line, draw
+    from dancegrpo_fast.run.pictures import closing_line, draw
 
     pictures = draw(tmp_path / "run", [prompt.text for prompt in trainer.prompts[:4]], 2)
     for picture in pictures:

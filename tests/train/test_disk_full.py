@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dancegrpo_fast import checkpoint
-from dancegrpo_fast import trainer as module
-from dancegrpo_fast.cli import main
-from dancegrpo_fast.evaluate import save_sample
+from dancegrpo_fast import files
+from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.evaluate.scores import save_sample
 from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
-from dancegrpo_fast.rundir import RunDirectory
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.run.folder import RunDirectory
+from dancegrpo_fast.train import loop as module
 
 from . import tiny
 
@@ -120,10 +121,10 @@ def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError(errno.ENOSPC, "No space left on device", "another"),
     ):
-        with pytest.raises(OSError, match=wanted), checkpoint.writing(tmp_path / "gone" / "file", 3_000_000):
+        with pytest.raises(OSError, match=wanted), files.writing(tmp_path / "gone" / "file", 3_000_000):
             raise error
     for error in (SafetensorError("invalid header"), FileNotFoundError(errno.ENOENT, "No such file", "another")):
-        with pytest.raises(type(error)) as kept, checkpoint.writing(tmp_path / "file"):
+        with pytest.raises(type(error)) as kept, files.writing(tmp_path / "file"):
             raise error
         assert kept.value is error
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -132,16 +133,16 @@ def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
 
 
 def test_files_that_were_there_stay(tmp_path: Path) -> None:
-    checkpoint.write_text(tmp_path / "text", "whole")
+    files.write_text(tmp_path / "text", "whole")
     frames = torch.rand(1, 3, 16, 16)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("whole")
     with pytest.raises(OSError, match=r"File too large: '.*/text'"), small_files():
-        checkpoint.write_text(tmp_path / "text", "a longer text")
+        files.write_text(tmp_path / "text", "a longer text")
     with (
         pytest.raises(OSError, match=r"File too large: '.*/model'"),
         small_files(),
-        checkpoint.replacing(tmp_path / "model") as folder,
+        files.replacing(tmp_path / "model") as folder,
     ):
         (folder / "weights").write_text("a longer text")
     with pytest.raises(OSError, match=r"File too large: '.*/picture\.png'"), small_files():

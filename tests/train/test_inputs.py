@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.cli import load_recipe, main
-from dancegrpo_fast.config import EvaluationSettings, RewardSettings
-from dancegrpo_fast.evaluate import evaluate
+from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.evaluate.scores import evaluate
 from dancegrpo_fast.prompts import load_prompts, prompts_of_iteration
+from dancegrpo_fast.recipe import EvaluationSettings, RewardSettings, load_recipe
 from dancegrpo_fast.rewards import RewardInput, RewardSet, build_reward
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.train.loop import Trainer
 
 from .tiny import make_recipe, reward
 

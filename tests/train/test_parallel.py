@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dancegrpo_fast import checkpoint
-from dancegrpo_fast.parallel import Processes, share
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.processes import Processes, share
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.train.loop import Trainer
 
 from ..models import cases, folders
 from ..processes import together

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.replay import Item, fill, pack
-from dancegrpo_fast.rollout import Policy, rows_are_equal
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.train.draw import Policy, rows_are_equal
+from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.train.update import Item, fill, pack
 
 from .tiny import make_recipe
 
@@ -60,9 +60,9 @@ def test_the_probe_sees_a_row_that_differs(flux: Path, tmp_path: Path, amount: f
 def test_the_update_does_not_depend_on_the_packing(
     flux: Path, tmp_path: Path, equal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dancegrpo_fast.trainer.rows_are_equal", lambda *_: equal)
+    monkeypatch.setattr("dancegrpo_fast.train.loop.rows_are_equal", lambda *_: equal)
     row = Trainer(make_recipe(flux, tmp_path / "run", best_of_n=1, micro_batch=4)).iteration(1)
-    monkeypatch.setattr("dancegrpo_fast.trainer.rows_are_equal", lambda *_: True)
+    monkeypatch.setattr("dancegrpo_fast.train.loop.rows_are_equal", lambda *_: True)
     dense = Trainer(make_recipe(flux, tmp_path / "dense", best_of_n=1, micro_batch=4)).iteration(1)
     assert row["pairs"] == dense["pairs"]
     assert row["grad_norm"] == pytest.approx(dense["grad_norm"], rel=torch.finfo(torch.float32).eps ** 0.5)
@@ -74,7 +74,7 @@ def test_gradient_is_that_of_the_formula(
     flux: Path, tmp_path: Path, equal: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All samples in one update: the gradient equals autograd through the plain formula, one pair at a time."""
-    from dancegrpo_fast import trainer as module
+    from dancegrpo_fast.train import loop as module
 
     monkeypatch.setattr(module, "rows_are_equal", lambda *_: equal)
     trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=shared, timestep_fraction=1.0))

@@ -12,25 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast import checkpoint
 from dancegrpo_fast.prompts import load_prompts
-from dancegrpo_fast.resume import prompts_digest
-from dancegrpo_fast.rundir import RunDirectory
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.run.folder import RunDirectory
+from dancegrpo_fast.run.identity import prompts_digest
+from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import LIMIT
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 RUNNER = """
-from dancegrpo_fast.cli import load_recipe
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import load_recipe
+from dancegrpo_fast.train.loop import Trainer
 recipe, options = load_recipe(arguments, resume=None)
 Trainer(recipe, options["resume"]).run()
 """
 # What every run imports, imported once: processes are forked from one that has it.
 IMPORTED = [
     "accelerate",
-    "dancegrpo_fast.trainer",
+    "dancegrpo_fast.train.loop",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.transformers.transformer_flux",
     "diffusers.models.unets.unet_2d_condition",

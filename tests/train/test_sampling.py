@@ -7,12 +7,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dancegrpo_fast import checkpoint, sampling
-from dancegrpo_fast import trainer as module
 from dancegrpo_fast.ops.noise import gaussian_noise
-from dancegrpo_fast.residence import Residence
-from dancegrpo_fast.rollout import Policy, model_calls, rollout, sample
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.train import collect as sampling
+from dancegrpo_fast.train import loop as module
+from dancegrpo_fast.train.draw import Policy, model_calls, rollout, sample
+from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.train.residence import Residence
 
 from .tiny import EvaluationSettings, make_recipe, reward
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast import checkpoint, replay, sampling
-from dancegrpo_fast import trainer as module
-from dancegrpo_fast.metrics import metrics_row
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.train import collect as sampling
+from dancegrpo_fast.train import loop as module
+from dancegrpo_fast.train import update as replay
+from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.train.metrics import metrics_row
 
 from .tiny import LoraSettings, make_recipe, reward
 

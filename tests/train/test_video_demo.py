@@ -9,12 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo_fast.cli import load_recipe
 from dancegrpo_fast.demo import bases, video
-from dancegrpo_fast.report import draw, read_rows
-from dancegrpo_fast.report_video import read_clips, short_names
-from dancegrpo_fast.rewards import RewardInput
-from dancegrpo_fast.rewards.motion import (
+from dancegrpo_fast.demo.rewards.motion import (
     FirstFrame,
     MotionAlignment,
     MotionQuality,
@@ -23,7 +19,11 @@ from dancegrpo_fast.rewards.motion import (
     acceleration,
     centres,
 )
-from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.recipe import load_recipe
+from dancegrpo_fast.rewards import RewardInput
+from dancegrpo_fast.run.clips import read_clips, short_names
+from dancegrpo_fast.run.pictures import draw, read_rows
+from dancegrpo_fast.train.loop import Trainer
 
 from ..tolerances import assert_same_formula
 

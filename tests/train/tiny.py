@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dancegrpo_fast.config import (
+from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
+from dancegrpo_fast.recipe import (
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
@@ -15,7 +16,6 @@ from dancegrpo_fast.config import (
     SamplerSettings,
     TrainSettings,
 )
-from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
 from dancegrpo_fast.rewards import RewardInput
 
 PROMPTS = ("red", "green", "blue", "")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from .gauge import of_model
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dancegrpo_fast.memory import checkpointing, specs
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.activations import checkpointing
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from ...memory.families import FAMILIES, prepare, real, real_inputs
 from .gauge import of_model

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.memory import specs
-from dancegrpo_fast.memory.trace import trace
+from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.trace.tracer import trace
 
 from .gauge import of_model
 from .models import off

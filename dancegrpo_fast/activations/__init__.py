@@ -1,0 +1,1 @@
+"""What a backward keeps, computes again or moves to the host."""

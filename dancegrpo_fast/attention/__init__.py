@@ -1,0 +1,3 @@
+"""Which attention a model runs, and why."""
+
+from .choice import choose as choose

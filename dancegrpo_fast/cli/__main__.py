@@ -1,0 +1,7 @@
+"""`python -m dancegrpo_fast.cli` is `dancegrpo-fast`, for launchers that want a module."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,128 @@
+"""`dancegrpo-fast memory`: a plan of a model or of a recipe, from the command line."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..memory.planning.settings import REWARDS, Settings
+
+LISTS = ("lora_targets", "offload", "rewards")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+        settings: what is planned.
+        uncounted: rewards of the recipe whose size is not known.
+        json: a file for the plan, or None.
+        figures: a folder for pictures, or None.
+        thorough: more advice, which takes longer.
+    """
+
+    settings: Settings
+    uncounted: Sequence[str]
+    json: str | None
+    figures: str | None
+    thorough: bool
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Reads the command line; of a recipe, what is given replaces what the recipe says.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type or range, or a recipe that cannot be planned.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog="dancegrpo-fast memory", exit_on_error=False)
+    parser.add_argument("what", type=str, help="a shipped name, a diffusers folder, a name on the hub, or RECIPE.yaml")
+    parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
+    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "others", *LISTS})
+    parser.add_argument("--gpu", type=float, help="GiB of the device (default: 80, or the recipe's memory_gib)")
+    parser.add_argument("--lora_targets", type=str, help="comma-separated")
+    parser.add_argument("--offload", type=str, help="comma-separated")
+    parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARDS)}")
+    parser.add_argument("--json", type=str, help="writes the plan to this file")
+    parser.add_argument("--figures", type=str, help="draws four pictures into this folder, which takes about a minute")
+    parser.add_argument("--thorough", type=bool, help="more advice, which takes longer (default: False)")
+    try:
+        given: dict[str, Any] = parser.parse_args(list(arguments), defaults=False).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(_in_short(str(error))) from error
+    what, model = given.pop("what"), given.pop("model", None)
+    file, folder, thorough = given.pop("json", None), given.pop("figures", None), given.pop("thorough", False)
+    if Path(what).suffix in (".yaml", ".yml"):
+        base, left_out = _of_recipe(what, model, given)
+    elif model is not None:
+        raise ValueError(f'model: got "{model}" beside "{what}", want it with a recipe')
+    else:
+        base, left_out = Settings(what), []
+    return Request(_changed(base, given), left_out, file, folder, thorough)
+
+
+def _in_short(message: str) -> str:
+    """jsonargparse's words about one value as `name: got X, want Y`."""
+    found = re.match(r'Parser key "(\w+)":\s*Expected an? <class \'(\w+)\'>\. Got value: (.*)', message, re.DOTALL)
+    return message if found is None else f"{found[1]}: got {found[3]}, want {found[2]}"
+
+
+def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Settings, list[str]]:
+    from ..models.planning import settings_of, uncounted
+    from ..recipe import load_recipe
+
+    recipe, _ = load_recipe([path], "memory")
+    if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
+        raise ValueError(
+            f"recipe: got {path} in float32 throughout, want model.dtype bfloat16 or train.mixed_precision bf16, which "
+            "are what is planned"
+        )
+    processes = given.get("fsdp", 1)
+    strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
+    return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
+
+
+def _changed(base: Settings, given: dict[str, Any]) -> Settings:
+    changes = dict(given)
+    for name in LISTS:
+        if name in changes:
+            changes[name] = tuple(part.strip() for part in changes[name].split(",") if part.strip())
+    if "rewards" in changes:
+        unknown = [name for name in changes["rewards"] if name not in REWARDS]
+        if unknown:
+            raise ValueError(f"rewards: got {', '.join(unknown)}, want some of {', '.join(REWARDS)}")
+        changes["rewards"] = tuple(REWARDS[name] for name in changes["rewards"])
+    if "rates" in changes:
+        changes["rates"] = replace(base.rates, **changes["rates"])
+    if "gpu" in changes:
+        changes["gpu_gib"] = changes.pop("gpu")
+    return base.changed(**changes)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints a plan; 0 if the device holds it, 1 if not, 2 for bad input."""
+    try:
+        asked = parse(arguments)
+        from ..memory.planning.planner import plan
+
+        found = plan(asked.settings, thorough=asked.thorough)
+        print(found.table())
+        if asked.uncounted:
+            print(f"\nnot in it: models of the rewards {', '.join(asked.uncounted)}, if they have any")
+        if asked.json is not None:
+            Path(asked.json).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+        if asked.figures is not None:
+            from ..memory.pictures.figures import draw
+
+            for drawn in draw(found, asked.figures):
+                print(drawn)
+    except (ValueError, OSError) as error:
+        # As it is called here.
+        print(f"dancegrpo-fast memory: {re.sub('^gpu_gib:', 'gpu:', str(error))}", file=sys.stderr)
+        return 2
+    return 0 if found.fits(asked.settings.gpu_gib) else 1

@@ -1,0 +1,132 @@
+"""Rewards for single digits: a small CNN to train against, and an SVM that shares nothing with it to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...rewards.base import RewardInput
+
+_SIZE = 16
+
+
+class DigitNet(nn.Module):
+    """Classify digits: float32 [N, 3, 16, 16] in [0, 1] to logits [N, 10], 26 thousand parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * (_SIZE // 8) ** 2, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, float32 [N, 10]."""
+        logits: Tensor = self.layers(images.mean(dim=1, keepdim=True) * 2 - 1)
+        return logits
+
+
+class WantsDigit:
+    """What rewards of a digit share: every prompt says which one."""
+
+    def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for a row of `meta` without a digit in 0..9."""
+        for row, columns in enumerate(meta):
+            digit = columns.get("digit")
+            if not isinstance(digit, int) or isinstance(digit, bool) or not 0 <= digit <= 9:
+                raise ValueError(f'meta[{row}]["digit"]: got {digit!r}, want an integer in 0..9')
+
+    def wanted(self, inputs: RewardInput) -> Tensor:
+        """Return the digits, int64 [N].
+
+        Raises:
+            ValueError: rows of `meta` are not N, or one has no digit.
+        """
+        if len(inputs.meta) != len(inputs.frames):
+            raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(inputs.frames)}, one per sample")
+        self.check(inputs.prompts, inputs.meta)
+        return torch.tensor([columns["digit"] for columns in inputs.meta], dtype=torch.int64)
+
+
+class DigitProbability(WantsDigit):
+    """Probability of the wanted digit under the CNN saved with a demo base.
+
+    Args:
+        path: A `digit_cnn.safetensors` file.
+        device: Where the CNN runs.
+
+    Raises:
+        ValueError: `path` is not a file.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise ValueError(f"path: got {str(path)!r}, want an existing digit_cnn.safetensors file")
+        self.net = DigitNet().eval().requires_grad_(False)
+        self.net.load_state_dict(load_file(path))
+        self.net.to(device)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return softmax probabilities in [0, 1], float32 [N], of `meta["digit"]`.
+
+        Raises:
+            ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
+        """
+        images, digits = _images(inputs).to(self.device), self.wanted(inputs)
+        probabilities: Tensor = self.net(images).softmax(dim=1).cpu()
+        return probabilities.gather(1, digits[:, None]).squeeze(1)
+
+
+class DigitJudge(WantsDigit):
+    """1.0 where an RBF SVM, trained at construction on the judge split, reads the wanted digit, else 0.0."""
+
+    def __init__(self) -> None:
+        from sklearn.svm import SVC
+
+        from ..data import load_digits
+
+        images, labels = load_digits("judge")
+        self.machine = SVC(kernel="rbf", gamma="scale", C=10.0)
+        self.machine.fit(_native(images), labels.numpy())
+
+    def __call__(self, inputs: RewardInput) -> Tensor:
+        """Return 0.0 or 1.0 a sample, float32 [N].
+
+        Raises:
+            ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
+        """
+        images, digits = _images(inputs), self.wanted(inputs)
+        if not len(images):
+            return torch.empty(0)
+        read = torch.as_tensor(self.machine.predict(_native(images)))
+        return (read == digits).float()
+
+
+def _native(images: Tensor) -> Any:
+    """Average [N, 3, 16, 16] down to the 8x8 pixels of the data set, as a numpy array [N, 64]."""
+    return F.avg_pool2d(images.cpu().mean(dim=1, keepdim=True), 2).flatten(1).numpy()
+
+
+def _images(inputs: RewardInput) -> Tensor:
+    shape = tuple(inputs.frames.shape)
+    if inputs.frames.ndim != 5 or shape[1:] != (1, 3, _SIZE, _SIZE):
+        raise ValueError(f"frames: got shape {shape}, want [N, 1, 3, {_SIZE}, {_SIZE}]")
+    return inputs.frames[:, 0].float()

@@ -1,0 +1,43 @@
+"""peft LoRA layers on a denoiser."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The targets in which no module's name ends."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+
+
+def add_lora(
+    denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], dtype: torch.dtype | None = None
+) -> None:
+    """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
+
+    Args:
+        denoiser: a diffusers model.
+        rank: of the update matrices.
+        alpha: its scale is `alpha / rank`.
+        target_modules: endings of module names.
+        dtype: of the layers; None: peft's choice, each its module's, and float32 for some quantised ones.
+
+    Raises:
+        ValueError: no module has such a name.
+    """
+    from peft import LoraConfig
+
+    if lost := unmatched(denoiser, target_modules):
+        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
+    try:
+        denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
+    except ValueError as error:
+        raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
+    if dtype is not None:
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)

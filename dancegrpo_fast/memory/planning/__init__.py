@@ -1,0 +1,1 @@
+"""What an iteration needs, phase by phase, and what would fit."""

@@ -1,0 +1,406 @@
+"""Figures of one model call, from traces of the same model with few blocks.
+
+Bytes and FLOPs are linear in the number of blocks of each kind, so that the smallest model and one with a block more of
+a kind say what that block does under its checkpoint policy; the others recompute nothing or, beside a block that is
+checkpointed, everything. Models without kinds of blocks are traced as a whole.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...activations import checkpointing
+from ..trace.result import Storage, Trace
+from ..trace.tracer import trace
+from . import specs
+
+Vector = dict[str, float]
+
+# The trace's names for the planner's.
+_CATEGORIES = {"block_inputs": "block inputs", "inputs": "temporaries", "outputs": "temporaries"}
+
+
+def added(*parts: tuple[float, Mapping[str, float]]) -> Vector:
+    """The weighted sum of vectors by category."""
+    found: Vector = {}
+    for weight, vector in parts:
+        for key, value in vector.items():
+            found[key] = found.get(key, 0) + weight * value
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a trace of a denoiser depends on, beside its policy and its number of blocks.
+
+    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
+    """
+
+    spec: str
+    frames: int
+    height: int
+    width: int
+    rows: int
+    text_tokens: int | None
+    dtype: str
+    lora: int
+    lora_targets: tuple[str, ...]
+    lora_dtype: str
+    kernel: str
+    block_ops: str
+    recompute: str
+    train: bool
+    fresh: bool = False
+
+
+class Kind(NamedTuple):
+    """Blocks of one kind: the list that holds them, the first and how many, and how many a small model has."""
+
+    path: str
+    start: int
+    blocks: int
+    least: int
+
+
+@lru_cache(maxsize=16)
+def resolved(model: str) -> specs.Spec:
+    """`specs.resolve`, once."""
+    return specs.resolve(model)
+
+
+def kinds_of(spec: specs.Spec) -> tuple[Kind, ...]:
+    """The kinds of blocks, in the order in which the model runs them; () where all of it is traced."""
+    config = spec.config
+    if spec.denoiser == "UNet2DConditionModel":
+        return ()
+    if "num_single_layers" in config:
+        return (
+            Kind("transformer_blocks", 0, config["num_layers"], 1),
+            Kind("single_transformer_blocks", 0, config["num_single_layers"], 1),
+        )
+    if spec.denoiser == "SD3Transformer2DModel":
+        dual = len(config.get("dual_attention_layers") or ())
+        # The last block is another: it has no text to hand on.
+        plain = Kind("transformer_blocks", dual, config["num_layers"] - dual, 2)
+        return (Kind("transformer_blocks", 0, dual, 1), plain) if dual else (plain,)
+    path = "blocks" if spec.denoiser == "WanTransformer3DModel" else "transformer_blocks"
+    return (Kind(path, 0, config["num_layers"], 1),)
+
+
+def _sized(spec: specs.Spec, counts: Sequence[int]) -> specs.Spec:
+    """The same model with so many blocks of each kind."""
+    if not counts:
+        return spec
+    config = dict(spec.config)
+    if "num_single_layers" in config:
+        config["num_layers"], config["num_single_layers"] = counts
+    else:
+        config["num_layers"] = sum(counts)
+        if len(counts) == 2:
+            config["dual_attention_layers"] = tuple(range(counts[0]))
+    return replace(spec, config=config)
+
+
+def build(case: Case, counts: Sequence[int]) -> nn.Module:
+    """The denoiser on `meta` with LoRA layers and block ops.
+
+    Raises:
+        ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
+    """
+    from ...lora import add_lora, unmatched
+    from ...patch import accelerate
+
+    spec = _sized(resolved(case.spec), counts)
+    model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
+    if case.lora:
+        if lost := unmatched(model, case.lora_targets):
+            raise ValueError(f"lora_targets: got {', '.join(lost)}, want endings of names in {case.spec}")
+        try:
+            with torch.device("meta"):
+                add_lora(model, case.lora, case.lora, case.lora_targets)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_targets: got {', '.join(case.lora_targets)}, want endings of names in it"
+            ) from error
+        if case.lora_dtype == "bf16":
+            for p in model.parameters():
+                p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.dtype == "bf16_autocast":
+        # Also what the model keeps in float32.
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16)
+    if case.block_ops != "off":
+        # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
+        accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
+    return model
+
+
+def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> Trace:
+    spec = resolved(case.spec)
+    model = build(case, counts)
+    if policy != "none":
+        checkpointing.apply(model, policy)
+    sizes = case.frames, case.height, case.width, case.rows, case.text_tokens
+    # The trainer hands a model inputs of its own dtype.
+    inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    autocast = None if case.dtype == "bf16" else torch.bfloat16
+    return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+
+
+class Moment(NamedTuple):
+    """A peak: bytes by category, and what ran."""
+
+    bytes: Vector
+    op: str
+    module: str
+
+
+# The block more of `grown`: the second of its kind, so that a model's first and last blocks stay what they are.
+EXTRA, PLACE = "extra", 1
+ENTRY = " entry"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one trace.
+
+    Attributes:
+        regions: a peak for each (phase, and kind of block, or the block more, or what is before or after all blocks);
+            and (phase + `ENTRY`, the block more) before its forward. Without kinds: for each block's path.
+        static: bytes by category before the call.
+        kept: bytes by category at the end of its forward.
+        flops, traffic: by phase and group.
+        saved: what the forward keeps, by group.
+        made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
+        work: of the forward and those blocks by group: FLOPs and traffic.
+        handed: of `Trace`.
+    """
+
+    regions: dict[tuple[str, str], Moment]
+    static: Vector
+    kept: Vector
+    flops: dict[str, Vector]
+    traffic: dict[str, Vector]
+    saved: Vector
+    made: dict[str, dict[str, tuple[int, int]]]
+    work: dict[str, dict[str, tuple[float, float]]]
+    handed: dict[str, int]
+
+
+def _category(storage: Storage, autocast: dict[str, set[int]]) -> str:
+    if not autocast:
+        return _CATEGORIES.get(storage.category, storage.category)
+    if storage.category == "parameters":
+        return "master weights"
+    if storage.op == "aten._to_copy" and storage.size in autocast.get(storage.module, ()):
+        return "parameters"
+    return _CATEGORIES.get(storage.category, storage.category)
+
+
+def _casts(found: Trace) -> dict[str, set[int]]:
+    """By module, the sizes of its float32 parameters' copies in bf16."""
+    sizes: dict[str, set[int]] = {}
+    for storage in found.storages:
+        if storage.category == "parameters":
+            sizes.setdefault(storage.module, set()).add(storage.size // 2)
+    return sizes
+
+
+def _block(module: str, kinds: Sequence[Kind], counts: Sequence[int]) -> tuple[int, int] | None:
+    """Which kind a module belongs to, and which block of it."""
+    path, _, rest = module.partition(".")
+    first = re.match(r"\d+", rest)
+    if first is None:
+        return None
+    index = int(first[0])
+    start = 0
+    for i, kind in enumerate(kinds):
+        if kind.path != path:
+            continue
+        if index < start + counts[i]:
+            return i, index - start
+        start += counts[i]
+    return None
+
+
+def _regions(
+    found: Trace, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None
+) -> list[tuple[str, str] | None]:
+    """Of each event of the trace."""
+    regions: list[tuple[str, str] | None] = [None] * len(found.events)
+    for phase, (start, stop) in found.phases.items():
+        if phase == "load":
+            continue
+        names = ("after", "before") if phase == "backward" else ("before", "after")
+        blocks = [
+            _block(event.module, kinds, counts) if event.size > 0 and kinds else None
+            for event in found.events[start:stop]
+        ]
+        inside = [i for i, block in enumerate(blocks) if block is not None]
+        current = names[0]
+        for i, block in enumerate(blocks):
+            if inside and i > inside[-1] and found.events[start + i].size > 0:
+                current = names[1]
+            elif block is not None:
+                current = EXTRA if block == (extra, PLACE) else str(block[0])
+            regions[start + i] = phase, current
+    return regions
+
+
+def _by_block(found: Trace, blocks: Sequence[str]) -> list[tuple[str, str] | None]:
+    """Of each event of a model without kinds: the block that ran last."""
+    regions: list[tuple[str, str] | None] = [None] * len(found.events)
+    owners: dict[str, str | None] = {}
+    for phase, (start, stop) in found.phases.items():
+        if phase == "load":
+            continue
+        current = ""
+        for i, event in enumerate(found.events[start:stop], start):
+            if event.size > 0:
+                if event.module not in owners:
+                    owners[event.module] = _owner(event.module, blocks)
+                current = owners[event.module] or current
+            regions[i] = phase, current
+    return regions
+
+
+def _summary(
+    found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None, blocks: Sequence[str]
+) -> Summary:
+    casts = _casts(found) if case.dtype == "fp32_master" else {}
+    # Sharded blocks' gradients are told apart by where the backward of all blocks begins and ends.
+    regions = _regions(found, kinds, counts, extra) if kinds or case.fresh else _by_block(found, blocks)
+    best: dict[tuple[str, str], int] = {}
+    for i, region in enumerate(regions):
+        if region is not None and (region not in best or found.timeline[i] > found.timeline[best[region]]):
+            best[region] = i
+    wanted = {i: region for region, i in best.items()}
+    begun = {regions.index(region): region for region in best}
+    entries: dict[tuple[str, str], Moment] = {}
+    live: Counter[str] = Counter()
+    moments: dict[tuple[str, str], Moment] = {}
+    ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
+    for i, (sign, storage) in enumerate(found._changes):
+        if i in ends:
+            ends[i] = dict(live)
+        if i in begun:
+            entries[begun[i]] = Moment(dict(live), "all_gather", storage.module)
+        live[_category(storage, casts)] += sign * storage.size
+        if i in wanted:
+            moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
+    if len(found._changes) in ends:
+        ends[len(found._changes)] = dict(live)
+    if case.fresh:
+        _own_gradients(moments, entries)
+    for (phase, name), entry in entries.items():
+        if name == EXTRA:
+            moments[phase + ENTRY, name] = entry
+            if _block(moments[phase, name].module, kinds, counts) != (extra, PLACE):
+                # An operator of the model itself.
+                moments[phase, name] = moments[phase, name]._replace(module=entry.module)
+    return Summary(
+        moments,
+        ends[found.phases["load"][1]],
+        ends[found.phases[_forward(found)][1]],
+        {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
+        {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        dict(found.saved_by_group),
+        _made(found, blocks),
+        _work(found, blocks),
+        found.handed,
+    )
+
+
+def _own_gradients(moments: dict[tuple[str, str], Moment], starts: Mapping[tuple[str, str], Moment]) -> None:
+    """Leaves in each moment of the backward the gradients of its block and of what follows all blocks."""
+    regions = [region for region in moments if region[0] == "backward" and region[1] != "after"]
+    begun = [starts[region].bytes.get("gradients", 0) for region in regions]
+    for region, size in zip(regions, begun, strict=True):
+        moments[region].bytes["gradients"] = moments[region].bytes.get("gradients", 0) - size + min(begun)
+
+
+def _forward(found: Trace) -> str:
+    return "forward" if "forward" in found.phases else "rollout"
+
+
+def _owner(module: str, blocks: Sequence[str]) -> str | None:
+    return next((path for path in blocks if module == path or module.startswith(path + ".")), None)
+
+
+def _made(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """By block and group: bytes that its forward made, and those of them that are kept."""
+    kept = {id(storage) for storage in found.kept}
+    figures: dict[str, dict[str, tuple[int, int]]] = {}
+    for storage in found.storages:
+        if storage.phase != "forward" or (path := _owner(storage.module, blocks)) is None:
+            continue
+        groups = figures.setdefault(path, {})
+        made, saved = groups.get(storage.group, (0, 0))
+        groups[storage.group] = made + storage.size, saved + (storage.size if id(storage) in kept else 0)
+    return figures
+
+
+def _work(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """By block and group: FLOPs of its forward, and bytes that it reads and writes."""
+    figures: dict[str, dict[str, tuple[float, float]]] = {}
+    for place, work in enumerate((found.flops, found.traffic)):
+        for (module, name), count in work.get("forward", Counter()).items():
+            if (path := _owner(module, blocks)) is not None:
+                groups = figures.setdefault(path, {})
+                flops, traffic = groups.get(name, (0.0, 0.0))
+                groups[name] = (flops, traffic + count) if place else (flops + count, traffic)
+    return figures
+
+
+def rest_of(policy: Hashable) -> str:
+    """The policy of the other blocks in the traces of a block with this one."""
+    return "none" if policy == "none" else "full"
+
+
+def least_of(spec: specs.Spec) -> tuple[int, ...]:
+    """How many blocks of each kind a small model has."""
+    return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
+
+
+@lru_cache(maxsize=64)
+def small(case: Case, policy: Hashable) -> Summary:
+    """Traces the model with the fewest blocks, or as a whole, all under one of `checkpointing`'s policies."""
+    spec = resolved(case.spec)
+    kinds, counts = kinds_of(spec), least_of(spec)
+    found = _traced(case, policy, counts)  # type: ignore[arg-type]  # hashable, for the cache
+    return _summary(found, case, kinds, counts, None, () if kinds else block_paths(case))
+
+
+@lru_cache(maxsize=64)
+def grown(case: Case, policy: Hashable, kind: int) -> Summary:
+    """Traces it with one more block of a kind, under this policy and amid others under `rest_of(policy)`."""
+    spec = resolved(case.spec)
+    kinds = kinds_of(spec)
+    counts = tuple(n + (i == kind) for i, n in enumerate(least_of(spec)))
+    chosen: Any = policy
+    if policy != rest_of(policy):
+        each: list[Any] = [rest_of(policy)] * sum(counts)
+        each[sum(counts[:kind]) + PLACE] = policy
+        chosen = checkpointing.PerBlock(tuple(each))
+    path = f"{kinds[kind].path}.{sum(counts[i] for i in range(kind) if kinds[i].path == kinds[kind].path) + PLACE}"
+    return _summary(_traced(case, chosen, counts), case, kinds, counts, kind, (path,))
+
+
+@lru_cache(maxsize=16)
+def block_paths(case: Case) -> tuple[str, ...]:
+    """Of the blocks that diffusers checkpoints, in the order in which the model runs them."""
+    model = build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
+    paths = {id(module): name for name, module in model.named_modules()}
+    return tuple(paths[id(block)] for block in checkpointing.blocks_of(model))
+
+
+def numbers(vector: Mapping[str, Any]) -> dict[str, int]:
+    """Whole bytes, without what is not there."""
+    return {key: round(value) for key, value in vector.items() if round(value) > 0}

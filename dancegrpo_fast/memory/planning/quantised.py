@@ -1,0 +1,152 @@
+"""Frozen weights of LoRA in fewer bits: what is stored, and what using them takes.
+
+nf4 and int8 are bitsandbytes', as diffusers loads them: every linear layer of the model, in blocks or not, but for
+those that diffusers keeps in float32; biases stay bfloat16. Bytes of a layer with n weights in r rows, as bitsandbytes
+0.48 and 0.50 store them (tests/memory/test_quantised.py, where it is installed):
+    nf4     n / 2, a float32 scale for 64 weights, and a table of 16 float32 values (no double quantisation)
+    int8    n, and a float32 scale a row
+In the forward and again in the backward one layer at a time is there in bfloat16. LLM.int8 also keeps each layer's
+input until the backward, where autograd's hooks do not see it, so that checkpointing does not drop it; and makes
+float16 and int8 copies of it. Neither is counted: `INT8` says so.
+
+fp8 is the trainer's, diffusers' layerwise casting after LoRA was added: weights and biases of linear and convolution
+layers, one byte each, but for norms and embeddings. A layer is cast to bfloat16 while it runs, and autograd keeps that
+copy of a linear layer's weight until its backward: without checkpointing all copies stay, which is more than bfloat16
+takes. (The few layers whose input needs no gradient or whose result is not used are counted like the others.)
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ...activations import checkpointing
+from .calls import Case, build, kinds_of, resolved
+
+INT8 = (
+    "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"
+    " copies it to convert it; neither is counted (nf4 does not)"
+)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Bytes.
+
+    Attributes:
+        stored: of all parameters.
+        largest: of the largest layer in bfloat16.
+        casts: of what autograd keeps of each block that is not checkpointed.
+        converted, in_blocks: what the layers would take in bfloat16, of the whole model and of each block.
+    """
+
+    stored: int
+    largest: int
+    casts: tuple[int, ...]
+    converted: int
+    in_blocks: tuple[int, ...]
+
+
+# Read of a weight's two bytes in bfloat16 when it is converted: half a byte and its scale, or one byte.
+_READ = {"nf4": (0.5 + 4 / 64) / 2, "int8": 0.5, "fp8": 0.5}
+
+
+def conversion_bytes(found: Quantised, base: str, policies: Sequence[Hashable]) -> tuple[float, float]:
+    """What converting the weights to bfloat16 reads and writes in a forward, and in its backward.
+
+    nf4 converts in the forward, in the backward, and where a checkpointed block runs again; int8, which multiplies in
+    int8, in the backward only; fp8 in the forward and where a block runs again.
+
+    Args:
+        found: of the model.
+        base: "nf4", "int8" or "fp8".
+        policies: as of `kept_casts`.
+    """
+    chosen = _chosen(policies, len(found.in_blocks))
+    again = sum(size for size, policy in zip(found.in_blocks, chosen, strict=True) if policy not in (None, "none"))
+    once = 1 + _READ[base]
+    forward = 0 if base == "int8" else found.converted
+    backward = {"nf4": found.converted + again, "int8": found.converted, "fp8": again}[base]
+    return once * forward, once * backward
+
+
+def quantised(case: Case, base: str) -> Quantised:
+    """Of the whole model with its LoRA layers; `base` is "nf4", "int8" or "fp8"."""
+    # Sizes of the call change no weight.
+    return _quantised(replace(case, frames=1, height=1, width=1, rows=1, kernel="flash", train=True), base)
+
+
+@lru_cache(maxsize=8)
+def _quantised(case: Case, base: str) -> Quantised:
+    spec = resolved(case.spec)
+    model = build(case, tuple(kind.blocks for kind in kinds_of(spec)))
+    if base == "fp8":
+        return _layerwise(model, _paths(model))
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    layers = [
+        (name, module.weight.shape[0], module.weight.numel(), module.weight.element_size())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and not set(name.split(".")) & set(spec.keep_in_float32)
+    ]
+    stored = sum(nf4_bytes(n) if base == "nf4" else n + 4 * rows for _, rows, n, _ in layers)
+    saved = sum(n * size for *_, n, size in layers)
+    sizes = {name: 2 * n for name, _, n, _ in layers}
+    in_blocks = tuple(_by_block(sizes, _paths(model)))
+    return Quantised(whole - saved + stored, max(sizes.values(), default=0), (), sum(sizes.values()), in_blocks)
+
+
+def _paths(model: nn.Module) -> list[str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in checkpointing.blocks_of(model)]
+
+
+def _by_block(sizes: Mapping[str, int], paths: Sequence[str]) -> list[int]:
+    return [sum(size for name, size in sizes.items() if name.startswith(path + ".")) for path in paths]
+
+
+def nf4_bytes(n: int) -> int:
+    """Of one layer's n weights."""
+    return -(-n // 2) + 4 * -(-n // 64) + 4 * 16
+
+
+def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
+    """On the `meta` device diffusers' own hooks cast what they would cast."""
+    from ...quantization import store_in_fp8
+
+    store_in_fp8(model, torch.bfloat16)
+    layers = {
+        name: (module, 2 * module.weight.numel())
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dtype == torch.float8_e4m3fn
+    }
+    linear = {name: size for name, (module, size) in layers.items() if isinstance(module, nn.Linear)}
+    casts = tuple(_by_block(linear, paths))
+    sizes = {name: size for name, (_, size) in layers.items()}
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    largest = max(linear.values(), default=0)
+    return Quantised(stored, largest, casts, sum(sizes.values()), tuple(_by_block(sizes, paths)))
+
+
+def kept_casts(found: Quantised, policies: Sequence[Hashable]) -> tuple[int, int]:
+    """Of fp8: what blocks that are not checkpointed keep after the forward, and the most that one computes again.
+
+    Args:
+        found: of the model.
+        policies: one for every block, or one for the whole model.
+    """
+    if not found.casts:
+        return 0, 0
+    chosen = _chosen(policies, len(found.casts))
+    kept = sum(size for size, policy in zip(found.casts, chosen, strict=True) if policy in (None, "none"))
+    again = [size for size, policy in zip(found.casts, chosen, strict=True) if policy not in (None, "none")]
+    return kept, max(again, default=0)
+
+
+def _chosen(policies: Sequence[Hashable], count: int) -> list[Hashable]:
+    if len(policies) == count:
+        return list(policies)
+    return list(checkpointing.resolve(policies[0], count))  # type: ignore[arg-type]  # a policy

@@ -1,0 +1,127 @@
+"""A recipe in the planner's words: before anything is loaded, and in the trainer, which knows more."""
+
+from dataclasses import replace
+
+from ..memory.planning.planner import case_of
+from ..memory.planning.settings import REWARDS, Reward, Settings
+from ..memory.planning.sharding import weights_of
+from ..recipe import Recipe, RewardSettings
+
+# The planner's name of the model behind a reward, and the dtype that it has unasked.
+REWARD_MODELS = {
+    "hps": ("hps-v2.1", "float32"),
+    "clip_score": ("clip", "float32"),
+    "pickscore": ("pickscore", "float32"),
+    "videoalign_vq": ("videoalign", "bfloat16"),
+    "videoalign_mq": ("videoalign", "bfloat16"),
+    "videoalign_ta": ("videoalign", "bfloat16"),
+}
+
+
+def settings_of(
+    recipe: Recipe,
+    *,
+    model: str | None = None,
+    processes: int = 1,
+    strategy: str = "none",
+    trained: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
+    text_encoders: str = "freed",
+    device: str = "cuda:sm90",
+    gpu_gib: float | None = None,
+) -> Settings:
+    """What one process has of a run.
+
+    Args:
+        recipe: the run.
+        model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
+        processes: that share the samples.
+        strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
+        trained: numbers that are trained and bytes of each; None counts them on the meta device.
+        text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
+        text_encoders: as in `Settings`.
+        device: that attention is chosen for.
+        gpu_gib: capacity; None: `model.memory_gib`, or 80.
+
+    Raises:
+        ValueError: settings that contradict.
+    """
+    given, sampler, train = recipe.model, recipe.sampler, recipe.train
+    shards = processes if strategy != "none" else 1
+    samples = -(-train.prompts_per_iteration * train.group_size // processes)
+    half = given.dtype == "bfloat16"
+    settings = Settings(
+        model or given.denoiser or given.path,
+        sampler.frames,
+        sampler.height,
+        sampler.width,
+        # Of all prompts together; a call has as many rows whatever there is to compute.
+        group_size=max(samples, train.micro_batch),
+        micro_batch=train.micro_batch,
+        rollout_batch=train.micro_batch,
+        steps=sampler.num_steps,
+        train_fraction=train.timestep_fraction,
+        cfg=sampler.guidance_scale,
+        text_tokens=text_tokens or given.max_text_tokens,
+        dtype="bf16" if half else "fp32_master",
+        lora=given.lora.rank if given.lora else 0,
+        lora_targets=tuple(given.lora.target_modules) if given.lora else (),
+        lora_dtype="bf16" if half else "fp32",
+        base=given.quantization or "none",
+        policy=given.checkpointing,
+        # As torch's own SDPA keeps it.
+        attention=given.attention or "flash",
+        device=device,
+        block_ops=given.block_ops,
+        fsdp=processes,
+        strategy=strategy,
+        replica=train.rollout_replica and shards > 1,
+        gradient_sync=train.gradient_sync,
+        offload=tuple(train.offload),
+        vae_tiling=given.vae_tiling == "on",
+        rewards=_rewards(recipe),
+        text_encoders=text_encoders,
+        gpu_gib=gpu_gib or given.memory_gib or 80.0,
+    )
+    return settings.changed(others=_copies(recipe, settings, trained))
+
+
+def uncounted(recipe: Recipe) -> list[str]:
+    """Names of rewards whose models, if they have any, are in no plan."""
+    return sorted({reward.name for reward in _scored(recipe)} - REWARD_MODELS.keys())
+
+
+def _scored(recipe: Recipe) -> list[RewardSettings]:
+    return [*recipe.rewards, *(recipe.evaluation.rewards if recipe.evaluation else [])]
+
+
+def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
+    """Rewards of one model share it."""
+    found: dict[str, Reward] = {}
+    for reward in _scored(recipe):
+        if reward.name in REWARD_MODELS:
+            name, dtype = REWARD_MODELS[reward.name]
+            if name == "clip" and "ViT-H-14" in str(reward.args.get("path")):
+                name = "clip-h"
+            width = 4 if reward.args.get("dtype", dtype) == "float32" else 2
+            found[name] = replace(REWARDS[name], bytes_per_parameter=width)
+    return tuple(found.values())
+
+
+def _copies(recipe: Recipe, settings: Settings, trained: tuple[int, int] | None) -> tuple[Reward, ...]:
+    """What is as large as what is trained."""
+    train = recipe.train
+    wanted = train.kl_weight > 0 and recipe.model.lora is None, train.ema_decay is not None
+    if not any(wanted):
+        return ()
+    if trained is None:
+        weights = weights_of(case_of(settings, 1, "flash", train=True))
+        trained = weights.trainable, weights.dtypes[0].itemsize
+    count, width = trained
+    share = count // (settings.fsdp if settings.is_sharded else 1)
+    copies = (("the model of the KL", width), ("the moving average", 4))
+    return tuple(
+        Reward(name, share, "as many as are trained", bytes_each)
+        for (name, bytes_each), there in zip(copies, wanted, strict=True)
+        if there
+    )

@@ -1,0 +1,324 @@
+"""Several processes: which samples are whose, what is summed between them, and how the denoiser is spread over them.
+
+Under DDP every process holds the whole denoiser, under FSDP2 a shard of each parameter. accelerate's configuration
+says which: `use_fsdp` with `fsdp_version: 2`, or neither. Its `fsdp_reshard_after_forward` and
+`fsdp_transformer_layer_cls_to_wrap` hold; without the latter, the blocks that diffusers checkpoints are the units.
+"""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# That processes wait for one which encodes prompts or writes a checkpoint, before they take it for dead.
+PATIENCE = timedelta(hours=3)
+
+
+def share(count: int, index: int, processes: int) -> range:
+    """The part of `count` neighbours that process `index` has.
+
+    Parts differ by at most one. Where the processes divide the prompts, samples of a prompt stay together.
+    """
+    return range(count * index // processes, count * (index + 1) // processes)
+
+
+class Processes:
+    """The processes of a run, of which this is one.
+
+    Args:
+        mixed_precision: "no" or "bf16": autocast of the denoiser; under FSDP2 parameters are also gathered in it.
+        project_dir: of the trackers.
+
+    Attributes:
+        accelerator: accelerate's.
+        index, count: of this process, and how many there are.
+        is_main: this one writes the files.
+        device: of this process.
+        sharded: FSDP2.
+        distributed: gradients are reduced between processes, of which there may be one.
+
+    Raises:
+        ValueError: an engine of accelerate other than DDP and FSDP2, FSDP2 with parameters on the host, or on CPUs with
+            a torch before 2.9.
+    """
+
+    def __init__(self, mixed_precision: str, project_dir: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+
+        plugin = _fsdp_plugin()
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with="tensorboard" if is_tensorboard_available() else None,
+            project_dir=str(project_dir),
+            fsdp_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+        kind = self.accelerator.distributed_type
+        if kind not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+            DistributedType.FSDP,
+        ):
+            raise ValueError(f"accelerate: got {kind.value}, want DDP, FSDP2 or one process")
+        self.distributed = kind != DistributedType.NO
+        if plugin is not None and not self.distributed:
+            raise ValueError("accelerate: got FSDP without a process group, want `accelerate launch` or torchrun")
+        self.sharded = plugin is not None
+        self.index: int = self.accelerator.process_index
+        self.count: int = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.device: torch.device = self.accelerator.device
+        if self.sharded and self.device.type == "cpu" and torch.__version__ < "2.9":
+            # gloo added gradients where it was asked for their mean: github.com/pytorch/pytorch/issues/162338.
+            raise ValueError(f"accelerate: got FSDP2 on CPUs with torch {torch.__version__}, want torch 2.9 or DDP")
+        self._reshard = plugin is not None and bool(plugin.reshard_after_forward)
+        self._units: Sequence[str] = (plugin and plugin.transformer_cls_names_to_wrap) or ()
+        self._gather_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+        self._plain: dict[nn.Module, nn.Module] = {}
+
+    @property
+    def name(self) -> str:
+        """How many processes, and how they hold the weights."""
+        if not self.distributed:
+            return "one process"
+        return f"{self.count} processes ({'FSDP2' if self.sharded else 'DDP'})"
+
+    def threads(self) -> int:
+        """CPU threads of this process when those of its host are shared out."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, len(os.sched_getaffinity(0)) // local)
+
+    def share(self, count: int) -> range:
+        """The part of `count` samples that this process has."""
+        return share(count, self.index, self.count)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise over the processes; a copy on the device."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Elementwise over the processes; a copy on the device."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, op: Any) -> Tensor:
+        there = values.to(self.device, copy=True)
+        if self.distributed:
+            dist.all_reduce(there, op)
+        return there
+
+    def collect(self, values: list[T]) -> list[T]:
+        """The lists of all processes, in order, on each of them."""
+        from accelerate.utils import gather_object
+
+        found: list[T] = gather_object(values) if self.distributed else values
+        return found
+
+    def prepare(self, denoiser: nn.Module) -> nn.Module:
+        """The denoiser as rollout calls it: split under FSDP2, and run in the precision of the recipe.
+
+        Under FSDP2 the main process's weights are handed out, and parameters are other objects afterwards.
+        """
+        if self.sharded:
+            self._plain[denoiser] = _without_data(denoiser)
+            self._split(denoiser)
+        prepared: nn.Module = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
+        return prepared
+
+    def _split(self, denoiser: nn.Module) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        from .activations.checkpointing import blocks_of
+
+        if self._units:
+            units = [module for module in denoiser.modules() if type(module).__name__ in self._units]
+        else:
+            units = blocks_of(denoiser)
+        if not units:
+            raise ValueError(f"fsdp_transformer_layer_cls_to_wrap: got {list(self._units)}, want classes of the model")
+        # Inputs keep their precision: times and rotary tables must not be rounded.
+        policy = MixedPrecisionPolicy(self._gather_dtype, torch.float32, cast_forward_inputs=False)
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.count,)),
+            "mp_policy": policy,
+        }
+        # One after the other: the whole is never on a device.
+        for unit in units:
+            self._hand_out(unit)
+            fully_shard(unit, reshard_after_forward=self._reshard, **options)
+        self._hand_out(denoiser)
+        fully_shard(denoiser, reshard_after_forward=False, **options)
+
+    @torch.no_grad()
+    def _hand_out(self, part: nn.Module) -> None:
+        """Puts the main process's weights on every device; what is split already stays."""
+        from torch.distributed.tensor import DTensor
+
+        for module in part.modules():
+            for values in (module._parameters, module._buffers):
+                for name, value in values.items():
+                    if value is None or isinstance(value, DTensor):
+                        continue
+                    there = value.to(self.device) if self.is_main else torch.empty_like(value, device=self.device)
+                    dist.broadcast(there, 0)
+                    if value.is_meta and isinstance(value, nn.Parameter):
+                        values[name] = nn.Parameter(there, value.requires_grad)
+                    else:
+                        value.data = there
+
+    def wrap(self, denoiser: nn.Module) -> nn.Module:
+        """The prepared denoiser as the update calls it: inside DDP where gradients are reduced by that."""
+        if not self.distributed or self.sharded:
+            return denoiser
+        # Training changes no buffers. Gradients live in the buckets, so they are not there twice. Some models compute
+        # what their last block makes of the text, and use it for nothing.
+        with warnings.catch_warnings():
+            # New versions of torch have another name for it, old ones only this one.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                denoiser,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+            )
+
+    @contextlib.contextmanager
+    def reducing(self, denoiser: nn.Module, last: bool) -> Iterator[None]:
+        """Around a forward and its backward: gradients stay with their process unless it is the last."""
+        if last or not self.distributed:
+            yield
+        elif isinstance(denoiser, nn.parallel.DistributedDataParallel):
+            with denoiser.no_sync():
+                yield
+        else:
+            module: Any = denoiser
+            module.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                module.set_requires_gradient_sync(True)
+
+    @contextlib.contextmanager
+    def sampling(self, denoiser: nn.Module, resident: bool) -> Iterator[None]:
+        """Around calls without gradients; parameters are shards again afterwards, so that the optimiser sees them.
+
+        Args:
+            denoiser: as prepared.
+            resident: gather each parameter once and keep it, in the precision of the forward, until the end.
+        """
+        if not self.sharded:
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        root: Any = denoiser
+        units = [module for module in denoiser.modules() if isinstance(module, FSDPModule)]
+        if resident:
+            root.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(self._reshard and unit is not root, recurse=False)
+                unit.reshard()
+
+    @contextlib.contextmanager
+    def whole(self, denoiser: nn.Module) -> Iterator[nn.Module | None]:
+        """The denoiser in the main process, None in the others; under FSDP2 one with whole parameters on the host.
+
+        Every process has to enter it. With LoRA layers only these have their values under FSDP2.
+        """
+        if not self.sharded:
+            yield denoiser if self.is_main else None
+            return
+        frozen = {name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad}
+        wanted = [(n, v) for n, v in denoiser.state_dict().items() if n not in frozen]
+        found = {name: self.full(value) for name, value in wanted}
+        if not self.is_main:
+            yield None
+            return
+        plain = self._plain[denoiser]
+        plain.load_state_dict(found, strict=False, assign=True)
+        yield plain
+
+    def full(self, value: Tensor) -> Tensor | None:
+        """A parameter or a state of one, whole, in the main process's host memory; None in the others.
+
+        Every process has to call it for the same tensors in the same order.
+        """
+        found = whole(value.detach())
+        return found.cpu() if self.is_main else None
+
+
+def _fsdp_asked() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def is_sharded() -> bool:
+    """Whether the processes of this run split the denoiser (FSDP2)."""
+    return _fsdp_asked() and dist.is_available() and dist.is_initialized()
+
+
+def _fsdp_plugin() -> Any:
+    """accelerate's FSDP settings where its configuration asks for FSDP, checked; or None.
+
+    On the CPU accelerate itself leaves them out.
+    """
+    if not _fsdp_asked():
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version: got {plugin.fsdp_version} in accelerate's configuration, want 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_offload_params: got true in accelerate's configuration, want false")
+    return plugin
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with the parts of every process, on each of them."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as the parameter is: on its device, and split as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    there = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return there
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements)
+
+
+def _without_data(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on the meta device."""
+    memo: dict[int, Tensor] = {}
+    for value in chain(module.parameters(), module.buffers()):
+        empty = torch.empty_like(value, device="meta")
+        memo[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)

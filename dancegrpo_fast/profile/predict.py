@@ -1,0 +1,202 @@
+"""What a trainer's phases will take: on the CPU its own code on fake tensors, on a GPU the planner."""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.planning.settings import GIB
+from ..memory.trace.result import Peak, Trace
+from ..memory.trace.tracer import collected, trace
+from ..models import Conditioning, decode
+from ..train.draw import Policy, rollout, shared_step
+from ..train.trajectory import Trajectory
+from ..train.update import Experience, Item, Tally, _losses
+from .books import sums
+
+if TYPE_CHECKING:
+    from ..train.loop import Trainer
+
+# Of a trace's categories, those with other names in a budget.
+_NAMES = {"inputs": "trajectories", "block_inputs": "block inputs"}
+
+
+@dataclass(frozen=True)
+class _Brief(Policy):
+    """Calls the model twice for every number of samples; every later call would only do the same again."""
+
+    calls: dict[int, list[tuple[torch.Size | None, torch.dtype]]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def __call__(
+        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        count = len(latents)
+        self.counts[count] = self.counts.get(count, 0) + 1
+        if self.counts[count] <= 2:
+            output, uncond = super().__call__(denoiser, latents, times, conditioning)
+            self.calls[count] = [(None if t is None else t.shape[1:], output.dtype) for t in (output, uncond)]
+            return output, uncond
+        made = [
+            None if shape is None else latents.new_empty(self.rows, *shape, dtype=dtype)[:count]
+            for shape, dtype in self.calls[count]
+        ]
+        assert made[0] is not None
+        return made[0], made[1]
+
+
+def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -> dict[str, int]:
+    """A traced peak, and what is there before that the trace did not see."""
+    seen = sum(s.size for s in found.storages if s.op == "existing")
+    names = _NAMES | {"outputs": outputs}
+    pairs = [(names.get(name, name), size) for name, size in peak.by_category.items()]
+    pairs += [(name, before.get(name, 0)) for name in ("other models", "trajectories")]
+    return sums([*pairs, ("trajectories", -seen)])
+
+
+@collected()
+def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bytes by category at the peaks of "rollout", "decode", "replay forward", "replay backward" and "optimizer".
+
+    Args:
+        trainer: on the CPU.
+        before: bytes by category before the iteration; other models and data of it are taken as they are.
+        rows: of iterations that ran, for how many model calls an update has.
+    """
+    recipe, train, sampler = trainer.recipe, trainer.recipe.train, trainer.recipe.sampler
+    batch, shape = train.prompts_per_iteration * train.group_size, trainer.model.latent_shape
+    prompts = (list(trainer.reached) * train.prompts_per_iteration)[: train.prompts_per_iteration]
+    conditioning = dict(trainer.model.encode(prompts))
+    starts = len(prompts) if sampler.shared_noise else batch
+    noise = torch.empty(starts, *shape, dtype=sampler.torch_dtype(), device="meta")
+    ids = torch.empty(batch, dtype=torch.int64, device="meta")
+    brief = _Brief(**{f.name: getattr(trainer.policy, f.name) for f in fields(Policy)})
+
+    def sample(noise: Tensor, conditioning: Conditioning, ids: Tensor) -> Trajectory:
+        return rollout(
+            brief,
+            trainer.table,
+            noise,
+            train.group_size,
+            conditioning,
+            seed=recipe.seed,
+            sample_ids=ids,
+            shared_noise=sampler.shared_noise,
+            keep_outputs=train.ratio_norm,
+        )
+
+    inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
+    # Depends on the table's numbers, which fake tensors do not have.
+    first = shared_step(trainer.table) if sampler.shared_noise else 0
+    with mock.patch.object(importlib.import_module(rollout.__module__), "shared_step", lambda _: first):
+        sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=sample)
+    left = Trajectory.allocate(
+        batch,
+        len(trainer.table),
+        shape,
+        dtype=noise.dtype,
+        device=noise.device,
+        output_dtype=torch.float32 if train.ratio_norm else None,
+    )
+
+    def losses(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
+        steps = [trainer.trainable_steps[-1:]] * batch
+        index = [sample // train.group_size for sample in range(batch)]
+        rows_of = [sample % train.micro_batch for sample in range(batch)]
+        ones, prompts = [1.0] * batch, torch.tensor(index, device=advantages.device)
+        data = Experience(
+            Trajectory(**trajectory), conditioning, advantages, ones, prompts, index, rows_of, steps, None
+        )
+        items = [(row, Item((row,), steps[row][0])) for row in range(train.micro_batch)]
+        calls: Iterator[Any] = _losses(
+            trainer.policy, trainer.denoiser, trainer.table, data, items, trainer.objective, Tally(), 1 / batch
+        )
+        # The iterator keeps the call's inputs, as it does while the trainer runs backward.
+        return calls, next(calls)
+
+    replay = trace(
+        trainer.denoiser,
+        {
+            "trajectory": vars(left),
+            "conditioning": conditioning,
+            "advantages": torch.empty(batch, device="meta"),
+            "ids": ids,
+        },
+        attention="cpu",
+        grads=_calls_per_update(trainer, rows) > 1,
+        optimizer="fused",
+        loss=lambda found: torch.stack([one.loss for one in found[1]]).sum(),
+        call=losses,
+    )
+    drawn = _budget(sampled, sampled.peak_of("rollout"), before, "trajectories")
+    # What a rollout begins and ends with stays until its samples are scored.
+    after = {**before, "trajectories": drawn.get("trajectories", 0)}
+    return {
+        "rollout": drawn,
+        "decode": sums([*after.items(), *_decoded(trainer, left.denoised)]),
+        "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
+        "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),
+        "optimizer": _stepped(trainer, before, replay.live("load").get("inputs", 0)),
+    }
+
+
+def _decoded(trainer: "Trainer", denoised: Tensor) -> list[tuple[str, int]]:
+    """Of the decode's peak, what is not there before it."""
+    model: Any = trainer.model
+
+    def call(latents: Tensor) -> Tensor:
+        return decode(model, latents, trainer.policy.rows)
+
+    found = trace(model.vae, {"latents": denoised}, train=False, attention="cpu", call=call)
+    names = {"temporaries": "temporaries", "workspace": "workspace", "outputs": "trajectories"}
+    peak = found.peak_of("rollout").by_category
+    return [(name, peak.get(category, 0)) for category, name in names.items()]
+
+
+def _stepped(trainer: "Trainer", before: Mapping[str, int], data: int) -> dict[str, int]:
+    """At the peak of clipping the gradients and of the step; `data` are bytes of what is replayed."""
+
+    def clipped() -> Tensor:
+        parameters = [p for p in trainer.denoiser.parameters() if p.requires_grad]
+        torch.nn.utils.clip_grad_norm_(parameters, trainer.recipe.train.max_grad_norm)
+        return parameters[0].sum()
+
+    found = trace(trainer.denoiser, {}, attention="cpu", optimizer="single", call=clipped)
+    peak = max(map(found.peak_of, ("forward", "optimizer")), key=lambda peak: peak.bytes)
+    return sums([*_budget(found, peak, before, "temporaries").items(), ("trajectories", data)])
+
+
+def planned(trainer: "Trainer") -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Bytes by category at the peaks of the planner's phases, and what is not predicted and why.
+
+    Args:
+        trainer: its model is loaded; the planner is told what is known of it.
+    """
+    from ..memory.planning.planner import plan
+    from ..models.planning import uncounted
+    from ..models.setup import _settings
+
+    recipe = trainer.recipe
+    if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
+        return {}, ["not predicted: the planner counts no model in float32 throughout"]
+    text_tokens = int(trainer.model.encode(list(trainer.reached)[:1])["prompt_embeds"].shape[1])
+    gib = recipe.model.memory_gib or torch.cuda.get_device_properties(trainer.device).total_memory / GIB
+    model: Any = trainer.model
+    found = plan(_settings(model, recipe, trainer.device, text_tokens, gib), advise=False)
+    budgets = {phase.name: phase.budget for phase in found.phases}
+    notes = ["predicted by the planner; activations of reward models are not in it"]
+    if left_out := uncounted(recipe):
+        budgets.pop("rewards", None)
+        notes.append(f"rewards are not predicted: the models of {', '.join(left_out)} are not known")
+    return budgets, notes
+
+
+def _calls_per_update(trainer: "Trainer", rows: Sequence[Mapping[str, Any]]) -> float:
+    train = trainer.recipe.train
+    updates = train.updates_per_rollout * train.inner_epochs * len(rows)
+    model_rows: int = sum(row["skipped"]["model_rows"] for row in rows)
+    return model_rows / train.micro_batch / updates

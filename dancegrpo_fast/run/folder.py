@@ -1,0 +1,100 @@
+"""The directory of a run."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from . import checkpoint
+
+
+class RunDirectory:
+    """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`.
+
+    Raises:
+        ValueError: `root` is a file.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"output_dir: got {root}, which is a file, want a folder")
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.metrics = root / "metrics.jsonl"
+        self.evaluations = root / "evaluations.jsonl"
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        found = checkpoint.complete(self.checkpoints)
+        return found[-1] if found else None
+
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """Adds one JSON line, on disk when this returns."""
+        with files.writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_until(self, iteration: int) -> None:
+        """Drops the rows of iterations that the resumed run will do again.
+
+        Raises:
+            ValueError: a row is damaged, and not by the crash that ended the file.
+        """
+        for path in (self.metrics, self.evaluations):
+            if path.is_file():
+                try:
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"output_dir: {path} is damaged ({error}), want rows of metrics") from error
+                kept = [
+                    line
+                    for number, line in enumerate(lines, start=1)
+                    if self._iteration(path, number, line, number == len(lines)) <= iteration
+                ]
+                files.write_text(path, "".join(line + "\n" for line in kept))
+
+    def find_checkpoint(self, resume: str | None) -> Path | None:
+        """The checkpoint to continue from.
+
+        Args:
+            resume: "auto" for the newest one there is, a checkpoint folder, or None to start anew.
+
+        Raises:
+            ValueError: the directory holds a run, or results that the continued one would overwrite; or `resume` is
+                neither "auto" nor a checkpoint.
+        """
+        if resume is None:
+            if self.metrics.exists() or checkpoint.complete(self.checkpoints):
+                raise ValueError(
+                    f"output_dir: {self.root} already holds a run; continue it with --resume auto, or give another one"
+                )
+            return None
+        if resume == "auto":
+            return self.newest()
+        chosen = Path(resume)
+        if not (chosen / "state.json").is_file():
+            inside = [str(path) for path in checkpoint.complete(chosen / "checkpoints")]
+            hint = f"; checkpoints of that run: {', '.join(inside)}" if inside else ""
+            raise ValueError(f'resume: got {resume}, want "auto" or the folder of a checkpoint{hint}')
+        found = checkpoint.complete(self.checkpoints)
+        own = chosen.resolve().parent == self.checkpoints.resolve()
+        later = [path.name for path in found if not own or path.name > chosen.name]
+        if later or (not own and self.metrics.exists()):
+            raise ValueError(
+                f"resume: {self.root} holds results that a run from {chosen} would overwrite "
+                f"(checkpoints {', '.join(later) or 'none'}); move them away or give another output_dir"
+            )
+        return chosen
+
+    @staticmethod
+    def _iteration(path: Path, number: int, line: str, last: bool) -> float:
+        try:
+            return int(json.loads(line)["iteration"])
+        except (ValueError, KeyError, TypeError) as error:
+            # A crash can leave half a last line, which belongs to an iteration that is done again.
+            if last and isinstance(error, json.JSONDecodeError):
+                return math.inf
+            raise ValueError(f"output_dir: {path} line {number} is damaged ({error}), want a row of metrics") from error

@@ -1,0 +1,60 @@
+"""An exponential moving average of the trained parameters, of each process's shard where they are split."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..processes import like, local
+
+
+class MovingAverage:
+    """`average <- decay average + (1 - decay) parameter`, in float32.
+
+    Args:
+        names: of the parameters; the average starts at their values.
+        decay: in (0, 1).
+
+    Attributes:
+        values: averages by name, split as the parameters are.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str], decay: float) -> None:
+        self._parameters = {name: parameter for parameter, name in names.items()}
+        self._decay = decay
+        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step after the optimiser's."""
+        for name, parameter in self._parameters.items():
+            local(self.values[name]).lerp_(local(parameter.detach()).float(), 1 - self._decay)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Puts back whole averages.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
+        if values.keys() != self._parameters.keys():
+            raise ValueError("resume: the checkpoint holds averages of other parameters than this model trains")
+        for name, value in values.items():
+            local(self.values[name]).copy_(local(like(value, self._parameters[name])))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averages for parameters inside."""
+        kept = {name: local(parameter.detach()).clone() for name, parameter in self._parameters.items()}
+        averages = {name: local(value) for name, value in self.values.items()}
+        try:
+            self._copy(averages)
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            local(parameter.detach()).copy_(values[name])

@@ -1,0 +1,160 @@
+"""Fixed prompts and noises, ODE and SDE samples, every score and the diversity that is left."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models import GeneratorModel, decode
+from ..ops.noise import gaussian_noise
+from ..processes import Processes
+from ..prompts import Prompt
+from ..recipe import EvaluationSettings, SamplerSettings
+from ..rewards import RewardInput, RewardSet
+from ..rng import derive_seed
+from .draw import Policy, chunks, fill_calls, model_calls, rollout
+from .residence import Residence
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+
+    scores: dict[str, float]
+    diversity: float
+    grid: Tensor
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """All samples of some neighbouring prompts.
+
+    Attributes:
+        first: place of the first prompt.
+        prompts: P of them.
+        frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
+        scores: float32 `[K, P * samples_per_prompt]`.
+    """
+
+    first: int
+    prompts: Sequence[Prompt]
+    frames: Tensor
+    scores: Tensor
+
+
+def diversity(frames: Tensor, samples_per_prompt: int) -> float:
+    """Standard deviation of each pixel over the samples of a prompt, averaged over pixels and prompts.
+
+    Args:
+        frames: `[P * samples_per_prompt, T, 3, H, W]`, samples of a prompt are neighbours.
+        samples_per_prompt: at least 2.
+    """
+    grouped = frames.unflatten(0, (-1, samples_per_prompt))
+    # A frame at a time: float64 copies of videos would be several times their memory.
+    spreads = [one.double().std(dim=1, correction=0).mean() for one in grouped.unbind(2)]
+    return float(torch.stack(spreads).mean())
+
+
+class Evaluator:
+    """Samples the same noises at every call and scores them.
+
+    A few prompts are sampled, decoded and scored at a time, so that memory does not grow with the prompts. Noise and
+    steps are keyed by prompt and sample: how many are drawn together changes nothing.
+    """
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        sampler: SamplerSettings,
+        prompts: Sequence[Prompt],
+        model: GeneratorModel,
+        seed: int,
+        device: torch.device,
+        residence: Residence,
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self.prompts = prompts
+        self.rewards = RewardSet(settings.rewards)
+        self.names = self.rewards.names
+        self._seed = derive_seed(seed, "evaluation")
+        self._dtype = sampler.torch_dtype()
+        self._fps = sampler.fps
+        self._device = device
+        self._residence = residence
+        residence.add(self.rewards)
+        self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
+
+    def sets(self, rows: int) -> list[slice]:
+        """The prompts in sets whose samples fill model calls of `rows` rows, as far as whole prompts can."""
+        samples = self._settings.samples_per_prompt
+        return list(chunks(len(self.prompts), math.lcm(rows, samples) // samples))
+
+    def score(self, policy: Policy, sampler: str, part: slice) -> ScoredSet:
+        """Samples ("ode" or "sde") and scores the prompts of one set."""
+        prompts = self.prompts[part]
+        samples = self._settings.samples_per_prompt
+        ids = torch.arange(len(prompts) * samples, device=self._device) + part.start * samples
+        noise = gaussian_noise(
+            self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=ids, dtype=self._dtype
+        )
+        conditioning = self._residence.encode(prompts)
+        self._residence.use("denoiser")
+        trajectory = rollout(
+            policy,
+            self._tables[sampler],
+            noise,
+            samples,
+            conditioning,
+            seed=derive_seed(self._seed, "steps"),
+            sample_ids=ids,
+            shared_noise=False,
+        )
+        self._residence.use("vae")
+        frames = decode(self._model, trajectory.denoised, policy.rows)
+        self._residence.use(self.rewards)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        scores = self.rewards(
+            RewardInput(
+                frames=frames,
+                prompts=[prompt.text for prompt in repeated],
+                group=torch.arange(len(prompts)).repeat_interleave(samples),
+                meta=[prompt.meta for prompt in repeated],
+                fps=self._fps,
+            )
+        )
+        return ScoredSet(part.start, prompts, frames, scores)
+
+    def _calls(self, policy: Policy, sampler: str, parts: Sequence[slice]) -> int:
+        """Model calls that scoring the sets takes."""
+        sizes = [len(self.prompts[part]) for part in parts]
+        samples = self._settings.samples_per_prompt
+        return sum(model_calls(policy, self._tables[sampler], n, n * samples, shared=False) for n in sizes)
+
+    def __call__(self, policy: Policy, sampler: str, processes: Processes) -> Evaluation:
+        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
+        settings, samples = self._settings, self._settings.samples_per_prompt
+        sets = self.sets(policy.rows)
+        shares = [sets[index :: processes.count] for index in range(processes.count)]
+        parts = []
+        for part in shares[processes.index]:
+            found = self.score(policy, sampler, part)
+            left = max(0, settings.grid_prompts - found.first)
+            grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
+            # A picture of its own, not the memory of all frames.
+            grid = grouped[:left, : settings.grid_samples].clone()
+            parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
+        if processes.sharded:
+            calls = [self._calls(policy, sampler, one) for one in shares]
+            missing = max(calls) - calls[processes.index]
+            fill_calls(policy, self._tables[sampler], self._residence.encode(self.prompts[:1]), missing)
+        self._residence.use("denoiser")
+        parts = sorted(processes.collect(parts), key=lambda part: part[0])
+        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        return Evaluation(
+            dict(zip(self.names, means, strict=True)),
+            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
+            torch.cat([grid for *_, grid in parts]),
+        )
