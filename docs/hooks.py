@@ -1,7 +1,7 @@
 """The site's home is README.md, and files of the repository that a page links to come along.
 
-A link is written as GitHub follows it, from the file that it stands in. On the site README.md is `index.md`, what lies in
-`docs/` keeps its place, and everything else lies in `repository/`.
+A link is written as GitHub follows it, from the file that it stands in. On the site README.md is `index.md`, what lies
+in `docs/` keeps its place, and everything else lies in `repository/`.
 """
 
 import re
