@@ -66,7 +66,7 @@ bench: install
 	$(BIN)/python -m bench
 
 docs: $(VENV)/.packages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # light, or heavy: the cells whose torch brings gigabytes of CUDA.
 CELLS ?= light
