@@ -24,7 +24,8 @@ from ..rng import derive_seed, generator
 from ..run import checkpoint
 from ..run.folder import RunDirectory
 from ..run.identity import check_model, check_run, model_identity, run_identity
-from ..run.pictures import progress_line, save_samples
+from ..run.sheets import save_samples
+from ..run.words import progress_line
 from .collect import Batch, Clock, Sampler
 from .draw import Policy, rows_are_equal
 from .ema import MovingAverage
@@ -279,7 +280,9 @@ class Trainer:
             if self.processes.is_main:
                 row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
                 self.directory.append(self.directory.evaluations, row)
-                save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
+                shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
+                folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
+                save_samples(folder, iteration, sampler, result.grid, shown, fps)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
 

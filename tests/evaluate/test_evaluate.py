@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import Scores, evaluate, load_weights, summary, table_text
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe

@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 
 
 from dancegrpo_fast import marks as _phases
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.memory.planning.budget import CATEGORIES
 from dancegrpo_fast.profile import books as _books
 from dancegrpo_fast.profile.cuda import Counters

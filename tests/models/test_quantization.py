@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.cases import Case
 from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.base import DiffusersModel
