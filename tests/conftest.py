@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from .release import mark_release
+
 # `bench` lies beside the package: its folder comes last, so that the installed package is the one tested.
 sys.path.append(str(Path(__file__).parents[1]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_release(items)
 
 
 @pytest.fixture(autouse=True, scope="module")
