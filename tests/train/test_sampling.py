@@ -15,6 +15,7 @@ from dancegrpo_fast.train.draw import Draw
 from dancegrpo_fast.train.loop import Trainer
 from dancegrpo_fast.train.residence import Residence
 
+from ..tolerances import assert_independent
 from .tiny import EvaluationSettings, make_recipe, reward
 
 
@@ -110,6 +111,20 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(p, tensors["model"][name]) for p, name in trainer.names.items())
     part = "transformer" if (base / "transformer").is_dir() else "unet"
     assert (tmp_path / "run" / "model_ema" / part / "config.json").is_file()
+
+
+def test_no_noise_comes_twice(flux: Path, tmp_path: Path) -> None:
+    """In no other sample, step or iteration, be it the first latents' or a step's."""
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=False, ratio_norm=True))
+    draws, table = [], trainer.table
+    for iteration in (1, 2):
+        drawn = trainer.sampler(trainer.policy, iteration, trainer.prompts).data.trajectory
+        assert drawn.outputs is not None
+        draws.append(drawn.latents[:, 0])
+        for step in trainer.trainable_steps:
+            a, b, tau = (float(column[step]) for column in (table.a, table.b, table.tau))
+            draws.append((drawn.latents[:, step + 1] - a * drawn.latents[:, step] - b * drawn.outputs[:, step]) / tau)
+    assert_independent(torch.cat(draws).flatten(1))
 
 
 @pytest.mark.parametrize("judged", [False, True])
