@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.evaluate.scores import Scores, evaluate, load_weights, summary, table_text
+from dancegrpo_fast.evaluate.scores import Scores, evaluate, summary, table_text
+from dancegrpo_fast.evaluate.weights import load_weights
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
 from dancegrpo_fast.train.held_out import Evaluator, diversity

@@ -127,7 +127,7 @@ def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
 def _own(trainer: Trainer, name: str) -> int:
     if name == "parameters":
         return sum(p.nbytes for p in trainer.denoiser.parameters())
-    return sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values())
+    return sum(t.nbytes for state in trainer.optimizer.adamw.state.values() for t in state.values())
 
 
 def test_without_a_planner_there_is_a_reason(flux: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
     with profile(device="cpu") as report:
         trainer.iteration(2)
     parameters = sum(p.nbytes for p in trainer.model.denoiser.parameters())
-    state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values())
+    state = sum(t.nbytes for s in trainer.optimizer.adamw.state.values() for t in s.values())
     vae: Any = trainer.model
     forward, backward = report.rows["replay forward"].budget, report.rows["replay backward"].budget
     # Models of other tests may still be there.
