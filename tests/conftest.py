@@ -55,3 +55,10 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .train import tiny
 
     return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")
+
+
+@pytest.fixture(params=["flux", "diffusion"])
+def base(request: pytest.FixtureRequest) -> Path:
+    """The folder of one paradigm's model after the other's."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder

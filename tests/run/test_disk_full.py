@@ -21,7 +21,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.train import loop as module
 
-from . import tiny
+from ..train import tiny
 
 
 @contextmanager
