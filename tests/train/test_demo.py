@@ -118,10 +118,10 @@ def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypat
 
     from PIL import Image
 
-    from dancegrpo_fast.run.pictures import closing_line, draw
+    from dancegrpo_fast.run.pictures import draw
+    from dancegrpo_fast.run.words import closing_line
 
-    pictures = draw(tmp_path / "run", [prompt.text for prompt in trainer.prompts[:4]], 2)
-    for picture in pictures:
+    for picture in draw(tmp_path / "run"):
         pixels = torch.tensor(list(Image.open(picture).convert("L").get_flattened_data()))
         assert pixels.float().std() > 5
     assert "ratio_first_update_max_dev 0, 1 iterations" in closing_line(tmp_path / "run", name)
