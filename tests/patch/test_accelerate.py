@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dancegrpo_fast as dgf
-from dancegrpo_fast.patch import SUPPORTED, _common
+from dancegrpo_fast.patch import SUPPORTED, _pieces
 
 from ..release import release_but
 from ..tolerances import assert_within_budget
@@ -359,13 +359,13 @@ class TestRefusals:
 def test_joined_views() -> None:
     whole = torch.randn(2, 5, 4, requires_grad=True) * 1.0
     first, second = whole[:, :2], whole[:, 2:]
-    assert _common.joined(first, second) is whole
-    assert _common.joined(second, first) is not whole
-    assert _common.joined(first, second[:, 1:]) is not whole
-    assert torch.equal(_common.joined(first, second + 0), whole)
+    assert _pieces.joined(first, second) is whole
+    assert _pieces.joined(second, first) is not whole
+    assert _pieces.joined(first, second[:, 1:]) is not whole
+    assert torch.equal(_pieces.joined(first, second + 0), whole)
     # A part that was cut off from the graph keeps its own gradient.
     leaf = first.detach().requires_grad_()
-    joined = _common.joined(leaf, second)
+    joined = _pieces.joined(leaf, second)
     joined.sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
 
@@ -388,7 +388,7 @@ def test_joined_views_that_are_watched(hook: str) -> None:
         second.register_hook(seen.append)
     if hook == "retained":
         second.retain_grad()
-    joined = _common.joined(first, second)
+    joined = _pieces.joined(first, second)
     assert torch.equal(joined, whole)
     joined.sum().backward()
     seen += [second.grad] if hook == "retained" else []

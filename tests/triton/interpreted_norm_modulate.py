@@ -235,11 +235,11 @@ def test_all_of_an_output_and_nothing_else_is_written(rows: int) -> None:
     given = {name: getattr(case, name) for name in NAMES}
     settings = (-1, "layer", EPS, "fast", None)
     outputs = [guarded(s, t) for s, t in (((2, 7, 72), BF16), ((2, 7, 72), BF16), ((2, 7), F32), ((2, 7), F32))]
-    launcher.forward(*given.values(), *settings, tuple(o for o, _ in outputs))
+    values = launcher.Given(*list(given.values())[2:], *settings)
+    launcher.forward(case.x, case.y, values, tuple(o for o, _ in outputs))
     h, _, mean, rstd = (o for o, _ in outputs)
     grads = [guarded(value.shape, value.dtype) for value in given.values()]
-    parameters = (case.y, case.gate, case.scale, case.shift, case.weight, case.bias)
-    launcher.backward(case.grads[0], [case.grads[1]], h, mean, rstd, *parameters, *settings, [o for o, _ in grads])
+    launcher.backward(case.grads[0], [case.grads[1]], h, mean, rstd, case.y, values, [o for o, _ in grads])
     for inside, whole in (*outputs, *grads):
         assert not bool(inside.isnan().any())
         assert int(whole.isnan().sum()) == 128
@@ -250,13 +250,13 @@ def test_what_is_not_wanted_is_not_written() -> None:
     wanted = run(case, "fast", "triton")
     _, out, mean, rstd = (torch.empty(2, 7, 72, dtype=BF16), wanted["out"], torch.empty(2, 7), torch.empty(2, 7))
     given = [getattr(case, name) for name in NAMES]
-    settings = (-1, "layer", EPS, "fast", None)
-    launcher.forward(*given, *settings, (torch.empty_like(out), torch.empty_like(out), mean, rstd))
+    values = launcher.Given(*given[2:], -1, "layer", EPS, "fast", None)
+    launcher.forward(*given[:2], values, (torch.empty_like(out), torch.empty_like(out), mean, rstd))
     for index, name in enumerate(NAMES):
         outputs: list[Tensor | None] = [None] * len(NAMES)
         outputs[index] = torch.empty_like(given[index])
         y = case.y if name == "gate" else None
-        launcher.backward(case.grads[0], [case.grads[1]], wanted["h"], mean, rstd, y, *given[2:], *settings, outputs)
+        launcher.backward(case.grads[0], [case.grads[1]], wanted["h"], mean, rstd, y, values, outputs)
         assert bits(outputs[index]) == bits(wanted[f"grad {name}"]), name
 
 
