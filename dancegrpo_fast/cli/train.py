@@ -11,7 +11,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trains; an error of the disk says what is left and how the run goes on."""
     recipe, options = load(arguments, resume=None)
     from ..files import writing
-    from ..run.pictures import closing_line, draw
+    from ..run.pictures import draw
+    from ..run.words import closing_line
     from ..train import Trainer
 
     trainer = Trainer(recipe, options["resume"])
@@ -20,11 +21,9 @@ def main(arguments: Sequence[str]) -> None:
         trainer.run()
         if not trainer.processes.is_main:
             return
-        if recipe.evaluation is not None and trainer.evaluator is not None:
-            shown = [prompt.text for prompt in trainer.evaluator.prompts[: recipe.evaluation.grid_prompts]]
-            sampler = recipe.sampler
+        if recipe.evaluation is not None:
             with writing(root):
-                pictures = draw(root, shown, recipe.evaluation.grid_samples, sampler.frames, sampler.fps)
+                pictures = draw(root)
             for picture in pictures:
                 print(f"drew {picture}")
     except OSError as error:
