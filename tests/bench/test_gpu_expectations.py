@@ -181,7 +181,7 @@ def test_no_claim_holds_without_a_run() -> None:
 
 def test_every_gpu_test_belongs_to_a_claim_of_its_stage() -> None:
     """And what the first call leaves out is what is meant to be: nothing of CUDA's kernels but Inductor's graphs."""
-    files = ["tests/gpu", "tests/memory/test_kept_bytes.py"]
+    files = ["tests/gpu", "tests/activations/test_kept_bytes.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
