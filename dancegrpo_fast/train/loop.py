@@ -4,7 +4,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from ..files import replacing
+from ..files import append_rows, replacing
 from ..marks import phase
 from ..prompts import prompts_of_iteration
 from ..run.pictures import progress_line, save_samples
@@ -66,7 +66,7 @@ class Trainer(Setup):
             "are filled without gaps" if self.rows_are_equal else "keep every sample in its row",
         )
         self._say(
-            f"{name}: {len(self.names)} trained tensors, {self.loss.pairs_per_sample} of {len(self.table)} "
+            f"{name}: {len(self.parameters)} trained tensors, {self.loss.pairs_per_sample} of {len(self.table)} "
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
@@ -79,7 +79,7 @@ class Trainer(Setup):
 
     def _log(self, row: dict[str, Any], seconds_left: float) -> None:
         if self.processes.is_main:
-            self.directory.append(self.directory.metrics, row)
+            append_rows(self.directory.metrics, [row])
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["iteration"])
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
@@ -95,7 +95,7 @@ class Trainer(Setup):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
                 row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
-                self.directory.append(self.directory.evaluations, row)
+                append_rows(self.directory.evaluations, [row])
                 save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
@@ -112,6 +112,6 @@ class Trainer(Setup):
     def _save_model(self, name: str) -> None:
         with self.processes.whole(self.model.denoiser) as denoiser:
             if denoiser is not None:
-                size = sum(parameter.nbytes for parameter in self.names)
+                size = sum(parameter.nbytes for parameter in self.parameters.values())
                 with replacing(self.directory.root / name, size) as folder:
                     self.model.save(denoiser, folder)

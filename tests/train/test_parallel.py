@@ -122,9 +122,9 @@ def alone(
     folder, found = tmp_path_factory.mktemp("alone"), {}
     for name, changes in SETTINGS.items():
         trainer = Trainer(recipe(bases, folder / name, **changes))
-        before = {key: p.detach().clone() for p, key in trainer.names.items()}
+        before = {key: p.detach().clone() for key, p in trainer.parameters.items()}
         trainer.run()
-        found[name] = folder / name, before, {key: p.detach().clone() for p, key in trainer.names.items()}
+        found[name] = folder / name, before, {key: p.detach().clone() for key, p in trainer.parameters.items()}
         AcceleratorState._reset_state(reset_partial_state=True)
     return found
 
@@ -242,7 +242,7 @@ def test_another_number_of_processes_resumes_with_a_warning(
         trainer = Trainer(made, resume=str(folder))
     tensors = checkpoint.load(folder)[0]
     assert trainer.start == 1 and trainer.average is not None
-    assert_same_bits({name: p.detach() for p, name in trainer.names.items()}, tensors["model"])
+    assert_same_bits({name: p.detach() for name, p in trainer.parameters.items()}, tensors["model"])
     assert_same_bits(trainer.average.values, tensors["ema"])
 
 
