@@ -13,12 +13,7 @@ from .setup import Setup
 
 
 class Trainer(Setup):
-    """One GRPO run of a recipe; `Setup` says what it is made of.
-
-    Example:
-        >>> recipe, _ = load_recipe(["recipes/digits.yaml"])
-        >>> Trainer(recipe, resume="auto").run()
-    """
+    """A run of a recipe: `Trainer(recipe, resume="auto").run()`. `Setup` says what it is made of and refuses."""
 
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
@@ -61,10 +56,8 @@ class Trainer(Setup):
         return row
 
     def _greet(self) -> None:
-        name, packing = (
-            self.recipe.name,
-            "are filled without gaps" if self.rows_are_equal else "keep every sample in its row",
-        )
+        name = self.recipe.name
+        packing = "are filled without gaps" if self.rows_are_equal else "keep every sample in its row"
         self._say(
             f"{name}: {len(self.parameters)} trained tensors, {self.loss.pairs_per_sample} of {len(self.table)} "
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
