@@ -1,10 +1,15 @@
-"""What every test shares. The tests run against the installed package: nothing here touches `sys.path`."""
+"""What every test shares. The tests run against the installed package."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# `bench` lies beside the package: its folder comes last, so that the installed package is the one tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,3 +26,25 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision per process; every test is its own run."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .train import tiny
+
+    return tiny.make_flux(tmp_path_factory.mktemp("flux") / "base")
+
+
+@pytest.fixture(scope="session")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .train import tiny
+
+    return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..install import install_line
 from .base import RewardInput
 from .clip import LAION_H, ClipReward, clip_model, load_towers
 from .frames import Sampling
@@ -101,7 +102,7 @@ def clean_prompt(text: str) -> str:
         from ftfy import fix_text
     except ImportError as error:
         if _FOR_FTFY.search(text):
-            raise ValueError(f"prompts: got {text!r}, want ftfy installed (pip install ftfy) to clean it") from error
+            raise ValueError(f"prompts: got {text!r}, want ftfy to clean it: {install_line('train')}") from error
     else:
         text = fix_text(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()

@@ -7,7 +7,8 @@ from typing import Any
 from ..files import append_rows, replacing
 from ..marks import phase
 from ..prompts import prompts_of_iteration
-from ..run.pictures import progress_line, save_samples
+from ..run.sheets import save_samples
+from ..run.words import progress_line
 from .metrics import Clock, Tally, metrics_row
 from .setup import Setup
 
@@ -89,7 +90,9 @@ class Trainer(Setup):
             if self.processes.is_main:
                 row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
                 append_rows(self.directory.evaluations, [row])
-                save_samples(self.directory.root / "samples", iteration, sampler, result.grid)
+                shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
+                folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
+                save_samples(folder, iteration, sampler, result.grid, shown, fps)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from bench.shims import measure, shims, ways
+
 from tests.compat.cases import find, ours
 from tests.tolerances import chain_error
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.budget import Advice
-from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.cases import Case
 from dancegrpo_fast.memory.planning.planner import CATEGORIES, FRAGMENTATION, Iteration, Plan, plan
 from dancegrpo_fast.memory.planning.quantised import INT8, conversion_bytes, quantised
 from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Rates, Settings

@@ -1,7 +1,6 @@
 import gc
 import json
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,10 +16,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState
 
 from dancegrpo_fast import marks as _phases
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.memory.planning.budget import CATEGORIES
 from dancegrpo_fast.profile import books as _books
 from dancegrpo_fast.profile.cuda import Counters
@@ -34,22 +32,6 @@ from ..train import tiny
 
 TRAINED = ("text encoding", "rollout", "decode", "rewards", "replay forward", "replay backward", "optimizer")
 PREDICTED = ("rollout", "decode", "replay forward", "replay backward", "optimizer")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_flux(tmp_path_factory.mktemp("flux") / "base")
-
-
-@pytest.fixture(scope="module")
-def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")
 
 
 def recipe_file(base: Path, folder: Path, **changes: Any) -> Path:

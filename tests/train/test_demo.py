@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dancegrpo_fast.demo import bases, data
+from dancegrpo_fast.demo import bases, data, fitting
 from dancegrpo_fast.demo.rewards.digits import DigitJudge, DigitProbability
 from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.rewards.ocr import OcrExact, OcrReward, edit_distance, quoted_text
@@ -91,10 +91,10 @@ def test_edit_distance(one: str, other: str, distance: int) -> None:
 @pytest.mark.parametrize("name", ["digits", "digits_ddim", "signs"])
 def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The script itself, with few steps: quality is what the recipes show.
-    monkeypatch.setitem(bases.RECIPES, name, dataclasses.replace(bases.RECIPES[name], steps=3))
-    fit = bases._fit
+    monkeypatch.setitem(bases.BASES, name, dataclasses.replace(bases.BASES[name], steps=3))
+    fit = fitting.fit
     monkeypatch.setattr(
-        bases, "_fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 3, rate)
+        fitting, "fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 3, rate)
     )
     folder = tmp_path / name
     assert bases.build(name, folder)
@@ -118,10 +118,10 @@ def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypat
 
     from PIL import Image
 
-    from dancegrpo_fast.run.pictures import closing_line, draw
+    from dancegrpo_fast.run.pictures import draw
+    from dancegrpo_fast.run.words import closing_line
 
-    pictures = draw(tmp_path / "run", [prompt.text for prompt in trainer.prompts[:4]], 2)
-    for picture in pictures:
+    for picture in draw(tmp_path / "run"):
         pixels = torch.tensor(list(Image.open(picture).convert("L").get_flattened_data()))
         assert pixels.float().std() > 5
     assert "ratio_first_update_max_dev 0, 1 iterations" in closing_line(tmp_path / "run", name)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from dancegrpo_fast import files
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import save_sample
 from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.models.prompt_store import PromptStore, given_identity

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo_fast.demo import bases, video
+from dancegrpo_fast.demo import bases, fitting, video
 from dancegrpo_fast.demo.rewards.motion import (
     FirstFrame,
     MotionAlignment,
@@ -21,8 +21,9 @@ from dancegrpo_fast.demo.rewards.motion import (
 )
 from dancegrpo_fast.recipe import load_recipe
 from dancegrpo_fast.rewards import RewardInput
-from dancegrpo_fast.run.clips import read_clips, short_names
-from dancegrpo_fast.run.pictures import draw, read_rows
+from dancegrpo_fast.run.pictures import draw
+from dancegrpo_fast.run.sheets import read_samples
+from dancegrpo_fast.run.words import read_rows
 from dancegrpo_fast.train.loop import Trainer
 
 from ..tolerances import assert_same_formula
@@ -153,21 +154,18 @@ def test_first_frame_counts_what_is_kept(tmp_path: Path) -> None:
     assert FirstFrame()(inputs(frames, image=[str(tmp_path / "a.png")] * 3)).tolist() == [1.0, -1.0, 0.0]
 
 
-def test_names_in_pictures() -> None:
-    assert short_names(["a digit one", "a digit two up"]) == ["one", "two up"]
-    assert short_names(["same", "same"]) == ["same", "same"]
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both bases by the script itself, with few steps (quality is what the recipes show), and the prompt files."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
-        fit, make = bases._fit, video.make_clips
-        patch.setattr(bases, "_fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 2, rate))
+        fit, make = fitting.fit, video.make_clips
+        patch.setattr(
+            fitting, "fit", lambda label, parameters, loss, steps, rate: fit(label, parameters, loss, 2, rate)
+        )
         patch.setattr(video, "make_clips", lambda *given: tuple(part[::10] for part in make(*given)))
         for base in ("video", "video_i2v"):
-            patch.setitem(bases.RECIPES, base, dataclasses.replace(bases.RECIPES[base], batch=4))
+            patch.setitem(bases.BASES, base, dataclasses.replace(bases.BASES[base], batch=4))
             target = folder / "runs" / "bases" / base
             assert bases.build(base, target)
             assert not bases.build(base, target)
@@ -204,10 +202,11 @@ def test_recipes_run_on_their_bases(
     for row in read_rows(root / "evaluations.jsonl"):
         assert row.keys() >= {*trainer.evaluator.rewards.names, "motion_alignment", "moving_digit_judge"}
 
-    shown = [prompt.text for prompt in trainer.evaluator.prompts]
-    strips, moving, _ = draw(root, shown, 2, recipe.sampler.frames, recipe.sampler.fps)
+    strips, moving, _ = draw(root)
     with Image.open(strips) as file:
         assert len(set(file.convert("L").get_flattened_data())) > 2
     with Image.open(moving) as file:
         assert file.n_frames == recipe.sampler.frames
-    assert read_clips(root / "samples" / "000001-ode.png", 2, 2, 9).shape == (2, 2, 9, 12, 12, 3)
+    samples = read_samples(root / "samples" / "000001-ode.png")
+    assert samples.cells.shape == (2, 2, 9, 12, 12, 3)
+    assert samples.prompts == [prompt.text for prompt in trainer.evaluator.prompts]

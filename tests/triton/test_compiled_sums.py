@@ -19,6 +19,7 @@ from dancegrpo_fast.ops import _triton_qk_norm_rope as rope_launcher
 from dancegrpo_fast.ops._qk_norm_rope import Stream
 
 from ..ops.cases import BF16, F32
+from ..release import release_but
 from . import offline
 
 pytestmark = pytest.mark.skipif(backends.interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -97,7 +98,7 @@ def sums(folder: Path, run: Callable[..., None], *call: object) -> list[str]:
     return launches[0].sums
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", release_but(("gated norm", "norm gradient", "heads", "tokens"), CALLS))
 def test_where_operands_lie(name: str, tmp_path: Path) -> None:
     run, widths = CALLS[name]
     for width in widths:

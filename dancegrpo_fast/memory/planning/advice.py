@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .blocks import Blocks
 from .budget import Advice, Plan
-from .calls import Kind, kinds_of, resolved
+from .cases import Kind, kinds_of, resolved
 from .policy import HOST
 from .settings import GIB, Settings
 

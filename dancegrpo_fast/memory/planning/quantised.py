@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activations import checkpointing
-from .calls import Case, build, kinds_of, resolved
+from .cases import Case, build, kinds_of, resolved
 
 INT8 = (
     "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"

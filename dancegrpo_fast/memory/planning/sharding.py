@@ -29,7 +29,8 @@ from torch import nn
 
 from ..trace.tracer import trace
 from .blocks import Blocks
-from .calls import ENTRY, Case, Kind, Moment, Vector, added, build, kinds_of, resolved
+from .calls import ENTRY, Moment, Vector, added
+from .cases import Case, Kind, build, kinds_of, resolved
 from .quantised import quantised
 from .settings import Settings
 
