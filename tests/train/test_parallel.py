@@ -19,7 +19,8 @@ from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
-pytestmark = [pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")]
+GLOO = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = [GLOO, pytest.mark.long]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Whole prompts on each process.
