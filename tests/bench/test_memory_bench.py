@@ -80,6 +80,7 @@ def rows() -> Iterator[list[dict[str, Any]]]:
         yield [table.row(family, spec, setting, WHERE) for setting in SETTINGS]
 
 
+@pytest.mark.release
 def test_a_family_lies_within(rows: list[dict[str, Any]]) -> None:
     off = {(each["dtype"], each["policy"], key) for each, key, _ in report.beyond(rows) if key != "allocator_off"}
     # Of three blocks the last hands no text on and keeps less; the planner counts it as one in the middle.
@@ -91,6 +92,7 @@ def test_a_family_lies_within(rows: list[dict[str, Any]]) -> None:
         assert ("planned_off" in found) == (setting.dtype != "float32")
 
 
+@pytest.mark.release
 def test_auto_is_a_mixture_that_stays_under_what_it_was_given(rows: list[dict[str, Any]]) -> None:
     chosen, plain = rows[-2:]
     assert len(set(re.findall(r"\d+ x ([\w +]+)", chosen["chosen"]))) > 1
@@ -100,6 +102,7 @@ def test_auto_is_a_mixture_that_stays_under_what_it_was_given(rows: list[dict[st
     assert sum("| Qwen-Image | bfloat16 | full |" in line for line in report.choices(rows)) == 1
 
 
+@pytest.mark.release
 def test_rows_as_text(rows: list[dict[str, Any]]) -> None:
     refused = rows[0] | {"planned_error": "ValueError: got this, want that"}
     assert "no plan for:\n\n- Qwen-Image | float32 | full | off | none: ValueError: got" in report.markdown([refused])
