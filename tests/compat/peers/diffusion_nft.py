@@ -1,4 +1,4 @@
-"""The step functions of DiffusionNFT's solver, written from MATH.md: those of two other projects, with fewer choices."""
+"""The step functions of DiffusionNFT's solver: those of two other projects, with fewer choices."""
 
 from . import mixgrpo, pref_grpo
 
