@@ -78,7 +78,7 @@ def test_the_map_names_every_room(house: House) -> None:
     assert section is not None
     places = re.findall(r"^\| `(.*?)` \|", section[1], re.MULTILINE)
     inside = [place.removeprefix(f"{PACKAGE}/") for place in places if place.startswith(f"{PACKAGE}/")]
-    assert sorted(re.sub(r"/$|\.py$", "", place) for place in inside) == sorted({*house.rooms, "recipes"} - {"kernels", PACKAGE})
+    assert sorted(re.sub(r"/$|\.py$", "", place) for place in inside) == sorted({*house.rooms} - {"kernels", PACKAGE})
     assert [place for place in places if not (ROOT / place).exists()] == []
 
 
