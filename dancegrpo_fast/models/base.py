@@ -160,6 +160,10 @@ class DiffusersModel:
         """What the VAE decodes."""
         raise NotImplementedError
 
+    def _guide(self, output: Tensor, uncond_output: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """Both outputs for the kernel to combine, or the combination where it is not linear in them."""
+        return output, uncond_output
+
     def _seen(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser sees of `latents`."""
         return latents.to(self.dtype)
@@ -302,7 +306,8 @@ class DiffusersModel:
     ) -> tuple[Tensor, Tensor | None]:
         rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
         output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
-        return split_guided(output, unconditional)
+        output, uncond_output = split_guided(output, unconditional)
+        return (output, None) if uncond_output is None else self._guide(output, uncond_output, guidance_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels = self.vae.decode(self._unscaled(latents).to(self.frozen_dtype), return_dict=False)[0]
