@@ -12,6 +12,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.calls import Policy, model_calls
 from dancegrpo_fast.train.collect import Collector
 from dancegrpo_fast.train.draw import Draw
+from dancegrpo_fast.train.held_out import Evaluator
 from dancegrpo_fast.train.loop import Trainer
 from dancegrpo_fast.train.residence import Residence
 
@@ -82,7 +83,7 @@ def test_a_window_is_replayed_in_the_row_it_was_drawn_in(base: Path, tmp_path: P
     assert row["pairs"] == 24
 
 
-def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
+def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decay = 0.75
     settings = EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=1, rewards=[reward("Brightness")])
     trainer = Trainer(
@@ -92,13 +93,13 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
     )
     expected = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     evaluated: list[dict[str, torch.Tensor]] = []
-    evaluator: Any = trainer.evaluator
+    evaluate = Evaluator.__call__
 
-    def evaluate(*arguments: Any) -> Any:
+    def watched(evaluator: Evaluator, sampler: str) -> Any:
         evaluated.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
-        return evaluator(*arguments)
+        return evaluate(evaluator, sampler)
 
-    trainer.evaluator = evaluate  # type: ignore[assignment]  # as it is called
+    monkeypatch.setattr(Evaluator, "__call__", watched)
     trainer.run()
     folders = checkpoint.complete(tmp_path / "run" / "checkpoints")
     assert len(folders) == 2 and len(evaluated) == 6
