@@ -10,11 +10,12 @@ SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' 
 # Another Triton that the kernels are compiled with: what torch 2.11 brings.
 OTHER_TRITON := 3.6.0
 
-.PHONY: help install demo test lint format bench docs matrix clean
+.PHONY: help install demo test test-all lint format bench docs matrix clean
 
 help:
 	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
-	@echo "make test    lint, types and every test, against the installed package"
+	@echo "make test    lint, types and tests of every kind, against the installed package (eight minutes on two cores)"
+	@echo "make test-all the same and what only a release needs: tests/README.md"
 	@echo "make bench   time the ops on this CPU: bench/results"
 	@echo "make docs    build the documentation as a site: build/site"
 	@echo "make matrix  tests with other versions of Python, torch, Triton and diffusers: docs/compatibility.md"
@@ -49,7 +50,10 @@ demo: install
 	$(BIN)/dancegrpo-fast train recipes/digits.yaml --resume auto
 
 test: install lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal -m "not release"
+
+test-all: install lint
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

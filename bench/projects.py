@@ -164,7 +164,7 @@ def run_one(program: list[str], root: Path) -> dict[str, Any]:
     # Where older scripts look for it.
     diffusers.utils.randn_tensor = diffusers.utils.torch_utils.randn_tensor
     ended = "ran to its end"
-    execute = command.prepare([*program, "--help"])
+    execute = command.main([*program, "--help"])
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             execute()

@@ -1,7 +1,7 @@
-"""A results file: one JSON object a line, each written when it is known."""
+"""A results file, one JSON object a line, each written when it is known; and tables for readers."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,26 @@ def read(path: Path) -> list[Row]:
     return found
 
 
-class Rows:
-    """Writes to one file; rows of other programs in it are kept.
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """All of a file, in place of what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    Args:
-        path: the file, None for nowhere.
-        mine: whether a row there is of this program. Such rows are replaced.
-        resume: they are kept as well, and their cases are in `done`.
-        append: the file is not looked at, as others write to it at the same time.
-    """
 
-    def __init__(
-        self, path: Path | None, mine: Callable[[Row], bool], resume: bool = False, *, append: bool = False
-    ) -> None:
-        self.path = path
-        self.written: list[Row] = []
-        self.done: set[str] = set()
-        if path is None or append:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read(path) if resume or not mine(row)]
-        if resume:
-            self.done = {row["case"] for row in kept if mine(row)}
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+def add(path: Path | None, rows: Iterable[Row]) -> None:
+    """To the end of a file, all at once; to none where there is no path."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def add(self, case: str, rows: Iterable[Row]) -> None:
-        """All rows of one case at once, so that a case in the file is whole."""
-        new = [{"case": case, **row} for row in rows]
-        self.written += new
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new))
+
+def drop(path: Path, mine: Callable[[Row], bool]) -> None:
+    """Rows of a file that are to be made again."""
+    if path.exists():
+        write(path, [row for row in read(path) if not mine(row)])
+
+
+def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]

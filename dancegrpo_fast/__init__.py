@@ -2,11 +2,12 @@
 
     import dancegrpo_fast as dgf
 
-Public names load on first use; importing the package loads neither triton, CUDA nor diffusers.
+Public names load on first use; importing the package loads neither torch, triton, CUDA nor diffusers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy
 
 if TYPE_CHECKING:
     from .advantages import group_advantages as group_advantages
@@ -22,29 +23,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "accelerate": "patch",
-    "group_advantages": "advantages",
-    "PolicyLoss": "ops.policy_loss",
-    "PolicyMetrics": "ops.policy_loss",
-    "policy_loss": "ops.policy_loss",
-    "TransitionStep": "ops.transition",
-    "gaussian_noise": "ops.noise",
-    "transition_log_prob": "ops.transition",
-    "transition_step": "ops.transition",
-    "TransitionTable": "transitions",
-}
-_MODULES = ("advantages", "backends", "compat", "memory", "patch", "plugins", "transitions")
-
-__all__ = [*_HOMES, *_MODULES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "advantages": ("group_advantages",),
+        "ops.noise": ("gaussian_noise",),
+        "ops.policy_loss": ("PolicyLoss", "PolicyMetrics", "policy_loss"),
+        "ops.transition": ("TransitionStep", "transition_log_prob", "transition_step"),
+        "patch": ("accelerate",),
+        "transitions": ("TransitionTable",),
+    },
+    (
+        *("activations", "advantages", "attention", "backends", "compat", "demo", "dropin", "evaluate", "info", "lora"),
+        *("marks", "memory", "models", "ops", "patch", "plugins", "processes", "profile", "prompts", "quantization"),
+        *("recipe", "rewards", "rng", "run", "train", "transitions"),
+    ),
+)

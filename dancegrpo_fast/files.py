@@ -41,23 +41,32 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         raise OSError(number, reason, str(path)) from error
 
 
+@contextmanager
+def replacing_file(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A file to write, which replaces `path` in one step, so that a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; it names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path, size):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a crash leaves the old one or the new one.
 
     Raises:
         OSError: it cannot be written, and names it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path, len(text)):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with replacing_file(path, len(text)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import torch
 
+from .install import install_line
 from .rng import generator
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -85,9 +86,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         try:
             from pyarrow import ArrowException, parquet
         except ImportError as error:
-            raise ValueError(
-                f'prompts: got {path}, want pyarrow installed (pip install "dancegrpo_fast[train]")'
-            ) from error
+            raise ValueError(f"prompts: got {path}, want pyarrow installed ({install_line('train')})") from error
         try:
             table = parquet.read_table(path)
         except (ArrowException, OSError) as error:

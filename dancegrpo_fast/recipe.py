@@ -164,7 +164,8 @@ class RewardSettings:
     """One reward.
 
     Args:
-        name: a reward of this package, or `package.module:callable`.
+        name: a reward of this package, or `module:callable`: of a file beside the recipe or in the working folder, for
+            the commands of `dancegrpo-fast`, or of an installed package.
         weight: factor of its advantages; less than 0 makes it small.
         threshold: score 1 above it and 0 at or below it.
         win_rate: the score is the share of the other samples of its prompt's group that it beats, ties half. The mean

@@ -1,13 +1,34 @@
 """Processes that tests start: none makes a test wait for ever, and none outlives it."""
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 # Seconds, less than a test may take, so that a test which waited says for what.
 LIMIT = 600
+
+
+def pytest_elsewhere(config: pytest.Config, files: Sequence[str], **environment: str) -> None:
+    """Runs tests in a process with another environment, those that this one is told to choose; none may be skipped."""
+    # -P: the installed package, not the folder that the tests start in.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", config.option.markexpr]
+    run = subprocess.run(
+        [*command, "-W", "ignore::RuntimeWarning", *files],
+        env=os.environ | environment,
+        cwd=config.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout
 
 
 def together(

@@ -110,6 +110,14 @@ def assert_uncorrelated(first: Tensor, second: Tensor) -> None:
         assert stats.pearsonr(a.flatten().double().numpy(), b.flatten().double().numpy()).pvalue > SIGNIFICANCE
 
 
+def assert_independent(draws: Tensor) -> None:
+    """No two of n draws, `[n, N]`, are correlated: among all pairs not one stands out."""
+    count = len(draws)
+    found = torch.corrcoef(draws.double()).fill_diagonal_(0.0).abs().max()
+    bound = float(stats.norm.isf(SIGNIFICANCE / (count * (count - 1)))) / draws.shape[1] ** 0.5
+    assert found < bound, f"correlated by {found}, want less than {bound}"
+
+
 # A float32 resize draws its weights, too, from float32 positions of some dozen pixels, and is divided by about 1/4.
 RESIZE_ROUNDINGS = 256
 # A few layers of a tower in float32, for the dot product of two unit vectors.
@@ -163,3 +171,11 @@ def assert_same_training(ours: Tensor, other: Tensor) -> None:
 
 # Sums of float32 numbers in another order, through a few calls of a tiny model.
 REORDERED_SUMS = torch.finfo(torch.float32).eps ** 0.5
+
+
+def assert_same_gradient(actual: Tensor, truth: Tensor, plain: Tensor) -> None:
+    """As a whole within twice (the error of `plain`, autograd in float32, + one rounding) of the float64 gradient."""
+    assert actual.dtype == plain.dtype == torch.float32 and truth.dtype == torch.float64
+    off, allowed = ((value.double() - truth).norm() for value in (actual, plain))
+    allowed = 2 * (allowed + torch.finfo(torch.float32).eps * truth.norm())
+    assert off <= allowed, f"off by {off} of {truth.norm()}, budget {allowed}"

@@ -1,21 +1,19 @@
 """Counts every block for every contender, writes one JSON line each, prints a table and draws the figure."""
 
 import argparse
-import importlib.metadata
-import json
-from pathlib import Path
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.harness import environment
+from bench.machine import environment
+from bench.repository import RESULTS
+from bench.rows import Row, write
 
 from . import figure
 from .compiled import count_compiled
 from .configurations import CONFIGURATIONS, Configuration
 from .count import Counts, Tally, count
 
-RESULTS = Path(__file__).parents[1] / "results"
 # What is in the table and the figure of each contender, and the setting of `accelerate` that it is.
 CONTENDERS = {
     "eager": None,
@@ -95,10 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__)
     parser.add_argument("--only", default="", help="only blocks whose name contains this; prints the table alone")
     options = parser.parse_args()
-    everywhere = environment()
-    where = {name: everywhere[name] for name in ("torch", "python", "git", "date")}
-    where["diffusers"] = importlib.metadata.version("diffusers")
-    rows: list[dict[str, Any]] = []
+    where = environment()
+    rows: list[Row] = []
     for configuration in CONFIGURATIONS:
         if options.only not in f"{configuration.model} {configuration.block}":
             continue
@@ -109,7 +105,7 @@ def main() -> None:
     if options.only:
         return
     out = RESULTS / "blocks-traffic.jsonl"
-    out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write(out, rows)
     figure.draw(rows, out.with_suffix(".png"))
     print(f"\n{len(rows)} rows in {out}")
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from .. import slug
+from ..repository import ROOT, commit, slug
 from ..rows import read
 from .expectations import JUDGES, Evidence, Verdict
 from .gate import FAILED, LOG, SUMMARY, TESTS, Gate, Outcome, Summary, unfinished
@@ -23,22 +22,7 @@ from .modules import bring, copy_sources, prepare, unpack
 from .process import Runner
 from .stages import EVERY, LATER, SECONDS, SECONDS_AGAIN, STAGES, seconds_of
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 AGAIN = "failed"
-
-
-def git_commit() -> str:
-    """The commit, where there is a repository; results that this program writes are no change."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "no repository"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,8 +33,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--last", type=Path, help="folder of the last run's files (default: where this one writes)")
     parser.add_argument("--prebuilt", type=Path, help="folder of compiled modules, which are not built then")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to use, such as diffusers'")
-    parser.add_argument("--prepare", type=Path, help="only fill this folder with such modules and diffusers' wheel")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to use, such as --prepare fetches")
+    parser.add_argument("--prepare", type=Path, help="only fill this folder with such modules and wheels")
     parser.add_argument("--architectures", default="90", help="of --prepare, such as 80,90 (default 90)")
     parser.add_argument("--dry", action="store_true", help="everything that runs without a GPU, on tiny inputs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
@@ -149,23 +133,23 @@ def main() -> None:
     options = parse()
     # So that what was started is ended, and the summary says how far it came.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    build = REPOSITORY / "build"
+    build = ROOT / "build"
     # Only what lies under $OUT comes back from a machine that is lent for one command.
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else build / "gpu-gate-out"
     out.mkdir(parents=True, exist_ok=True)
     again = options.only == AGAIN
     names, rows = start_again(options, out) if again else (options.stages, "")
     tree = private_tree(build)
-    commit = options.commit or git_commit()
-    variables = {"BENCH_COMMIT": commit}
+    measured = options.commit or commit()
+    variables = {"BENCH_COMMIT": measured}
     runner = Runner(tree, out / LOG, begin + options.seconds, begin + options.seconds, extra=variables)
-    gate = Gate(REPOSITORY, out, out, options.dry, options.jobs, runner, options.prebuilt, resume=again)
+    gate = Gate(ROOT, out, out, options.dry, options.jobs, runner, options.prebuilt, resume=again)
     if not again:
         for name in (SUMMARY, TESTS):
             (out / name).unlink(missing_ok=True)
     runner.log.write_text("")
     try:
-        copy_sources(REPOSITORY, tree)
+        copy_sources(ROOT, tree)
         if options.prepare is not None:
             if problem := prepare(gate, options.prepare, options.architectures):
                 sys.exit(problem)
@@ -186,7 +170,7 @@ def main() -> None:
         found = gate.found
         head = {
             "started": now.isoformat(timespec="seconds"),
-            "commit": commit,
+            "commit": measured,
             "machine": f"{machine}, Python {found['python']}, torch {found['torch']}, Triton {found['triton']}",
             "command": " ".join(["bench/gpu_gate.sh", *sys.argv[1:]]),
             "dry": options.dry,
@@ -195,9 +179,11 @@ def main() -> None:
         prebuilt = options.dry or (options.prebuilt is not None and not gate.refused)
         left = options.seconds - (time.monotonic() - begin)
         summary = Summary(out, head, names)
-        runner.say(f"commit {commit}, {head['machine']}")
+        runner.say(f"commit {measured}, {head['machine']}")
         try:
-            run_all(gate, summary, seconds_of(names, prebuilt, left))
+            # A dry run is no measurement of the stages.
+            limits = dict.fromkeys(names, left) if options.dry else seconds_of(names, prebuilt, left)
+            run_all(gate, summary, limits)
         finally:
             summary.write()
             runner.say("\n" + "\n".join(summary.lines()))

@@ -96,7 +96,7 @@ def _speed(found: Evidence) -> list[Verdict]:
 
 
 def _launches(found: Evidence) -> list[Verdict]:
-    mine = [row for row in found.of("launches") if row["backend"] == STEP]
+    mine = [row for row in found.of("host") if row["backend"] == STEP and "kernels" in row]
     if not mine:
         return [Verdict(c, False, f"{c}: launches of a step were not counted") for c in ("one-launch", "no-waits")]
     kernels, memory, waits = (mine[0][key] for key in ("kernels", "memory_operations", "waits"))

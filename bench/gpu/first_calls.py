@@ -17,7 +17,7 @@ from tests.ops.cases import BF16, F32, TABLES, make_case, sample
 from tests.ops.test_policy_loss import OPTIONS
 from tests.tolerances import KERNELS_APART_ULPS, assert_same_noise
 
-from ..rows import Row, Rows
+from ..rows import Row, add
 
 TABLE = TABLES["flow"]
 DTYPES = (F32, BF16, F32)
@@ -112,7 +112,7 @@ def parts(dry: bool) -> dict[str, dict[str, Check]]:
     return found
 
 
-def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> bool:
+def run_part(part: str, checks: dict[str, Check], rows: Path | None, where: Row) -> bool:
     """Whether all passed; a row and a line each."""
     good = True
     for name, run in checks.items():
@@ -127,8 +127,8 @@ def run_part(part: str, checks: dict[str, Check], rows: Rows, where: Row) -> boo
             detail = f"{type(error).__name__}: {str(error) or place}"
         seconds = round(time.monotonic() - begin, 2)
         detail = detail.strip().split("\n")[0][:300]
-        row = {"op": "smoke", "part": part, "check": name, "passed": passed, "detail": detail, "seconds": seconds}
-        rows.add(f"{part}: {name}", [{**row, "environment": where}])
+        row = {"case": f"{part}: {name}", "op": "smoke", "part": part, "check": name, "passed": passed}
+        add(rows, [{**row, "detail": detail, "seconds": seconds, "environment": where}])
         print(f"{'good' if passed else 'BAD '} {part}: {name}, {seconds:.1f} s: {detail}", flush=True)
         good &= passed
     return good

@@ -56,9 +56,9 @@ class Gate:
         """Of the GPU, as "90"."""
         return str(self.found["gpu"]["capability"]) if self.found.get("gpu") else ""
 
-    def python(self, *arguments: str, echo: bool = False, **environment: str) -> tuple[int | None, str]:
+    def python(self, *arguments: str, echo: bool = False, seconds: float | None = None) -> tuple[int | None, str]:
         """Runs this interpreter in the private copy."""
-        return self.runner.run(sys.executable, *arguments, environment=environment, echo=echo)
+        return self.runner.run(sys.executable, *arguments, echo=echo, seconds=seconds)
 
     def judged(self, status: int | None, text: str, good: str) -> Outcome:
         """Passed with `good`, or failed with the end of what was printed."""

@@ -49,7 +49,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
-        **{name: importlib.util.find_spec(name) is not None for name in ("diffusers", "xdist")},
+        **{name: importlib.util.find_spec(name) is not None for name in ("diffusers", "pytest_benchmark", "xdist")},
         "columns": len(PACKED_COLUMNS),
         "modules": modules(sys.argv[1:]),
     }

@@ -16,6 +16,8 @@ from .process import last_lines
 
 # What the private copy of the repository holds.
 SOURCES = ("bench", "dancegrpo_fast", "kernels", "tests", "pyproject.toml")
+# What --prepare fetches: the models whose blocks are measured, and what measures.
+WHEELS = ("diffusers", "pytest-benchmark", "py-cpuinfo", "pytest-xdist", "execnet")
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 # In a folder that was prepared: what its modules were compiled from.
 SOURCES_FILE = "sources.sha256"
@@ -149,7 +151,7 @@ def modules(gate: Gate) -> Outcome:
 
 
 def prepare(gate: Gate, folder: Path, architectures: str) -> str:
-    """Compiles modules for this interpreter and fetches diffusers' wheel, for a machine that has no network.
+    """Compiles modules for this interpreter and fetches wheels, for a machine that has no network.
 
     Returns what went wrong, or nothing.
     """
@@ -161,8 +163,8 @@ def prepare(gate: Gate, folder: Path, architectures: str) -> str:
     (folder / SOURCES_FILE).write_text(fingerprint(gate.repository) + "\n")
     if problems := misnamed(folder):
         return "\n".join(problems)
-    pins = (gate.repository / "constraints.txt").read_text().split()
-    wanted = next((pin for pin in pins if pin.startswith("diffusers==")), "diffusers")
+    pins = dict(line.split("==") for line in (gate.repository / "constraints.txt").read_text().split() if "==" in line)
+    wanted = [f"{name}=={pins[name]}" if name in pins else name for name in WHEELS]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    fetched = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True)
+    fetched = subprocess.run([*command, "--dest", str(folder), *wanted], capture_output=True, text=True)
     return "" if fetched.returncode == 0 else last_lines(fetched.stderr, 5)

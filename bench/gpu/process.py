@@ -48,9 +48,16 @@ class Runner:
             file.write(text + "\n")
 
     def run(
-        self, *command: str, environment: dict[str, str] | None = None, echo: bool = False
+        self,
+        *command: str,
+        environment: dict[str, str] | None = None,
+        echo: bool = False,
+        seconds: float | None = None,
     ) -> tuple[int | None, str]:
-        """Exit status, None where the limit ended it, and what was printed; `echo` prints it as it comes."""
+        """Exit status, None where a limit ended it, and what was printed; `echo` prints it as it comes.
+
+        `seconds` is a limit beside the stage's.
+        """
         with self.log.open("a") as file:
             file.write(f"\n$ {' '.join(command)}\n")
         begin = self.log.stat().st_size
@@ -74,7 +81,7 @@ class Runner:
             except OSError as error:
                 return 127, str(error)
             try:
-                status = self._wait(process, begin if echo else None)
+                status = self._wait(process, begin if echo else None, self.left() if seconds is None else seconds)
             except BaseException as error:
                 # Compilers and test workers too, whatever ended the wait.
                 os.killpg(process.pid, signal.SIGKILL)
@@ -86,9 +93,9 @@ class Runner:
             log.seek(begin)
             return status, log.read().decode(errors="replace")
 
-    def _wait(self, process: "subprocess.Popen[bytes]", printed: int | None) -> int:
+    def _wait(self, process: "subprocess.Popen[bytes]", printed: int | None, seconds: float) -> int:
         """Until it ends; prints the log from `printed` on."""
-        ends = time.monotonic() + max(1.0, self.left())
+        ends = time.monotonic() + max(1.0, min(seconds, self.left()))
         with self.log.open("rb") as log:
             while True:
                 try:

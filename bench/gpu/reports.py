@@ -1,6 +1,6 @@
-"""A pytest plugin: writes a line a test when it is over, and chooses and orders the tests of the gate.
+"""A pytest plugin: writes a line a test and its rows when it is over, and chooses and orders the tests of the gate.
 
-`pytest -p bench.gpu.reports --lines FILE --choose first`.
+`pytest -p bench.gpu.reports --lines FILE --rows FILE --choose first`.
 """
 
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..rows import add, read
 
 # Left for a second run, as compiling takes longer than the first one has: transformers of every family, and Inductor.
 LATER = re.compile(r"::TestModels::|graph_trees|test_compile\.py.*inductor")
@@ -56,14 +58,15 @@ def rank(nodeid: str) -> int:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the gate."""
     parser.addoption("--lines", help="file for a JSON line a test")
+    parser.addoption(
+        "--rows", help="file for the rows that tests recorded as `row` or `self check`, one JSON line each"
+    )
     parser.addoption("--choose", choices=("first", "later", "all"), default="all", help="which tests of the gate")
     parser.addoption("--not-again", help="file of such lines: tests that passed there are left out")
 
 
 def _passed(path: str | None) -> set[str]:
-    lines = Path(path).read_text().splitlines() if path and Path(path).exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return {each["test"] for each in found if each["outcome"] == "passed"}
+    return {each["test"] for each in read(Path(path)) if each["outcome"] == "passed"} if path else set()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,29 +87,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Lines:
-    """Writes the lines, where the tests are reported."""
+    """Writes lines and rows, where the tests are reported."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.properties: dict[str, list[Any]] = {}
+    def __init__(self, path: Path, rows: Path | None) -> None:
+        self.path, self.rows = path, rows
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of the call, or of what went wrong before or behind it."""
         test = report.nodeid.partition("@")[0]
-        if report.when == "call" or report.outcome != "passed":
-            line = {
-                "test": test,
-                "outcome": report.outcome,
-                "seconds": round(report.duration, 2),
-                "properties": list(report.user_properties),
-                "reason": "" if report.outcome == "passed" else report.longreprtext[-2000:],
-            }
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        if report.when != "call" and report.outcome == "passed":
+            return
+        properties: list[Any] = list(report.user_properties)
+        rows = [value for name, value in properties if name == "row"]
+        checks = [json.loads(value) for name, value in properties if name == "self check"]
+        add(self.rows, [*rows, *({"case": test, **check, "op": "self check"} for check in checks)])
+        line = {
+            "test": test,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 2),
+            "properties": [each for each in properties if each[0] not in ("row", "self check")],
+            "reason": "" if report.outcome == "passed" else report.longreprtext[-2000:],
+        }
+        add(self.path, [line])
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Not in the workers: their tests are reported to the process that started them."""
-    path = config.getoption("--lines")
+    path, rows = config.getoption("--lines"), config.getoption("--rows")
     if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Lines(Path(path)), "gate-lines")
+        config.pluginmanager.register(Lines(Path(path), Path(rows) if rows else None), "gate-lines")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..rows import Row, Rows
+from ..rows import Row, add, drop
 
 # As in `first_calls.parts`: of Triton a process a check, which compiles what it needs.
 CHECKS = ("step", "seeded step", "score", "loss", "ratio", "graph", "side stream")
@@ -26,14 +26,13 @@ def run_parts(parts: list[str], dry: bool, out: Path | None) -> bool:
     """In this process; whether all agree."""
     import torch
 
-    from ..harness import environment
+    from ..machine import environment
     from . import first_calls
 
     if dry:
         torch.set_num_threads(1)
-    where = environment(torch.device("cpu" if dry else "cuda")) | ({"dry": True} if dry else {})
-    rows, every = Rows(out, _is_mine, append=True), first_calls.parts(dry)
-    results = [first_calls.run_part(part, every[part], rows, where) for part in parts]
+    where, every = environment(torch.device("cpu" if dry else "cuda"), dry=dry), first_calls.parts(dry)
+    results = [first_calls.run_part(part, every[part], out, where) for part in parts]
     return all(results)
 
 
@@ -43,15 +42,14 @@ def say_what_is_here(dry: bool, out: Path | None) -> None:
 
     from dancegrpo_fast import info
 
-    from ..harness import environment
+    from ..machine import environment
     from .scalars import scalar_orders
 
     print(info.describe(), flush=True)
     device = torch.device("cpu" if dry else "cuda")
-    where = environment(device) | ({"dry": True} if dry else {})
-    rows = Rows(out, _is_mine, append=True)
+    where = environment(device, dry=dry)
     for row in scalar_orders(device):
-        rows.add(f"scalar order: {row['scalar']}, {row['order']}", [{**row, "environment": where}])
+        add(out, [{"case": f"scalar order: {row['scalar']}, {row['order']}", **row, "environment": where}])
         print(f"{row['order']}, scalar {row['scalar']}: {row['rounding']} on {device}", flush=True)
 
 
@@ -79,7 +77,8 @@ def main() -> None:
     dry = options.device == "dry"
     if options.part is not None:
         sys.exit(not run_parts([options.part], dry, options.out))
-    Rows(options.out, _is_mine)
+    if options.out is not None:
+        drop(options.out, _is_mine)
     if options.jobs == 1:
         say_what_is_here(dry, options.out)
         good = run_parts(list(PARTS), dry, options.out)

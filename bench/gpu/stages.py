@@ -1,23 +1,27 @@
 """The gate's stages in the order of their worth. Each says whether it passed; none depends on another's success."""
 
-import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..rows import Rows, read
+from ..rows import Row, read
 from . import tools
 from .gate import CUT, FAILED, PASSED, SKIPPED, TESTS, Gate, Outcome
 from .modules import modules
 from .process import last_lines
 
-# Of a stage's seconds, what its programs leave for the case under way and for their table.
+# Of a stage's seconds, what its cases leave for the one under way and for their table.
 RESERVE = 8.0
-# In a dry run: of each program, what shows that it runs.
+# Of the time, what compiling in many processes may take.
+AHEAD_SHARE = 0.35
+OUT_OF_TIME = "out of time"
+# In a dry run, what shows that tests run.
 DRY_TESTS = ("tests/gpu/test_streams.py",)
-DRY_BLOCKS = "gelu_tanh, plain, HunyuanVideo"
-DRY_MEMORY = "attention memory, native, mask|_native_efficient, mask"
+RL_CASES = tuple(f"bench/ops/bench_{op}.py" for op in ("transition", "policy_loss"))
+BLOCK_OPS = ("gelu_tanh", "norm_modulate", "gated_residual", "qk_norm_rope")
+BLOCK_CASES = tuple(f"bench/ops/bench_{name}.py" for name in (*BLOCK_OPS, "block_pair"))
 
 
 def _versions(gate: Gate) -> None:
@@ -51,62 +55,54 @@ def _gpu_tests(tree: Path) -> list[str]:
     return ["tests/gpu", *(str(p.relative_to(tree)) for p in marked if p.parent.name != "gpu")]
 
 
-def _pytest(gate: Gate, choose: str) -> Outcome:
-    """Tests marked `gpu`, a line each in a file as they end; dry: a file of those bodies that need no GPU."""
+def _pytest(gate: Gate, files: Sequence[str], *options: str) -> tuple[int | None, str, list[Row]]:
+    """Exit status, what was printed, and a line a test of these files, which lie on disk as tests end, as rows do."""
     lines = gate.out / TESTS
-    again = [] if not gate.resume else ["--not-again", str(lines)]
-    files = list(DRY_TESTS) if gate.dry else _gpu_tests(gate.runner.tree)
-    workers = ["-n", str(min(12, gate.jobs)), "--dist", "loadgroup"] if gate.jobs > 1 and not gate.dry else []
-    workers = workers if gate.found.get("xdist") else []
-    status, text = gate.python(
-        *(
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "bench.gpu.reports",
-            "-m",
-            "not gpu" if gate.dry else "gpu",
-        ),
-        *("--lines", str(lines), "--choose", "all" if gate.dry else choose, *again, *workers, *files),
+    again = ["--not-again", str(lines)] if gate.resume else []
+    shared = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.gpu.reports",
+        "--lines",
+        str(lines),
+        "--rows",
+        str(gate.rows),
     )
-    found = {line["test"]: line for line in read(lines)}
-    _keep_self_checks(gate, list(found.values()))
+    status, text = gate.python("-m", "pytest", *shared, *again, *options, *files)
+    found = {line["test"]: line for line in read(lines) if line["test"].startswith(tuple(files))}
     if printed := re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE):
         gate.runner.say("\n".join(printed[:40]))
-    outcomes = [line["outcome"] for line in found.values()]
-    counted = ", ".join(f"{outcomes.count(each)} {each}" for each in ("passed", "failed", "skipped"))
-    gate.runner.say("\n".join(_largest(list(found.values()))))
     # Where all of them had passed before, nothing is left to collect.
-    if status == 5 and gate.resume and found:
-        status = 0
-    if status == 0 and "passed" not in outcomes:
+    return 0 if status == 5 and gate.resume and found else status, text, list(found.values())
+
+
+def _counted(lines: list[Row]) -> str:
+    outcomes = [line["outcome"] for line in lines]
+    return ", ".join(f"{outcomes.count(each)} {each}" for each in ("passed", "failed", "skipped"))
+
+
+def _tests(gate: Gate, choose: str) -> Outcome:
+    """Tests marked `gpu`; dry: a file of those bodies that need no GPU."""
+    files = list(DRY_TESTS) if gate.dry else _gpu_tests(gate.runner.tree)
+    workers = ["-n", str(min(12, gate.jobs)), "--dist", "loadgroup"] if gate.jobs > 1 and not gate.dry else []
+    options = ["-m", "not gpu" if gate.dry else "gpu", "--choose", "all" if gate.dry else choose]
+    status, text, found = _pytest(gate, files, *options, *(workers if gate.found.get("xdist") else []))
+    gate.runner.say("\n".join(_largest(found)))
+    if status == 0 and not any(line["outcome"] == "passed" for line in found):
         status = 5
-    verdict, detail = gate.judged(status, text, counted)
-    return verdict, detail if verdict == PASSED else f"{detail}; {counted}"
+    verdict, detail = gate.judged(status, text, _counted(found))
+    return verdict, detail if verdict == PASSED else f"{detail}; {_counted(found)}"
 
 
-def _keep_self_checks(gate: Gate, lines: list[dict[str, object]]) -> None:
-    rows = Rows(gate.rows, lambda row: row["op"] == "self check")
-    for line in lines:
-        properties = line["properties"]
-        assert isinstance(properties, list)
-        checks = [{**json.loads(value), "op": "self check"} for name, value in properties if name == "self check"]
-        if checks:
-            rows.add(str(line["test"]), checks)
-
-
-def _largest(lines: list[dict[str, object]]) -> list[str]:
+def _largest(lines: list[Row]) -> list[str]:
     """What tests recorded beside passing: the largest number of each, for each implementation."""
     largest: dict[tuple[str, str], int] = {}
     for line in lines:
-        words = re.split(r"[\[\]-]", str(line["test"]))
+        words = re.split(r"[\[\]-]", line["test"])
         implementation = next((b for b in ("cuda", "triton") if b in words), "")
-        properties = line["properties"]
-        assert isinstance(properties, list)
-        for name, value in properties:
+        for name, value in line["properties"]:
             if isinstance(value, int):
                 key = implementation, name
                 largest[key] = max(largest.get(key, 0), value)
@@ -115,53 +111,71 @@ def _largest(lines: list[dict[str, object]]) -> list[str]:
 
 def tests(gate: Gate) -> Outcome:
     """Without transformers, Inductor and most mixes of dtypes."""
-    return _pytest(gate, "first")
+    return _tests(gate, "first")
 
 
 def more(gate: Gate) -> Outcome:
     """The tests that `tests` leaves out."""
-    return _pytest(gate, "later")
+    return _tests(gate, "later")
 
 
-def _program(gate: Gate, module: str, *options: str, seconds: float | None = None) -> Outcome:
-    """A program of measurements, whose rows join the others."""
-    limit = max(1.0, (gate.runner.left() if seconds is None else seconds) - RESERVE)
-    shared = ["--device", gate.device, "--seconds", f"{limit:.0f}", "--out", str(gate.rows)]
-    status, text = gate.python("-m", module, *shared, *(["--resume"] if gate.resume else []), *options)
-    gate.runner.say(text[text.find("op  ") :] if "op  " in text else last_lines(text, 25))
-    rows = next((line for line in text.splitlines() if re.match(r"\d+ rows", line)), "no rows")
+def _missing(gate: Gate, *packages: str) -> Outcome | None:
+    """Why a stage is skipped, if it is."""
+    absent = [name for name in packages if not gate.found.get(name)]
+    wheels = "bring the wheels that --prepare fetches with --wheels"
+    return (SKIPPED, f"{', '.join(absent)}: not installed; {wheels}") if absent else None
+
+
+def _cases(gate: Gate, files: Sequence[str], *options: str) -> Outcome:
+    """Cases of `bench`, whose rows join the others."""
+    limit = max(1.0, gate.runner.left() - RESERVE)
+    status, text, found = _pytest(gate, files, "--device", gate.device, "--seconds", f"{limit:.0f}", *options)
+    gate.runner.say(text[text.find("---- benchmark") :] if "---- benchmark" in text else last_lines(text, 25))
     if status is None:
         return FAILED, "out of time; the rows so far are kept"
-    if status != 0:
-        return FAILED, f"exit status {status}, {last_lines(text, 1)}"
-    if late := re.search(r"^out of time for: (.*)", text, re.MULTILINE):
-        return CUT, f"{rows.partition(' in ')[0]}; {late[0]}"
-    return PASSED, rows.partition(" in ")[0]
+    late = [line["test"].rpartition("::")[2] for line in found if OUT_OF_TIME in line["reason"]]
+    bad = [line["test"].rpartition("::")[2] for line in found if line["outcome"] == "failed"]
+    if status != 0 or not found:
+        return FAILED, f"exit status {status}, {_counted(found)}; {', '.join(bad) or last_lines(text, 1)}"
+    return (CUT, f"{_counted(found)}; {OUT_OF_TIME} for: {', '.join(late)}") if late else (PASSED, _counted(found))
+
+
+def _rounds(gate: Gate) -> list[str]:
+    few, seconds = ("1", "0") if gate.dry else ("5", "0.1")
+    return ["--benchmark-min-rounds", few, "--benchmark-max-time", seconds]
 
 
 def bench(gate: Gate) -> Outcome:
     """What a call costs the host and launches, then the timings."""
-    dry = ["--rounds", "1"] if gate.dry else []
-    first = _program(gate, "bench", "--quick", "--only", "host", *dry)
-    then = _program(gate, "bench", "--quick", "--only", "cases", *dry, *(["--op", "log_prob"] if gate.dry else []))
+    if missing := _missing(gate, "pytest_benchmark"):
+        return missing
+    # In a process of its own: a profiler slows the calls after it.
+    first = _cases(gate, ["bench/ops/bench_host.py"], *_rounds(gate))
+    quick = ["-m", "not full", *(["-k", "log_prob"] if gate.dry else [])]
+    then = _cases(gate, RL_CASES, *_rounds(gate), *quick)
     verdict = next((each for each in (FAILED, CUT) if each in (first[0], then[0])), PASSED)
     return verdict, f"host and launches: {first[1]}; cases: {then[1]}"
 
 
 def blocks(gate: Gate) -> Outcome:
     """The ops of transformer blocks, and blocks, at real sizes."""
-    if not gate.found.get("diffusers"):
-        return SKIPPED, "diffusers is not installed, whose blocks are measured"
+    if missing := _missing(gate, "pytest_benchmark", "diffusers"):
+        return missing
     if gate.dry:
-        return _program(gate, "bench.gpu.blocks", "--rounds", "1", "--only", DRY_BLOCKS)
-    return _program(gate, "bench.gpu.blocks", "--jobs", str(gate.jobs))
+        return _cases(gate, BLOCK_CASES[:1], *_rounds(gate), "-k", "plain and HunyuanVideo")
+    if gate.jobs > 1 and gate.found.get("xdist"):
+        begin = time.monotonic()
+        workers = ("-n", str(gate.jobs), "-p", "no:cacheprovider", "--device", gate.device)
+        command = ("-m", "pytest", "-q", "--ahead", *workers, *BLOCK_CASES)
+        gate.python(*command, seconds=AHEAD_SHARE * gate.runner.left())
+        gate.runner.say(f"compiled ahead: {time.monotonic() - begin:.0f} s")
+    return _cases(gate, BLOCK_CASES, *_rounds(gate))
 
 
 def memory(gate: Gate) -> Outcome:
     """What the planner predicts, against what the GPU allocates and reserves; and which attention takes a mask."""
-    if not gate.found.get("diffusers"):
-        return SKIPPED, "diffusers is not installed, whose models are measured"
-    return _program(gate, "bench.gpu.memory", *(["--only", DRY_MEMORY] if gate.dry else []))
+    few = ["-k", "attention and not flash and not cudnn"] if gate.dry else []
+    return _missing(gate, "diffusers") or _cases(gate, ["bench/gpu/memory/bench_memory.py"], *few)
 
 
 @dataclass(frozen=True)

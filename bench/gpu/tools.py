@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..rows import Row, Rows
+from ..rows import Row, add, drop
 from .expectations import KERNELS, PARTS
 from .gate import FAILED, PASSED, SKIPPED, Gate, Outcome
 from .process import last_lines
@@ -67,11 +67,11 @@ def _sanitizer(gate: Gate, name: str) -> Outcome:
         return SKIPPED, "compute-sanitizer is not installed"
     status, text = _watch(gate, program, name)
     called = [part for part in PARTS if f"called: {part}" in text]
-    rows = Rows(gate.rows, lambda row: row["op"] == "sanitizer" and row["tool"] == name)
+    drop(gate.rows, lambda row: row["op"] == "sanitizer" and row["tool"] == name)
     clean = status == 0 and CLEAN.search(text) is not None
     bad = status == 86 or FOUND.search(text) is not None
-    for part in called if clean or bad else []:
-        rows.add(f"{name}, {part}", [{"op": "sanitizer", "tool": name, "part": part, "clean": clean and not bad}])
+    seen = [{"op": "sanitizer", "tool": name, "part": part, "clean": clean and not bad} for part in called]
+    add(gate.rows, seen if clean or bad else [])
     if bad:
         gate.runner.say(last_lines(text, 40))
         return FAILED, f"errors were found, while {', '.join(called) or 'nothing'} was called"
@@ -136,11 +136,10 @@ def ncu(gate: Gate) -> Outcome:
         *("--kernel-name", f"regex:{'|'.join(KERNELS)}", "--launch-count", str(len(KERNELS))),
         *(sys.executable, "-m", "bench.gpu.driver", "cuda", "--three"),
     )
-    rows = Rows(gate.rows, lambda row: row["op"] == "ncu")
+    drop(gate.rows, lambda row: row["op"] == "ncu")
     found = profiled(text)
-    for kernel in dict.fromkeys(row["kernel"] for row in found):
-        rows.add(f"ncu, {kernel}", [row for row in found if row["kernel"] == kernel])
-    gate.runner.say("\n".join(json.dumps(row) for row in rows.written))
+    add(gate.rows, found)
+    gate.runner.say("\n".join(map(json.dumps, found)))
     if not found:
         gate.runner.say(last_lines(text, 10))
         return FAILED, f"no values: {'out of time' if status is None else last_lines(text, 1)}"

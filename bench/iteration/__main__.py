@@ -1,7 +1,6 @@
 """Times a recipe's iterations beside a plain loop of the same mathematics, counts both, and draws their curves."""
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -15,7 +14,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.harness import environment
+from bench.machine import environment
+from bench.repository import RESULTS
+from bench.rows import write
 from dancegrpo_fast.memory import profile
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
@@ -26,7 +27,6 @@ from tests.gpu.activity import FREE
 from . import figure
 from .plain import PlainLoop
 
-RESULTS = Path(__file__).parents[1] / "results"
 RECIPES = ("digits", "digits_ddim")
 # On a GPU each of these makes the host wait for the device.
 READS = (
@@ -168,7 +168,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in options.recipe or RECIPES:
         rows += measure(name, options.iterations, where)
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(options.out, rows)
     figure.draw(rows, options.out.with_suffix(".png"))
     print(f"\n{table(rows)}\n\n{NOTES}\n\n{len(rows)} rows in {options.out}")
     dist.destroy_process_group()

@@ -1,32 +1,23 @@
 """Predicts, measures and plans; writes JSON lines and readable tables into `results/`."""
 
 import argparse
-import importlib.metadata
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.harness import environment
+from bench.machine import environment
+from bench.repository import RESULTS
+from bench.rows import Row, write
 
 from . import choices, earlier, fsdp, report, table
 from .families import FAMILIES
 
-RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("table", "rows", "fsdp", "scenarios")
 
 
-def _where() -> dict[str, Any]:
-    everywhere = environment()
-    found = {name: everywhere[name] for name in ("cpu", "torch", "python", "git", "date")}
-    return found | {name: importlib.metadata.version(name) for name in ("diffusers", "peft")}
-
-
-def _write(folder: Path, name: str, rows: list[dict[str, Any]], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
+    write(folder / f"{name}.jsonl", rows)
     (folder / f"{name}.md").write_text(text)
     print(f"{len(rows)} rows in {folder / name}.jsonl, and {name}.md")
 
@@ -45,10 +36,10 @@ def main() -> None:
     if options.name and options.output == RESULTS:
         parser.error("--name: got one with the default --output, want another folder for part of the results")
     torch.set_num_threads(1)
-    where = _where()
+    where = environment()
     if "table" in parts:
         names = [family.name for family in FAMILIES if options.name in family.name]
-        found: list[dict[str, Any]] = []
+        found: list[Row] = []
         for rows in table.rows(names, where, options.jobs) if names else ():
             found += rows
             print(f"{rows[0]['family']}: {report.worst_line(rows)}", flush=True)

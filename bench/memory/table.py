@@ -15,7 +15,7 @@ from torch import nn
 from dancegrpo_fast.activations import checkpointing
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.blocks import Blocks, compose
-from dancegrpo_fast.memory.planning.calls import Case, kinds_of
+from dancegrpo_fast.memory.planning.cases import Case, kinds_of
 from dancegrpo_fast.memory.planning.policy import Picked, automatic, seconds
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.memory.trace.tracer import trace

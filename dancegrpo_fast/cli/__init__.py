@@ -1,3 +1,64 @@
 """The command `dancegrpo-fast`, one file a command; each is loaded when it is called, and nothing else imports them."""
 
-from .main import main as main
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .. import __version__
+from ..install import missing
+
+USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
+       dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
+                               [--by COLUMN] [--weights model|ema] [--evaluation.prompts FILE ...]
+       dancegrpo-fast run [--accelerate lossless|fast] [--latents DTYPE] [--dry-run ...] SCRIPT.py [ARGUMENTS]
+       dancegrpo-fast memory MODEL|RECIPE.yaml [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...]
+                             [--json FILE] [--figures FOLDER]
+       dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--figures FOLDER] [--train.micro_batch 4 ...]
+       dancegrpo-fast recipes [copy NAME [FOLDER]]
+       dancegrpo-fast info
+       dancegrpo-fast --version
+
+`train` runs a recipe; every field of it can be overridden.
+`evaluate` samples the recipe's evaluation prompts and writes pictures, scores.jsonl and a table.
+`run` executes a published training script with its step functions replaced by this library's, and says which.
+`memory` predicts every phase of an iteration without a GPU; it exits with 0 if the GPU holds it, 1 if not, 2 for bad
+input. With --figures it makes many plans: a minute or more.
+`profile` measures iterations of a recipe beside what was predicted, and draws them; the run's folder stays as it is.
+`recipes` lists the recipes that the package brings, and copies one with its prompts.
+`info` says what is installed, and which backends can run.
+`dancegrpo-fast COMMAND --help` lists a command's settings.
+"""
+COMMANDS = ("train", "evaluate", "run", "memory", "profile", "recipes", "info")
+ALONE = ("recipes", "info")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if given == ["--version"]:
+        print(f"dancegrpo_fast {__version__}")
+        return 0
+    if not given or given[0] not in COMMANDS or (given[0] not in ALONE and len(given) == 1):
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    command, *rest = given
+    try:
+        done = importlib.import_module(f".{command}", __name__).main(rest)
+    except ImportError as error:
+        print(f"dancegrpo-fast {command}: {missing(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            # Of a reward, whose author needs the place.
+            traceback.print_exception(error.__cause__)
+        print(f"dancegrpo-fast {command}: {error}", file=sys.stderr)
+        return 1
+    if callable(done):
+        # A script, out here, where its exceptions and its exit status are its own.
+        done()
+        return 0
+    return done or 0

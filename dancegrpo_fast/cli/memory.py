@@ -5,11 +5,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..memory.planning.settings import REWARDS, Settings
 
+# Listed without torch, which `specs` imports.
+CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
 LISTS = ("lora_targets", "offload", "rewards")
 
 
@@ -41,7 +44,9 @@ def parse(arguments: Sequence[str]) -> Request:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog="dancegrpo-fast memory", exit_on_error=False)
-    parser.add_argument("what", type=str, help="a shipped name, a diffusers folder, a name on the hub, or RECIPE.yaml")
+    shipped = sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir())
+    known = f"one of {', '.join(shipped)}; a diffusers folder, a name on the hub, or RECIPE.yaml"
+    parser.add_argument("what", type=str, metavar="MODEL|RECIPE.yaml", help=known)
     parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
     parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "others", *LISTS})
     parser.add_argument("--gpu", type=float, help="GiB of the device (default: 80, or the recipe's memory_gib)")
@@ -104,7 +109,7 @@ def _changed(base: Settings, given: dict[str, Any]) -> Settings:
     return base.changed(**changes)
 
 
-def run(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Prints a plan; 0 if the device holds it, 1 if not, 2 for bad input."""
     try:
         asked = parse(arguments)

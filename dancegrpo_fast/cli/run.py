@@ -46,7 +46,7 @@ _CHOICES = {"rounding": ROUNDINGS, "backend": BACKENDS, "latents": LATENTS, "acc
 _VALUES = (*_CHOICES, "only", "skip", "report")
 
 
-def prepare(arguments: Sequence[str]) -> Callable[[], None]:
+def main(arguments: Sequence[str]) -> Callable[[], None]:
     """Reads a command line, and returns what does it.
 
     Args:

@@ -5,27 +5,17 @@ recognises, and `dancegrpo-fast run script.py` those of a script that stays as i
 and ours side by side, at the first call, on small CPU tensors, and replace only what computes the same.
 """
 
-import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..dropin.patched import Replacement as Replacement
-from ..dropin.patched import patched as patched
+from ..lazy import lazy
 
-__all__ = ["Replacement", "patched"]
+if TYPE_CHECKING:
+    from ..dropin.patched import Replacement as Replacement
+    from ..dropin.patched import patched as patched
 
-
-def __getattr__(name: str) -> Any:
-    """A project's module, `compat.dancegrpo`, imported on first use."""
-    if name not in _modules():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f".{name}", __name__)
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_modules()])
-
-
-def _modules() -> list[str]:
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return [name for name in found if not name.startswith("_")]
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {".dropin.patched": ("Replacement", "patched")},
+    (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")),
+)

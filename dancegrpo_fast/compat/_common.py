@@ -108,6 +108,14 @@ class Sampler:
         return moved
 
 
+class How(NamedTuple):
+    """The options of our own that every step takes."""
+
+    rounding: str
+    backend: str
+    latents_dtype: torch.dtype | None
+
+
 class Outcome(NamedTuple):
     """One step: next latents, float32 log-probability `[B]`, and mean and estimate of x0 where they were asked for."""
 
@@ -275,11 +283,9 @@ def advance(
     step: int | Tensor,
     next_latents: Tensor | None,
     draw: Callable[[], Tensor | None],
+    how: How,
     *,
     out_dtype: torch.dtype,
-    latents_dtype: torch.dtype | None,
-    rounding: str,
-    backend: str,
     mean: bool = False,
     denoised: bool = False,
     elementwise: bool = False,
@@ -287,23 +293,21 @@ def advance(
     """Samples the next latents from `draw()`, or scores `next_latents`.
 
     What is sampled never carries a gradient; the log-probability, the mean and the estimate of x0 do, in the model
-    output. With `latents_dtype` it is rounded to that dtype before it is scored, and returned in `out_dtype`.
-    `elementwise`: with `rounding="reference"`, score as the float64 mean of float32 elements.
+    output. With `how.latents_dtype` it is rounded to that dtype before it is scored, and returned in `out_dtype`.
+    `elementwise`: with `how.rounding` "reference", score as the float64 mean of float32 elements.
     """
     if isinstance(step, Tensor) and step.ndim == 1 and len(step) != len(latents):
         step = step.expand(len(latents))
-    check_choice("rounding", rounding, ("exact", "reference"))
-    if latents_dtype is not None:
-        check_dtype("latents_dtype", latents_dtype, FLOATS)
-    if rounding == "reference" and sampler._publish is not None:
-        return _advance_published(
-            latents, model_output, sampler, step, next_latents, draw, latents_dtype, backend, denoised, elementwise
-        )
+    check_choice("rounding", how.rounding, ("exact", "reference"))
+    if how.latents_dtype is not None:
+        check_dtype("latents_dtype", how.latents_dtype, FLOATS)
+    if how.rounding == "reference" and sampler._publish is not None:
+        return _advance_published(latents, model_output, sampler, step, next_latents, draw, how, denoised, elementwise)
     clean, kept = None, next_latents
     log_prob = None
     trained = torch.is_grad_enabled() and model_output.requires_grad
     if kept is None:
-        storage = coarser(out_dtype, latents_dtype)
+        storage = coarser(out_dtype, how.latents_dtype)
         with torch.no_grad():
             kept, log_prob, clean = transition_step(
                 latents,
@@ -313,10 +317,10 @@ def advance(
                 noise=draw(),
                 out_dtype=storage,
                 return_denoised=denoised and not trained and storage == out_dtype,
-                backend=backend,
+                backend=how.backend,
             )
     if log_prob is None or trained:
-        log_prob = _score(latents, model_output, kept, sampler.table, step, backend)
+        log_prob = _score(latents, model_output, kept, sampler.table, step, how.backend)
     found_mean = None
     if mean or (denoised and clean is None):
         x = widened(latents, model_output)
@@ -341,8 +345,7 @@ def _advance_published(
     step: int | Tensor,
     next_latents: Tensor | None,
     draw: Callable[[], Tensor | None],
-    latents_dtype: torch.dtype | None,
-    backend: str,
+    how: How,
     denoised: bool,
     elementwise: bool,
 ) -> Outcome:
@@ -355,11 +358,11 @@ def _advance_published(
         next_latents = plain
         if noise is not None:
             next_latents = plain + (noise * row("tau") if sampler.published.noise_first else row("tau") * noise)
-        next_latents = stored(next_latents, latents_dtype)
+        next_latents = stored(next_latents, how.latents_dtype)
     if elementwise:
         log_prob = _elementwise_log_prob(next_latents.detach() - mean, row("tau"), sampler.table.kind[0])
     else:
-        log_prob = _score(plain, mean, next_latents, sampler.scored, step, backend)
+        log_prob = _score(plain, mean, next_latents, sampler.scored, step, how.backend)
     clean = x - times(row("sigma"), model_output, sampler.published.on_cpu) if denoised else None
     return Outcome(next_latents, log_prob, mean, clean)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ._common import advance, cached, coarser, noise_like
+from ._common import How, advance, cached, coarser, noise_like
 from ._samplers import Kind
 from ._schedule import find_steps, require
 
@@ -84,10 +84,8 @@ def values(
         step,
         None if next_latents is None else next_latents.float(),
         lambda: None if dynamics == "ODE" else noise_like(velocity, generator, torch.float32),
+        How(rounding, backend, latents_dtype),
         out_dtype=torch.float32,
-        latents_dtype=latents_dtype,
-        rounding=rounding,
-        backend=backend,
         mean=wanted is None or "next_latents_mean" in wanted,
         elementwise=made.elementwise,
     )

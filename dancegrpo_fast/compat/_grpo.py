@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ._common import (
+    How,
     Outcome,
     Sampler,
     advance,
@@ -50,38 +51,26 @@ def dance_step(
     index: int | Tensor,
     prev_sample: Tensor | None,
     sde_solver: bool,
+    how: How,
     *,
     normalized: bool,
     noisy_ode: bool,
-    rounding: str,
-    backend: str,
-    latents_dtype: torch.dtype | None,
     with_mean: bool = False,
 ) -> Found:
     """Dance-SDE, or without `sde_solver` the Euler mean, to which `noisy_ode` still adds the noise."""
     sampler = _dance(sigmas, eta, sde_solver, normalized)
     step = as_step("index", index, len(sampler.table), latents)
-    settings: dict[str, Any] = {
-        "out_dtype": result_dtype(latents, model_output),
-        "latents_dtype": latents_dtype,
-        "rounding": rounding,
-        "backend": backend,
-    }
+    dtype = result_dtype(latents, model_output)
     if prev_sample is None and not sde_solver and not noisy_ode:
         euler = _dance(sigmas, 0.0, False, normalized)
-        prev_sample = advance(latents, model_output, euler, step, None, lambda: None, **settings).next_latents
-    outcome = advance(
-        latents,
-        model_output,
-        sampler,
-        step,
-        prev_sample,
-        lambda: noise_like_sum(latents, model_output),
-        mean=with_mean,
-        denoised=True,
-        **settings,
-    )
-    return Found(outcome, sampler, step, rounding)
+        prev_sample = advance(latents, model_output, euler, step, None, lambda: None, how, out_dtype=dtype).next_latents
+
+    def draw() -> Tensor:
+        return noise_like_sum(latents, model_output)
+
+    options: dict[str, Any] = {"out_dtype": dtype, "mean": with_mean, "denoised": True}
+    outcome = advance(latents, model_output, sampler, step, prev_sample, draw, how, **options)
+    return Found(outcome, sampler, step, how.rounding)
 
 
 def dance_mean(
@@ -119,10 +108,8 @@ def flow_step(
     index: int | Tensor,
     prev_sample: Tensor | None,
     generator: Any,
+    how: How,
     *,
-    rounding: str,
-    backend: str,
-    latents_dtype: torch.dtype | None,
     deterministic: bool = False,
     with_mean: bool = False,
 ) -> Found:
@@ -130,12 +117,6 @@ def flow_step(
     sampler = Kind("flow", eta).over("sigmas", sigmas)
     step = as_step("index", index, len(sampler.table), latents)
     dtype = result_dtype(latents, model_output)
-    settings: dict[str, Any] = {
-        "out_dtype": dtype,
-        "latents_dtype": latents_dtype,
-        "rounding": rounding,
-        "backend": backend,
-    }
 
     def draw() -> Tensor:
         return noise_like(model_output, generator, model_output.dtype)
@@ -143,27 +124,18 @@ def flow_step(
     if deterministic:
         if prev_sample is None:
             draw()  # the peer's generator moves on, too
-        prev_sample = euler_step(latents, model_output, sigmas, step, **settings)
-    outcome = advance(
-        latents, model_output, sampler, step, prev_sample, draw, mean=with_mean, denoised=True, **settings
-    )
-    return Found(outcome, sampler, step, rounding)
+        prev_sample = euler_step(latents, model_output, sigmas, step, how, dtype)
+    options: dict[str, Any] = {"out_dtype": dtype, "mean": with_mean, "denoised": True}
+    outcome = advance(latents, model_output, sampler, step, prev_sample, draw, how, **options)
+    return Found(outcome, sampler, step, how.rounding)
 
 
 def euler_step(
-    latents: Tensor,
-    model_output: Tensor,
-    sigmas: Tensor,
-    step: int | Tensor,
-    *,
-    rounding: str,
-    latents_dtype: torch.dtype | None,
-    **settings: Any,
+    latents: Tensor, model_output: Tensor, sigmas: Tensor, step: int | Tensor, how: How, dtype: torch.dtype
 ) -> Tensor:
     """What the scripts sample where they want no noise: `x + dt v`."""
     sampler = Kind("ode").over("sigmas", sigmas)
-    if rounding == "reference":
+    if how.rounding == "reference":
         moved = latents.detach() + sampler.rows(step, latents)("dt") * model_output.detach()
-        return stored(moved, latents_dtype)
-    settings |= {"rounding": rounding, "latents_dtype": latents_dtype}
-    return advance(latents, model_output, sampler, step, None, lambda: None, **settings).next_latents
+        return stored(moved, how.latents_dtype)
+    return advance(latents, model_output, sampler, step, None, lambda: None, how, out_dtype=dtype).next_latents

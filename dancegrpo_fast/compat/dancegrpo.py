@@ -8,9 +8,12 @@
 True
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ._common import How
 from ._grpo import dance_mean, dance_step
 
 
@@ -55,20 +58,9 @@ def flux_step(
     """
     if not grpo:
         return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
-    return dance_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        sde_solver,
-        normalized=normalized,
-        noisy_ode=True,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    ).three
+    how = How(rounding, backend, latents_dtype)
+    step = model_output, latents, eta, sigmas, index, prev_sample, sde_solver
+    return dance_step(*step, how, normalized=normalized, noisy_ode=True).three
 
 
 def flux_step_with_ddpo(
@@ -87,17 +79,7 @@ def flux_step_with_ddpo(
     normalized: bool = True,
 ) -> tuple[Tensor, ...]:
     """`flux_step` of forks that call `grpo` `ddpo`."""
+    options: dict[str, Any] = {"backend": backend, "latents_dtype": latents_dtype, "normalized": normalized}
     return flux_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        ddpo,
-        sde_solver,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-        normalized=normalized,
+        model_output, latents, eta, sigmas, index, prev_sample, ddpo, sde_solver, rounding=rounding, **options
     )

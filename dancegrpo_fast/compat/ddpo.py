@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import transitions
 from ..checks import check_choice
 from ..kernels.transition import reference
-from ._common import Sampler, advance, as_step, cached, noise_like
+from ._common import How, Sampler, advance, as_step, cached, noise_like
 
 
 def ddim_step_with_logprob(
@@ -70,10 +70,9 @@ def ddim_step_with_logprob(
         as_step("timestep", timestep, len(sampler.table), sample),
         prev_sample,
         lambda: noise_like(model_output, generator, model_output.dtype),
+        # The published products are float32 already: alphas are tensors with dimensions.
+        How("exact", backend, latents_dtype),
         out_dtype=wide if rounding == "reference" else sample.dtype,
-        latents_dtype=latents_dtype,
-        rounding="exact",  # the published products are float32 already: alphas are tensors with dimensions
-        backend=backend,
     )
     return found.next_latents.to(sample.dtype), found.log_prob
 

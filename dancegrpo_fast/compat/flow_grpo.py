@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ._common import Outcome, Sampler, advance, noise_like
+from ._common import How, Outcome, Sampler, advance, noise_like
 from ._grpo import euler_step
 from ._samplers import Kind
 from ._schedule import find_steps
@@ -65,18 +65,8 @@ def sde_step_with_logprob(
     check_choice("sde_type", sde_type, ("sde", "cps"))
     sampler = Kind("flow" if sde_type == "sde" else "cps", noise_level).over("self.sigmas", self.sigmas)
     step, count = find_steps(self, timestep, sample.device)
-    found = _advance(
-        sampler,
-        model_output,
-        step,
-        sample,
-        prev_sample,
-        generator,
-        torch.float32,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    )
+    how = How(rounding, backend, latents_dtype)
+    found = _advance(sampler, model_output, step, sample, prev_sample, generator, torch.float32, how)
     std = "std" if sde_type == "sde" else "tau"
     names = (std, "root") if return_sqrt_dt else (std,)
     return _tuple(found, sampler, names, step, count, rounding)
@@ -124,15 +114,13 @@ def wan_sde_step_with_logprob(
     kind = Kind("wan") if level is None else Kind("flow", level)
     sampler = kind.over("self.sigmas", self.sigmas)
     step, count = find_steps(self, timestep, sample.device)
-    settings: dict[str, Any] = {"rounding": rounding, "backend": backend, "latents_dtype": latents_dtype}
+    how = How(rounding, backend, latents_dtype)
     noise_dtype = torch.float32 if level is None else model_output.dtype
     if determistic:
         if prev_sample is None:
             noise_like(model_output, generator, noise_dtype)  # the peer's generator moves on, too
-        prev_sample = euler_step(
-            sample.float(), model_output.float(), self.sigmas, step, out_dtype=torch.float32, **settings
-        )
-    found = _advance(sampler, model_output, step, sample, prev_sample, generator, noise_dtype, **settings)
+        prev_sample = euler_step(sample.float(), model_output.float(), self.sigmas, step, how, torch.float32)
+    found = _advance(sampler, model_output, step, sample, prev_sample, generator, noise_dtype, how)
     names = ("std", "root") if return_dt_and_std_dev_t else ("tau",)
     return _tuple(found, sampler, names, step, count, rounding)
 
@@ -169,18 +157,11 @@ def ode_step_with_logprob(
         ValueError: a timestep that is not in the schedule, or bad input.
     """
     step, count = find_steps(self, timestep, sample.device)
-    settings: dict[str, Any] = {"rounding": rounding, "backend": backend, "latents_dtype": latents_dtype}
+    how = How(rounding, backend, latents_dtype)
     if prev_sample is None:
-        prev_sample = euler_step(
-            sample.float(),
-            model_output.float(),
-            self.sigmas,
-            step,
-            out_dtype=torch.float32,
-            **settings,
-        )
+        prev_sample = euler_step(sample.float(), model_output.float(), self.sigmas, step, how, torch.float32)
     distance = Kind("distance").over("self.sigmas", self.sigmas)
-    found = _advance(distance, mean_model_output, step, sample, prev_sample, None, torch.float32, **settings)
+    found = _advance(distance, mean_model_output, step, sample, prev_sample, None, torch.float32, how)
     sampler = Kind("flow", noise_level).over("self.sigmas", self.sigmas)
     names = ("std", "root") if return_sqrt_dt else ("std",)
     return _tuple(found, sampler, names, step, count, rounding)
@@ -194,12 +175,10 @@ def _advance(
     prev_sample: Tensor | None,
     generator: Any,
     noise_dtype: torch.dtype,
-    *,
-    rounding: str,
-    **settings: Any,
+    how: How,
 ) -> Outcome:
     """`advance` with the project's float32: of outputs and latents, and of what is scored."""
-    if rounding == "reference":
+    if how.rounding == "reference":
         model_output, sample = model_output.float(), sample.float()
     return advance(
         sample,
@@ -208,10 +187,9 @@ def _advance(
         step,
         None if prev_sample is None else prev_sample.float(),
         lambda: noise_like(model_output, generator, noise_dtype).float(),
+        how,
         out_dtype=torch.float32,
-        rounding=rounding,
         mean=True,
-        **settings,
     )
 
 

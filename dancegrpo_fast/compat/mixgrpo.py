@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common import How
 from ._grpo import dance_mean, dance_step, flow_step
 
 
@@ -48,20 +49,9 @@ def flow_grpo_step(
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("generator: got one together with prev_sample, want one of them")
-    found = flow_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        generator,
-        deterministic=determistic,
-        with_mean=True,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    )
+    how = How(rounding, backend, latents_dtype)
+    step = model_output, latents, eta, sigmas, index, prev_sample, generator
+    found = flow_step(*step, how, deterministic=determistic, with_mean=True)
     assert found.outcome.mean is not None
     return *found.three, found.outcome.mean, found.statistic("tau")
 
@@ -87,17 +77,6 @@ def dance_grpo_step(
     """
     if not grpo:
         return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
-    return dance_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        sde_solver,
-        normalized=False,
-        noisy_ode=False,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    ).three
+    how = How(rounding, backend, latents_dtype)
+    step = model_output, latents, eta, sigmas, index, prev_sample, sde_solver
+    return dance_step(*step, how, normalized=False, noisy_ode=False).three

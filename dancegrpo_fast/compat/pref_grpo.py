@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common import How
 from ._grpo import Found, dance_mean, dance_step, flow_step
 
 
@@ -45,19 +46,9 @@ def flow_grpo_step(
     Raises:
         ValueError: bad input, by argument.
     """
-    found = flow_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        generator,
-        with_mean=return_stats,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    )
+    how = How(rounding, backend, latents_dtype)
+    step = model_output, latents, eta, sigmas, index, prev_sample, generator
+    found = flow_step(*step, how, with_mean=return_stats)
     return _tuple(found, 1.0 if return_stats else None)
 
 
@@ -83,21 +74,9 @@ def dance_grpo_step(
     """
     if not grpo:
         return dance_mean(model_output, latents, eta, sigmas, index, sde_solver, rounding)
-    found = dance_step(
-        model_output,
-        latents,
-        eta,
-        sigmas,
-        index,
-        prev_sample,
-        sde_solver,
-        normalized=True,
-        noisy_ode=True,
-        with_mean=return_stats,
-        rounding=rounding,
-        backend=backend,
-        latents_dtype=latents_dtype,
-    )
+    how = How(rounding, backend, latents_dtype)
+    step = model_output, latents, eta, sigmas, index, prev_sample, sde_solver
+    found = dance_step(*step, how, normalized=True, noisy_ode=True, with_mean=return_stats)
     return _tuple(found, -1.0 if return_stats else None)
 
 

@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..checks import check_choice
-from ._common import advance, noise_like
+from ._common import How, advance, noise_like
 from ._samplers import Kind
 from ._schedule import find_steps
 
@@ -143,10 +143,8 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: i
             step,
             prev_sample,
             lambda: noise_like(model_output, generator, model_output.dtype),
+            How(rounding, backend, latents_dtype),
             out_dtype=torch.float32,
-            latents_dtype=latents_dtype,
-            rounding=rounding,
-            backend=backend,
             mean=True,
         )
         shape = (count, *(1,) * (sample.ndim - 1)) if count else ()

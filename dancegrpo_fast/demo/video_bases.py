@@ -1,7 +1,5 @@
 """Pretrain a small HunyuanVideo, text to video or image to video, on moving digits of which half are jittered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +11,48 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.prompt_store import PromptStore, given_identity
-from . import bases, video
+from . import fitting, video
+from .fitting import Base
 
 CHANNELS = 8  # of the latents
+ROWS = 64  # clips of an encoder's call
 VAE_STEPS = 1500
 SHAKE = 1.5  # pixels
 
 
-def train(recipe: bases.Recipe, folder: Path) -> dict[str, int]:
-    """Train all parts of a base, save them in `folder` and return their parameter counts.
+def train(base: Base, folder: Path) -> dict[str, nn.Module]:
+    """Train the autoencoder and the generator of a base, save them in `folder` and return them.
 
     Args:
-        recipe: Of family "hunyuan_video", or "skyreels_i2v" for image to video; `wrong` is the share of shaken clips.
+        base: Of family "hunyuan_video", or "skyreels_i2v" for image to video; `wrong` is the share of shaken clips.
         folder: Created.
     """
-    from_image = recipe.family == "skyreels_i2v"
+    from_image = base.family == "skyreels_i2v"
     course = "image" if from_image else "text"
-    made = {name: video.make_clips(c, recipe.wrong, SHAKE, recipe.seed) for name, c in video.COURSES.items()}
+    made = {name: video.make_clips(c, base.wrong, SHAKE, base.seed) for name, c in video.COURSES.items()}
     vae = train_vae(torch.cat([clips for clips, _, _ in made.values()]))
     learned = torch.tensor(video.DIGITS)
     chosen = torch.isin(made[course][1], learned)
     clips, digits, directions = (part[chosen] for part in made[course])
-    prompts, embeddings = captions(course, recipe.seed)
+    prompts, embeddings = captions(course, base.seed)
     rows = directions if from_image else len(video.DIRECTIONS) * torch.searchsorted(learned, digits) + directions
-    latents, first = encode(vae, clips), None
+    latents, first = fitting.encode(vae, clips, ROWS), None
     if from_image:
-        first = F.pad(encode(vae, clips[:, :, :1]), (0, 0, 0, 0, 0, latents.shape[2] - 1))
-    model = train_transformer(latents, first, rows, embeddings, recipe)
+        first = F.pad(fitting.encode(vae, clips[:, :, :1], ROWS), (0, 0, 0, 0, 0, latents.shape[2] - 1))
+    model = train_transformer(latents, first, rows, embeddings, base)
     pipeline: Any = HunyuanSkyreelsImageToVideoPipeline if from_image else HunyuanVideoPipeline
     parts = {"vae": vae, "transformer": model, "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0)}
     pipeline(**parts, **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))).save_pretrained(
         folder
     )
-    PromptStore(folder / "prompt_embeds", given_identity(recipe.family)).add(prompts, embeddings)
+    PromptStore(folder / "prompt_embeds", given_identity(base.family)).add(prompts, embeddings)
     if from_image:
         save_first_frames(folder / "images")
-    net = bases.train_digit_net()
-    (folder / "reward").mkdir()
-    save_file(net.state_dict(), folder / "reward" / "digit_cnn.safetensors")
-    trained: dict[str, nn.Module] = {"vae": vae, "generator": model, "reward": net}
-    return {part: sum(p.numel() for p in module.parameters()) for part, module in trained.items()}
+    return {"vae": vae, "generator": model}
 
 
 def save_first_frames(folder: Path) -> None:
@@ -73,7 +68,7 @@ def train_vae(clips: Tensor, steps: int = VAE_STEPS, batch: int = 6, kl: float =
     """Train an autoencoder, [3, 9, 12, 12] to [8, 3, 6, 6], and set its config so that latents have unit variance.
 
     Args:
-        clips: float32 [N, 3, 9, 12, 12] in [0, 1].
+        clips: float32 [B, 3, 9, 12, 12] in [0, 1].
         steps: Optimiser steps.
         batch: Clips a step.
         kl: Weight of the divergence, per latent element, beside the squared errors.
@@ -103,19 +98,10 @@ def train_vae(clips: Tensor, steps: int = VAE_STEPS, batch: int = 6, kl: float =
         total: Tensor = error + kl * penalty
         return total
 
-    bases._fit("vae", vae.parameters(), loss, steps, 5e-3)
+    fitting.fit("vae", vae.parameters(), loss, steps, 5e-3)
     vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=1 / encode(vae, clips[:: len(clips) // 256]).std().item())
+    vae.register_to_config(scaling_factor=1 / fitting.encode(vae, clips[:: len(clips) // 256], ROWS).std().item())
     return vae
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKLHunyuanVideo, clips: Tensor) -> Tensor:
-    """Return normalised latents, [N, 3, T, H, W] in [0, 1] to [N, 8, (T + 3) / 4, H/2, W/2] with unit variance."""
-    config: Any = vae.config
-    means = [vae.encode(part * 2 - 1).latent_dist.mode() for part in clips.split(64)]
-    latents: Tensor = torch.cat(means) * config.scaling_factor
-    return latents
 
 
 def captions(course: str, seed: int) -> tuple[list[str], dict[str, Tensor]]:
@@ -131,7 +117,7 @@ def captions(course: str, seed: int) -> tuple[list[str], dict[str, Tensor]]:
         `pooled_prompt_embeds` [P, 32].
     """
     generator = torch.Generator().manual_seed(seed)
-    digits, directions = (torch.randn(count, 2, bases.WIDTH, generator=generator) for count in (10, 4))
+    digits, directions = (torch.randn(count, 2, fitting.WIDTH, generator=generator) for count in (10, 4))
     digits = digits[list(video.DIGITS)]
     names = list(video.DIRECTIONS)
     if course == "image":
@@ -149,16 +135,16 @@ def captions(course: str, seed: int) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def train_transformer(
-    latents: Tensor, first: Tensor | None, prompts: Tensor, embeddings: dict[str, Tensor], recipe: bases.Recipe
+    latents: Tensor, first: Tensor | None, prompts: Tensor, embeddings: dict[str, Tensor], base: Base
 ) -> HunyuanVideoTransformer3DModel:
-    """Train a HunyuanVideo transformer as a rectified flow: z_t = (1 - t) x0 + t eps, v = eps - x0.
+    """Train a HunyuanVideo transformer as a rectified flow.
 
     Args:
-        latents: float32 [N, 8, T, H, W], normalised.
-        first: Image to video: the first frame's latents on as many more channels and zeros after it, [N, 8, T, H, W].
-        prompts: int64 [N], rows of `embeddings`.
+        latents: float32 [B, 8, T, H, W], normalised.
+        first: Image to video: the first frame's latents on as many more channels and zeros after it, [B, 8, T, H, W].
+        prompts: int64 [B], rows of `embeddings`.
         embeddings: As `captions` gives them.
-        recipe: Steps, batch and learning rate.
+        base: Steps, batch and learning rate.
     """
     channels = latents.shape[1]
     model = HunyuanVideoTransformer3DModel(
@@ -170,19 +156,14 @@ def train_transformer(
         num_single_layers=2,
         num_refiner_layers=1,
         guidance_embeds=False,
-        text_embed_dim=bases.WIDTH,
-        pooled_projection_dim=bases.WIDTH,
+        text_embed_dim=fitting.WIDTH,
+        pooled_projection_dim=fitting.WIDTH,
         rope_axes_dim=(4, 6, 6),
     )
-    bases.start_as_identity(model)
+    fitting.start_as_identity(model)
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(latents), (recipe.batch,))
-        noise = torch.randn(recipe.batch, *latents.shape[1:])
-        sigma = torch.rand(recipe.batch)
-        clean, level = latents[rows], sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * clean + level * noise
-        predicted = model(
+    def call(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Any:
+        return model(
             hidden_states=noisy if first is None else torch.cat([noisy, first[rows]], dim=1),
             timestep=1000 * sigma,
             encoder_hidden_states=embeddings["prompt_embeds"][prompts[rows]],
@@ -190,7 +171,6 @@ def train_transformer(
             pooled_projections=embeddings["pooled_prompt_embeds"][prompts[rows]],
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, noise - clean)
 
-    bases._fit("transformer", model.parameters(), loss, recipe.steps, recipe.rate)
+    fitting.fit_flow(model, latents, base, call)
     return model.eval()

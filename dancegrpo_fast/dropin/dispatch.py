@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from torch import Tensor
 from .known import Known, candidates, misfit
 from .meter import Meter
 from .probe import Closest, compare, distance
-from .replaced import Definition, inside
 from .roles import Layout
+from .settings import inside
+
+if TYPE_CHECKING:
+    from .replaced import Definition
 
 # Each is a way in which a script calls a function; a script that has more of them gets the original for the rest.
 _MAX_KEYS = 32
@@ -35,7 +38,7 @@ class Verdict(NamedTuple):
 class Dispatch:
     """One function's calls: bound, sent on, counted."""
 
-    def __init__(self, definition: Definition) -> None:
+    def __init__(self, definition: "Definition") -> None:
         self.definition, self.replacements = definition, definition.replacements
         self.original = definition.function
         self.meter = Meter(lambda values: self.layout.call(self.original, values))

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .known import candidates
 from .report import collect, finish
-from .settings import Settings
+from .settings import Settings, inside
 from .settings import say as say_aloud
 
 if TYPE_CHECKING:
     from .audit import Audit
     from .dispatch import Dispatch
-
-# Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
-inside = threading.local()
 
 
 class Definition:

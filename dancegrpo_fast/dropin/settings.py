@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from multiprocessing import process
 
@@ -10,6 +11,8 @@ ROUNDINGS = ("exact", "reference")
 # As in `backends`, which needs torch.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 LATENTS = ("bfloat16", "float16", "float32")
+# Set in a thread that runs a script's function on the side: what it calls itself is neither tried nor counted.
+inside = threading.local()
 
 
 @dataclass(frozen=True)

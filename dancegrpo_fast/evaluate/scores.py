@@ -9,70 +9,20 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import write_text, writing
 from ..models import load_model
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
-from ..run import checkpoint
 from ..run.identity import FREE, differences, joined, model_identity
-from ..train.draw import Policy
+from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity
 from ..train.residence import Residence
+from .weights import load_weights
 
 SAMPLERS = ("ode", "sde")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def load_weights(denoiser: nn.Module, source: Path, weights: str = "model") -> str:
-    """Puts trained weights into a denoiser and says which.
-
-    Args:
-        denoiser: as the recipe makes it.
-        source: a run's directory (its newest checkpoint), a checkpoint, or a saved model: a folder with
-            `transformer/`, `unet/` or LoRA weights.
-        weights: "model", or "ema" of a checkpoint that holds an average.
-
-    Raises:
-        ValueError: none of these, or weights of another model.
-    """
-    found = checkpoint.complete(source / "checkpoints")
-    folder = found[-1] if found else source
-    if (folder / "state.json").is_file():
-        tensors, state = checkpoint.load(folder)
-        if weights not in tensors:
-            raise ValueError(f'weights: got "{weights}", want one of {sorted(tensors.keys() & {"model", "ema"})}')
-        _copy(denoiser, tensors[weights], folder)
-        return f"iteration {state['iteration']} ({folder}, {weights})"
-    if weights != "model":
-        raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
-    target: Any = denoiser
-    subfolder = next((name for name in ("transformer", "unet") if (source / name / "config.json").is_file()), None)
-    if subfolder is not None:
-        _copy(denoiser, type(target).from_pretrained(source, subfolder=subfolder).state_dict(), source)
-        return str(source)
-    if (source / LORA_FILE).is_file():
-        from safetensors import safe_open
-
-        if getattr(denoiser, "peft_config", None):
-            target.delete_adapters(list(target.peft_config))
-        with safe_open(source / LORA_FILE, "pt") as file:
-            prefix = next(iter(file.keys())).partition(".")[0]
-        target.load_lora_adapter(source, prefix=prefix, weight_name=LORA_FILE)
-        return str(source / LORA_FILE)
-    raise ValueError(f"checkpoint: got {source}, want a run's directory, a checkpoint or a saved model")
-
-
-def _copy(denoiser: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    own = denoiser.state_dict()
-    wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
-    if wrong or not tensors:
-        raise ValueError(f"checkpoint: {source} holds {wrong[0] if wrong else 'nothing'}, which this model lacks")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
 
 
 def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
@@ -314,22 +264,20 @@ def evaluate(
     }
     scores = Scores(output, described, processes.is_main)
     residence = Residence(recipe.train.offload, model, processes.device)
-    evaluator = Evaluator(settings, recipe.sampler, prompts, model, recipe.seed, processes.device, residence)
+    evaluator = Evaluator(recipe, settings, prompts, Policy.of(recipe, model), processes, residence)
     evaluator.rewards.check(prompts)
     if evaluator.rewards.compares_groups and settings.samples_per_prompt < 2:
         raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2, which a reward compares")
-    scale = recipe.sampler.guidance_scale
-    policy = Policy(model, recipe.train.micro_batch, scale, model.unconditional(scale))
     samples, places = settings.samples_per_prompt, range(len(prompts))
     for sampler in samplers:
-        sets = evaluator.sets(policy.rows)
+        sets = evaluator.sets()
         missing = [part for part in sets if not scores.has(sampler, places[part], samples)]
         for first in range(0, len(missing), processes.count):
             turn = missing[first : first + processes.count]
             rows: list[dict[str, Any]] = []
             for part in turn[processes.index : processes.index + 1]:
-                found = evaluator.score(policy, sampler, part)
-                rows += _rows(found, sampler, evaluator.names, samples, output, recipe.sampler.fps)
+                found = evaluator.score(sampler, part)
+                rows += _rows(found, sampler, evaluator.rewards.names, samples, output, recipe.sampler.fps)
             rows = processes.collect(rows)
             scores.add(rows)
             if processes.is_main:

@@ -8,8 +8,9 @@ print(found.table())
 Public names load on first use; importing this loads neither torch nor diffusers by itself.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy
 
 if TYPE_CHECKING:
     from ..attention.choice import choose as choose
@@ -21,33 +22,19 @@ if TYPE_CHECKING:
     from .planning.settings import Reward as Reward
     from .planning.settings import Settings as Settings
 
-_HOMES = {
-    "Plan": "planning.planner",
-    "Rates": "planning.settings",
-    "Reward": "planning.settings",
-    "Settings": "planning.settings",
-    "choose": ".attention",
-    "plan": "planning.planner",
-    "profile": ".profile",
-    "profile_recipe": ".profile",
-}
-_MODULES = {
-    "attention": ".attention",
-    "checkpointing": ".activations.checkpointing",
-    "solve": "planning.solve",
-    "specs": "planning.specs",
-    "trace": "trace",
-}
-
-__all__ = [*_HOMES, *_MODULES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{_MODULES[name]}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "planning.planner": ("Plan", "plan"),
+        "planning.settings": ("Rates", "Reward", "Settings"),
+        ".attention": ("choose",),
+        ".profile": ("profile", "profile_recipe"),
+    },
+    {
+        "attention": ".attention",
+        "checkpointing": ".activations.checkpointing",
+        "solve": "planning.solve",
+        "specs": "planning.specs",
+        "trace": "trace",
+    },
+)

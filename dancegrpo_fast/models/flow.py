@@ -30,6 +30,15 @@ def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = Non
     return sigmas.double().clamp(max=1.0)
 
 
+def shift_for(scheduler: Any, tokens: int) -> float:
+    """The `mu` of a scheduler whose shift depends on how many tokens an image has."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu: float = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+    return mu
+
+
 def flow_table(sampler: SamplerSettings, sigmas: Tensor, deterministic: bool) -> transitions.TransitionTable:
     """The table that the settings ask for over `sigmas` `[T + 1]`; `deterministic` gives the ODE."""
     euler = transitions.ode(sigmas)

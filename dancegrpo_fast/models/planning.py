@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..memory.planning.planner import case_of
+from ..memory.planning.cases import case_of
 from ..memory.planning.settings import REWARDS, Reward, Settings
 from ..memory.planning.sharding import weights_of
 from ..recipe import Recipe, RewardSettings

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..memory.pictures.drawing import COLOURS, bars, title, write
-from ..memory.pictures.timeline import Drawn, Strip, legend, mark_peak, stacked
+from ..drawing import title, write
+from ..memory.pictures.timeline import COLOURS, Drawn, Strip, bars, legend, mark_peak, stacked
 
 if TYPE_CHECKING:
     from .profiler import Report, Row
@@ -62,15 +62,11 @@ def timeline(report: "Report") -> Any:
     notes = ["widths: measured seconds, short phases widened"]
     if report.predicted and missing:
         notes.append(f"not predicted: {', '.join(missing)}")
-    title(drawn.panel, _head(report), *notes)
-    legend(drawn)
     peak = report.peak
-    text = f"peak {peak.bytes / unit[0]:.1f} {unit[1]}, {peak.name}" + (f"\n{peak.op}" if peak.op else "")
-    # Room for the numbers beside the dashes.
-    room = 0.05 * drawn.panel.get_ylim()[1]
-    phase_of = [i for i, row in enumerate(rows) for _ in range(len(row.timeline) + 2)]
-    tops = [max(top, heights[i] + room if heights[i] else 0.0) for top, i in zip(drawn.tops, phase_of, strict=True)]
-    mark_peak(drawn, text, peak.module, tops=tops)
+    said = filter(None, (f"peak {peak.bytes / unit[0]:.1f} {unit[1]}", peak.name, peak.op, peak.module))
+    title(drawn.panel, _head(report), ", ".join(said), *notes)
+    mark_peak(drawn)
+    legend(drawn)
     return drawn.figure
 
 

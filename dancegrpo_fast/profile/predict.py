@@ -1,10 +1,8 @@
 """What a trainer's phases will take: on the CPU its own code on fake tensors, on a GPU the planner."""
 
-import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +11,10 @@ from ..memory.planning.settings import GIB
 from ..memory.trace.result import Peak, Trace
 from ..memory.trace.tracer import collected, trace
 from ..models import Conditioning, decode
-from ..train.draw import Policy, rollout, shared_step
+from ..train.calls import Item, Policy, plan_calls
+from ..train.collect import Batch
+from ..train.draw import Draw, shared_step
 from ..train.trajectory import Trajectory
-from ..train.update import Experience, Item, Tally, _losses
 from .books import sums
 
 if TYPE_CHECKING:
@@ -76,47 +75,38 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     ids = torch.empty(batch, dtype=torch.int64, device="meta")
     brief = _Brief(**{f.name: getattr(trainer.policy, f.name) for f in fields(Policy)})
 
-    def sample(noise: Tensor, conditioning: Conditioning, ids: Tensor) -> Trajectory:
-        return rollout(
-            brief,
-            trainer.table,
-            noise,
-            train.group_size,
-            conditioning,
-            seed=recipe.seed,
-            sample_ids=ids,
-            shared_noise=sampler.shared_noise,
-            keep_outputs=train.ratio_norm,
-        )
-
-    inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
     # Depends on the table's numbers, which fake tensors do not have.
     first = shared_step(trainer.table) if sampler.shared_noise else 0
-    with mock.patch.object(importlib.import_module(rollout.__module__), "shared_step", lambda _: first):
-        sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=sample)
-    left = Trajectory.allocate(
-        batch,
-        len(trainer.table),
-        shape,
-        dtype=noise.dtype,
-        device=noise.device,
-        output_dtype=torch.float32 if train.ratio_norm else None,
-    )
 
-    def losses(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
-        steps = [trainer.trainable_steps[-1:]] * batch
-        index = [sample // train.group_size for sample in range(batch)]
-        rows_of = [sample % train.micro_batch for sample in range(batch)]
-        ones, prompts = [1.0] * batch, torch.tensor(index, device=advantages.device)
-        data = Experience(
-            Trajectory(**trajectory), conditioning, advantages, ones, prompts, index, rows_of, steps, None
+    def drawn(noise: Tensor, conditioning: Conditioning, ids: Tensor) -> Trajectory:
+        draw = Draw(brief, trainer.table, conditioning, recipe.seed, train.ratio_norm)
+        start = draw.start(noise, first) if sampler.shared_noise else noise
+        return draw.samples(start, torch.arange(batch, device=noise.device) // train.group_size, ids)
+
+    inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
+    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=drawn)
+    left = Trajectory.allocate(batch, len(trainer.table), noise, keep_outputs=train.ratio_norm)
+
+    def terms(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
+        rows, places = range(train.micro_batch), range(batch)
+        index = [place // train.group_size for place in places]
+        data = Batch(
+            trajectory=Trajectory(**trajectory),
+            conditioning=conditioning,
+            prompts=index,
+            rows=[place % len(rows) for place in places],
+            shared_step=None,
+            kept=places,
+            chosen=places,
+            first=0,
+            rewards=advantages[None],
+            advantages=advantages,
+            own_advantages=advantages,
+            seconds={},
         )
-        items = [(row, Item((row,), steps[row][0])) for row in range(train.micro_batch)]
-        calls: Iterator[Any] = _losses(
-            trainer.policy, trainer.denoiser, trainer.table, data, items, trainer.objective, Tally(), 1 / batch
-        )
-        # The iterator keeps the call's inputs, as it does while the trainer runs backward.
-        return calls, next(calls)
+        items = {row: Item((row,), trainer.loss.trainable_steps[-1], row) for row in rows}
+        (call,) = plan_calls([items], len(rows), index, 1 / batch, advantages.device)
+        return trainer.updates.terms(data, call)
 
     replay = trace(
         trainer.denoiser,
@@ -129,14 +119,14 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
         attention="cpu",
         grads=_calls_per_update(trainer, rows) > 1,
         optimizer="fused",
-        loss=lambda found: torch.stack([one.loss for one in found[1]]).sum(),
-        call=losses,
+        loss=lambda found: torch.stack([one.loss for one in found]).sum(),
+        call=terms,
     )
-    drawn = _budget(sampled, sampled.peak_of("rollout"), before, "trajectories")
+    rollout = _budget(sampled, sampled.peak_of("rollout"), before, "trajectories")
     # What a rollout begins and ends with stays until its samples are scored.
-    after = {**before, "trajectories": drawn.get("trajectories", 0)}
+    after = {**before, "trajectories": rollout.get("trajectories", 0)}
     return {
-        "rollout": drawn,
+        "rollout": rollout,
         "decode": sums([*after.items(), *_decoded(trainer, left.denoised)]),
         "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
         "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),

@@ -1,4 +1,4 @@
-"""Rewards, one file each, behind one protocol: `RewardInput -> float32 [N]`."""
+"""Rewards, one file each, behind one protocol: `RewardInput -> float32 [B]`."""
 
 import importlib
 import inspect
@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..install import missing
 from ..prompts import Prompt
 from ..recipe import RewardSettings
 from .base import Checking as Checking
@@ -48,11 +49,12 @@ def build_reward(settings: RewardSettings) -> Reward:
     target = BY_NAME.get(settings.name, settings.name)
     module_name, _, attribute = target.partition(":")
     if not attribute:
-        raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "package.module:callable"')
+        raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "module:callable"')
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f'rewards: got "{settings.name}", which does not import: {error}') from error
+        reason = missing(error) if isinstance(error, ImportError) else error
+        raise ValueError(f'rewards: got "{settings.name}", which does not import: {reason}') from error
     if not isinstance(factory, type):
         if settings.args:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
@@ -64,9 +66,7 @@ def build_reward(settings: RewardSettings) -> Reward:
     try:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:
-        raise ValueError(
-            f'rewards: "{settings.name}" needs what is not installed: {error} (extras: train, demo, judge, ocr)'
-        ) from error
+        raise ValueError(f'rewards: "{settings.name}" needs what is not installed: {missing(error)}') from error
 
 
 class RewardSet:
@@ -91,10 +91,10 @@ class RewardSet:
         )
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Scores float32 `[K, N]` on the CPU.
+        """Scores float32 `[K, B]` on the CPU.
 
         Raises:
-            RuntimeError: a reward raised, or returned something other than N finite numbers.
+            RuntimeError: a reward raised, or returned something other than B finite numbers.
             ValueError: a win rate is wanted in a group of one.
         """
         count = len(inputs.prompts)

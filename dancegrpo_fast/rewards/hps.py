@@ -1,7 +1,5 @@
 """HPS v2.1, a CLIP ViT-H/14 tuned on human preferences (Wu et al., 2023, arXiv 2306.09341)."""
 
-from __future__ import annotations
-
 import html
 import math
 import re
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..install import install_line
 from .base import RewardInput
 from .clip import LAION_H, ClipReward, clip_model, load_towers
 from .frames import Sampling
@@ -80,10 +79,10 @@ class Hps(ClipReward):
             clean_prompt(prompt)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return cosines, float32 [N].
+        """Return cosines, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N; or a
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B; or a
                 prompt cannot be cleaned.
         """
         return self.cosines(inputs, [clean_prompt(prompt) for prompt in inputs.prompts])
@@ -101,7 +100,7 @@ def clean_prompt(text: str) -> str:
         from ftfy import fix_text
     except ImportError as error:
         if _FOR_FTFY.search(text):
-            raise ValueError(f"prompts: got {text!r}, want ftfy installed (pip install ftfy) to clean it") from error
+            raise ValueError(f"prompts: got {text!r}, want ftfy to clean it: {install_line('train')}") from error
     else:
         text = fix_text(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()

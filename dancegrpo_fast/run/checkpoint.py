@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import replacing, write_text
-from ..processes import like
 
 FORMAT = 1
 
@@ -101,50 +99,3 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             raise ValueError(f"resume: {path} is {'damaged' if path.is_file() else 'missing'}{_others(folder)}")
         tensors[path.stem] = load_file(path)
     return tensors, state
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as `<parameter>/<key>` tensors."""
-    flat = {}
-    for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            flat[f"{name}/{key}"] = torch.as_tensor(value)
-    return flat
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], flat: Mapping[str, Tensor]
-) -> None:
-    """Puts back what `optimizer_tensors` took out.
-
-    Raises:
-        ValueError: the state belongs to other parameters.
-    """
-    parameters = {name: parameter for parameter, name in names.items()}
-    for key, value in flat.items():
-        name, _, entry = key.rpartition("/")
-        if name not in parameters:
-            raise ValueError(f"resume: the checkpoint holds optimiser state of {name}, which this model does not train")
-        parameter = parameters[name]
-        if value.ndim == 0:
-            # AdamW keeps its step counter on the CPU unless it is fused.
-            there = value.to(parameter.device) if optimizer.defaults.get("fused") else value
-        else:
-            there = like(value, parameter)
-        optimizer.state[parameter][entry] = there
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """States of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_rng(states: Mapping[str, Tensor]) -> None:
-    """Sets torch's generators back to saved states."""
-    torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if name.startswith("cuda:") and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, name)

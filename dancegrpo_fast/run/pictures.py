@@ -1,236 +1,101 @@
-"""What a person sees of a run: the progress line, sample files, and the pictures and the closing line at its end."""
+"""The pictures at the end of a run: samples before and after, and curves."""
 
-import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from ..files import writing
-from .clips import draw_moving, draw_strips, read_clips, titles
+from ..drawing import COLOURS, by_iteration, figure, write
+from .sheets import QUANTIZED, SAMPLERS, Panel, Samples, numbers, read_samples, save_pages, sheet
+from .words import read_rows, score_names
 
-SAMPLERS = {"ode": "ODE", "sde": "SDE"}
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
-
-def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) -> str:
-    """One iteration in one line."""
-    names = [key.removeprefix("reward/") for key in row if key.startswith("reward/")]
-    seconds = row["seconds"]
-    parts = [f"{row['iteration']:>{len(str(iterations))}}/{iterations}"]
-    parts += [f"{name} {row[f'reward/{name}']:.3f} (std {row[f'reward_std/{name}']:.3f})" for name in names]
-    if "ratio_first_update_max_dev" in row:
-        parts.append(f"ratio dev {row['ratio_first_update_max_dev']:.1e}")
-    if "clip_fraction" in row:
-        parts.append(f"clipped {row['clip_fraction']:.0%}")
-    parts += [
-        f"equal groups {row['zero_std_groups']}",
-        f"sample {seconds['sample']:.2f}s reward {seconds['reward']:.2f}s train {seconds['train']:.2f}s",
-        f"left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}",
-    ]
-    return "  ".join(parts)
+# Frames of a video that a still picture shows, at most.
+FRAMES = 9
+SAME = "samples at the same place share prompt and initial noise"
+STYLES = {"ode": "-", "sde": ":"}
 
 
-def save_samples(folder: Path, iteration: int, sampler: str, grid: Tensor) -> Path:
-    """Writes `<iteration>-<sampler>.png`.
-
-    Images: one column per prompt, one row per sample. Videos: one column per frame, one row per sample; the samples of
-    a prompt are neighbours.
-
-    Args:
-        folder: created where missing.
-        iteration: the samples' model.
-        sampler: "ode" or "sde".
-        grid: `[prompts, samples, T, 3, H, W]` in [0, 1] on the 8-bit grid.
-    """
-    from PIL import Image
-
-    table = grid.transpose(0, 1)[:, :, 0] if grid.shape[2] == 1 else grid.flatten(0, 1)
-    pixels = (table * 255).round().byte().permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    path = folder / f"{iteration:06d}-{sampler}.png"
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(path)
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `.jsonl` file of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"run: got {path.parent}, want the directory of a run ({path.name} is missing)")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def draw(root: Path, prompts: Sequence[str], samples: int, frames: int = 1, fps: float | None = None) -> list[Path]:
+def draw(root: Path) -> list[Path]:
     """Draws `before_after.png` and `curves.png` of a run that evaluates, and `before_after.gif` of videos.
 
     Args:
         root: directory of the run.
-        prompts: in the sample files.
-        samples: of each prompt in the sample files.
-        frames: of a sample.
-        fps: of videos.
 
     Returns:
         Where the pictures are.
+
+    Raises:
+        ValueError: the run lacks a file.
     """
     evaluations = read_rows(root / "evaluations.jsonl")
-    if frames == 1:
-        return [_draw_samples(root, evaluations, prompts, samples), _draw_curves(root, evaluations)]
-    shown = [row for row in evaluations if row["sampler"] == "ode"]
-    ends = shown[0], shown[-1]
-    clips = [
-        read_clips(root / "samples" / f"{row['iteration']:06d}-ode.png", len(prompts), samples, frames) for row in ends
-    ]
-    heads = titles(*ends, _score_names(shown[0]))
-    return [
-        draw_strips(root / "before_after.png", clips, prompts, heads),
-        draw_moving(root / "before_after.gif", clips, prompts, heads, fps),
-        _draw_curves(root, evaluations),
-    ]
+    curves = write(root, {"curves": partial(_curves, read_rows(root / "metrics.jsonl"), evaluations)}, ["png"])
+    return [*_before_after(root, evaluations), *curves]
 
 
-def _score_names(row: Mapping[str, Any]) -> list[str]:
-    return [key for key in row if key not in ("iteration", "sampler", "diversity")]
-
-
-def _draw_samples(root: Path, evaluations: Sequence[Mapping[str, Any]], prompts: Sequence[str], samples: int) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from PIL import Image
-
-    columns = {"before": evaluations[0]["iteration"], "after": evaluations[-1]["iteration"]}
-    images = {
-        (sampler, when): _spaced(Image.open(root / "samples" / f"{iteration:06d}-{sampler}.png"), samples, len(prompts))
-        for sampler in SAMPLERS
-        for when, iteration in columns.items()
-    }
-    height, width, _ = next(iter(images.values())).shape
-    panel = 6.0
-    figure, axes = plt.subplots(
-        2, 2, figsize=(2 * panel + 0.4, 2 * panel * height / width + 1.9), constrained_layout=True
-    )
-    for row, sampler in enumerate(SAMPLERS):
-        for column, (when, iteration) in enumerate(columns.items()):
-            axis = axes[row][column]
-            axis.imshow(images[sampler, when], interpolation="nearest")
-            shown = next(r for r in evaluations if r["sampler"] == sampler and r["iteration"] == iteration)
-            scores = ", ".join(f"{name} {shown[name]:.2f}" for name in _score_names(shown))
-            axis.set_title(f"{when} (iteration {iteration}), {SAMPLERS[sampler]} samples\n{scores}", fontsize=10)
-            cell = width / len(prompts)
-            axis.set_xticks([cell * (i + 0.5) - 0.5 for i in range(len(prompts))])
-            axis.set_xticklabels([prompt.split()[-1].strip('"') for prompt in prompts], fontsize=8)
-            axis.set_yticks([])
-            axis.tick_params(length=0)
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-    figure.supxlabel("prompt (last word); the rows are fixed initial noises, the same before and after", fontsize=9)
-    path = root / "before_after.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def _spaced(image: Any, rows: int, columns: int) -> NDArray[np.uint8]:
-    """The samples of a grid with white gaps between them."""
-    pixels = np.asarray(image.convert("RGB"))
-    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
-    gap = max(1, width // 8)
-    cells = pixels.reshape(rows, height, columns, width, 3)
-    spaced = np.pad(cells, ((0, 0), (0, gap), (0, 0), (0, gap), (0, 0)), constant_values=255)
-    return spaced.reshape(rows * (height + gap), columns * (width + gap), 3)
-
-
-def _draw_curves(root: Path, evaluations: Sequence[Mapping[str, Any]]) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metrics = read_rows(root / "metrics.jsonl")
-    figure, axes = plt.subplots(2, 2, figsize=(12.5, 7), constrained_layout=True)
-    iterations = [row["iteration"] for row in metrics]
-    axis = axes[0][0]
-    for name in [key.removeprefix("reward/") for key in metrics[0] if key.startswith("reward/")]:
-        mean = [row[f"reward/{name}"] for row in metrics]
-        std = [row[f"reward_std/{name}"] for row in metrics]
-        (line,) = axis.plot(iterations, mean, label=name)
-        low, high = [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)]
-        axis.fill_between(iterations, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-    axis.set(title="reward of the rollouts (SDE), mean and std of the samples", xlabel="iteration")
-    axis.legend(frameon=False)
-
-    styles = {"ode": "-", "sde": ":"}
-    axis = axes[0][1]
-    for index, name in enumerate(_score_names(evaluations[0])):
-        for sampler, style in styles.items():
-            rows = [row for row in evaluations if row["sampler"] == sampler]
-            axis.plot(
-                [row["iteration"] for row in rows],
-                [row[name] for row in rows],
-                style,
-                color=f"C{index}",
-                marker="o",
-                markersize=3,
-                label=f"{name}, {SAMPLERS[sampler]}",
-            )
-    axis.set(title="scores on fixed held-out noises", xlabel="iteration")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-
-    axis = axes[1][0]
-    for index, (sampler, style) in enumerate(styles.items()):
+def _before_after(root: Path, evaluations: Rows) -> list[Path]:
+    shown: list[tuple[str, Samples]] = []
+    for sampler, name in SAMPLERS.items():
         rows = [row for row in evaluations if row["sampler"] == sampler]
-        base = rows[0]["diversity"]
-        axis.plot(
-            [row["iteration"] for row in rows],
-            [100 * row["diversity"] / base for row in rows],
-            style,
-            color=f"C{index}",
-            marker="o",
-            markersize=3,
-            label=f"{SAMPLERS[sampler]}, 100 % = {base:.3f}",
-        )
-    axis.set(title="diversity left: pixel std within a prompt, % of the base", xlabel="iteration", ylim=(0, None))
-    axis.legend(frameon=False)
+        for when, row in (("before", rows[0]), ("after", rows[-1])):
+            scores = [f"{score} {row[score]:.2f}" for score in score_names(row)]
+            title = "\n".join([f"{when}, {name}", f"iteration {row['iteration']}", *scores])
+            shown.append((title, read_samples(root / "samples" / f"{row['iteration']:06d}-{sampler}.png")))
+    prompts, fps, (_, samples, frames) = shown[0][1].prompts, shown[0][1].fps, shown[0][1].cells.shape[:3]
+    path = root / "before_after.png"
+    if frames == 1:
+        panels = [Panel(title, found.cells, numbers(samples)) for title, found in shown]
+        return [save_pages(path, sheet(panels, prompts, note=SAME)[0], fps)]
+    # Of videos only ODE samples: in the still picture the first of every prompt.
+    times = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
+    strips = [
+        Panel(title, found.cells[:, 0, times, None], [str(time + 1) for time in times]) for title, found in shown[:2]
+    ]
+    moving = [Panel(title, found.cells, numbers(samples)) for title, found in shown[:2]]
+    # Without dithering: its dots would move too.
+    pages = [page.quantize(QUANTIZED, dither=0) for page in sheet(moving, prompts, note=SAME)[0]]
+    return [
+        save_pages(path, sheet(strips, prompts, across="frame", note=SAME)[0], fps),
+        save_pages(path.with_suffix(".gif"), pages, fps),
+    ]
 
-    axis = axes[1][1]
+
+def _curves(metrics: Rows, evaluations: Rows) -> Any:
+    drawn, ((rewards, scores), (diversity, ratio)) = figure(2.6, 2, 2)
+
+    def plot(panel: Any, rows: Rows, values: Any, label: str | None, style: str = "-", **look: Any) -> Any:
+        marker = "o" if len(rows) <= 30 else None
+        [line] = panel.plot([row["iteration"] for row in rows], values, style, marker=marker, label=label, **look)
+        return line
+
+    for name in [key.removeprefix("reward/") for key in metrics[0] if key.startswith("reward/")]:
+        mean, std = (np.array([row[f"{kind}/{name}"] for row in metrics]) for kind in ("reward", "reward_std"))
+        colour = plot(rewards, metrics, mean, name).get_color()
+        rewards.fill_between(
+            [row["iteration"] for row in metrics], mean - std, mean + std, alpha=0.15, color=colour, linewidth=0
+        )
+    by_iteration(rewards, "rewards of the rollouts (SDE): mean, and std of the samples shaded", "reward")
+
+    for sampler, style in STYLES.items():
+        rows = [row for row in evaluations if row["sampler"] == sampler]
+        for i, name in enumerate(score_names(rows[0])):
+            # One legend for both samplers.
+            label = name if sampler == "ode" else None
+            plot(scores, rows, [row[name] for row in rows], label, style, color=COLOURS[i % len(COLOURS)])
+        plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style)
+    by_iteration(scores, "scores on fixed held-out noises: mean (ODE solid, SDE dotted)", "score")
+    by_iteration(diversity, "diversity: std of a pixel within a prompt", "std of values in [0, 1]")
+    diversity.set_ylim(bottom=0)
+
     labels = {
         "clip_fraction": "clipped fraction, all updates",
         "ratio_first_update_max_dev": "largest |ratio - 1|, first update",
     }
     for key, label in labels.items():
         rows = [row for row in metrics if key in row]
-        axis.plot([row["iteration"] for row in rows], [row[key] for row in rows], label=label)
-    axis.set(title="policy ratio", xlabel="iteration", ylim=(-0.02, 1.02))
-    axis.legend(frameon=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    path = root / "curves.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def closing_line(root: Path, name: str) -> str:
-    """What the run achieved, in one line."""
-    metrics = read_rows(root / "metrics.jsonl")
-    seconds = sum(sum(row["seconds"].values()) for row in metrics)
-    measured = [row["ratio_first_update_max_dev"] for row in metrics if "ratio_first_update_max_dev" in row]
-    deviation = f"{max(measured):g}" if measured else "not measured"
-    parts = []
-    if (root / "evaluations.jsonl").is_file():
-        rows = [row for row in read_rows(root / "evaluations.jsonl") if row["sampler"] == "ode"]
-        parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in _score_names(rows[0])]
-        left = rows[-1]["diversity"] / rows[0]["diversity"]
-        parts.append(f"diversity {rows[0]['diversity']:.3f} -> {rows[-1]['diversity']:.3f} ({left:.0%} left)")
-    parts.append(f"ratio_first_update_max_dev {deviation}")
-    parts.append(f"{len(metrics)} iterations in {seconds:.0f} s")
-    return f"{name}: {', '.join(parts)}; everything is in {root}"
+        plot(ratio, rows, [row[key] for row in rows], label)
+    by_iteration(ratio, "policy ratio", "fraction, deviation")
+    return drawn

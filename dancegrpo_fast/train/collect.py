@@ -1,7 +1,6 @@
 """An iteration's samples: drawn, decoded and scored by the process that has them, and what is kept of them."""
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,265 +9,217 @@ from torch import Tensor
 
 from ..advantages import best_and_worst, group_advantages
 from ..marks import phase
-from ..models import Conditioning, GeneratorModel, decode
+from ..models import Conditioning, decode
 from ..ops.noise import gaussian_noise
 from ..processes import Processes, share
 from ..prompts import Prompt
-from ..recipe import Recipe, SamplerSettings
+from ..recipe import Recipe
 from ..rewards import RewardInput, RewardSet
-from ..rng import derive_seed, generator
+from ..rng import derive_seed
 from ..transitions import TransitionTable
-from .draw import Policy, Start, fill_calls, model_calls, sample, shared_start, shared_step
+from .calls import Policy, fill_calls, model_calls
+from .draw import Draw, Start, shared_step
+from .metrics import Clock
 from .residence import Residence
 from .trajectory import Trajectory
-from .update import Experience
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of an iteration.
+    """The B samples of an iteration, of which this process trains on n.
 
     Attributes:
-        data: those of this process that are trained on.
-        kept: their places among the iteration's B samples, ascending.
+        trajectory: n samples over T steps.
+        conditioning: one row per prompt of this process.
+        prompts: n rows of `conditioning`.
+        rows: n rows of model calls, in which the samples were drawn.
+        shared_step: the step whose model call was made once per prompt, in row `prompt % rows`; None: none was.
+        kept: n places among the B samples, ascending.
         chosen: places of all processes' samples that are trained on, ascending.
-        rewards: float32 `[K, B]`, of all processes.
+        first: the number in the run of the sample at place 0.
+        rewards: float32 `[K, B]`.
         advantages: float32 `[B]`.
+        own_advantages: float32 `[n]`, those of `kept`, on the device.
         seconds: that this process spent on "sample" and "reward".
     """
 
-    data: Experience
+    trajectory: Trajectory
+    conditioning: Conditioning
+    prompts: Sequence[int]
+    rows: Sequence[int]
+    shared_step: int | None
     kept: Sequence[int]
     chosen: Sequence[int]
+    first: int
     rewards: Tensor
     advantages: Tensor
+    own_advantages: Tensor
     seconds: dict[str, float]
 
 
-class Sampler:
+@dataclass
+class Collector:
     """Draws and scores the samples of an iteration.
 
     Samples are keyed by their number in the run, so that how many processes there are changes none of them. With
     best-of-N, whole groups are drawn, scored and thinned out a set at a time: trajectories that are not trained on
     are never there for all groups at once. A group that processes share is thinned out when all have scored it.
+
+    Attributes:
+        recipe: of the run.
+        policy: the model.
+        table: the sampler.
+        rewards: what samples are scored by.
+        processes: of the run.
+        residence: of its models.
+        keep_outputs: trajectories keep the model's outputs.
+        batch: B.
+
+    Raises:
+        ValueError: a micro-batch larger than the samples of a process, or groups that processes share where a reward
+            compares their samples.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: GeneratorModel,
-        table: TransitionTable,
-        trainable_steps: Sequence[int],
-        rewards: RewardSet,
-        processes: Processes,
-        residence: Residence,
-    ) -> None:
-        self.batch = recipe.train.prompts_per_iteration * recipe.train.group_size
-        smallest = self.batch // processes.count
-        if recipe.train.micro_batch > smallest:
+    recipe: Recipe
+    policy: Policy
+    table: TransitionTable
+    rewards: RewardSet
+    processes: Processes
+    residence: Residence
+    keep_outputs: bool
+
+    def __post_init__(self) -> None:
+        train, count = self.recipe.train, self.processes.count
+        self.batch = train.prompts_per_iteration * train.group_size
+        self._group, self._mine = train.group_size, self.processes.share(self.batch)
+        self._shared_step = shared_step(self.table) if self.recipe.sampler.shared_noise else None
+        if train.micro_batch > self.batch // count:
             raise ValueError(
-                f"train.micro_batch: got {recipe.train.micro_batch}, want at most the {smallest} samples "
-                f"of each of {processes.count} processes"
+                f"train.micro_batch: got {train.micro_batch}, want at most the {self.batch // count} samples "
+                f"of each of {count} processes"
             )
-        self._recipe, self._model, self._table = recipe, model, table
-        self._trainable_steps = trainable_steps
-        self.steps_per_sample = int(recipe.train.timestep_fraction * len(trainable_steps) + 1e-9)
-        if not trainable_steps:
-            raise ValueError(_without_noise(recipe.sampler))
-        if self.steps_per_sample < 1:
+        if train.prompts_per_iteration % count and self.rewards.compares_groups:
             raise ValueError(
-                f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(trainable_steps)} "
-                "stochastic steps before the last, want at least one step"
-            )
-        if recipe.train.prompts_per_iteration % processes.count and rewards.compares_groups:
-            raise ValueError(
-                f"train.prompts_per_iteration: got {recipe.train.prompts_per_iteration} on {processes.count} "
+                f"train.prompts_per_iteration: got {train.prompts_per_iteration} on {count} "
                 "processes, want a multiple of them where a reward compares the samples of a group"
             )
-        self._rewards, self._processes, self._residence = rewards, processes, residence
 
-    def __call__(self, policy: Policy, iteration: int, prompts: Sequence[Prompt]) -> Batch:
+    def __call__(self, iteration: int, prompts: Sequence[Prompt]) -> Batch:
         """The samples of iteration `iteration` (from 1), `group_size` of each of `prompts`."""
-        clock = Clock()
-        group, mine = self._recipe.train.group_size, self._processes.share(self.batch)
-        ours = prompts[mine.start // group : -(-mine.stop // group)]
-        conditioning = phase("text encoding")(self._residence.encode)(ours)
-        rewards = torch.zeros(len(self._rewards.names), self.batch)
-        parts = self._parts(policy, mine)
+        clock, policy, mine, parts = Clock(), self.policy, self._mine, self._parts()
+        first = (iteration - 1) * self.batch
+        ours = prompts[mine.start // self._group : -(-mine.stop // self._group)]
+        conditioning = phase("text encoding")(self.residence.encode)(ours)
+        draw = Draw(policy, self.table, conditioning, derive_seed(self.recipe.seed, "steps"), self.keep_outputs)
+        rewards = torch.zeros(len(self.rewards.names), self.batch)
         start: Start | Tensor | None = None
         kept: list[int] = []
         buffer: Trajectory | None = None
         for part in parts:
-            self._residence.use("denoiser")
-            with self._processes.sampling(policy.model.denoiser, self._recipe.train.rollout_replica):
+            self.residence.use("denoiser")
+            with self.processes.sampling(policy.model.denoiser, self.recipe.train.rollout_replica):
                 if start is None:
-                    start = self._start(policy, iteration, mine, conditioning)
-                trajectory = self._draw(policy, iteration, mine, part, start, conditioning)
+                    start = self._start(draw, first)
+                own = start[part.start - mine.start : part.stop - mine.start] if isinstance(start, Tensor) else start
+                prompt_rows = self._on_device(self._prompt_rows(part))
+                trajectory = phase("rollout")(draw.samples)(own, prompt_rows, self._on_device(part) + first)
                 if part is parts[-1]:
-                    fill_calls(policy, self._table, conditioning, self._missing_calls(policy))
-            self._residence.use("vae")
-            frames = phase("decode")(decode)(self._model, trajectory.denoised, policy.rows)
+                    fill_calls(policy, self.table, conditioning, self._missing_calls())
+            self.residence.use("vae")
+            frames = phase("decode")(decode)(policy.model, trajectory.denoised, policy.rows)
             clock.stop("sample")
-            self._residence.use(self._rewards)
+            self.residence.use(self.rewards)
             rewards[:, part.start : part.stop] = self._score(frames, part, prompts)
             clock.stop("reward")
             if len(parts) > 1:
                 found = [place for place in self._choose(self._advantages(rewards)) if place in part]
                 if buffer is None:
                     buffer = trajectory.like(len(found) * len(mine) // len(part))
-                buffer.put(len(kept), trajectory, torch.tensor(found, device=self._processes.device) - part.start)
+                buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
                 kept += found
-        self._residence.use("denoiser")
-        rewards = self._processes.sum(rewards).cpu()
+        self.residence.use("denoiser")
+        rewards = self.processes.sum(rewards).cpu()
         advantages = self._advantages(rewards)
         chosen = self._choose(advantages)
         if buffer is None:
             buffer, kept = trajectory, [place for place in chosen if place in mine]
             if len(kept) < len(mine):
                 buffer = trajectory.like(len(kept))
-                there = torch.tensor(kept, dtype=torch.int64, device=self._processes.device)
-                buffer.put(0, trajectory, there - mine.start)
-        data = self._experience(policy, iteration, mine, kept, buffer, conditioning, advantages)
-        return Batch(data, kept, chosen, rewards, advantages, clock.seconds)
+                buffer.put(0, trajectory, self._on_device(kept) - mine.start)
+        return Batch(
+            trajectory=buffer,
+            conditioning=conditioning,
+            prompts=self._prompt_rows(kept),
+            rows=[(place - mine.start) % policy.rows for place in kept],
+            shared_step=self._shared_step,
+            kept=kept,
+            chosen=chosen,
+            first=first,
+            rewards=rewards,
+            advantages=advantages,
+            own_advantages=advantages[torch.tensor(kept, dtype=torch.int64)].to(self.processes.device),
+            seconds=clock.seconds,
+        )
 
-    def _parts(self, policy: Policy, mine: range) -> list[range]:
+    def _parts(self) -> list[range]:
         """This process's samples in the sets that are drawn one after the other."""
-        group, size = self._recipe.train.group_size, len(mine)
-        if self._recipe.train.best_of_n is not None and mine.start % group == 0 and mine.stop % group == 0:
+        mine, size = self._mine, len(self._mine)
+        if self.recipe.train.best_of_n is not None and mine.start % self._group == 0 and mine.stop % self._group == 0:
             # A set ends where a model call does: its samples have the rows and neighbours that they have undivided.
-            size = math.lcm(group, policy.rows)
+            size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
 
-    def _missing_calls(self, policy: Policy) -> int:
+    def _missing_calls(self) -> int:
         """Model calls by which this process has fewer than another one, where they gather parameters together."""
-        if not self._processes.sharded:
+        if not self.processes.sharded:
             return 0
-        group, shared = self._recipe.train.group_size, self._recipe.sampler.shared_noise
+        shared = 0 if self._shared_step is None else self._shared_step + 1
         calls: list[int] = []
-        for index in range(self._processes.count):
-            part = share(self.batch, index, self._processes.count)
-            prompts = -(-part.stop // group) - part.start // group
-            calls.append(model_calls(policy, self._table, prompts, len(part), shared=shared))
-        return max(calls) - calls[self._processes.index]
+        for index in range(self.processes.count):
+            part = share(self.batch, index, self.processes.count)
+            prompts = -(-part.stop // self._group) - part.start // self._group
+            calls.append(model_calls(self.policy.rows, len(self.table), prompts, len(part), shared=shared))
+        return max(calls) - calls[self.processes.index]
 
-    def _ids(self, iteration: int, places: Iterable[int]) -> Tensor:
-        return torch.tensor([(iteration - 1) * self.batch + place for place in places], device=self._processes.device)
+    def _on_device(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int64, device=self.processes.device)
 
-    def _start(self, policy: Policy, iteration: int, mine: range, conditioning: Conditioning) -> Start | Tensor:
+    def _start(self, draw: Draw, first: int) -> Start | Tensor:
         """What samples of a prompt share, or the initial latents of every sample."""
-        sampler, group = self._recipe.sampler, self._recipe.train.group_size
-        first = mine.start // group * group
+        mine, group = self._mine, self._group
+        if self._shared_step is not None:
+            # Keyed by the first sample of a group.
+            mine = range(mine.start // group * group, mine.stop, group)
         noise = gaussian_noise(
-            self._model.latent_shape,
-            seed=derive_seed(self._recipe.seed, "initial latents"),
-            sample_ids=self._ids(iteration, range(first, mine.stop, group) if sampler.shared_noise else mine),
-            dtype=sampler.torch_dtype(),
+            self.policy.model.latent_shape,
+            seed=derive_seed(self.recipe.seed, "initial latents"),
+            sample_ids=self._on_device(mine) + first,
+            dtype=self.recipe.sampler.torch_dtype(),
         )
-        if not sampler.shared_noise:
-            return noise
-        return phase("rollout")(shared_start)(
-            policy, self._table, noise, conditioning, keep_outputs=self._recipe.train.ratio_norm
-        )
+        return noise if self._shared_step is None else phase("rollout")(draw.start)(noise, self._shared_step)
 
-    def _draw(
-        self,
-        policy: Policy,
-        iteration: int,
-        mine: range,
-        part: range,
-        start: Start | Tensor,
-        conditioning: Conditioning,
-    ) -> Trajectory:
-        if isinstance(start, Tensor):
-            start = start[part.start - mine.start : part.stop - mine.start]
-        return phase("rollout")(sample)(
-            policy,
-            self._table,
-            start,
-            torch.tensor(self._prompt_rows(mine, part), device=self._processes.device),
-            conditioning,
-            seed=derive_seed(self._recipe.seed, "steps"),
-            sample_ids=self._ids(iteration, part),
-            keep_outputs=self._recipe.train.ratio_norm,
-        )
-
-    def _prompt_rows(self, mine: range, places: Iterable[int]) -> list[int]:
+    def _prompt_rows(self, places: Iterable[int]) -> list[int]:
         """Rows of this process's conditioning."""
-        group = self._recipe.train.group_size
-        return [place // group - mine.start // group for place in places]
+        return [place // self._group - self._mine.start // self._group for place in places]
 
     def _score(self, frames: Tensor, part: range, prompts: Sequence[Prompt]) -> Tensor:
-        groups = [place // self._recipe.train.group_size for place in part]
-        return phase("rewards")(self._rewards)(
+        groups = [place // self._group for place in part]
+        return phase("rewards")(self.rewards)(
             RewardInput(
                 frames=frames,
                 prompts=[prompts[group].text for group in groups],
                 group=torch.tensor(groups),
                 meta=[prompts[group].meta for group in groups],
-                fps=self._recipe.sampler.fps,
+                fps=self.recipe.sampler.fps,
             )
         )
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        return group_advantages(rewards, self._recipe.train.group_size, weights=self._rewards.weights)
+        return group_advantages(rewards, self._group, weights=self.rewards.weights)
 
     def _choose(self, advantages: Tensor) -> list[int]:
         """Places of the samples that are trained on; of a group whose rewards are not there yet, of any."""
-        train = self._recipe.train
-        if train.best_of_n is None:
+        if self.recipe.train.best_of_n is None:
             return list(range(self.batch))
-        chosen: list[int] = best_and_worst(advantages, train.group_size, train.best_of_n).tolist()
+        chosen: list[int] = best_and_worst(advantages, self._group, self.recipe.train.best_of_n).tolist()
         return chosen
-
-    def _experience(
-        self,
-        policy: Policy,
-        iteration: int,
-        mine: range,
-        kept: Sequence[int],
-        trajectory: Trajectory,
-        conditioning: Conditioning,
-        advantages: Tensor,
-    ) -> Experience:
-        steps = []
-        for place in kept:
-            number = (iteration - 1) * self.batch + place
-            order = torch.randperm(
-                len(self._trainable_steps), generator=generator(self._recipe.seed, "timesteps", number)
-            )
-            steps.append([self._trainable_steps[i] for i in order[: self.steps_per_sample].tolist()])
-        ours = advantages[torch.tensor(kept, dtype=torch.int64)]
-        prompts = self._prompt_rows(mine, kept)
-        return Experience(
-            trajectory=trajectory,
-            conditioning=conditioning,
-            advantages=ours.to(self._processes.device),
-            advantages_host=ours.tolist(),
-            prompts=torch.tensor(prompts, dtype=torch.int64, device=self._processes.device),
-            prompts_host=prompts,
-            rows=[(place - mine.start) % policy.rows for place in kept],
-            steps=steps,
-            shared_step=shared_step(self._table) if self._recipe.sampler.shared_noise else None,
-        )
-
-
-def _without_noise(sampler: SamplerSettings) -> str:
-    if sampler.kind == "ode":
-        return 'sampler.kind: got "ode", want one with noise to train on'
-    if sampler.eta == 0:
-        return "sampler.eta: got 0, want more than 0, for noise to train on"
-    return f"sampler.window: got {sampler.window}, want at least one step with noise before the last"
-
-
-class Clock:
-    """Seconds by what they were spent on, from one `stop` to the next."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        """What passed since the last `stop` was spent on `name`."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now

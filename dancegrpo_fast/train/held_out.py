@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import GeneratorModel, decode
+from ..models import decode
 from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
-from ..recipe import EvaluationSettings, SamplerSettings
+from ..recipe import EvaluationSettings, Recipe
 from ..rewards import RewardInput, RewardSet
 from ..rng import derive_seed
-from .draw import Policy, chunks, fill_calls, model_calls, rollout
+from .calls import Policy, chunks, fill_calls, model_calls
+from .draw import Draw
 from .residence import Residence
 
 
@@ -57,64 +58,60 @@ def diversity(frames: Tensor, samples_per_prompt: int) -> float:
     return float(torch.stack(spreads).mean())
 
 
+@dataclass
 class Evaluator:
     """Samples the same noises at every call and scores them.
 
     A few prompts are sampled, decoded and scored at a time, so that memory does not grow with the prompts. Noise and
     steps are keyed by prompt and sample: how many are drawn together changes nothing.
+
+    Attributes:
+        recipe: its sampler and seed.
+        settings: what is evaluated.
+        prompts: that are evaluated.
+        policy: the model.
+        processes: of the run.
+        residence: of its models; the rewards are added to it.
+        rewards: the scores.
     """
 
-    def __init__(
-        self,
-        settings: EvaluationSettings,
-        sampler: SamplerSettings,
-        prompts: Sequence[Prompt],
-        model: GeneratorModel,
-        seed: int,
-        device: torch.device,
-        residence: Residence,
-    ) -> None:
-        self._settings = settings
-        self._model = model
-        self.prompts = prompts
-        self.rewards = RewardSet(settings.rewards)
-        self.names = self.rewards.names
-        self._seed = derive_seed(seed, "evaluation")
-        self._dtype = sampler.torch_dtype()
-        self._fps = sampler.fps
-        self._device = device
-        self._residence = residence
-        residence.add(self.rewards)
+    recipe: Recipe
+    settings: EvaluationSettings
+    prompts: Sequence[Prompt]
+    policy: Policy
+    processes: Processes
+    residence: Residence
+
+    def __post_init__(self) -> None:
+        self._seed = derive_seed(self.recipe.seed, "evaluation")
+        self.rewards = RewardSet(self.settings.rewards)
+        self.residence.add(self.rewards)
+        model, sampler = self.policy.model, self.recipe.sampler
         self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
 
-    def sets(self, rows: int) -> list[slice]:
-        """The prompts in sets whose samples fill model calls of `rows` rows, as far as whole prompts can."""
-        samples = self._settings.samples_per_prompt
-        return list(chunks(len(self.prompts), math.lcm(rows, samples) // samples))
+    def sets(self) -> list[slice]:
+        """The prompts in sets whose samples fill model calls, as far as whole prompts can."""
+        samples = self.settings.samples_per_prompt
+        return list(chunks(len(self.prompts), math.lcm(self.policy.rows, samples) // samples))
 
-    def score(self, policy: Policy, sampler: str, part: slice) -> ScoredSet:
+    def score(self, sampler: str, part: slice) -> ScoredSet:
         """Samples ("ode" or "sde") and scores the prompts of one set."""
-        prompts = self.prompts[part]
-        samples = self._settings.samples_per_prompt
-        ids = torch.arange(len(prompts) * samples, device=self._device) + part.start * samples
+        policy, prompts, samples = self.policy, self.prompts[part], self.settings.samples_per_prompt
+        place = torch.arange(len(prompts) * samples, device=self.processes.device)
+        ids = place + part.start * samples
         noise = gaussian_noise(
-            self._model.latent_shape, seed=derive_seed(self._seed, "noise"), sample_ids=ids, dtype=self._dtype
-        )
-        conditioning = self._residence.encode(prompts)
-        self._residence.use("denoiser")
-        trajectory = rollout(
-            policy,
-            self._tables[sampler],
-            noise,
-            samples,
-            conditioning,
-            seed=derive_seed(self._seed, "steps"),
+            policy.model.latent_shape,
+            seed=derive_seed(self._seed, "noise"),
             sample_ids=ids,
-            shared_noise=False,
+            dtype=self.recipe.sampler.torch_dtype(),
         )
-        self._residence.use("vae")
-        frames = decode(self._model, trajectory.denoised, policy.rows)
-        self._residence.use(self.rewards)
+        conditioning = self.residence.encode(prompts)
+        self.residence.use("denoiser")
+        draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
+        trajectory = draw.samples(noise, place // samples, ids)
+        self.residence.use("vae")
+        frames = decode(policy.model, trajectory.denoised, policy.rows)
+        self.residence.use(self.rewards)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         scores = self.rewards(
             RewardInput(
@@ -122,39 +119,39 @@ class Evaluator:
                 prompts=[prompt.text for prompt in repeated],
                 group=torch.arange(len(prompts)).repeat_interleave(samples),
                 meta=[prompt.meta for prompt in repeated],
-                fps=self._fps,
+                fps=self.recipe.sampler.fps,
             )
         )
         return ScoredSet(part.start, prompts, frames, scores)
 
-    def _calls(self, policy: Policy, sampler: str, parts: Sequence[slice]) -> int:
+    def _calls(self, sampler: str, parts: Sequence[slice]) -> int:
         """Model calls that scoring the sets takes."""
+        rows, steps = self.policy.rows, len(self._tables[sampler])
         sizes = [len(self.prompts[part]) for part in parts]
-        samples = self._settings.samples_per_prompt
-        return sum(model_calls(policy, self._tables[sampler], n, n * samples, shared=False) for n in sizes)
+        return sum(model_calls(rows, steps, n, n * self.settings.samples_per_prompt) for n in sizes)
 
-    def __call__(self, policy: Policy, sampler: str, processes: Processes) -> Evaluation:
+    def __call__(self, sampler: str) -> Evaluation:
         """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
-        settings, samples = self._settings, self._settings.samples_per_prompt
-        sets = self.sets(policy.rows)
+        settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
+        sets = self.sets()
         shares = [sets[index :: processes.count] for index in range(processes.count)]
         parts = []
         for part in shares[processes.index]:
-            found = self.score(policy, sampler, part)
+            found = self.score(sampler, part)
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
             grid = grouped[:left, : settings.grid_samples].clone()
             parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
         if processes.sharded:
-            calls = [self._calls(policy, sampler, one) for one in shares]
+            calls = [self._calls(sampler, one) for one in shares]
             missing = max(calls) - calls[processes.index]
-            fill_calls(policy, self._tables[sampler], self._residence.encode(self.prompts[:1]), missing)
-        self._residence.use("denoiser")
+            fill_calls(self.policy, self._tables[sampler], self.residence.encode(self.prompts[:1]), missing)
+        self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
         return Evaluation(
-            dict(zip(self.names, means, strict=True)),
+            dict(zip(self.rewards.names, means, strict=True)),
             sum(spread for _, _, spread, _ in parts) / len(self.prompts),
             torch.cat([grid for *_, grid in parts]),
         )

@@ -1,64 +1,118 @@
-"""The row of `metrics.jsonl` that an iteration leaves, over all processes."""
+"""What an iteration's updates did, over all processes, and the row of `metrics.jsonl` that it leaves."""
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..ops.policy_loss import PolicyMetrics
 from ..processes import Processes
-from .update import Tally
+
+if TYPE_CHECKING:
+    from .collect import Batch
+    from .losses import Term
+
+
+class Clock:
+    """Seconds by what they were spent on, from one `stop` to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        """What passed since the last `stop` was spent on `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+@dataclass
+class Tally:
+    """What an iteration's updates did; tensors stay on the device until the iteration ends.
+
+    Attributes:
+        names: of the loss's metrics.
+        sums: of the samples and of each metric over them, `[1 + len(names)]`.
+        max_dev: largest `|ratio - 1|` of the iteration, and `first_max_dev` of its first update.
+        grad_norms: one per update, before clipping.
+        counts: rows of model calls and the work that was not done.
+    """
+
+    names: Sequence[str]
+    sums: Tensor | None = None
+    max_dev: Tensor | None = None
+    first_max_dev: Tensor | None = None
+    grad_norms: list[Tensor] = field(default_factory=list)
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("model_rows", "padded_rows", "shared_rows_saved", "zero_advantage_skipped", "backwards_skipped"), 0
+        )
+    )
+
+    def add(self, term: "Term", first: bool) -> None:
+        """Adds the metrics of one term; `first` marks the first update after a rollout."""
+        sums = torch.stack([term.samples, *(term.metrics[name] * term.samples for name in self.names)])
+        self.sums = sums if self.sums is None else self.sums + sums
+        dev = term.ratio_max_dev
+        if dev is not None:
+            self.max_dev = dev if self.max_dev is None else torch.maximum(self.max_dev, dev)
+            if first:
+                self.first_max_dev = dev if self.first_max_dev is None else torch.maximum(self.first_max_dev, dev)
+
+    def over(self, processes: Processes) -> tuple[list[float], list[float], dict[str, int]]:
+        """`sums`, the largest deviations (of all updates, of the first; -1 for none) and `counts` of all processes."""
+        none = torch.tensor(-1.0, device=processes.device)
+        sums = torch.zeros(1 + len(self.names), device=processes.device) if self.sums is None else self.sums
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64, device=processes.device)
+        added = processes.sum(torch.cat([sums.double(), counts]))
+        largest = [none if dev is None else dev for dev in (self.max_dev, self.first_max_dev)]
+        # A maximum may lose what is not a number.
+        most = processes.max(torch.stack(largest).nan_to_num(nan=torch.inf))
+        host = torch.cat([added, most.double()]).tolist()
+        found = map(int, host[len(sums) : -2])
+        return host[: len(sums)], host[-2:], dict(zip(self.counts, found, strict=True))
 
 
 def metrics_row(
-    iteration: int,
-    names: Sequence[str],
-    rewards: Tensor,
-    advantages: Tensor,
-    group_size: int,
-    tally: Tally,
-    processes: Processes,
-    *,
-    with_kl: bool,
+    iteration: int, names: Sequence[str], group_size: int, batch: "Batch", tally: Tally, processes: Processes
 ) -> dict[str, Any]:
     """One read of the device, and one sum and one maximum over the processes.
 
     Args:
         iteration: its number.
         names: of the K rewards.
-        rewards: float32 `[K, B]` of all processes.
-        advantages: float32 `[B]`.
         group_size: samples of a prompt.
+        batch: the samples.
         tally: of this process's updates.
         processes: of the run.
-        with_kl: there is a reference model to be away from.
 
     Raises:
         RuntimeError: a gradient norm that is not finite.
     """
-    groups = rewards.reshape(len(rewards), -1, group_size)
+    groups = batch.rewards.reshape(len(names), -1, group_size)
     constant = (groups.amax(dim=-1) == groups.amin(dim=-1)).all(dim=0)
     row: dict[str, Any] = {"iteration": iteration}
-    for name, values in zip(names, rewards, strict=True):
+    for name, values in zip(names, batch.rewards, strict=True):
         row[f"reward/{name}"] = float(values.mean())
         row[f"reward_std/{name}"] = float(values.std())
     row["zero_std_groups"] = int(constant.sum())
-    row["advantage_max"] = float(advantages.abs().max())
+    row["advantage_max"] = float(batch.advantages.abs().max())
     norms = torch.stack([torch.as_tensor(norm) for norm in tally.grad_norms]).tolist()
     row["grad_norm"] = sum(norms) / len(norms)
     if not all(math.isfinite(norm) for norm in norms):
         raise RuntimeError(f"iteration {iteration}: the gradient norm is {norms}, want finite numbers")
-    sums, (deviation, first), counts = _over_processes(tally, processes)
+    (samples, *sums), (deviation, first), counts = tally.over(processes)
     # Without a sample in the first update, nothing was on policy.
-    if sums["samples"] > 0:
-        row["pairs"] = int(sums["samples"])
-        for name in PolicyMetrics._fields[1:]:
-            if name != "ratio_max_dev" and (name != "reference_kl" or with_kl):
-                row[name] = sums[name] / sums["samples"]
-        row["ratio_max_dev"] = deviation
+    if samples > 0:
+        row["pairs"] = int(samples)
+        row |= {name: value / samples for name, value in zip(tally.names, sums, strict=True)}
+        if deviation >= 0:
+            row["ratio_max_dev"] = deviation
         if first >= 0:
             row["ratio_first_update_max_dev"] = first
             if first != 0.0:
@@ -69,18 +123,3 @@ def metrics_row(
                 )
     row["skipped"] = counts
     return row
-
-
-def _over_processes(tally: Tally, processes: Processes) -> tuple[dict[str, float], list[float], dict[str, int]]:
-    """Sums of the metrics, the largest deviations (of all updates, of the first; -1 for none), and counts."""
-    none = torch.tensor(-1.0, device=processes.device)
-    sums = torch.zeros(len(PolicyMetrics._fields), device=processes.device) if tally.sums is None else tally.sums
-    counts = torch.tensor(list(tally.counts.values()), dtype=torch.float64, device=processes.device)
-    added = processes.sum(torch.cat([sums.double(), counts]))
-    largest = [none if dev is None else dev for dev in (tally.max_dev, tally.first_max_dev)]
-    # A maximum may lose what is not a number.
-    most = processes.max(torch.stack(largest).nan_to_num(nan=torch.inf))
-    host = torch.cat([added, most.double()]).tolist()
-    fields = len(PolicyMetrics._fields)
-    found = [int(value) for value in host[fields:-2]]
-    return dict(zip(PolicyMetrics._fields, host, strict=False)), host[-2:], dict(zip(tally.counts, found, strict=True))

@@ -1,4 +1,4 @@
-"""Tiles of heads: where they lie, how they are read and written, and the row of a table that turns them.
+"""Tiles of heads: where they lie, how they are read, written, summed and turned.
 
 A tile is held as two halves, `[rows, block / 2]` each: the even and the odd numbers of every head, or its first and
 second half where pairs are `(i, i + D / 2)`. So a pair of the rotation is one number of each.
@@ -154,3 +154,73 @@ def load_turn(
     else:
         turn = ()
     return turn
+
+
+@triton.jit
+def token_rstd(
+    operand,
+    start,
+    heads,
+    dim,
+    width,
+    eps,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """Reciprocal root mean square over all heads."""
+    total = tl.zeros([rows, block // 2], tl.float32)
+    for above in range(0, heads, rows):
+        head = above + tl.arange(0, rows)[:, None]
+        row = head.to(tl.int64) * operand[3]
+        first, second = load_pair(
+            start, row, head < heads, operand[4], dim, half_split, aligned, rows, block, interpreted
+        )
+        total += first * first + second * second
+    return tl.rsqrt(tl.div_rn(tl.sum(total), width) + eps)
+
+
+@triton.jit
+def turned_back(
+    start,
+    row,
+    mask,
+    stride,
+    turn,
+    dim,
+    dtype: tl.constexpr,
+    lossless: tl.constexpr,
+    each: tl.constexpr,
+    half_split: tl.constexpr,
+    aligned: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    interpreted: tl.constexpr,
+):
+    """The gradient by the norm's output, of `dtype`: the output's gradient turned by the opposite angle."""
+    first, second = load_pair(start, row, mask, stride, dim, half_split, aligned, rows, block, interpreted)
+    if len(turn) != 0:
+        again: tl.constexpr = lossless and dtype != start.dtype.element_ty
+        first, second = held(first, dtype, again, interpreted), held(second, dtype, again, interpreted)
+        rounds: tl.constexpr = lossless and each
+        turned_first = held(first * turn[1], dtype, rounds, interpreted)
+        turned_first += held(second * turn[4], dtype, rounds, interpreted)
+        turned_second = held(second * turn[2], dtype, rounds, interpreted)
+        turned_second -= held(first * turn[3], dtype, rounds, interpreted)
+        first = tl.where(turn[0], turned_first, first)
+        second = tl.where(turn[0], turned_second, second)
+    return held(first, dtype, lossless, interpreted), held(second, dtype, lossless, interpreted)
+
+
+@triton.jit
+def leave(
+    partial, program, dim, first, second, half_split: tl.constexpr, block: tl.constexpr, interpreted: tl.constexpr
+):
+    """Stores a program's sums over its tokens and heads, where they are wanted."""
+    if len(partial) != 0:
+        first, second = tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
+        row = tl.zeros([1, 1], tl.int64)
+        start = partial[0] + program.to(tl.int64) * dim
+        store_pair(start, row, row == 0, dim, first, second, half_split, False, 1, block, interpreted)

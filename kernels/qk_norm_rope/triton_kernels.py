@@ -7,33 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton_common import narrow
-from .triton_heads import base, held, load_pair, load_row, load_turn, store_pair
-
-
-@triton.jit
-def token_rstd(
-    operand,
-    start,
-    heads,
-    dim,
-    width,
-    eps,
-    half_split: tl.constexpr,
-    aligned: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    interpreted: tl.constexpr,
-):
-    """Reciprocal root mean square over all heads."""
-    total = tl.zeros([rows, block // 2], tl.float32)
-    for above in range(0, heads, rows):
-        head = above + tl.arange(0, rows)[:, None]
-        row = head.to(tl.int64) * operand[3]
-        first, second = load_pair(
-            start, row, head < heads, operand[4], dim, half_split, aligned, rows, block, interpreted
-        )
-        total += first * first + second * second
-    return tl.rsqrt(tl.div_rn(tl.sum(total), width) + eps)
+from .triton_heads import base, held, leave, load_pair, load_row, load_turn, store_pair, token_rstd, turned_back
 
 
 @triton.jit
@@ -156,38 +130,6 @@ def forward_kernel(
                 block,
                 interpreted,
             )
-
-
-@triton.jit
-def turned_back(
-    start,
-    row,
-    mask,
-    stride,
-    turn,
-    dim,
-    dtype: tl.constexpr,
-    lossless: tl.constexpr,
-    each: tl.constexpr,
-    half_split: tl.constexpr,
-    aligned: tl.constexpr,
-    rows: tl.constexpr,
-    block: tl.constexpr,
-    interpreted: tl.constexpr,
-):
-    """The gradient by the norm's output, of `dtype`: the output's gradient turned by the opposite angle."""
-    first, second = load_pair(start, row, mask, stride, dim, half_split, aligned, rows, block, interpreted)
-    if len(turn) != 0:
-        again: tl.constexpr = lossless and dtype != start.dtype.element_ty
-        first, second = held(first, dtype, again, interpreted), held(second, dtype, again, interpreted)
-        rounds: tl.constexpr = lossless and each
-        turned_first = held(first * turn[1], dtype, rounds, interpreted)
-        turned_first += held(second * turn[4], dtype, rounds, interpreted)
-        turned_second = held(second * turn[2], dtype, rounds, interpreted)
-        turned_second -= held(first * turn[3], dtype, rounds, interpreted)
-        first = tl.where(turn[0], turned_first, first)
-        second = tl.where(turn[0], turned_second, second)
-    return held(first, dtype, lossless, interpreted), held(second, dtype, lossless, interpreted)
 
 
 @triton.jit
@@ -343,25 +285,6 @@ def differentiate(
     return sum_first, sum_second
 
 
-@triton.jit
-def leave(
-    partial,
-    program,
-    dim,
-    first,
-    second,
-    half_split: tl.constexpr,
-    block: tl.constexpr,
-    interpreted: tl.constexpr,
-):
-    """Stores a program's sums over its tokens and heads, where they are wanted."""
-    if len(partial) != 0:
-        first, second = tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
-        row = tl.zeros([1, 1], tl.int64)
-        start = partial[0] + program.to(tl.int64) * dim
-        store_pair(start, row, row == 0, dim, first, second, half_split, False, 1, block, interpreted)
-
-
 @triton.jit(do_not_specialize=["tokens", "count", "heads", "turned", "statistic_heads", "chunk", "chunks"])
 def backward_kernel(
     query,
@@ -462,14 +385,7 @@ def add_up(partial, out, program, count, width, rows: tl.constexpr, columns: tl.
 
 @triton.jit(do_not_specialize=["count", "width", "blocks"])
 def weight_kernel(
-    query,
-    key,
-    count,
-    width,
-    blocks,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-    interpreted: tl.constexpr,
+    query, key, count, width, blocks, rows: tl.constexpr, columns: tl.constexpr, interpreted: tl.constexpr
 ):
     """Gradients of both weights; `query` and `key` are `(partial sums, out)`, the first `blocks` programs query's."""
     program = tl.program_id(0)

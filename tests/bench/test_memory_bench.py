@@ -22,7 +22,7 @@ from bench.memory.ledger import measure
 from bench.memory.scenarios import SCENARIOS, Scenario
 from bench.memory.table import Setting
 from dancegrpo_fast.cli.memory import parse
-from dancegrpo_fast.memory.planning import specs
+from dancegrpo_fast.memory.planning import families, specs
 
 from ..tolerances import PREDICTED_BYTES
 
@@ -120,7 +120,7 @@ def test_settings_have_every_policy_dtype_and_patch() -> None:
         assert "rollout" in {s.policy for s in every if s.dtype == dtype}
     plain = list(table.settings(patched=False))
     assert {s.patch for s in plain} == {"off"} and set(plain) < set(every)
-    assert {f.denoiser for f in FAMILIES} == set(specs.FAMILIES)
+    assert {f.denoiser for f in FAMILIES} == set(families.FAMILIES)
 
 
 def test_figures_of_the_earlier_count_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:

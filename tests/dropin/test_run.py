@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dancegrpo_fast import backends
-from dancegrpo_fast.cli.main import main
-from dancegrpo_fast.cli.run import prepare
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.cli.run import main as prepare
 from dancegrpo_fast.dropin.launchers import launches, with_run
 from dancegrpo_fast.dropin.settings import BACKENDS
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.dropin import scan
 from dancegrpo_fast.dropin.known import KNOWN, misfit
 from dancegrpo_fast.dropin.source import parameters

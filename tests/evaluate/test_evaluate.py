@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dancegrpo_fast.cli.main import main
-from dancegrpo_fast.evaluate.scores import Scores, evaluate, load_weights, summary, table_text
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.evaluate.scores import Scores, evaluate, summary, table_text
+from dancegrpo_fast.evaluate.weights import load_weights
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
 from dancegrpo_fast.train.held_out import Evaluator, diversity
@@ -28,20 +29,15 @@ from ..processes import together
 from ..train import tiny
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_flux(tmp_path_factory.mktemp("flux"))
-
-
-def recipe_for(base: Path, output: Path, **changes: Any) -> Recipe:
+def recipe_for(flux: Path, output: Path, **changes: Any) -> Recipe:
     settings = EvaluationSettings(every=1, samples_per_prompt=3, rewards=[tiny.reward("Brightness")])
-    return tiny.make_recipe(base, output, iterations=1, evaluation=settings, **changes)
+    return tiny.make_recipe(flux, output, iterations=1, evaluation=settings, **changes)
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "run"
-    Trainer(recipe_for(base, output)).run()
+    Trainer(recipe_for(flux, output)).run()
     return output
 
 
@@ -49,8 +45,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
 
 
-def test_scores_are_those_of_the_run(base: Path, trained: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(base, tmp_path / "unused")
+def test_scores_are_those_of_the_run(flux: Path, trained: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(flux, tmp_path / "unused")
     evaluate(recipe, None, tmp_path / "before")
     evaluate(recipe, str(trained), tmp_path / "after")
     measured = {
@@ -68,8 +64,8 @@ def test_scores_are_those_of_the_run(base: Path, trained: Path, tmp_path: Path) 
             assert fmean(row["diversity"] for row in ours) == pytest.approx(wanted["diversity"])
 
 
-def test_samples_are_what_was_scored(base: Path, tmp_path: Path) -> None:
-    evaluate(recipe_for(base, tmp_path / "unused"), None, tmp_path / "out", samplers=["ode"], by="colour")
+def test_samples_are_what_was_scored(flux: Path, tmp_path: Path) -> None:
+    evaluate(recipe_for(flux, tmp_path / "unused"), None, tmp_path / "out", samplers=["ode"], by="colour")
     for row in rows_of(tmp_path / "out"):
         pixels = torch.from_numpy(np.array(Image.open(tmp_path / "out" / row["file"]))).float() / 255
         torch.testing.assert_close(pixels[..., 0].mean(), torch.tensor(row["scores"]["Brightness"]))
@@ -82,22 +78,22 @@ def test_samples_are_what_was_scored(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_saved_models_equal_their_checkpoint(base: Path, tmp_path: Path, lora: bool) -> None:
+def test_saved_models_equal_their_checkpoint(flux: Path, tmp_path: Path, lora: bool) -> None:
     adapters = {"lora": LoraSettings(rank=2, alpha=6)} if lora else {}
-    Trainer(recipe_for(base, tmp_path / "run", **adapters)).run()
-    recipe = recipe_for(base, tmp_path / "unused", **adapters)
+    Trainer(recipe_for(flux, tmp_path / "run", **adapters)).run()
+    recipe = recipe_for(flux, tmp_path / "unused", **adapters)
     evaluate(recipe, str(tmp_path / "run" / "checkpoints" / "000001"), tmp_path / "a", samplers=["ode"])
     evaluate(recipe, str(tmp_path / "run" / "model"), tmp_path / "b", samplers=["ode"])
     plain = replace(recipe, model=replace(recipe.model, lora=None))
     evaluate(plain, str(tmp_path / "run" / "model"), tmp_path / "c", samplers=["ode"])
     a, b, c = (rows_of(tmp_path / name) for name in "abc")
     assert a == b == c
-    evaluate(recipe, None, tmp_path / "base", samplers=["ode"])
-    assert a != rows_of(tmp_path / "base")
+    evaluate(recipe, None, tmp_path / "flux", samplers=["ode"])
+    assert a != rows_of(tmp_path / "flux")
 
 
-def test_continues_where_it_ended(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_for(base, tmp_path / "unused", micro_batch=3)
+def test_continues_where_it_ended(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(flux, tmp_path / "unused", micro_batch=3)
     evaluate(recipe, None, tmp_path / "whole")
     score, calls = Evaluator.score, []
 
@@ -120,8 +116,8 @@ def test_continues_where_it_ended(base: Path, tmp_path: Path, monkeypatch: pytes
         evaluate(replace(recipe, seed=1), None, tmp_path / "parts")
 
 
-def test_processes_share_out_the_prompts(base: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(base, tmp_path / "run", micro_batch=3)
+def test_processes_share_out_the_prompts(flux: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(flux, tmp_path / "run", micro_batch=3)
     whole = recipe.as_dict()
     for one in (*whole["rewards"], *whole["evaluation"]["rewards"]):
         one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
@@ -138,9 +134,9 @@ def test_processes_share_out_the_prompts(base: Path, tmp_path: Path) -> None:
     assert all("got FSDP2" in (tmp_path / f"error.{rank}").read_text() for rank in range(2))
 
 
-def test_columns_of_the_prompts_are_settings(base: Path, tmp_path: Path) -> None:
+def test_columns_of_the_prompts_are_settings(flux: Path, tmp_path: Path) -> None:
     """Rewards read them: scores of other columns must not be continued."""
-    recipe = recipe_for(base, tmp_path / "unused")
+    recipe = recipe_for(flux, tmp_path / "unused")
     evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
     prompts = Path(recipe.prompts)
     prompts.write_text(prompts.read_text().replace('"colour": "red"', '"colour": "rot"'))
@@ -148,7 +144,7 @@ def test_columns_of_the_prompts_are_settings(base: Path, tmp_path: Path) -> None
         evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
 
 
-def test_columns_of_any_type_are_trained_on_and_evaluated(base: Path, tmp_path: Path) -> None:
+def test_columns_of_any_type_are_trained_on_and_evaluated(flux: Path, tmp_path: Path) -> None:
     from pyarrow import Table, parquet
 
     when, uuid = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC), UUID(int=7)
@@ -176,7 +172,7 @@ def test_columns_of_any_type_are_trained_on_and_evaluated(base: Path, tmp_path: 
         "number": None,
         "box": [[1.0, None], []],
     }
-    recipe = recipe_for(base, tmp_path / "run")
+    recipe = recipe_for(flux, tmp_path / "run")
     recipe.prompts = str(tmp_path / "prompts.parquet")
     rows = [{"prompt": text, **columns} for text in ("red", "blue")]
     parquet.write_table(Table.from_pylist(rows), recipe.prompts)
@@ -229,8 +225,8 @@ def test_damaged_scores_are_named(tmp_path: Path, damage: bytes) -> None:
         Scores(tmp_path, {"seed": 0})
 
 
-def test_what_is_no_folder_and_what_cannot_be_compared_is_refused(base: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(base, tmp_path / "unused")
+def test_what_is_no_folder_and_what_cannot_be_compared_is_refused(flux: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(flux, tmp_path / "unused")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"output: got .*file, which is a file, want a folder"):
         evaluate(recipe, None, tmp_path / "file")
@@ -239,10 +235,10 @@ def test_what_is_no_folder_and_what_cannot_be_compared_is_refused(base: Path, tm
         evaluate(replace(recipe, evaluation=rates), None, tmp_path / "out")
 
 
-def test_a_moved_model_is_the_same_and_a_changed_one_is_not(base: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(base, tmp_path / "unused")
+def test_a_moved_model_is_the_same_and_a_changed_one_is_not(flux: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(flux, tmp_path / "unused")
     evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
-    moved = shutil.copytree(base, tmp_path / "moved")
+    moved = shutil.copytree(flux, tmp_path / "moved")
     there = replace(recipe, model=replace(recipe.model, path=str(moved), checkpointing="full"))
     evaluate(there, None, tmp_path / "out", samplers=["ode"])
     config = moved / "scheduler" / "scheduler_config.json"
@@ -301,12 +297,12 @@ def test_values_of_a_column_count_once() -> None:
     assert "| SDE | mean over tag | s | 0.5833 |  |  |  |  | 4 | 8 |" in table_text(table)
 
 
-def test_command(base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(flux: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         f"""
 name: tiny
-model: {{family: flux, path: {base}}}
+model: {{family: flux, path: {flux}}}
 sampler: {{kind: dance_sde, num_steps: 3, eta: 0.3, height: 16, width: 16}}
 prompts: {trained.parent / "prompts.jsonl"}
 rewards: [{{name: "{tiny.Brightness.__module__}:Brightness"}}]
@@ -329,15 +325,15 @@ evaluation: {{samples_per_prompt: 2, grid_samples: 1, rewards: [{{name: "{tiny.B
     assert "output: got nothing" in capsys.readouterr().err
 
 
-def test_weights_of_another_model_are_refused(base: Path, trained: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(flux: Path, trained: Path, tmp_path: Path) -> None:
     small = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"checkpoint: .* lacks"):
         load_weights(small, trained)
 
 
-def test_one_sample_a_prompt(base: Path, tmp_path: Path) -> None:
+def test_one_sample_a_prompt(flux: Path, tmp_path: Path) -> None:
     settings = EvaluationSettings(samples_per_prompt=1, grid_samples=1, rewards=[tiny.reward("Brightness")])
-    recipe = replace(recipe_for(base, tmp_path / "unused"), evaluation=settings)
+    recipe = replace(recipe_for(flux, tmp_path / "unused"), evaluation=settings)
     evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
     (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]
     assert (row["within"], row["diversity"], row["samples"]) == (None, None, 3)

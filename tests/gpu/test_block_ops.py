@@ -1,4 +1,4 @@
-"""The ops of transformer blocks on a device: parity, bits that must not change, launches, graphs, size, and models.
+"""The ops of transformer blocks on a device: parity, bits that must not change, launches, graphs.
 
 Where there is no GPU the same bodies run on the reference, so that they are known to run.
 """
@@ -6,14 +6,12 @@ Where there is no GPU the same bodies run on the reference, so that they are kno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import dancegrpo_fast as dgf
 from dancegrpo_fast.ops.gated_residual import gated_residual
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
 from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
@@ -23,12 +21,6 @@ from ..ops.cases import BF16, F16, F32, F64, dtype_id
 from ..tolerances import assert_within_budget
 from .activity import device_activity, ops_that_launch, profiler_sees_kernels
 from .targets import GPU_TARGETS, HOST_TARGETS, Target, captured, no_waiting, stream_of
-from .test_large import room_for_outputs
-
-if find_spec("diffusers"):
-    from ..patch import models
-else:
-    models = None
 
 HOST = pytest.param(Target("cpu", "reference"), id="reference")
 INTERPRETED = [t for t in HOST_TARGETS if t.values[0].backend == "triton"]
@@ -382,118 +374,3 @@ class TestLaunches:
         with no_waiting(target):
             for run in runs:
                 run()
-
-
-class TestMoreThan32Bits:
-    """Tensors of more than 2^31 elements: real outputs, inputs that repeat one token through strides of 0."""
-
-    WIDTH = 4096
-    HEADS = (32, 128)
-
-    def tokens(self, target: Target) -> int:
-        return 2**31 // self.WIDTH + 1000 if target.device == "cuda" else 7
-
-    def check(self, target: Target, op: Op, small: Op, rows: int) -> None:
-        """Every token's results are those of the token alone."""
-        room_for_outputs(target)
-        leaves, outputs = forward(op, "fast", target.backend)
-        few, wanted = forward(small, "fast", target.backend)
-        ones = [torch.ones_like(w) for w in wanted]
-        grads = [g.expand_as(o) for g, o in zip(ones, outputs, strict=True)]
-        for value, token in zip(outputs, wanted, strict=True):
-            self.assert_repeats(value.detach(), token.detach(), rows)
-        found = torch.autograd.grad(outputs, leaves, grads)
-        for value, token in zip(found, torch.autograd.grad(wanted, few, ones), strict=True):
-            self.assert_repeats(value, token, rows)
-
-    def assert_repeats(self, value: Tensor, token: Tensor, rows: int) -> None:
-        if value.shape == token.shape:
-            # A sum over all tokens, which are the same.
-            torch.testing.assert_close(value, (token.double() * rows).to(value.dtype))
-            return
-        parts = value[0].flatten(1).split(1 << 16)
-        assert all(torch.equal(part, token[0].flatten(1).expand_as(part)) for part in parts)
-
-    @on_every_target
-    @pytest.mark.parametrize("name", ["norm", "gated norm", "gate", "gelu"])
-    def test_tokens(self, target: Target, name: str) -> None:
-        rows, shape = self.tokens(target), (1, 1, self.WIDTH)
-        small = norm(Draw((BF16, BF16), 0), shape).on(target) if name == "norm" else make(name, target, shape=shape)
-        wide = tuple(t.expand(1, rows, self.WIDTH) if t.ndim == 3 else t for t in small.tensors)
-        self.check(target, replace(small, tensors=wide), small, rows)
-
-    @on_every_target
-    @pytest.mark.parametrize("norm", ["head_twice", "token"])
-    def test_queries_and_keys(self, target: Target, norm: str) -> None:
-        """Not turned, as no two tokens are turned alike."""
-        rows, settings = self.tokens(target), {"streams": 1, "turned": False, "heads": self.HEADS}
-        small = rope(Draw((BF16, BF16), 0), (1, 1, 1), norm=norm, **settings).on(target)
-        wide = tuple(t.expand(1, rows, *self.HEADS) if t.ndim == 4 else t for t in small.tensors)
-        self.check(target, replace(small, tensors=wide), small, rows)
-
-
-def _model_cases() -> list:
-    if models is None:
-        return [pytest.param(None, None, marks=pytest.mark.skip(reason="diffusers is not installed"))]
-    wanted = [(HOST, ("hunyuan",)), *((target, models.TINY) for target in ON_GPU)]
-    return [
-        pytest.param(target.values[0], name, marks=target.marks, id=f"{name}-{target.id}")
-        for target, names in wanted
-        for name in names
-    ]
-
-
-on_every_model = pytest.mark.parametrize(("target", "name"), _model_cases())
-
-
-class TestModels:
-    """Accelerated transformers of every family, small ones."""
-
-    def inputs(self, name: str, dtype: torch.dtype, target: Target, batch: int = 2, seed: int = 1) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        drawn = models.TINY[name].draw(dtype, batch)
-        return {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in drawn.items()}
-
-    @on_every_model
-    @with_both_modes
-    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-    def test_within_the_budget_of_eager(self, target: Target, name: str, dtype: torch.dtype, mode: str) -> None:
-        model = models.TINY[name].model(dtype).to(target.device)
-        wide = models.TINY[name].model(dtype).double().to(target.device)
-        outputs: list[list[Tensor]] = []
-        gradients: list[Any] = []
-        # Several draws, as one may be right by luck in plain torch.
-        given = [self.inputs(name, dtype, target, seed=seed) for seed in range(3)]
-        runs = [(model, each) for each in given] + [(wide, models.doubled(each)) for each in given]
-        plain = [models.run(*run) for run in runs]
-        dgf.accelerate(model, mode, recompute="all", backend=target.backend)
-        found = [models.run(model, each) for each in given]
-        for part in (found, plain[3:], plain[:3]):
-            outputs.append([output for output, _ in part])
-            gradients.append(part[0][1])
-        assert_within_budget(*(torch.stack(each) for each in outputs))
-        models.assert_gradients_within_budget(*gradients)
-
-    @on_every_model
-    @with_both_modes
-    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-    def test_ratio_is_exactly_one_on_policy(self, target: Target, name: str, dtype: torch.dtype, mode: str) -> None:
-        """Rollout without gradients, replay with them, recomputation and checkpoints."""
-        model = models.TINY[name].model(dtype).to(target.device)
-        dgf.accelerate(model, mode, recompute="all", backend=target.backend)
-        inputs = self.inputs(name, dtype, target, batch=4)
-        table = dgf.transitions.dance_sde(dgf.transitions.shifted_sigmas(4, 3.0), 0.5)
-
-        def output() -> Tensor:
-            return model(**inputs, return_dict=False)[0].reshape(4, -1)
-
-        with torch.no_grad():
-            velocity = output()
-            latents = torch.randn(velocity.shape, device=target.device)
-            step = dgf.transition_step(latents, velocity, table, 1, seed=3)
-        model.enable_gradient_checkpointing()
-        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0], device=target.device)
-        loss = dgf.policy_loss(latents, output(), step.latents, table, 1, step.log_prob, advantages)
-        loss.loss.backward()
-        assert torch.equal(loss.ratio, torch.ones_like(loss.ratio))
-        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

@@ -1,5 +1,7 @@
 """Batches and samples of more than 2^31 elements: real outputs, inputs that repeat through strides of 0."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 
 from ..ops.cases import BF16, TABLES, bits
+from . import test_block_ops as blocks
 from .targets import Target, on_every_target
 
 WIDTH = 4096
@@ -82,3 +85,54 @@ def test_many_tiny_samples(target: Target) -> None:
     assert bits(old.cpu()) == bits(stepped.log_prob.cpu())
     result = policy_loss(x, v, stepped.latents, TABLE, 1, old, torch.ones_like(old), backend=target.backend)
     assert bool((result.ratio == 1.0).all()) and int(result.metrics.samples) == batch
+
+
+class TestMoreThan32Bits:
+    """Tensors of more than 2^31 elements: real outputs, inputs that repeat one token through strides of 0."""
+
+    HEADS = (32, 128)
+
+    def tokens(self, target: Target) -> int:
+        return 2**31 // WIDTH + 1000 if target.device == "cuda" else 7
+
+    def check(self, target: Target, op: blocks.Op, small: blocks.Op, rows: int) -> None:
+        """Every token's results are those of the token alone."""
+        room_for_outputs(target)
+        leaves, outputs = blocks.forward(op, "fast", target.backend)
+        few, wanted = blocks.forward(small, "fast", target.backend)
+        ones = [torch.ones_like(w) for w in wanted]
+        grads = [g.expand_as(o) for g, o in zip(ones, outputs, strict=True)]
+        for value, token in zip(outputs, wanted, strict=True):
+            self.assert_repeats(value.detach(), token.detach(), rows)
+        found = torch.autograd.grad(outputs, leaves, grads)
+        for value, token in zip(found, torch.autograd.grad(wanted, few, ones), strict=True):
+            self.assert_repeats(value, token, rows)
+
+    def assert_repeats(self, value: Tensor, token: Tensor, rows: int) -> None:
+        if value.shape == token.shape:
+            # A sum over all tokens, which are the same.
+            torch.testing.assert_close(value, (token.double() * rows).to(value.dtype))
+            return
+        parts = value[0].flatten(1).split(1 << 16)
+        assert all(torch.equal(part, token[0].flatten(1).expand_as(part)) for part in parts)
+
+    @blocks.on_every_target
+    @pytest.mark.parametrize("name", ["norm", "gated norm", "gate", "gelu"])
+    def test_tokens(self, target: Target, name: str) -> None:
+        rows, shape = self.tokens(target), (1, 1, WIDTH)
+        small = (
+            blocks.norm(blocks.Draw((BF16, BF16), 0), shape).on(target)
+            if name == "norm"
+            else blocks.make(name, target, shape=shape)
+        )
+        wide = tuple(t.expand(1, rows, WIDTH) if t.ndim == 3 else t for t in small.tensors)
+        self.check(target, replace(small, tensors=wide), small, rows)
+
+    @blocks.on_every_target
+    @pytest.mark.parametrize("norm", ["head_twice", "token"])
+    def test_queries_and_keys(self, target: Target, norm: str) -> None:
+        """Not turned, as no two tokens are turned alike."""
+        rows, settings = self.tokens(target), {"streams": 1, "turned": False, "heads": self.HEADS}
+        small = blocks.rope(blocks.Draw((BF16, BF16), 0), (1, 1, 1), norm=norm, **settings).on(target)
+        wide = tuple(t.expand(1, rows, *self.HEADS) if t.ndim == 4 else t for t in small.tensors)
+        self.check(target, replace(small, tensors=wide), small, rows)

@@ -2,26 +2,15 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
+from ..models import parts
 from ..patch.models import TINY
-
-diffusers = pytest.importorskip("diffusers")
 
 
 def _unet(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        layers_per_block=1,
-    )
+    model = parts.unet(24, block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8)
     inputs = {
         "sample": torch.randn(2, 4, 8, 8, dtype=dtype),
         "timestep": torch.ones(2),

@@ -1,6 +1,5 @@
 """Pictures of plans, and the further plans behind them."""
 
-import dataclasses
 import itertools
 import math
 import warnings
@@ -12,19 +11,19 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from dancegrpo_fast import drawing
 from dancegrpo_fast.memory.pictures import comparisons as _comparisons
-from dancegrpo_fast.memory.pictures import drawing as _drawing
 from dancegrpo_fast.memory.pictures import figures
 from dancegrpo_fast.memory.pictures import timeline as _timeline
 from dancegrpo_fast.memory.pictures.comparisons import Point
-from dancegrpo_fast.memory.planning.planner import Phase, Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
 from ..patch.models import TINY
 from ..tolerances import PREDICTED_BYTES
 from .small import tiny
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 PILImage = pytest.importorskip("PIL.Image")
 
 pytestmark = pytest.mark.usefixtures("collected_once")
@@ -59,7 +58,7 @@ def test_every_picture_is_a_png_of_the_stated_width_and_an_svg(drawn: list[Path]
     assert [file.name for file in drawn] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for file in drawn[::2]:
         with PILImage.open(file) as image:
-            assert image.width == round(_drawing.WIDTH * _drawing.DPI)
+            assert image.width == round(drawing.WIDTH * drawing.STYLE["savefig.dpi"])
             assert len(image.convert("L").getcolors()) > 10
     for file in drawn[1::2]:
         assert ElementTree.parse(file).getroot().tag.endswith("}svg")
@@ -89,9 +88,7 @@ def test_timeline_reaches_the_peak_and_wider_phases_take_longer(small: Plan) -> 
 
 
 def test_labels_of_policies_lie_on_no_other(small: Plan) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context(_drawing.STYLE):
+    with matplotlib.rc_context(drawing.STYLE):
         figure = figures.policies(small)
     figure.draw_without_rendering()
     boxes = [note.get_window_extent() for note in figure.axes[0].texts if note.get_text() and note.get_zorder() == 5]
@@ -100,53 +97,14 @@ def test_labels_of_policies_lie_on_no_other(small: Plan) -> None:
         assert not a.overlaps(b)
 
 
-def _made_up(small: Plan, peaks: Sequence[float], seconds: Sequence[float], gpu: float) -> Plan:
-    """Phases with peaks of so many GiB, with a long name at each."""
-    module = "up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0"
-    phases = []
-    for i, (peak, duration) in enumerate(zip(peaks, seconds, strict=True)):
-        budgets = [{"saved": round(share * peak * GIB)} for share in (0.4, 1.0, 0.7)]
-        moments = tuple(zip((0.2, 0.5, 0.8), budgets, strict=True))
-        phases.append(Phase(f"phase {i}", budgets[1], duration, "aten._scaled_dot_product_backward", module, moments))
-    return dataclasses.replace(small, settings=small.settings.changed(gpu_gib=gpu), phases=tuple(phases))
-
-
-@pytest.mark.parametrize(
-    ("peaks", "seconds", "gpu"),
-    [
-        ((7.46, 5, 5), (1, 1, 1), 24),  # at the left, under much room
-        ((5, 5, 23.9), (1, 5, 1), 24),  # at the right, just below the capacity
-        ((76, 79, 70), (1, 1, 1), 80),
-        ((20, 300, 20), (0, 0, 0), 80),  # above every device
-        ((30, 31, 31), (1, 9, 9), 34),
-        ((1, 1, 1), (1, 1, 1), 24),
-    ],
-)
-def test_label_of_the_peak_hides_nothing(
-    small: Plan, peaks: tuple[float, ...], seconds: tuple[float, ...], gpu: float
-) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context(_drawing.STYLE):
-        drawn = figures.timeline(_made_up(small, peaks, seconds, gpu))
-    drawn.draw_without_rendering()
-    [panel] = drawn.axes
-    [note] = [text for text in panel.texts if text.get_text().startswith("peak")]
-    box, inside = note.get_window_extent(), panel.get_window_extent()
-    assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-    others = [text for text in panel.texts if text is not note and text.get_text()]
-    others += [*panel.get_xticklabels(), *panel.get_yticklabels(), panel.title, panel._left_title, panel.yaxis.label]
-    for other in others:
-        assert not other.get_text() or not box.overlaps(other.get_window_extent()), other.get_text()
-    to_data = panel.transData.inverted().transform
-    (left, bottom), (right, top) = to_data((box.x0, box.y0)), to_data((box.x1, box.y1))
-    for line in panel.lines:
-        ys = set(line.get_ydata())
-        assert len(ys) > 1 or not bottom < ys.pop() < top
-    inner = [(left + i * (right - left) / 40, bottom + j * (top - bottom) / 10) for i in range(41) for j in range(11)]
-    for stack in panel.collections:
-        for path in stack.get_paths():
-            assert not path.contains_points(inner).any()
+def test_the_peak_is_marked_and_told(small: Plan) -> None:
+    with matplotlib.rc_context(drawing.STYLE):
+        figure = figures.timeline(small)
+    [panel] = figure.axes
+    [dot] = [line for line in panel.lines if line.get_label() == "peak"]
+    assert dot.get_ydata() == pytest.approx([small.peak_bytes / GIB])
+    told = panel.get_title("left").replace("\n", " ")
+    assert f"GiB, {small.peak.name}, {small.peak.op}, {small.peak.module}" in told
 
 
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
@@ -169,11 +127,11 @@ def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
 
 def test_titles_are_broken_evenly_and_between_parts() -> None:
     parts = [f"part {i} of it" for i in range(9)]
-    lines = _drawing.broken(", ".join(parts))
+    lines = drawing.broken(", ".join(parts))
     assert len(lines) == 2
     assert ", ".join(line.removesuffix(",") for line in lines).split(", ") == parts
     assert max(map(len, lines)) - min(map(len, lines)) <= len(parts[0]) + 2
-    assert _drawing.broken("short") == ["short"]
+    assert drawing.broken("short") == ["short"]
 
 
 def test_a_unet_is_drawn_block_by_block(tmp_path: Path) -> None:

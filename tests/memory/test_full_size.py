@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("collected_once")
 GIB = 2**30
 
 
+@pytest.mark.release
 def test_hunyuan_video_at_full_size() -> None:
     spec = specs.resolve("hunyuan-video")
     model = specs.build(spec)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.memory.planning.planner import CATEGORIES
 
 pytest.importorskip("diffusers")

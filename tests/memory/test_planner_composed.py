@@ -6,7 +6,7 @@ import torch
 from dancegrpo_fast.activations import checkpointing
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.blocks import Blocks, compose
-from dancegrpo_fast.memory.planning.calls import Case, build, kinds_of, resolved
+from dancegrpo_fast.memory.planning.cases import Case, build, kinds_of, resolved
 from dancegrpo_fast.memory.planning.decode import decode
 from dancegrpo_fast.memory.trace.tracer import trace
 

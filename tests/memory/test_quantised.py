@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.lora import add_lora
-from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.cases import Case
 from dancegrpo_fast.memory.planning.quantised import kept_casts, nf4_bytes, quantised
 from dancegrpo_fast.memory.trace.tracer import measure
 from dancegrpo_fast.quantization import store_in_fp8

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.memory.planning import planner, specs
+from dancegrpo_fast.memory.planning import cases, specs
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.memory.trace.tracer import trace
 
@@ -231,5 +231,5 @@ def test_empty_batches_and_texts_are_refused() -> None:
 def test_who_guides_by_a_second_row(model: str, by_batch: bool) -> None:
     assert specs.resolve(model).guides_by_batch is by_batch
     frames = 5 if specs.resolve(model).is_video else 1
-    assert planner._rows(Settings(model, frames, 256, 256, cfg=5.0), 3) == (6 if by_batch else 3)
-    assert planner._rows(Settings(model, frames, 256, 256, cfg=1.0), 3) == 3
+    assert cases.rows_of(Settings(model, frames, 256, 256, cfg=5.0), 3) == (6 if by_batch else 3)
+    assert cases.rows_of(Settings(model, frames, 256, 256, cfg=1.0), 3) == 3

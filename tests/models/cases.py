@@ -10,9 +10,9 @@ from PIL import Image
 
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import Prompt, load_prompts
-from dancegrpo_fast.recipe import LoraSettings, ModelSettings, Recipe, SamplerSettings, TrainSettings
+from dancegrpo_fast.recipe import LoraSettings, Recipe
 
-from ..train.tiny import reward
+from ..train.tiny import recipe_of
 
 # Of different lengths.
 PROMPTS = ("a", "g r e e n", "b c d e f g")
@@ -123,49 +123,32 @@ def make_recipe(case: Case, base: Path, output: Path, **changes: Any) -> Recipe:
     output.parent.mkdir(exist_ok=True)
     prompts = write_prompts(output.parent, case)
 
-    def fields(settings: type, /, **defaults: Any) -> dict[str, Any]:
-        names = set(settings.__dataclass_fields__)  # type: ignore[attr-defined]  # every settings class is a dataclass
-        return defaults | {name: changes.pop(name) for name in list(changes) if name in names}
-
     if changes.pop("lora", False):
         changes["lora"] = LoraSettings(rank=2, alpha=6, target_modules=case.targets)
-    model = fields(
-        ModelSettings,
-        family=case.family,
-        path=str(base),
-        prompt_cache=str(base.parent / "cache"),
-        max_text_tokens=case.call.get("max_sequence_length"),
-    )
-    sampler = fields(
-        SamplerSettings,
-        kind=case.kind,
-        num_steps=STEPS,
-        eta=0.5,
-        height=case.size,
-        width=case.width or case.size,
-        frames=case.frames,
-        guidance_scale=case.guidance,
-        negative_prompt=NEGATIVE,
-    )
-    train = fields(
-        TrainSettings,
-        iterations=3,
-        prompts_per_iteration=2,
-        group_size=3,
-        micro_batch=4,
-        learning_rate=1e-3,
-        timestep_fraction=0.5,
-    )
-    defaults = {"rewards": [reward("Brightness")], "checkpoint_every": 1, "keep_checkpoints": 9, "threads": 1}
-    return Recipe(
-        name="tiny",
-        model=ModelSettings(**model),
-        sampler=SamplerSettings(**sampler),
-        prompts=str(prompts),
-        train=TrainSettings(**train),
-        output_dir=str(output),
-        **(defaults | changes),
-    )
+    fixed = {
+        "family": case.family,
+        "path": str(base),
+        "prompt_cache": str(base.parent / "cache"),
+        "max_text_tokens": case.call.get("max_sequence_length"),
+        "kind": case.kind,
+        "num_steps": STEPS,
+        "eta": 0.5,
+        "height": case.size,
+        "width": case.width or case.size,
+        "frames": case.frames,
+        "guidance_scale": case.guidance,
+        "negative_prompt": NEGATIVE,
+        "iterations": 3,
+        "prompts_per_iteration": 2,
+        "group_size": 3,
+        "micro_batch": 4,
+        "learning_rate": 1e-3,
+        "timestep_fraction": 0.5,
+        "keep_checkpoints": 9,
+        "prompts": str(prompts),
+        "output_dir": str(output),
+    }
+    return recipe_of(**fixed | changes)
 
 
 def load(recipe: Recipe) -> tuple[Any, list[Prompt]]:

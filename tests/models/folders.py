@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from . import folders_more
-from .folders_more import LETTERS, clip_tokenizer, randomised, t5_encoder, t5_tokenizer
+from .parts import (
+    LETTERS,
+    clip_encoder,
+    clip_tokenizer,
+    flux_transformer,
+    image_vae,
+    randomised,
+    t5_encoder,
+    t5_tokenizer,
+    unet,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -17,51 +26,15 @@ transformers = pytest.importorskip("transformers")
 WIDTH = 8
 
 
-def _clip_encoder(positions: int) -> nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=2 * len(LETTERS) + 2,
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=2 * len(LETTERS),
-        eos_token_id=2 * len(LETTERS) + 1,
-    )
-    return randomised(transformers.CLIPTextModel(config))
-
-
-def _image_vae(**settings: Any) -> nn.Module:
-    vae = diffusers.AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        **settings,
-    )
-    return randomised(vae)
-
-
 def save_flux(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(2, 2, 4),
-        **{"guidance_embeds": True} | changes,
-    )
+    transformer = flux_transformer(WIDTH, **{"guidance_embeds": True} | changes)
     diffusers.FluxPipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
         ),
-        _image_vae(scaling_factor=0.8, shift_factor=0.1),
-        _clip_encoder(8),
+        randomised(image_vae(scaling_factor=0.8, shift_factor=0.1)),
+        clip_encoder(WIDTH, 8),
         clip_tokenizer(8),
         t5_encoder("T5", WIDTH),
         t5_tokenizer(),
@@ -72,16 +45,6 @@ def save_flux(folder: Path, **changes: Any) -> Path:
 
 def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -92,10 +55,10 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
         prediction_type=prediction_type,
     )
     diffusers.StableDiffusionPipeline(
-        _image_vae(scaling_factor=0.8),
-        _clip_encoder(8),
+        randomised(image_vae(scaling_factor=0.8)),
+        clip_encoder(WIDTH, 8),
         clip_tokenizer(8),
-        randomised(unet),
+        randomised(unet(WIDTH)),
         scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -159,7 +122,7 @@ def _hunyuan(folder: Path, pipeline: Any, **changes: Any) -> Path:
         randomised(transformer),
         randomised(vae),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        _clip_encoder(77),
+        clip_encoder(WIDTH, 77),
         clip_tokenizer(77),
     ).save_pretrained(folder)
     return folder

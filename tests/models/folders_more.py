@@ -1,77 +1,23 @@
 """Tiny SD3, Qwen-Image and Wan folders as their pipelines save them: every part, weights drawn here."""
 
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+
+from .parts import clip_encoder, clip_tokenizer, image_vae, randomised, t5_encoder, t5_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-
-LETTERS = string.ascii_lowercase
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Nothing at 0 or 1, as trained weights are."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def clip_tokenizer(length: int = 12) -> Any:
-    """A letter is a token."""
-    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=length)
-
-
-def clip_encoder(width: int) -> nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=2 * len(LETTERS) + 2,
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=width,
-        bos_token_id=2 * len(LETTERS),
-        eos_token_id=2 * len(LETTERS) + 1,
-    )
-    return randomised(transformers.CLIPTextModelWithProjection(config))
-
-
-def t5_tokenizer() -> Any:
-    """A letter is a token."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0)]
-    return transformers.T5TokenizerFast([*special, *((letter, -2.0) for letter in LETTERS)], extra_ids=0)
-
-
-def t5_encoder(kind: str, width: int) -> nn.Module:
-    """`kind`: "T5" or "UMT5"."""
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(LETTERS) + 4, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
-    return randomised(getattr(transformers, f"{kind}EncoderModel")(config))
 
 
 def save_sd3(folder: Path, **scheduler: Any) -> Path:
     """SD3.5's architecture: QK norms, and a second attention in the first block."""
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = image_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+    text = {"num_hidden_layers": 2, "projection_dim": 8}
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -90,9 +36,9 @@ def save_sd3(folder: Path, **scheduler: Any) -> Path:
         randomised(transformer),
         diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
         randomised(vae),
-        clip_encoder(8),
+        clip_encoder(8, **text),
         clip_tokenizer(),
-        clip_encoder(8),
+        clip_encoder(8, **text),
         clip_tokenizer(),
         t5_encoder("T5", 24),
         t5_tokenizer(),

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from dancegrpo_fast.models import FAMILIES
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.rng import generator
-from dancegrpo_fast.train.draw import Policy, rollout
+from dancegrpo_fast.train.calls import Policy
+from dancegrpo_fast.train.draw import Draw
 
 from ..tolerances import assert_same_frames, assert_same_sample
 from .cases import CASES, NEGATIVE, STEPS, Case, load, make_recipe
@@ -35,20 +37,12 @@ def check_sample(case: Case, base: Path, output: Path, call: dict[str, Any], **c
     """The ODE rollout of two prompts of different lengths in one batch, and the pipeline's own call."""
     recipe = make_recipe(case, base, output, **changes)
     model, prompts = load(recipe)
-    scale, sampler = recipe.sampler.guidance_scale, recipe.sampler
+    sampler = recipe.sampler
     two = [prompts[0], prompts[2]]
     ids = torch.arange(2)
     noise = gaussian_noise(model.latent_shape, seed=1, sample_ids=ids)
-    ours = rollout(
-        Policy(model, 2, scale, model.unconditional(scale)),
-        model.table(sampler, deterministic=True),
-        noise,
-        1,
-        model.encode(two),
-        seed=0,
-        sample_ids=ids,
-        shared_noise=False,
-    ).latents[:, -1]
+    table, policy = model.table(sampler, deterministic=True), replace(Policy.of(recipe, model), rows=2)
+    ours = Draw(policy, table, model.encode(two), seed=0).samples(noise, ids, ids).latents[:, -1]
     pipeline = getattr(diffusers, model.pipeline).from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.calls import Case
+from dancegrpo_fast.memory.planning.cases import Case
 from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.base import DiffusersModel
@@ -17,18 +17,13 @@ from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import ModelSettings, load_recipe
 from dancegrpo_fast.train.loop import Trainer
 
-from ..train.tiny import LoraSettings, make_flux, make_recipe
+from ..train.tiny import LoraSettings, make_recipe
 from . import checks_more as checks
 from .planned import least_gib, pieces
 
 KINDS = ("nf4", "int8", "fp8")
 LORA = LoraSettings(rank=2, alpha=2)
 OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "lora": LORA}
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_flux(tmp_path_factory.mktemp("flux") / "base")
 
 
 @pytest.fixture

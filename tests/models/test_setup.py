@@ -11,18 +11,13 @@ from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, Recipe, RewardSettings
 
-from ..train.tiny import make_flux, make_recipe, reward
+from ..train.tiny import make_recipe, reward
 from . import checks_more as checks
 from .planned import least_gib, pieces
 
 # The planner keeps whole bytes of margins.
 SLACK = 64
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_flux(tmp_path_factory.mktemp("flux") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ..models import parts
 from ..tolerances import assert_within_budget
 
 diffusers = pytest.importorskip("diffusers")
 
 Inputs = dict[str, Any]
-
-
-def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Nothing at 0 or 1, as trained weights are."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype)
 
 
 def _flux(**changes: Any) -> nn.Module:
@@ -178,7 +171,7 @@ class Tiny:
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
-        return _randomised(self.build(**self.changes), dtype)
+        return parts.randomised(self.build(**self.changes)).train().to(dtype)
 
     def inputs(self, dtype: torch.dtype = torch.float32, batch: int = 2) -> Inputs:
         torch.manual_seed(1)

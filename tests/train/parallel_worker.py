@@ -89,15 +89,14 @@ def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
         trainer = Trainer(recipe, case.get("resume"))
         counts = count_reductions(trainer)
         kept = []
-        sampler = trainer.sampler
+        collect = trainer.collect
 
-        def sample(*arguments: Any) -> Any:
-            batch = sampler(*arguments)
+        def watched(*arguments: Any) -> Any:
+            batch = collect(*arguments)
             kept.append([list(batch.kept), list(batch.chosen)])
             return batch
 
-        trainer.sampler = sample  # type: ignore[assignment]  # as it is called
-        sample.steps_per_sample = sampler.steps_per_sample  # type: ignore[attr-defined]
+        trainer.collect = watched  # type: ignore[assignment]  # as it is called
         end, trainer.accelerator.end_training = trainer.accelerator.end_training, lambda: None
         trainer.run()
         found["reductions"], found["kept"] = counts[0], kept

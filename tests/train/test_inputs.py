@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.cli.main import main
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import evaluate
 from dancegrpo_fast.prompts import load_prompts, prompts_of_iteration
 from dancegrpo_fast.recipe import EvaluationSettings, RewardSettings, load_recipe

@@ -9,12 +9,13 @@ import torch
 
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.run import checkpoint
-from dancegrpo_fast.train import collect as sampling
-from dancegrpo_fast.train import loop as module
-from dancegrpo_fast.train.draw import Policy, model_calls, rollout, sample
+from dancegrpo_fast.train.calls import Policy, model_calls
+from dancegrpo_fast.train.collect import Collector
+from dancegrpo_fast.train.draw import Draw
 from dancegrpo_fast.train.loop import Trainer
 from dancegrpo_fast.train.residence import Residence
 
+from ..tolerances import assert_independent
 from .tiny import EvaluationSettings, make_recipe, reward
 
 
@@ -23,18 +24,18 @@ from .tiny import EvaluationSettings, make_recipe, reward
 def test_best_of_n_keeps_what_it_trains_on(
     flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, equal: bool
 ) -> None:
-    monkeypatch.setattr(module, "rows_are_equal", lambda *_: equal)
+    monkeypatch.setattr("dancegrpo_fast.train.setup.rows_are_equal", lambda *_: equal)
     drawn: list[int] = []
-    original, found = sampling.sample, []
+    original, found = Draw.samples, []
 
-    def counted(*arguments: Any, **settings: Any) -> Any:
-        drawn.append(len(settings["sample_ids"]))
-        return original(*arguments, **settings)
+    def counted(draw: Draw, start: Any, prompts: Any, ids: torch.Tensor) -> Any:
+        drawn.append(len(ids))
+        return original(draw, start, prompts, ids)
 
-    monkeypatch.setattr(sampling, "sample", counted)
+    monkeypatch.setattr(Draw, "samples", counted)
     for name in ("sets", "whole"):
         if name == "whole":
-            monkeypatch.setattr(sampling.Sampler, "_parts", lambda _self, _policy, mine: [mine])
+            monkeypatch.setattr(Collector, "_parts", lambda collector: [collector._mine])
         trainer = Trainer(make_recipe(flux, tmp_path / name, best_of_n=1, micro_batch=micro_batch))
         rows = [{k: v for k, v in trainer.iteration(i).items() if k != "seconds"} for i in (1, 2)]
         found.append((rows, [p.detach() for p in trainer.names]))
@@ -59,15 +60,14 @@ def test_steps_before_the_first_noise_are_made_once(base: Path, tmp_path: Path, 
     ids = torch.arange(6)
     noise = gaussian_noise(trainer.model.latent_shape, seed=1, sample_ids=ids[:2])
     embeds = trainer.model.encode(trainer.prompts[:2])
-    options: dict[str, Any] = {"seed": 2, "sample_ids": ids, "keep_outputs": True}
-    shared = rollout(policy, trainer.table, noise, 3, embeds, shared_noise=True, **options)
-    made = calls[0]
-    alone = sample(policy, trainer.table, noise.repeat_interleave(3, dim=0), ids // 3, embeds, **options)
-    assert made == model_calls(policy, trainer.table, 2, 6, shared=True)
-    assert made < calls[0] - made == model_calls(policy, trainer.table, 2, 6, shared=False) == 6 * 4
+    draw = Draw(policy, trainer.table, embeds, seed=2, keep_outputs=True)
     # Where the first stochastic step is k, four of six samples need no call of their own up to it.
     first = 0 if window is None else window[0]
-    assert made == 6 * 4 - 4 * (first + 1)
+    shared = draw.samples(draw.start(noise, first), ids // 3, ids)
+    made = calls[0]
+    alone = draw.samples(noise.repeat_interleave(3, dim=0), ids // 3, ids)
+    assert made == model_calls(1, 4, 2, 6, shared=first + 1) == 6 * 4 - 4 * (first + 1)
+    assert calls[0] - made == model_calls(1, 4, 2, 6) == 6 * 4
     for ours, theirs in zip(vars(shared).values(), vars(alone).values(), strict=True):
         assert torch.equal(ours, theirs)
     assert bool((shared.latents[0, first + 1] != shared.latents[1, first + 1]).any())
@@ -111,6 +111,20 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(p, tensors["model"][name]) for p, name in trainer.names.items())
     part = "transformer" if (base / "transformer").is_dir() else "unet"
     assert (tmp_path / "run" / "model_ema" / part / "config.json").is_file()
+
+
+def test_no_noise_comes_twice(flux: Path, tmp_path: Path) -> None:
+    """In no other sample, step or iteration, be it the first latents' or a step's."""
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=False, ratio_norm=True))
+    draws, table = [], trainer.table
+    for iteration in (1, 2):
+        drawn = trainer.sampler(trainer.policy, iteration, trainer.prompts).data.trajectory
+        assert drawn.outputs is not None
+        draws.append(drawn.latents[:, 0])
+        for step in trainer.trainable_steps:
+            a, b, tau = (float(column[step]) for column in (table.a, table.b, table.tau))
+            draws.append((drawn.latents[:, step + 1] - a * drawn.latents[:, step] - b * drawn.outputs[:, step]) / tau)
+    assert_independent(torch.cat(draws).flatten(1))
 
 
 @pytest.mark.parametrize("judged", [False, True])
@@ -168,17 +182,15 @@ def test_a_set_of_rewards_comes_alone() -> None:
 def test_a_micro_batch_fits_the_samples(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run"))
     trainer.processes.count = 4
-    parts = (trainer.model, trainer.table, trainer.trainable_steps, trainer.rewards, trainer.processes)
     with pytest.raises(ValueError, match=r"micro_batch: got 4, want at most the 3 samples of each of 4 processes"):
-        sampling.Sampler(trainer.recipe, *parts, trainer.residence)
+        replace(trainer.collect)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 5])
 @pytest.mark.parametrize("equal", [True, False])
 def test_updates_share_out_the_samples(flux: Path, tmp_path: Path, updates: int, equal: bool) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", updates_per_rollout=updates))
-    trainer.policy = replace(trainer.policy, rows_are_equal=equal)
-    hands = trainer._deal(range(12), 1, 0)
+    hands = replace(trainer.updates, rows_are_equal=equal)._deal(range(12), 1, 0)
     assert sorted(sample for hand in hands for sample in hand) == list(range(12))
     assert all(hand == sorted(hand) for hand in hands)
     assert max(map(len, hands)) - min(map(len, hands)) <= 1

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from dancegrpo_fast.run import checkpoint
-from dancegrpo_fast.train import collect as sampling
-from dancegrpo_fast.train import loop as module
-from dancegrpo_fast.train import update as replay
+from dancegrpo_fast.train.draw import Draw, Start
 from dancegrpo_fast.train.loop import Trainer
-from dancegrpo_fast.train.metrics import metrics_row
+from dancegrpo_fast.train.losses import grpo
+from dancegrpo_fast.train.metrics import Tally, metrics_row
 
 from .tiny import LoraSettings, make_recipe, reward
 
@@ -89,17 +88,16 @@ def test_shared_first_step_changes_nothing_but_the_work(
     # With one row a call, sharing changes neither the shape nor the bits of any call.
     options: dict[str, Any] = {"micro_batch": 1, "iterations": 1, "timestep_fraction": 1.0}
     shared = train(base, tmp_path / "shared", **options)[0]
-    sample, experience = sampling.sample, sampling.Experience
+    samples = Draw.samples
 
-    def separate_sample(policy: Any, table: Any, start: Any, index: Any, *rest: Any, **settings: Any) -> Any:
-        return sample(policy, table, start.latents[index, 0], index, *rest, **settings)
+    def separate_samples(draw: Draw, start: Start, prompts: torch.Tensor, ids: torch.Tensor) -> Any:
+        return samples(draw, start.shared.latents[prompts, 0], prompts, ids)
 
-    def separate_experience(**fields: Any) -> Any:
-        return experience(**fields | {"shared_step": None})
-
-    monkeypatch.setattr(sampling, "sample", separate_sample)
-    monkeypatch.setattr(sampling, "Experience", separate_experience)
-    separate = train(base, tmp_path / "separate", **options)[0]
+    monkeypatch.setattr(Draw, "samples", separate_samples)
+    trainer = Trainer(make_recipe(base, tmp_path / "separate", **options))
+    plan = trainer.updates.plan
+    monkeypatch.setattr(trainer.updates, "plan", lambda batch, *rest: plan(replace(batch, shared_step=None), *rest))
+    separate = trainer.iteration(1)
     # Three prompts, of whose four samples three need no first step of their own.
     assert shared["skipped"]["shared_rows_saved"] == 9
     assert separate["skipped"]["model_rows"] == shared["skipped"]["model_rows"] + 9
@@ -142,21 +140,15 @@ def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraS
 
 
 def test_best_of_n_trains_on_the_ends(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    original = module.Trainer._update
-
-    def keep(trainer: Any, iteration: int, batch: Any) -> Any:
-        seen.append(batch)
-        return original(trainer, iteration, batch)
-
-    monkeypatch.setattr(module.Trainer, "_update", keep)
-    row = train(base, tmp_path / "run", iterations=1, best_of_n=1)[0]
-    (batch,) = seen
+    trainer = Trainer(make_recipe(base, tmp_path / "run", iterations=1, best_of_n=1))
+    batch = trainer.collect(1, trainer.prompts)
+    monkeypatch.setattr(trainer, "collect", lambda *_: batch)
+    row = trainer.iteration(1)
     groups = batch.advantages.reshape(3, 4)
     ends = torch.stack([groups.argmax(dim=1), groups.argmin(dim=1)], dim=1) + 4 * torch.arange(3)[:, None]
     assert batch.chosen == batch.kept == sorted(ends.flatten().tolist())
-    assert batch.data.advantages_host == batch.advantages[batch.kept].tolist()
-    assert len(batch.data.trajectory.latents) == 6
+    assert batch.own_advantages.tolist() == batch.advantages[batch.kept].tolist()
+    assert len(batch.trajectory.latents) == 6
     assert row["pairs"] == 3 * 2 * 2
     assert row["ratio_first_update_max_dev"] == 0.0
 
@@ -185,22 +177,21 @@ def test_a_first_update_without_samples_is_not_called_exact(flux: Path, tmp_path
     for row in rows:
         if row["skipped"]["zero_advantage_skipped"] == 0:
             assert row["ratio_first_update_max_dev"] == 0.0
-    tally = replace(module.Tally(), grad_norms=[torch.zeros(())])
-    equal = torch.full((1, 12), 0.5)
-    quiet = metrics_row(1, ["Brightness"], equal, torch.zeros(12), 4, tally, trainer.processes, with_kl=False)
+    tally = Tally(trainer.loss.metrics, grad_norms=[torch.zeros(())])
+    quiet = metrics_row(1, ["Brightness"], 4, trainer.collect(1, trainer.prompts), tally, trainer.processes)
     assert "ratio_first_update_max_dev" not in quiet
 
 
 def test_a_ratio_off_one_is_warned_about(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run"))
-    sample = sampling.sample
+    samples = Draw.samples
 
-    def shifted(*arguments: Any, **settings: Any) -> Any:
-        trajectory = sample(*arguments, **settings)
+    def shifted(*arguments: Any) -> Any:
+        trajectory = samples(*arguments)
         trajectory.log_probs.add_(1e-3)
         return trajectory
 
-    monkeypatch.setattr(sampling, "sample", shifted)
+    monkeypatch.setattr(Draw, "samples", shifted)
     with pytest.warns(UserWarning, match="away from 1"):
         row = trainer.iteration(1)
     assert row["ratio_first_update_max_dev"] > 0
@@ -211,8 +202,8 @@ def test_clipped_calls_need_no_backward(flux: Path, tmp_path: Path, monkeypatch:
     options: dict[str, Any] = {"micro_batch": 1, "inner_epochs": 2, "clip_range": 1e-12, "iterations": 1}
     row = train(flux, tmp_path / "skipped", **options)[0]
     assert row["skipped"]["backwards_skipped"] > 0
-    loss = replay.policy_loss
-    monkeypatch.setattr(replay, "policy_loss", lambda *a, **k: loss(*a, **k)._replace(has_grad=torch.ones(1)))
+    loss = grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a, **k: loss(*a, **k)._replace(has_grad=torch.ones(1)))
     every = train(flux, tmp_path / "every", **options)[0]
     assert every["skipped"]["backwards_skipped"] == 0
     for name in ("grad_norm", "policy_loss", "clip_fraction"):
@@ -234,7 +225,7 @@ def test_each_side_of_the_clip_has_a_range_of_its_own(flux: Path, tmp_path: Path
 def test_inner_epochs_and_updates_step_the_optimiser(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", updates_per_rollout=3, inner_epochs=2))
     trainer.iteration(1)
-    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    steps = {int(state["step"]) for state in trainer.optimizer.adamw.state.values()}
     assert steps == {6}
 
 

@@ -19,12 +19,13 @@ from dancegrpo_fast.ops import _triton_gated_residual as residual
 from dancegrpo_fast.ops import _triton_norm_modulate as norm_modulate
 
 from ..ops.cases import BF16, F16, F32
+from ..release import release_but
 from . import offline
 from .offline import Compiled
 
 pytestmark = pytest.mark.skipif(backends.interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled")
 
-CAPABILITIES = (80, 90, 100, 120)
+CAPABILITIES = release_but((90,), (80, 90, 100, 120))
 # The forward at 64 a thread leaves room for several tokens on a multiprocessor. The backward holds a row and its sums:
 # where it runs 16 warps they may use 128, else 255.
 FORWARD_REGISTERS, BACKWARD_REGISTERS, OTHER_BACKWARD_REGISTERS, RESIDUAL_REGISTERS = 64, 128, 255, 64
@@ -55,7 +56,8 @@ def forward(
     numbers = empty(batch, tokens, dtype=F32)
     y, gate = (x, row) if gated else (None, None)
     outputs = (x, x, numbers, numbers)
-    norm_modulate.forward(x, y, gate, row, row, weight, weight, split, norm, 1e-6, mode, None, outputs)
+    given = norm_modulate.Given(gate, row, row, weight, weight, split, norm, 1e-6, mode, None)
+    norm_modulate.forward(x, y, given, outputs)
 
 
 def backward(
@@ -85,8 +87,8 @@ def backward(
     outputs = [x(), x() if gated else None, row() if gated else None, row(), row(), weight, bias]
     if frozen:
         y, outputs = None, [*outputs[:2], *[None] * 5]
-    given = (y, gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None, outputs)
-    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, *given)
+    given = norm_modulate.Given(gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None)
+    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, y, given, outputs)
 
 
 def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS) -> None:
@@ -168,7 +170,7 @@ def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
                 assert_wide_accesses(found)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", release_but(("gated norm", "gated norm gradient", "residual"), RUNS))
 def test_half_precision(name: str, tmp_path: Path) -> None:
     run, how = RUNS[name]
     for channels, mode in ((1536, "lossless"), (8192, "fast")):

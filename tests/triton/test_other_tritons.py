@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..processes import LIMIT
+from ..processes import LIMIT, pytest_elsewhere
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -16,25 +16,15 @@ WANTED = "triton-3.6.0"
 FOLDERS = sorted({WANTED, *(folder.name for folder in Path(sys.prefix).glob("triton-*"))})
 
 
-def output(*arguments: str, folder: Path) -> str:
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # -P: the installed package, not the folder that the tests start in.
-    command = [sys.executable, "-P", *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=LIMIT)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
 @pytest.mark.parametrize("name", FOLDERS)
-def test_compiled_with(name: str) -> None:
+def test_compiled_with(name: str, pytestconfig: pytest.Config) -> None:
     folder = Path(sys.prefix) / name
     if not folder.is_dir():
         missing = f"{folder} is not there; make install puts it there"
         pytest.fail(missing) if "CI" in os.environ else pytest.skip(missing)
-    version = output("-c", "import triton; print(triton.__version__)", folder=folder)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    asked = [sys.executable, "-P", "-c", "import triton; print(triton.__version__)"]
+    version = subprocess.check_output(asked, env=os.environ | {"PYTHONPATH": path}, text=True, timeout=LIMIT)
     assert f"triton-{version.strip()}" == name
-    policy_ops = f"{HERE}/test_compiled.py::test_guidance_and_steps_per_sample"
-    files = [f"{HERE}/test_compiled_models.py", policy_ops]
-    report = output("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, folder=folder)
-    assert "passed" in report and "skipped" not in report, report
+    files = [f"{HERE}/test_compiled_models.py", f"{HERE}/test_compiled.py::test_guidance_and_steps_per_sample"]
+    pytest_elsewhere(pytestconfig, files, PYTHONPATH=path)

@@ -1,4 +1,4 @@
-"""The planner's predictions held to a GPU: `python -m bench.gpu.memory`.
+"""The planner's predictions held to a GPU: `bench_memory.py`.
 
 `models.py`: a training call of real blocks at real width, predicted on fake tensors and measured as
 `torch.cuda.max_memory_allocated` beside what was allocated before; a call that is thrown away comes first, so that

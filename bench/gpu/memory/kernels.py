@@ -8,9 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from dancegrpo_fast.memory.trace.tracer import trace
 
+from ...rows import Row
 from .gauge import of_model
 
-Row = dict[str, Any]
 BF16 = torch.bfloat16
 # diffusers' name -> the planner's; the unfused formula would hold gigabytes of scores.
 BACKENDS = {
@@ -67,14 +67,13 @@ def _names(module: nn.Module, device: torch.device) -> list[str]:
     return [name for name in dict.fromkeys(names) if not name.startswith(("Memcpy", "Memset"))]
 
 
-def row(backend: str, masked: bool, device: torch.device, where: Row) -> Row:
+def row(backend: str, masked: bool, device: torch.device) -> Row:
     """One backend; that it does not run is an answer, too."""
     found: Row = {
         "op": "attention memory",
         "attention": backend,
         "masked": masked,
         "runs": False,
-        "environment": where,
     }
     shape = DRY_SHAPE if device.type == "cpu" else SHAPE
     module = Attention(backend, shape, masked, device)

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,9 +12,9 @@ from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.trace.tracer import trace
 
 from ...memory.families import FAMILIES, prepare, real, real_inputs
+from ...rows import Row
 from .gauge import of_model
 
-Row = dict[str, Any]
 BF16 = torch.bfloat16
 # Attention as the planner names it -> what makes torch take it.
 BACKENDS = {
@@ -102,7 +101,7 @@ def off(predicted: int, measured: int) -> float | None:
     return round(predicted / measured - 1, 6) if measured else None
 
 
-def row(case: Case, device: torch.device, where: Row) -> Row:
+def row(case: Case, device: torch.device) -> Row:
     """Predicted without weights, then measured with them."""
     dry = device.type == "cpu"
     spec, sizes = case.model.spec(dry)
@@ -130,5 +129,4 @@ def row(case: Case, device: torch.device, where: Row) -> Row:
         "predicted_saved_bytes": found.kept_bytes,
         "saved_off": off(found.kept_bytes, taken.saved),
         "predicted_at": f"{found.peak.op} in {found.peak.module}",
-        "environment": where,
     }

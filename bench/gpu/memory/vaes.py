@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.trace.tracer import trace
 
+from ...rows import Row
 from .gauge import of_model
 from .models import off
 
-Row = dict[str, Any]
 BF16 = torch.bfloat16
 TINY = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
 
@@ -51,7 +51,7 @@ class Case:
 CASES = (Case("FLUX.1-dev", "flux-dev", 1, 1024, 1024, 4), Case("HunyuanVideo", "hunyuan-video", 53, 480, 640, 1))
 
 
-def row(case: Case, device: torch.device, where: Row) -> Row:
+def row(case: Case, device: torch.device) -> Row:
     """Predicted without weights, then measured with random ones."""
     dry = device.type == "cpu"
     spec = specs.resolve(case.shipped)
@@ -83,5 +83,4 @@ def row(case: Case, device: torch.device, where: Row) -> Row:
         **taken.columns(),
         "peak_off": off(beside, taken.peak),
         "predicted_at": f"{predicted.op} in {predicted.module}",
-        "environment": where,
     }

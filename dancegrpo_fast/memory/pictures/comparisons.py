@@ -1,13 +1,14 @@
 """Further plans beside one: other checkpoint policies, and which of them fits at which size."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..planning import specs
-from ..planning.calls import kinds_of, resolved
+from ..planning.cases import kinds_of, resolved
 from ..planning.planner import CAPACITIES, Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
@@ -132,36 +133,22 @@ def _between(corners: Sequence[_Corner], settings: Settings, name: str) -> dict[
     `a + rows (b + c tokens)`.
     """
     rows, tokens = _extent(settings)
-    places = [(1.0, float(c.rows), float(c.rows * c.tokens)) for c in corners]
-    here = (1.0, float(rows), float(rows * tokens))
-    volume = _determinant(places)
-
-    def along(sizes: Sequence[int]) -> float:
-        known = sorted({c.tokens: size for c, size in zip(corners, sizes, strict=True)}.items())
-        i = min(max(bisect_right(known, (tokens, math.inf)), 1), len(known) - 1)
-        (x0, y0), (x1, y1) = known[max(i - 1, 0)], known[i]
-        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0) if x1 > x0 else float(y0)
+    corners = sorted(corners, key=lambda corner: corner.tokens)
+    known = np.array([corner.tokens for corner in corners])
+    places = np.array([[1.0, c.rows, c.rows * c.tokens] for c in corners])
+    exact = len(corners) == np.linalg.matrix_rank(places) == 3
 
     found = {}
     for phase in corners[0].budgets[name]:
-        budgets = [c.budgets[name][phase] for c in corners]
-        paths = [budget.get("trajectories", 0) for budget in budgets]
-        rest = [sum(budget.values()) - path for budget, path in zip(budgets, paths, strict=True)]
-        if phase.startswith("replay") and volume:
-            # Cramer's rule: a corner's weight is the determinant with its row replaced.
-            weights = [_determinant([*places[:i], here, *places[i + 1 :]]) / volume for i in range(3)]
-            found[phase] = along(paths) + sum(weight * size for weight, size in zip(weights, rest, strict=True))
+        budgets = [corner.budgets[name][phase] for corner in corners]
+        paths = np.array([budget.get("trajectories", 0) for budget in budgets])
+        rest = np.array([sum(budget.values()) for budget in budgets]) - paths
+        if phase.startswith("replay") and exact:
+            size = np.linalg.solve(places, rest) @ [1.0, rows, rows * tokens]
         else:
-            found[phase] = along(paths) + along(rest)
+            size = np.interp(tokens, known, rest)
+        found[phase] = float(size + np.interp(tokens, known, paths))
     return found
-
-
-def _determinant(rows: Sequence[tuple[float, float, float]]) -> float:
-    """0 also where there are not three rows."""
-    if len(rows) != 3:
-        return 0.0
-    (a, b, c), (d, e, f), (g, h, i) = rows
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
 def cell(corners: Sequence[_Corner], settings: Settings, limit: float, names: Sequence[str]) -> Cell:

@@ -8,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ...drawing import figure, title, write
 from ..planning.planner import CAPACITIES, Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
 from .comparisons import LADDER, Cell, cells, compared, front, with_policy
-from .drawing import COLOURS, bars, figure, title, write
 from .labels import place
-from .timeline import Strip, legend, mark_peak, stacked
+from .timeline import COLOURS, Strip, bars, legend, mark_peak, stacked
 
 # Of `LADDER`.
 SHADES = ("#fdf1e4", "#f5bd8a", "#d9642c", "#7a2e0e")
@@ -102,12 +102,11 @@ def timeline(plan: Plan) -> Any:
         panel,
         _subject(plan.settings),
         f"policy {_short(plan.policy)}",
+        ", ".join(filter(None, (f"peak {most:.1f} GiB", peak.name, peak.op, peak.module))),
         "widths: predicted seconds, short phases widened; shaded: margins",
     )
+    mark_peak(drawn)
     legend(drawn)
-    bands = [(size, size) for size in sizes] + [(plan.settings.gpu_gib - _margins(plan), plan.settings.gpu_gib)]
-    text = f"peak {most:.1f} GiB, {peak.name}\n{peak.op}"
-    mark_peak(drawn, text, peak.module, tops=drawn.tops, bands=bands)
     return drawn.figure
 
 
@@ -169,7 +168,7 @@ def policies(plan: Plan) -> Any:
     panel.set_xlim(left - 0.08 * (right - left), right + 0.08 * (right - left))
     panel.margins(y=0.14)
     _capacity_lines(plan, panel, sizes, across=False)
-    panel.grid(axis="y", alpha=0.3)
+    panel.grid(axis="y")
     given = "margins of the given GPU are shaded" if gpu in sizes else f"{gpu:g} GiB are given"
     panel.set_xlabel(f"peak of the iteration, GiB (exact; {given})")
     panel.set_ylabel("predicted seconds of an iteration")
@@ -232,20 +231,12 @@ def _draw_map(plan: Plan, columns: list[dict[str, int]], rows: list[dict[str, in
     for y, line in enumerate(cells):
         for x, found in enumerate(line):
             fits = math.isfinite(found.level)
-            colour = shades(found.level / 3) if fits else UNFIT
-            panel.add_patch(
-                Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", hatch=None if fits else "////")
-            )
-            name = found.label.replace(", ", ",\n").replace(" ", "\n" if "/" in found.label else " ")
-            panel.text(
-                x,
-                y,
-                f"{name}\n{found.bytes / GIB:.1f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if fits and found.level > 1.7 else "black",
-            )
+            look = {"facecolor": shades(found.level / 3)} if fits else {"facecolor": UNFIT, "hatch": "////"}
+            panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, edgecolor="white", **look))
+            colour = "white" if fits and found.level > 1.7 else "black"
+            centred = {"ha": "center", "color": colour, "fontsize": 7}
+            panel.text(x, y + 0.1, f"{found.bytes / GIB:.1f} GiB", va="bottom", fontweight="bold", **centred)
+            panel.text(x, y + 0.04, found.label.replace(", ", ",\n") if fits else "does not fit", va="top", **centred)
     panel.set_xlim(-0.5, len(columns) - 0.5)
     panel.set_ylim(-0.5, len(rows) - 0.5)
     panel.spines[:].set_visible(False)
@@ -259,9 +250,9 @@ def _draw_map(plan: Plan, columns: list[dict[str, int]], rows: list[dict[str, in
     title(
         panel,
         _subject(s, size=False),
-        f"the cheapest of {', '.join(LADDER[:3])} that fits {s.gpu_gib:g} GiB",
-        f"k/n: so many blocks, the rest one step cheaper; peak in GiB, beside margins of {_margins(plan):.1f}",
-        "three sizes are planned, those between are interpolated; blocks count as equal",
+        f"predicted peak, and what is recomputed ({', '.join(LADDER[:3])}) to fit {s.gpu_gib:g} GiB",
+        "k/n: in k of n blocks (which count as equal), the rest one step cheaper",
+        f"margins of {_margins(plan):.1f} GiB are left free; three sizes are planned, others interpolated",
         letters=88,
     )
     return drawn

@@ -1,13 +1,10 @@
 """Places labels of points so that they can be read."""
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Spot: TypeAlias = tuple[float, float]
-# How often an axis may grow by 6 % for a label, and how many places are tried along it.
-GROWTHS, STEPS = 40, 60
 
 
 def place(figure: Any, panel: Any, texts: Sequence[tuple[Spot, str]], lines: Sequence[tuple[Spot, Spot]]) -> None:
@@ -47,56 +44,6 @@ def place(figure: Any, panel: Any, texts: Sequence[tuple[Spot, str]], lines: Seq
         if math.hypot(*best[1]["position"]) > 9:
             leader = {"arrowstyle": "-", "linewidth": 0.5, "color": "#555555", "shrinkA": 0, "shrinkB": 3}
             panel.annotate("", spot, best[1]["position"], textcoords="offset points", arrowprops=leader, zorder=2)
-
-
-def above(
-    figure: Any, panel: Any, text: str, spot: Spot, skyline: Sequence[Spot], bands: Sequence[tuple[float, float]]
-) -> None:
-    """A label as near its point as can be, over a skyline and across no band; the y axis grows until there is room.
-
-    Args:
-        figure: laid out but for this label.
-        panel: of it.
-        text: of the label.
-        spot: its point, in data's coordinates, on the skyline.
-        skyline: (x, y) of steps that change midway, by rising x.
-        bands: (from, to) in y.
-    """
-    unit = figure.dpi / 72
-    note = panel.annotate(text, spot, spot, va="bottom", ha="left", fontsize=7, zorder=6)
-    figure.draw_without_rendering()
-    box, gap = note.get_window_extent(), 4 * unit
-    width, height = box.width + gap, box.height + gap
-    xs = [x for x, _ in skyline]
-    for _ in range(GROWTHS):
-        inside, best = panel.get_window_extent(), None
-        x0, x1 = inside.x0 + gap, max(inside.x1 - width, inside.x0 + gap)
-        dot = panel.transData.transform(spot)
-        to_data = panel.transData.inverted().transform
-        for i in range(STEPS + 1):
-            x = x0 + (x1 - x0) * i / STEPS
-            first, last = (to_data((edge, 0))[0] for edge in (x - gap, x + width))
-            below = skyline[max(bisect_left(xs, first) - 1, 0) : bisect_right(xs, last) + 1]
-            y = panel.transData.transform((0, max(top for _, top in below)))[1] + 1.5 * gap
-            for band in sorted(bands):
-                low, high = (panel.transData.transform((0, edge))[1] for edge in band)
-                if y < high + gap and y + height > low - gap:
-                    y = high + gap
-            away = math.hypot(max(x - dot[0], 0, dot[0] - x - width), y - dot[1])
-            if y + height <= inside.y1 and (best is None or away < best[0]):
-                best = away, x, y
-        if best is not None:
-            break
-        low, high = panel.get_ylim()
-        panel.set_ylim(low, low + (high - low) * 1.06)
-    else:
-        best = 0.0, x0, inside.y1 - height
-    _, x, y = best
-    note.set_position(to_data((x, y)))
-    note.set_multialignment("right" if dot[0] > x + width / 2 else "left")
-    end = to_data((min(max(dot[0], x), x + box.width), min(max(dot[1], y), y + box.height)))
-    leader = {"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2}
-    panel.annotate("", spot, end, arrowprops=leader, zorder=5)
 
 
 def _overlap(a: Any, b: Any) -> float:

@@ -1,15 +1,29 @@
-"""Bytes by category over the phases of one iteration, planned or measured, as a picture."""
+"""Bytes, planned or measured, as a picture: by category over the phases of an iteration, and by group of operators."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ...drawing import figure
 from ..planning.budget import CATEGORIES
-from .drawing import COLOURS, figure
-from .labels import above
 
+# Of the categories: neighbours in the stack differ in lightness, and all can be told apart by the colour-blind.
+COLOURS = {
+    "parameters": "#4f6d8f",
+    "unsharded block": "#a9c3dd",
+    "gradients": "#f2d16b",
+    "optimizer": "#8a7a3c",
+    "master weights": "#2f4358",
+    "block inputs": "#7fc8b0",
+    "saved": "#d9642c",
+    "recomputation": "#f2b48a",
+    "temporaries": "#5d3a6e",
+    "workspace": "#c9a3cf",
+    "trajectories": "#2b8a7e",
+    "other models": "#b5bcc4",
+    "replica": "#7d8790",
+}
 # Phases that take no time to speak of are drawn this wide, so that they are seen.
 LEAST_WIDTH = 0.075
 
@@ -100,26 +114,41 @@ def stacked(strips: Sequence[Strip], unit: tuple[int, str]) -> Drawn:
 def legend(drawn: Drawn) -> None:
     """Below the panel, from the top of the stack."""
     handles, labels = drawn.panel.get_legend_handles_labels()
-    drawn.figure.legend(
-        handles[::-1], labels[::-1], loc="outside lower center", ncols=5, frameon=False, fontsize=7, handlelength=1.2
-    )
+    drawn.figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=5, handlelength=1.2)
 
 
-def mark_peak(
-    drawn: Drawn, text: str, module: str, *, tops: Sequence[float], bands: Sequence[tuple[float, float]] = ()
-) -> None:
-    """A dot at the highest moment, and near it, where nothing else is, what runs there.
-
-    Args:
-        drawn: with its title and legend.
-        text: of the label; the module comes below it.
-        module: its path, or "".
-        tops: of all moments with what is drawn above them, in units.
-        bands: (from, to) in units, where no label may be.
-    """
+def mark_peak(drawn: Drawn) -> None:
+    """A dot at the highest moment."""
     top = max(drawn.tops)
     where = drawn.places[drawn.tops.index(top)]
-    drawn.panel.plot(where, top, "o", color="black", markersize=3.5, clip_on=False, zorder=5)
-    parts = textwrap.wrap(module.replace(".", ". "), 52)
-    whole = "\n".join([text, *(part.replace(". ", ".") for part in parts)])
-    above(drawn.figure, drawn.panel, whole, (where, top), list(zip(drawn.places, tops, strict=True)), bands)
+    drawn.panel.plot(where, top, "o", color="black", markersize=3.5, clip_on=False, zorder=5, label="peak")
+
+
+def bars(
+    groups: Sequence[str], rows: Sequence[tuple[str, Mapping[str, int], str]], unit: tuple[int, str]
+) -> tuple[Any, Any]:
+    """A figure with a bar for each group and each (label, bytes by group, colour).
+
+    Args:
+        groups: from the top.
+        rows: side by side in each group.
+        unit: bytes of one, and its name.
+    """
+    size, name = unit
+    drawn, panel = figure(0.15 * len(groups) * len(rows) + 1.5)
+    thick = 0.8 / len(rows)
+    for i, (label, sizes, colour) in enumerate(rows):
+        shift = thick * (i - (len(rows) - 1) / 2)
+        values = [sizes.get(group, 0) / size for group in groups]
+        total = f"{label}: {sum(sizes.values()) / size:.3g} {name}"
+        row = panel.barh([y + shift for y in range(len(groups))], values, 0.9 * thick, color=colour, label=total)
+        texts = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
+        panel.bar_label(row, texts, padding=3, fontsize=7)
+    panel.set_yticks(range(len(groups)), groups)
+    panel.tick_params(axis="y", length=0)
+    panel.set_ylim(len(groups) - 0.45, -0.55)
+    panel.margins(x=0.1)
+    panel.grid(axis="x")
+    panel.set_xlabel(f"kept for the backward, {name}, by the group of the operators that made it")
+    panel.legend(loc="lower right")
+    return drawn, panel

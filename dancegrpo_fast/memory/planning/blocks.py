@@ -5,21 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
-from .calls import (
-    EXTRA,
-    Case,
-    Kind,
-    Moment,
-    Summary,
-    Vector,
-    added,
-    grown,
-    kinds_of,
-    least_of,
-    resolved,
-    rest_of,
-    small,
-)
+from .calls import EXTRA, Moment, Summary, Vector, added, grown, rest_of, small
+from .cases import Case, Kind, kinds_of, least_of, resolved
 
 
 @dataclass(frozen=True)

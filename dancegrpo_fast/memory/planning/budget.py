@@ -1,4 +1,4 @@
-"""What a plan is: phases with bytes by category."""
+"""What a plan is, phases with bytes by category; as text and for JSON."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +104,64 @@ class Plan:
         return self.total_bytes <= gib * GIB
 
     def table(self) -> str:
-        """As text: phases by categories in GiB."""
-        from .report import table
-
-        return table(self)
+        """As text: phases by categories in GiB, the peak, margins, what it fits, reasons and advice."""
+        shown = [name for name in CATEGORIES if any(phase.budget.get(name) for phase in self.phases)]
+        rows = [["GiB", *shown, "sum", "seconds"]]
+        for phase in self.phases:
+            parts = [phase.budget.get(name, 0) for name in shown]
+            rows.append([phase.name, *map(_gib, parts), _gib(phase.bytes), f"{phase.seconds:.1f}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [_head(self), ""]
+        for name, *cells in rows:
+            right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *right]))
+        peak = self.peak
+        where = f" in {peak.module}" if peak.module else ""
+        lines += ["", f"peak: {_gib(peak.bytes)} GiB exact, in {peak.name}: {peak.op}{where}"]
+        margins = ", ".join(f"{name} {_gib(size)}" for name, size in self.margins.items())
+        lines.append(f"margins (guesses): {margins}; with them {_gib(self.total_bytes)} GiB")
+        sizes = sorted({*CAPACITIES, self.settings.gpu_gib})
+        lines.append("fits: " + ", ".join(f"{size:g} GiB {'yes' if self.fits(size) else 'no'}" for size in sizes))
+        if not self.fits(self.settings.gpu_gib):
+            lines.append(f"missing: {_gib(self.total_bytes - self.settings.gpu_gib * GIB)} GiB")
+        if self.saved_by_group:
+            ranked = sorted(self.saved_by_group.items(), key=lambda item: -item[1])
+            lines.append(
+                "kept for the backward: " + ", ".join(f"{name} {_gib(size)}" for name, size in ranked if size >> 20)
+            )
+        lines += ["", *(f"- {reason}" for reason in self.reasons)]
+        if self.advice:
+            lines += ["", "one change at a time (peak; iteration):"]
+            lines += [f"  {a.gib:+7.2f} GiB  {100 * a.seconds:+6.1f} %  {a.text}" for a in self.advice]
+        rates = ", ".join(f"{name} {value:g}" for name, value in vars(self.settings.rates).items())
+        lines += ["", f"seconds are counted work over assumed rates ({rates}), not timings"]
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; bytes and seconds."""
-        from .report import as_dict
+        return {
+            "settings": self.settings.as_dict(),
+            "policy": self.policy,
+            "phases": [
+                vars(phase) | {"bytes": phase.bytes, "timeline": [list(point) for point in phase.timeline]}
+                for phase in self.phases
+            ],
+            "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
+            "margins": self.margins,
+            "fits": {f"{size:g}": self.fits(size) for size in sorted({*CAPACITIES, self.settings.gpu_gib})},
+            "saved_by_group": self.saved_by_group,
+            "reasons": list(self.reasons),
+            "advice": [vars(advice) for advice in self.advice],
+        }
 
-        return as_dict(self)
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _head(plan: Plan) -> str:
+    s = plan.settings
+    size = f"{s.frames} x {s.height} x {s.width}" if s.frames > 1 else f"{s.height} x {s.width}"
+    trained = f"LoRA {s.lora}" + ("" if s.base == "none" else f" on {s.base}") if s.lora else "full fine-tuning"
+    shared = f", {s.strategy} over {s.fsdp} GPUs" if s.is_sharded else ""
+    return f"{s.model}, {size}, {trained}, {s.dtype}{shared}; policy {plan.policy}; {s.gpu_gib:g} GiB"

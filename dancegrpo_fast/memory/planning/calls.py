@@ -8,17 +8,17 @@ checkpointed, everything. Models without kinds of blocks are traced as a whole.
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ...activations import checkpointing
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
+from .cases import Case, Kind, block_paths, build, kinds_of, least_of, resolved
 
 Vector = dict[str, float]
 
@@ -33,113 +33,6 @@ def added(*parts: tuple[float, Mapping[str, float]]) -> Vector:
         for key, value in vector.items():
             found[key] = found.get(key, 0) + weight * value
     return found
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a trace of a denoiser depends on, beside its policy and its number of blocks.
-
-    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
-    `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
-    """
-
-    spec: str
-    frames: int
-    height: int
-    width: int
-    rows: int
-    text_tokens: int | None
-    dtype: str
-    lora: int
-    lora_targets: tuple[str, ...]
-    lora_dtype: str
-    kernel: str
-    block_ops: str
-    recompute: str
-    train: bool
-    fresh: bool = False
-
-
-class Kind(NamedTuple):
-    """Blocks of one kind: the list that holds them, the first and how many, and how many a small model has."""
-
-    path: str
-    start: int
-    blocks: int
-    least: int
-
-
-@lru_cache(maxsize=16)
-def resolved(model: str) -> specs.Spec:
-    """`specs.resolve`, once."""
-    return specs.resolve(model)
-
-
-def kinds_of(spec: specs.Spec) -> tuple[Kind, ...]:
-    """The kinds of blocks, in the order in which the model runs them; () where all of it is traced."""
-    config = spec.config
-    if spec.denoiser == "UNet2DConditionModel":
-        return ()
-    if "num_single_layers" in config:
-        return (
-            Kind("transformer_blocks", 0, config["num_layers"], 1),
-            Kind("single_transformer_blocks", 0, config["num_single_layers"], 1),
-        )
-    if spec.denoiser == "SD3Transformer2DModel":
-        dual = len(config.get("dual_attention_layers") or ())
-        # The last block is another: it has no text to hand on.
-        plain = Kind("transformer_blocks", dual, config["num_layers"] - dual, 2)
-        return (Kind("transformer_blocks", 0, dual, 1), plain) if dual else (plain,)
-    path = "blocks" if spec.denoiser == "WanTransformer3DModel" else "transformer_blocks"
-    return (Kind(path, 0, config["num_layers"], 1),)
-
-
-def _sized(spec: specs.Spec, counts: Sequence[int]) -> specs.Spec:
-    """The same model with so many blocks of each kind."""
-    if not counts:
-        return spec
-    config = dict(spec.config)
-    if "num_single_layers" in config:
-        config["num_layers"], config["num_single_layers"] = counts
-    else:
-        config["num_layers"] = sum(counts)
-        if len(counts) == 2:
-            config["dual_attention_layers"] = tuple(range(counts[0]))
-    return replace(spec, config=config)
-
-
-def build(case: Case, counts: Sequence[int]) -> nn.Module:
-    """The denoiser on `meta` with LoRA layers and block ops.
-
-    Raises:
-        ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
-    """
-    from ...lora import add_lora, unmatched
-    from ...patch import accelerate
-
-    spec = _sized(resolved(case.spec), counts)
-    model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
-    if case.lora:
-        if lost := unmatched(model, case.lora_targets):
-            raise ValueError(f"lora_targets: got {', '.join(lost)}, want endings of names in {case.spec}")
-        try:
-            with torch.device("meta"):
-                add_lora(model, case.lora, case.lora, case.lora_targets)
-        except ValueError as error:
-            raise ValueError(
-                f"lora_targets: got {', '.join(case.lora_targets)}, want endings of names in it"
-            ) from error
-        if case.lora_dtype == "bf16":
-            for p in model.parameters():
-                p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
-    if case.dtype == "bf16_autocast":
-        # Also what the model keeps in float32.
-        for p in model.parameters():
-            p.data = p.data.to(torch.bfloat16)
-    if case.block_ops != "off":
-        # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
-        accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
-    return model
 
 
 def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> Trace:
@@ -364,11 +257,6 @@ def rest_of(policy: Hashable) -> str:
     return "none" if policy == "none" else "full"
 
 
-def least_of(spec: specs.Spec) -> tuple[int, ...]:
-    """How many blocks of each kind a small model has."""
-    return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
-
-
 @lru_cache(maxsize=64)
 def small(case: Case, policy: Hashable) -> Summary:
     """Traces the model with the fewest blocks, or as a whole, all under one of `checkpointing`'s policies."""
@@ -391,14 +279,6 @@ def grown(case: Case, policy: Hashable, kind: int) -> Summary:
         chosen = checkpointing.PerBlock(tuple(each))
     path = f"{kinds[kind].path}.{sum(counts[i] for i in range(kind) if kinds[i].path == kinds[kind].path) + PLACE}"
     return _summary(_traced(case, chosen, counts), case, kinds, counts, kind, (path,))
-
-
-@lru_cache(maxsize=16)
-def block_paths(case: Case) -> tuple[str, ...]:
-    """Of the blocks that diffusers checkpoints, in the order in which the model runs them."""
-    model = build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
-    paths = {id(module): name for name, module in model.named_modules()}
-    return tuple(paths[id(block)] for block in checkpointing.blocks_of(model))
 
 
 def numbers(vector: Mapping[str, Any]) -> dict[str, int]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..trace.result import Trace
 from ..trace.tracer import trace
 from . import specs
-from .calls import Vector, added, resolved
+from .calls import Vector, added
+from .cases import resolved
 
 # Latent frames after which a decode frame by frame repeats itself.
 STEADY = 4

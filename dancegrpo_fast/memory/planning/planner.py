@@ -1,12 +1,9 @@
 """Bytes and seconds of every phase of one GRPO iteration, before there is a GPU."""
 
 import math
-import re
 from collections.abc import Hashable
 from dataclasses import replace
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from ..trace.tracer import collected
@@ -14,10 +11,11 @@ from . import policy as policies
 from . import specs
 from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
-from .calls import Case, Moment, Vector, added, build, kinds_of, numbers, resolved
+from .calls import Moment, Vector, added, numbers
+from .cases import case_of, kernel, resolved, rows_of
 from .decode import Decode, decode
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
-from .settings import GIB, KERNELS, Settings
+from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
 
 __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
@@ -25,69 +23,6 @@ __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
 # Guesses, in GiB: they are shown apart and never added to exact bytes.
 CONTEXT, WORKSPACES, NCCL, UNTRACED = 0.5, 0.25, 1.0, 0.5
 FRAGMENTATION = 0.02
-KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
-
-
-@lru_cache(maxsize=32)
-def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
-    """The attention kernel as traces name it, and why.
-
-    Raises:
-        ValueError: a backend that cannot be used, or is unknown.
-    """
-    if asked in KERNELS:
-        return asked, f"attention {asked}: as asked"
-    try:
-        return _chosen(case, asked, device, equal_text)
-    except ValueError as error:
-        raise ValueError(re.sub("^backend:", "attention:", str(error))) from error
-
-
-def _chosen(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
-    from ...attention import choice as attention
-
-    spec = resolved(case.spec)
-    model = build(case, tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec)))
-    tokens = specs.tokens(spec, case.frames, case.height, case.width)
-    if "num_single_layers" in spec.config or spec.denoiser in ("SD3Transformer2DModel", "QwenImageTransformer2DModel"):
-        tokens += case.text_tokens or spec.text_tokens
-    shapes = attention.Shapes(case.rows, tokens, torch.bfloat16, equal_text=equal_text)
-    if asked == "auto":
-        found = attention.choose(model, shapes, device, True)
-    else:
-        found = attention.check(model, asked, shapes, device, True)
-    return KERNEL_OF.get(found.kernel, "flash"), f"attention {found.reasons[0]}"
-
-
-def _rows(settings: Settings, batch: int) -> int:
-    return batch * (2 if settings.cfg != 1 and resolved(settings.model).guides_by_batch else 1)
-
-
-def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
-    """What is traced: a call of `rows` rows with the attention kernel of that name."""
-    kept, fresh = settings.dtype, False
-    if settings.is_sharded:
-        # Gathered masters are bf16, of which autocast makes no copies.
-        kept = "bf16_autocast" if kept == "fp32_master" else kept
-        # A model that is traced as a whole would have the gradients of all blocks.
-        fresh = bool(kinds_of(resolved(settings.model)))
-    return Case(
-        settings.model,
-        settings.frames,
-        settings.height,
-        settings.width,
-        rows,
-        settings.text_tokens,
-        kept,
-        settings.lora,
-        settings.lora_targets if settings.lora else (),
-        settings.lora_dtype if settings.lora and kept == "bf16" else "fp32",
-        name,
-        settings.block_ops,
-        settings.recompute if settings.block_ops != "off" else "gelu",
-        train,
-        fresh and train,
-    )
 
 
 class Iteration:
@@ -101,7 +36,7 @@ class Iteration:
                 f"offload: got block_inputs for {settings.model}, want a transformer, or not to offload them"
             )
         self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
-        rows = _rows(settings, settings.micro_batch)
+        rows = rows_of(settings, settings.micro_batch)
         equal_text = settings.cfg == 1 or not self.spec.guides_by_batch
         case = case_of(settings, rows, "flash", train=True)
         name, why = kernel(case, settings.attention, settings.device, equal_text)
@@ -113,14 +48,8 @@ class Iteration:
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
         if self.spec.vae is not None:
-            self.decode = decode(
-                settings.model,
-                settings.frames,
-                settings.height,
-                settings.width,
-                settings.rollout_batch,
-                settings.vae_tiling,
-            )
+            size = settings.frames, settings.height, settings.width
+            self.decode = decode(settings.model, *size, settings.rollout_batch, settings.vae_tiling)
         else:
             self.reasons.append("the VAE is not known: decode is not in it")
         latents = math.prod(self.grid) * self.spec.latent_channels
@@ -129,14 +58,15 @@ class Iteration:
         self.trajectories = self.latents + self.embeddings
         self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
 
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the models beside the denoiser."""
+        vae = self.decode.weights if self.decode else 0
+        return {"vae": vae, "rewards": self.rewards, "text_encoders": self.encoders}
+
     def others(self, *running: str) -> Vector:
         """Weights of other models on the device."""
         s = self.settings
-        sizes = {
-            "vae": self.decode.weights if self.decode else 0,
-            "rewards": self.rewards,
-            "text_encoders": self.encoders,
-        }
+        sizes = self._sizes()
         if s.text_encoders == "precomputed":
             sizes["text_encoders"] = 0
         away = {*s.offload, *(["text_encoders"] if s.text_encoders == "freed" else [])}
@@ -161,12 +91,7 @@ class Iteration:
     def _carried(self, *names: str, denoiser: bool = False) -> float:
         """Seconds to bring what waits on the host, and to take the denoiser there and back."""
         s = self.settings
-        sizes = {
-            "vae": self.decode.weights if self.decode else 0,
-            "rewards": self.rewards,
-            "text_encoders": self.encoders,
-        }
-        moved = sum(float(sizes[name]) for name in names if name in s.offload)
+        moved = sum(float(size) for name, size in self._sizes().items() if name in names and name in s.offload)
         if denoiser and "denoiser" in s.offload:
             moved += 2 * sum(self.rest.weights.values())
         return moved / (s.rates.pcie_gb_s * 1e9)
@@ -207,7 +132,7 @@ class Iteration:
     def rollout(self) -> Phase:
         """All sampling steps."""
         s = self.settings
-        case = replace(self.replay, rows=_rows(s, s.rollout_batch), train=False, fresh=False)
+        case = replace(self.replay, rows=rows_of(s, s.rollout_batch), train=False, fresh=False)
         blocks = compose(case, "none")
         fixed = added(
             (1, self.resting(denoiser=True)),

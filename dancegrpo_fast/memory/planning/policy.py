@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from ...activations import checkpointing
 from ...activations.operators import GROUPS
 from .blocks import Blocks, compose
-from .calls import Case, Summary, block_paths, kinds_of, resolved, small
+from .calls import Summary, small
+from .cases import Case, block_paths, kinds_of, resolved
 from .quantised import quantised
 from .settings import GIB, Settings
 from .solve import BlockFigures, GroupFigures, solve

@@ -1,0 +1,118 @@
+"""Host cost: a call so small (1 x 64) that only Python, dispatch and allocation are left.
+
+On a GPU each public function also has what one call of it launches, and whether it makes the host wait.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import dancegrpo_fast as dgf
+from bench.clocks import Run
+from bench.place import PLACES, Place
+from bench.rows import Row
+from bench.turns import Contest, cross
+from tests.gpu.activity import device_activity, ops_that_launch, profiler_sees_kernels, waits_for_the_device
+
+from .latents import ETA, INDEX, SEED, SHIFT, STEPS
+
+ELEMENTS = 64
+ADVANTAGES = "group_advantages"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The only one. A profiler slows the calls after it, so it is the last case of a run."""
+
+    rank: int = 9
+
+    def __str__(self) -> str:
+        return f"1x{ELEMENTS}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every public function of every backend."""
+    place = PLACES[metafunc.config.getoption("--device")]()
+    names = [prefix(backend) + name for backend in place.ours.values() for name in FUNCTIONS]
+    cross(metafunc, [Case()], [*names, ADVANTAGES])
+
+
+def test_host(case: Case, place: Place, contest: Any) -> None:
+    """All of them take turns."""
+    contest(lambda: _functions(place))
+
+
+def prefix(backend: str) -> str:
+    """Before the names of a backend's functions."""
+    return "" if backend == "auto" else f"{backend}: "
+
+
+def calls(backend: str, device: torch.device) -> dict[str, Run]:
+    """Name of the function -> one call."""
+    table = dgf.transitions.dance_sde(dgf.transitions.shifted_sigmas(STEPS, SHIFT), ETA)
+    generator = torch.Generator(device).manual_seed(0)
+    x, v, noise = (torch.randn(1, ELEMENTS, generator=generator, device=device) for _ in range(3))
+    ids, advantages = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device)
+    leaf = v.clone().requires_grad_()
+    stepped = dgf.transition_step(x, v, table, INDEX, noise=noise, backend=backend)
+    packed = table.packed(device)
+
+    def op(i: int) -> Any:
+        shared = (x, v, torch.empty_like(x), None, 1.0, packed, None, INDEX, False, backend)
+        return torch.ops.dgf.transition_step(*shared, None, SEED, None, False)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        leaf.grad = None
+
+    def score(output: torch.Tensor) -> torch.Tensor:
+        return dgf.transition_log_prob(x, output, stepped.latents, table, INDEX, backend=backend)
+
+    def loss() -> torch.Tensor:
+        stored = (stepped.latents, table, INDEX, stepped.log_prob, advantages)
+        return dgf.policy_loss(x, leaf, *stored, backend=backend).loss
+
+    return {
+        "transition_step(seed=)": lambda i: dgf.transition_step(x, v, table, INDEX, seed=SEED, backend=backend),
+        "torch.ops.dgf.transition_step": op,
+        "transition_step(noise=)": lambda i: dgf.transition_step(x, v, table, INDEX, noise=noise, backend=backend),
+        "transition_step()": lambda i: dgf.transition_step(x, v, table, INDEX, backend=backend),
+        "transition_log_prob": lambda i: score(v),
+        "transition_log_prob + backward": lambda i: backward(score(leaf).sum()),
+        "policy_loss": lambda i: loss(),
+        "policy_loss + backward": lambda i: backward(loss()),
+        "gaussian_noise": lambda i: dgf.gaussian_noise((ELEMENTS,), seed=SEED, sample_ids=ids, backend=backend),
+    }
+
+
+FUNCTIONS = tuple(calls("reference", torch.device("cpu")))
+
+
+def launches(run: Run, place: Place) -> Row:
+    """What one call starts; in a dry run the torch operators that would, ours included."""
+    call = partial(run, 0)
+    if place.dry:
+        return {"kernels": len(ops_that_launch(call)), "memory_operations": 0, "waits": False}
+    if place.device.type != "cuda" or not profiler_sees_kernels():
+        return {}
+    kernels, memory = device_activity(call)
+    waits = waits_for_the_device(call)
+    return {"kernels": len(kernels), "memory_operations": len(memory), "waits": waits, "names": kernels + memory}
+
+
+def _functions(place: Place) -> Contest:
+    found: dict[str, Run] = {}
+    for backend in place.ours.values():
+        found |= {prefix(backend) + name: run for name, run in calls(backend, place.device).items()}
+    rewards = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(place.device)
+    found[ADVANTAGES] = lambda i: dgf.group_advantages(rewards, 8)
+
+    def info(name: str) -> Row:
+        # Behind all timings.
+        return {"op": "host", **launches(found[name], place)}
+
+    # Whether they are right is asked at the shapes that they are made for.
+    return Contest(found, lambda name: None, info, place.host_clock)

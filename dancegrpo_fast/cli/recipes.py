@@ -1,0 +1,63 @@
+"""`dancegrpo-fast recipes`: lists the recipes that the package brings, and copies one with its prompts."""
+
+import re
+import textwrap
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Lists, or copies."""
+    parser = ArgumentParser(prog="dancegrpo-fast recipes", description="Lists the recipes that the package brings.")
+    copying = parser.add_subparsers(dest="command").add_parser(
+        "copy", help="copies one, with its prompts, into FOLDER/recipes; it runs from FOLDER"
+    )
+    copying.add_argument("name")
+    copying.add_argument("folder", nargs="?", type=Path, default=Path(), help="the working folder, if not this one")
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        for name in names():
+            print(textwrap.fill(about(name), 110, initial_indent=f"{name:26}", subsequent_indent=" " * 26))
+        return
+    for path in copy(given.name, given.folder):
+        print(f"wrote {path}")
+    print(f"What it needs is said at its top. Then: dancegrpo-fast train recipes/{given.name}.yaml")
+
+
+def names() -> list[str]:
+    """Of the recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def about(name: str) -> str:
+    """The first sentence of a recipe's comment."""
+    comment = re.match(r"(?:#.*\n)+", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    words = " ".join(comment[0].replace("#", " ").split()) if comment else ""
+    return re.split(r"(?<=\.) ", words)[0]
+
+
+def copy(name: str, folder: Path) -> list[Path]:
+    """Copies a recipe, and the files beside it that it names, into `folder/recipes`, as they lie in the repository.
+
+    Returns:
+        What was written; files that are there already as they are here are left alone.
+
+    Raises:
+        ValueError: no such recipe, or another file where one of its own belongs; nothing is written then.
+    """
+    if name not in names():
+        raise ValueError(f'name: got "{name}", want one of {", ".join(names())}')
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    wanted = {f"{name}.yaml", *re.findall(r"(?:\brecipes/)?\b(prompts/[\w.]+|README\.md)", text)}
+    contents = {folder / "recipes" / part: (FOLDER / part).read_bytes() for part in sorted(wanted)}
+    new = {path: content for path, content in contents.items() if not path.exists()}
+    for path in contents.keys() - new.keys():
+        if not path.is_file() or path.read_bytes() != contents[path]:
+            raise ValueError(f"folder: got {folder}, where {path} is another file, want it moved, or another folder")
+    for path, content in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return list(new)

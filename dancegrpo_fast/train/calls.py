@@ -1,0 +1,212 @@
+"""A model call of fixed rows, as rollout and replay both make it, and the packing of what is replayed into calls."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models import Conditioning, GeneratorModel
+from ..ops.noise import gaussian_noise
+from ..recipe import Recipe
+from ..transitions import TransitionTable
+
+# Of a model call: latents `[n, ...]`, times `[n]` and conditioning of n rows.
+Inputs = tuple[Tensor, Tensor, Conditioning]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model as rollout and replay both call it.
+
+    Every call has `rows` rows whatever is asked for; missing ones repeat the last and their outputs are dropped. The
+    ratio is exactly 1 on policy because a row's arithmetic then never depends on how many rows there were to compute.
+
+    Attributes:
+        model: the family; its denoiser draws the rollout.
+        rows: of every model call, the micro-batch.
+        guidance_scale: 1 for none.
+        unconditional: the empty prompt's conditioning under guidance.
+    """
+
+    model: GeneratorModel
+    rows: int
+    guidance_scale: float
+    unconditional: Conditioning | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: GeneratorModel) -> "Policy":
+        """As a recipe has it."""
+        scale = recipe.sampler.guidance_scale
+        return cls(model, recipe.train.micro_batch, scale, model.unconditional(scale))
+
+    def __call__(
+        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs `[n, ...]` for `n <= rows` samples: the conditional one, and the unconditional one under guidance."""
+        count = latents.shape[0]
+        output, uncond = self.model.predict(
+            denoiser,
+            pad_rows(latents, self.rows),
+            pad_rows(times, self.rows),
+            {name: pad_rows(value, self.rows) for name, value in conditioning.items()},
+            self.unconditional,
+            self.guidance_scale,
+        )
+        return output[:count], None if uncond is None else uncond[:count]
+
+    def guided(self, output: Tensor, uncond: Tensor | None) -> Tensor:
+        """Classifier-free guidance in float32, as the kernels combine it."""
+        if uncond is None:
+            return output.float()
+        return uncond.float() + self.guidance_scale * (output.float() - uncond.float())
+
+
+def pad_rows(values: Tensor, rows: int) -> Tensor:
+    """Repeats the last row up to `rows`."""
+    missing = rows - values.shape[0]
+    return values if missing == 0 else torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def select(conditioning: Conditioning, rows: Tensor) -> Conditioning:
+    """Rows of every conditioning tensor."""
+    return {name: value[rows] for name, value in conditioning.items()}
+
+
+def probe(policy: Policy, table: TransitionTable, conditioning: Conditioning) -> Inputs:
+    """Inputs of one model call that belong to no sample."""
+    embeds = next(iter(conditioning.values()))
+    index = torch.arange(policy.rows, device=embeds.device)
+    latents = gaussian_noise(policy.model.latent_shape, seed=0, sample_ids=index)
+    times = table.times.to(embeds.device, torch.float32)[index % len(table)]
+    return latents, times, select(conditioning, index % len(embeds))
+
+
+@torch.no_grad()
+def rows_are_equal(policy: Policy, table: TransitionTable, conditioning: Conditioning) -> bool:
+    """Whether the model's bits do not depend on the row of the micro-batch, tried for every row and every shift.
+
+    Matrix products may treat the last rows of a batch differently; where they do, a sample has to be replayed in the
+    row it was sampled in.
+    """
+    latents, times, embeds = probe(policy, table, conditioning)
+    outputs = policy(policy.model.denoiser, latents, times, embeds)
+    for shift in range(1, policy.rows):
+        order = torch.arange(policy.rows, device=latents.device).roll(shift)
+        moved = policy(policy.model.denoiser, latents[order], times[order], select(embeds, order))
+        for before, after in zip(outputs, moved, strict=True):
+            if before is not None and after is not None and not torch.equal(before[order], after):
+                return False
+    return True
+
+
+def model_calls(rows: int, steps: int, prompts: int, samples: int, *, shared: int = 0) -> int:
+    """How many calls of `rows` rows sampling takes; the first `shared` steps are made once a prompt."""
+    return shared * -(-prompts // rows) + (steps - shared) * -(-samples // rows)
+
+
+@torch.no_grad()
+def fill_calls(policy: Policy, table: TransitionTable, conditioning: Conditioning, calls: int) -> None:
+    """Calls the model for nothing, on a process that has fewer calls than another which gathers parameters with it."""
+    inputs = probe(policy, table, conditioning)
+    for _ in range(calls):
+        policy(policy.model.denoiser, *inputs)
+
+
+class Item(NamedTuple):
+    """What is replayed in one row of a model call.
+
+    Attributes:
+        samples: that share the row's input; each is a pair with `step`.
+        step: which of its sample's inputs it is.
+        row: of the call, where the model's bits depend on it.
+    """
+
+    samples: tuple[int, ...]
+    step: int
+    row: int
+
+
+class Call(NamedTuple):
+    """One model call of the replay; tensors are int64 on the device.
+
+    Attributes:
+        used: rows that have an item; the others compute one of them again.
+        rows: `[3, rows]`: sample, step and prompt of every row.
+        single: the rows that stand for one sample.
+        shared: a row, its step and its samples, for rows that stand for several.
+        weight: of a pair in the loss.
+    """
+
+    used: int
+    rows: Tensor
+    single: Tensor
+    shared: list[tuple[int, int, Tensor]]
+    weight: float
+
+
+def plan_calls(
+    packed: Iterable[Mapping[int, Item]], rows: int, prompts: Sequence[int], weight: float, device: torch.device
+) -> list[Call]:
+    """Calls that compute what `pack` dealt out, their indices brought to the device in one copy.
+
+    Args:
+        packed: for each call, what sits in which of its rows.
+        rows: of a call.
+        prompts: of every sample.
+        weight: of a pair.
+        device: of the indices.
+    """
+    numbers: list[int] = []
+
+    def keep(values: Iterable[int]) -> slice:
+        start = len(numbers)
+        numbers.extend(values)
+        return slice(start, len(numbers))
+
+    plan = []
+    for places in packed:
+        every = [(item.samples[0], item.step, prompts[item.samples[0]]) for item in fill(places, rows)]
+        index = keep(chain(*zip(*every, strict=True)))
+        single = keep(row for row, item in places.items() if len(item.samples) == 1)
+        several = ((row, item) for row, item in places.items() if len(item.samples) > 1)
+        plan.append((len(places), index, single, [(row, item.step, keep(item.samples)) for row, item in several]))
+    there = torch.tensor(numbers, dtype=torch.int64).to(device)
+    return [
+        Call(used, there[index].view(3, rows), there[single], [(r, t, there[part]) for r, t, part in shared], weight)
+        for used, index, single, shared in plan
+    ]
+
+
+def pack(items: Sequence[Item], rows: int, *, equal: bool) -> Iterator[dict[int, Item]]:
+    """Deals items out to model calls: for each call, what sits in which of its rows.
+
+    Args:
+        items: neighbours stay neighbours.
+        rows: of a call.
+        equal: the model's bits do not depend on the row: calls are filled without gaps. Else every item sits in its
+            row, and some rows stay empty.
+    """
+    if equal:
+        for part in chunks(len(items), rows):
+            yield dict(enumerate(items[part]))
+        return
+    queues: dict[int, list[Item]] = {}
+    for item in items:
+        queues.setdefault(item.row, []).append(item)
+    for turn in range(max(map(len, queues.values()), default=0)):
+        yield {row: queue[turn] for row, queue in sorted(queues.items()) if turn < len(queue)}
+
+
+def fill(places: Mapping[int, Item], rows: int) -> list[Item]:
+    """What every row of a call computes: its item, or in an empty row another one again."""
+    spare = next(iter(places.values()))
+    return [places.get(row, spare) for row in range(rows)]

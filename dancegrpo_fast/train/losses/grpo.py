@@ -1,0 +1,121 @@
+"""GRPO: the clipped policy loss on steps of the trajectories, and a KL to the model as loaded."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.policy_loss import PolicyMetrics, policy_loss
+from ...recipe import Recipe, SamplerSettings
+from ...rng import generator
+from ...transitions import TransitionTable
+from ..calls import Inputs, Item, Policy
+from ..collect import Batch
+from ..reference import Reference
+from . import Outputs, Term
+
+
+class Grpo:
+    """A `Loss`.
+
+    Args:
+        recipe: its `train` has the settings.
+        table: of the sampler.
+        reference: the model as loaded, for the KL; None: no KL.
+        device: of the run.
+
+    Attributes:
+        trainable_steps: the stochastic steps before the last.
+        pairs_per_sample: how many of them a sample is trained on.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(
+        self, recipe: Recipe, table: TransitionTable, reference: Reference | None, device: torch.device
+    ) -> None:
+        self._train, self._seed, self._guidance_scale = recipe.train, recipe.seed, recipe.sampler.guidance_scale
+        self._table, self._times = table, table.times.to(device, torch.float32)
+        self._reference = reference
+        self.keeps_outputs = recipe.train.ratio_norm
+        hidden = {"samples", "ratio_max_dev", *(("reference_kl",) if reference is None else ())}
+        self.metrics = [name for name in PolicyMetrics._fields if name not in hidden]
+        self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
+        if not self.trainable_steps:
+            raise ValueError(_without_noise(recipe.sampler))
+        self.pairs_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps) + 1e-9)
+        if self.pairs_per_sample < 1:
+            raise ValueError(
+                f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(self.trainable_steps)} "
+                "stochastic steps before the last, want at least one step"
+            )
+
+    def steps(self, number: int) -> list[int]:
+        """The steps that the sample with this number in the run is trained on, in an order drawn for it."""
+        order = torch.randperm(len(self.trainable_steps), generator=generator(self._seed, "timesteps", number))
+        return [self.trainable_steps[i] for i in order[: self.pairs_per_sample].tolist()]
+
+    def pairs(self, batch: Batch, samples: Sequence[int]) -> list[Item]:
+        """Every sample with its steps, and as one item the samples of a prompt that share a step's model call.
+
+        Samples whose advantage is exactly 0 have no gradient and are left out, unless a KL pulls on them.
+        """
+        advantages = batch.advantages.tolist()
+        active = [s for s in samples if self._reference is not None or advantages[batch.kept[s]] != 0.0]
+        steps = {s: self.steps(batch.first + batch.kept[s]) for s in active}
+        items: list[Item] = []
+        shared: dict[int, list[int]] = {}
+        for turn in range(self.pairs_per_sample):
+            for s in active:
+                if steps[s][turn] == batch.shared_step:
+                    shared.setdefault(batch.prompts[s], []).append(s)
+                else:
+                    items.append(Item((s,), steps[s][turn], batch.rows[s]))
+        # A shared step sat in its prompt's row.
+        rows = self._train.micro_batch
+        return items + [
+            Item(tuple(group), batch.shared_step or 0, prompt % rows) for prompt, group in sorted(shared.items())
+        ]
+
+    def inputs(self, batch: Batch, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the rollout."""
+        return batch.trajectory.latents[samples, steps], self._times[steps]
+
+    def others(self, policy: Policy, denoiser: nn.Module, inputs: Inputs) -> Outputs:
+        """The reference's guided output."""
+        return {} if self._reference is None else {"reference_output": self._reference(policy, denoiser, inputs)}
+
+    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
+        """`policy_loss`."""
+        train, drawn = self._train, batch.trajectory
+        model_output = outputs["model_output"]
+        assert model_output is not None
+        found = policy_loss(
+            drawn.latents[samples, steps],
+            model_output,
+            drawn.latents[samples, steps + 1],
+            self._table,
+            steps,
+            drawn.log_probs[samples, steps],
+            batch.own_advantages[samples],
+            clip_range=train.clip_range,
+            advantage_clip=train.advantage_clip,
+            uncond_output=outputs["uncond_output"],
+            guidance_scale=None if outputs["uncond_output"] is None else self._guidance_scale,
+            reference_output=outputs.get("reference_output"),
+            kl_weight=train.kl_weight,
+            ratio_norm=train.ratio_norm,
+            old_output=None if drawn.outputs is None else drawn.outputs[samples, steps],
+            weight=weight,
+        )
+        metrics = found.metrics
+        return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad)
+
+
+def _without_noise(sampler: SamplerSettings) -> str:
+    if sampler.kind == "ode":
+        return 'sampler.kind: got "ode", want one with noise to train on'
+    if sampler.eta == 0:
+        return "sampler.eta: got 0, want more than 0, for noise to train on"
+    return f"sampler.window: got {sampler.window}, want at least one step with noise before the last"

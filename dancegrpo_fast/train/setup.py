@@ -1,0 +1,152 @@
+"""What a run is made of: checked, built and restored, in the order in which it can fail cheaply."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_text
+from ..models import load_model
+from ..processes import Processes
+from ..prompts import Prompt, load_prompts, prompts_of_run
+from ..recipe import Recipe
+from ..rewards import RewardSet
+from ..rng import derive_seed
+from ..run import checkpoint
+from ..run.folder import RunDirectory
+from ..run.identity import check_run, model_identity, run_identity
+from .calls import Policy, rows_are_equal
+from .collect import Collector
+from .ema import MovingAverage
+from .held_out import Evaluator
+from .losses.grpo import Grpo
+from .optimizer import Optimizer
+from .reference import Reference
+from .residence import Residence
+from .state import State
+from .update import Updates
+
+
+class Setup:
+    """A run of a recipe, ready to train, in one of several processes or alone.
+
+    Args:
+        recipe: the run.
+        resume: "auto" continues from the newest checkpoint of the output directory (or starts, where there is none), a
+            path continues from that one, None starts anew and refuses a directory that already holds a run.
+
+    Attributes:
+        directory: of its files.
+        processes: of the run; `accelerator` is theirs and `device` this one's.
+        prompts: of its file; training comes to those in `reached`, and only these are encoded, and evaluation's.
+        model: the family; `model.denoiser` is what is trained.
+        denoiser: the same as the update calls it.
+        table: of the sampler.
+        policy: the model as rollout and replay call it.
+        names: the trained parameters' names.
+        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
+        rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
+        start: iterations that are done.
+
+    Raises:
+        ValueError: a recipe that cannot be run, a damaged or foreign checkpoint, an output directory in use.
+    """
+
+    def __init__(self, recipe: Recipe, resume: str | None = None) -> None:
+        self.recipe = recipe
+        self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
+        self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
+        self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        torch.set_num_threads(recipe.threads or self.processes.threads())
+        found = self._find_checkpoint(resume)
+        self._check()
+        self.prompts, evaluated = self._read_prompts()
+        identity = run_identity(recipe, self.prompts, evaluated)
+        if found is not None:
+            check_run(found, checkpoint.load_state(found), identity)
+        self.rewards = RewardSet(recipe.rewards)
+        self.rewards.check(self.prompts)
+        if "rewards" in recipe.train.offload:
+            # The text encoders are loaded next.
+            self.rewards.to("cpu")
+        self._load_model(evaluated)
+        identity["model"] = model_identity(self.model)
+        self._build(evaluated, identity)
+        state = {} if found is None else self.state.restore(found)
+        self.start = int(state.get("iteration", 0))
+        self.rows_are_equal = self._probe_rows() if "rows_are_equal" not in state else state["rows_are_equal"]
+        self.updates = Updates(
+            recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
+        )
+        if self.processes.is_main:
+            self.directory.keep_until(self.start if found else -1)
+            self.directory.root.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
+        self.accelerator.init_trackers("tensorboard")
+
+    def _find_checkpoint(self, resume: str | None) -> Path | None:
+        found = self.directory.find_checkpoint(resume)
+        everywhere = set(self.processes.collect([str(found)]))
+        if len(everywhere) > 1:
+            raise ValueError(f"resume: processes found {sorted(everywhere)}, want one, in an output_dir that all share")
+        return found
+
+    def _check(self) -> None:
+        """Settings that these processes, or training, cannot have."""
+        recipe, processes = self.recipe, self.processes
+        if recipe.train.rollout_replica and not processes.sharded:
+            raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
+        if recipe.model.quantization is not None and processes.sharded:
+            raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
+        if "denoiser" in recipe.train.offload and processes.count > 1:
+            raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
+        if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
+            raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
+
+    def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Of training, and of evaluation."""
+        prompts, evaluation = load_prompts(self.recipe.prompts), self.recipe.evaluation
+        if evaluation is None:
+            return prompts, []
+        return prompts, prompts if evaluation.prompts is None else load_prompts(evaluation.prompts, "test")
+
+    def _load_model(self, evaluated: list[Prompt]) -> None:
+        recipe, train = self.recipe, self.recipe.train
+        torch.manual_seed(derive_seed(recipe.seed, "weights"))
+        self.reached = prompts_of_run(self.prompts, train.prompts_per_iteration, train.iterations, recipe.seed)
+        prompts, reached = [*self.prompts, *evaluated], [*self.reached, *evaluated]
+        self.model = load_model(recipe, self.device, prompts, reached=reached)
+        self.model.denoiser.eval()
+        self.policy = Policy.of(recipe, self.model)
+        self.table = self.model.table(recipe.sampler)
+
+    def _build(self, evaluated: list[Prompt], identity: dict[str, Any]) -> None:
+        recipe, train, processes = self.recipe, self.recipe.train, self.processes
+        self.residence = Residence(train.offload, self.model, self.device)
+        self.residence.add(self.rewards)
+        self.evaluator = None
+        if recipe.evaluation is not None:
+            self.evaluator = Evaluator(recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence)
+            self.evaluator.rewards.check(evaluated)
+        self.residence.use("denoiser")
+        reference = None
+        if train.kl_weight > 0:
+            reference = Reference(self.model.denoiser, processes, adapters=recipe.model.lora is not None)
+        self.loss = Grpo(recipe, self.table, reference, self.device)
+        self.collect = Collector(
+            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs
+        )
+        self.model.denoiser = processes.prepare(self.model.denoiser)
+        self.denoiser = processes.wrap(self.model.denoiser)
+        self.names = {p: name for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(self.names, train, keep_gradients=self.denoiser is not self.model.denoiser)
+        self.average = None if train.ema_decay is None else MovingAverage(self.names, train.ema_decay)
+        self.state = State(identity, processes, self.names, self.optimizer, self.average)
+
+    def _probe_rows(self) -> bool:
+        conditioning = self.residence.encode(self.reached[: self.policy.rows])
+        self.residence.use("denoiser")
+        with self.processes.sampling(self.model.denoiser, resident=False):
+            ours = rows_are_equal(self.policy, self.table, conditioning)
+        return all(self.processes.collect([ours]))
