@@ -38,7 +38,14 @@ def drop(path: Path, mine: Callable[[Row], bool]) -> None:
         write(path, [row for row in read(path) if not mine(row)])
 
 
+def made_with(row: Row) -> str:
+    """A line of a page: versions, commit and day."""
+    where = row["environment"]
+    packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "diffusers", "peft") if name in where)
+    return f"{packages}, revision {where['git']}, {where['date'][:10]}."
+
+
 def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]

@@ -9,13 +9,23 @@ from ..rows import Row
 
 MET, MISSED = "met   ", "MISSED"
 LARGEST = (8, 806_400)
-# Share of copy bandwidth, times eager, times compile; and microseconds of the host.
-COPY_SHARE, TIMES_EAGER, TIMES_COMPILE, HOST_US = 0.8, 10.0, 1.3, 8.0
+# Claim, key, the least that is expected, and of what; and microseconds of the host.
+SPEED = (
+    ("copy-share", "copy_share", 0.8, "the copy's bandwidth"),
+    ("times-eager", "times_eager", 10.0, "eager"),
+    ("times-compile", "times_compile", 1.3, "compile"),
+)
+HOST_US = 8.0
 STEP = "cuda: transition_step(seed=)"
 OP = "cuda: torch.ops.dgf.transition_step"
-# Of the block ops at HunyuanVideo's sizes: share of copy bandwidth, times compile, microseconds of the host a forward.
-BLOCK_MODEL, BLOCK_SHARE, BLOCK_COMPILE, BLOCK_HOST_US = "HunyuanVideo", 0.7, 0.9, 100.0
-FLUX_MODEL = "FLUX.1-dev"
+# Of the block ops at HunyuanVideo's sizes; of the host a forward; and of two blocks of FLUX.
+BLOCK_MODEL, BLOCK_HOST_US = "HunyuanVideo", 100.0
+BLOCK_SPEED = (
+    ("block-copy-share", "copy_share", 0.7, "copy"),
+    ("block-times-eager", "times_eager", 1.0, "eager"),
+    ("block-times-compile", "times_compile", 0.9, "compile"),
+)
+FLUX_MODEL, FLUX_SPEED = "FLUX.1-dev", ("flux-block-speed", "times_eager", 1.0, "eager")
 # Relative deviation of predicted bytes, and of the GPU what the allocator may keep beside tensors.
 MEMORY_OFF, FRAGMENTATION = 0.02, 0.02
 # Share of the memory's throughput in a kernel.
@@ -59,175 +69,126 @@ class Evidence:
         return [row for row in self.rows if row["op"] in ops]
 
 
+def _ratios(row: Row, label: str, wanted: Iterable[tuple[str, str, float, str]]) -> list[Verdict]:
+    """Claim, key, the least that is expected of it, and what it is a multiple of."""
+    return [
+        Verdict(claim, row[key] >= least, f"{label}: {row[key]:.2f} x {unit}, expected {least:g}")
+        for claim, key, least, unit in wanted
+    ]
+
+
+def _none(claims: Iterable[str], text: str) -> list[Verdict]:
+    """Nothing was measured, so that nothing holds."""
+    return [Verdict(claim, False, f"{claim}: {text}") for claim in claims]
+
+
 def _smoke(found: Evidence) -> list[Verdict]:
     verdicts = []
     for name, pattern in SMOKE.items():
         mine = [row for row in found.of("smoke") if re.match(pattern, row["case"])]
         bad = [f"{row['case']}: {row['detail']}" for row in mine if not row["passed"]]
-        text = (
-            f"{len(mine) - len(bad)} of {len(mine)} first calls by {name} agree" if mine else f"{name} was not called"
-        )
-        verdicts.append(Verdict(f"smoke-{name}", bool(mine) and not bad, "; ".join([text, *bad])))
+        said = f"{len(mine) - len(bad)} of {len(mine)} first calls by {name} agree"
+        text = "; ".join([said if mine else f"{name} was not called", *bad])
+        verdicts.append(Verdict(f"smoke-{name}", bool(mine) and not bad, text))
     orders = found.of("scalar order")
     known = [f"{row['order']} {row['scalar']}: {row['rounding']}" for row in orders]
     answered = bool(orders) and all(row["rounding"].startswith("the scalar") for row in orders)
-    verdicts.append(Verdict("scalar-order", answered, f"scalar times bfloat16: {'; '.join(known) or 'not asked'}"))
-    return verdicts
-
-
-def _speed(found: Evidence) -> list[Verdict]:
-    wanted = (
-        ("copy-share", "copy_share", COPY_SHARE, "x the copy's bandwidth"),
-        ("times-eager", "times_eager", TIMES_EAGER, "x eager"),
-        ("times-compile", "times_compile", TIMES_COMPILE, "x compile"),
-    )
-    largest = [r for r in found.rows if (r.get("batch"), r.get("elements")) == LARGEST and r["backend"] == "ours, cuda"]
-    verdicts = [
-        Verdict(
-            claim,
-            row[key] >= least,
-            f"{row['op']} at 8 x 806,400, {row['output_dtype']}: {row[key]:.2f} {unit}, expected {least:g}",
-        )
-        for row in largest
-        for claim, key, least, unit in wanted
-    ]
-    missing = [Verdict(claim, False, f"{claim}: 8 x 806,400 was not measured through CUDA") for claim, *_ in wanted]
-    return verdicts or missing
-
-
-def _launches(found: Evidence) -> list[Verdict]:
-    mine = [row for row in found.of("host") if row["backend"] == STEP and "kernels" in row]
-    if not mine:
-        return [Verdict(c, False, f"{c}: launches of a step were not counted") for c in ("one-launch", "no-waits")]
-    kernels, memory, waits = (mine[0][key] for key in ("kernels", "memory_operations", "waits"))
-    text = f"a step starts {kernels} kernels and {memory} copies or fills, expected 1"
     return [
-        Verdict("one-launch", kernels == 1 and memory == 0, text),
-        Verdict("no-waits", not waits, f"a step {'waits' if waits else 'does not wait'} for the device"),
+        *verdicts,
+        Verdict("scalar-order", answered, f"scalar times bfloat16: {'; '.join(known) or 'not asked'}"),
     ]
-
-
-def _host(found: Evidence) -> list[Verdict]:
-    cost = {row["backend"]: row["us_median"] for row in found.of("host")}
-    return [
-        Verdict("host-us", cost[name] <= HOST_US, f"{name}: {cost[name]:.1f} us of the host, expected {HOST_US:g}")
-        for name in (STEP, OP)
-        if name in cost
-    ] or [Verdict("host-us", False, "the host's cost was not measured through CUDA")]
 
 
 def _bench(found: Evidence) -> list[Verdict]:
-    return _launches(found) + _host(found) + _speed(found)
+    host = {row["backend"]: row for row in found.of("host")}
+    verdicts = _none(("one-launch", "no-waits"), "launches of a step were not counted")
+    if "kernels" in host.get(STEP, {}):
+        kernels, memory, waits = (host[STEP][key] for key in ("kernels", "memory_operations", "waits"))
+        text = f"a step starts {kernels} kernels and {memory} copies or fills, expected 1"
+        verdicts = [Verdict("one-launch", kernels == 1 and memory == 0, text)]
+        verdicts += [Verdict("no-waits", not waits, f"a step {'waits' if waits else 'does not wait'} for the device")]
+    cost = {name: host[name]["us_median"] for name in (STEP, OP) if name in host}
+    verdicts += [
+        Verdict("host-us", us <= HOST_US, f"{name}: {us:.1f} us of the host, expected {HOST_US:g}")
+        for name, us in cost.items()
+    ] or _none(["host-us"], "it was not measured through CUDA")
+    largest = [r for r in found.rows if (r.get("batch"), r.get("elements")) == LARGEST and r["backend"] == "ours, cuda"]
+    speed = [v for r in largest for v in _ratios(r, f"{r['op']} at 8 x 806,400, {r['output_dtype']}", SPEED)]
+    return verdicts + (speed or _none((each[0] for each in SPEED), "8 x 806,400 was not measured through CUDA"))
 
 
 def _block_op(rows: list[Row], op: str, form: str) -> list[Verdict]:
-    name = f"{op}, {form}"
     verdicts = []
     for row in (r for r in rows if (r["op"], r.get("form"), r["backend"]) == (op, form, "ours, fast")):
-        shape = f"{name}, {row['pass']}:"
-        share, eager, compiled = row["copy_share"], row["times_eager"], row["times_compile"]
-        host = row.get("host_us_median")
-        verdicts += [
-            Verdict("block-copy-share", share >= BLOCK_SHARE, f"{shape} {share:.2f} x copy, expected {BLOCK_SHARE:g}"),
-            Verdict("block-times-eager", eager > 1.0, f"{shape} {eager:.2f} x eager, expected more than 1"),
-            Verdict(
-                "block-times-compile",
-                compiled >= BLOCK_COMPILE,
-                f"{shape} {compiled:.2f} x compile, expected {BLOCK_COMPILE:g}",
-            ),
-        ]
+        shape, host = f"{op}, {form}, {row['pass']}", row.get("host_us_median")
+        verdicts += _ratios(row, shape, BLOCK_SPEED)
         if host is not None and row["pass"] == "forward":
-            text = f"{shape} {host:.0f} us of the host, expected {BLOCK_HOST_US:g}"
+            text = f"{shape}: {host:.0f} us of the host, expected {BLOCK_HOST_US:g}"
             verdicts.append(Verdict("block-host-us", host <= BLOCK_HOST_US, text))
-    claims = ("block-copy-share", "block-times-eager", "block-times-compile", "block-host-us")
-    return verdicts or [Verdict(claim, False, f"{claim}: {name} was not measured") for claim in claims]
+    claims = [*(each[0] for each in BLOCK_SPEED), "block-host-us"]
+    return verdicts or _none(claims, f"{op}, {form} was not measured")
 
 
 def _below(found: Evidence, model: str, key: str, claim: str) -> list[Verdict]:
     """Whether patched blocks take less than eager and compiled ones."""
-    gib = {
-        row["backend"]: row[key] / 2**30
-        for row in found.of("blocks")
-        if row["model"] == model and "backward" in row["pass"] and row[key] is not None
-    }
+    mine = [r for r in found.of("blocks") if r["model"] == model and "backward" in r["pass"] and r[key] is not None]
+    gib = {row["backend"]: row[key] / 2**30 for row in mine}
     patched = [name for name in gib if name.startswith("patched") and not name.endswith("compile")]
     what = f"{key.partition('_')[0]} of two blocks of {model}"
     if not patched or not {"eager", "compile"} <= set(gib):
-        return [Verdict(claim, False, f"{what} was not measured")]
-    return [
-        Verdict(
-            claim,
-            gib[name] < min(gib["eager"], gib["compile"]),
-            f"{what}, {name}: {gib[name]:.2f} GiB, expected below eager's {gib['eager']:.2f}"
-            f" and compile's {gib['compile']:.2f}",
-        )
-        for name in patched
-    ]
-
-
-def _flux_speed(found: Evidence) -> list[Verdict]:
-    rows = [r for r in found.of("blocks") if r["model"] == FLUX_MODEL and r["backend"] == "patched, fast"]
-    return [
-        Verdict(
-            "flux-block-speed",
-            row["times_eager"] > 1.0,
-            f"two blocks of {FLUX_MODEL}, {row['pass']}: {row['times_eager']:.2f} x eager, expected more than 1"
-            f" ({'no' if row['times_compile'] is None else format(row['times_compile'], '.2f')} x compile)",
-        )
-        for row in rows
-    ] or [Verdict("flux-block-speed", False, f"two blocks of {FLUX_MODEL} were not measured")]
+        return _none([claim], f"{what} was not measured")
+    others = f"expected below eager's {gib['eager']:.2f} and compile's {gib['compile']:.2f}"
+    least = min(gib["eager"], gib["compile"])
+    return [Verdict(claim, gib[n] < least, f"{what}, {n}: {gib[n]:.2f} GiB, {others}") for n in patched]
 
 
 def _blocks(found: Evidence) -> list[Verdict]:
     """Of the block ops in "fast" mode at HunyuanVideo's sizes, and of the blocks."""
     mine = [r for r in found.rows if r.get("model") == BLOCK_MODEL and "pass" in r]
+    flux = [r for r in found.of("blocks") if r["model"] == FLUX_MODEL and r["backend"] == "patched, fast"]
+    what = f"two blocks of {FLUX_MODEL}"
+    speed = [v for r in flux for v in _ratios(r, f"{what}, {r['pass']}", (FLUX_SPEED,))]
     return [
         *(line for op, form in BLOCK_FORMS for line in _block_op(mine, op, form)),
         *_below(found, BLOCK_MODEL, "peak_bytes", "blocks-peak"),
-        *_flux_speed(found),
+        *(speed or _none([FLUX_SPEED[0]], f"{what} were not measured")),
         *_below(found, FLUX_MODEL, "saved_bytes", "flux-block-saved"),
     ]
 
 
-def _predicted(found: Evidence) -> list[Verdict]:
+def _memory(found: Evidence) -> list[Verdict]:
     verdicts = []
     for row in found.of("memory", "decode memory"):
         decode = row["op"] == "decode memory"
-        name = f"decode of {row['model']}, {row['sample']}" if decode else row["case"]
-        for claim, key in (
+        keys = (
             (("decode-peak", "peak_off"),) if decode else (("memory-peak", "peak_off"), ("memory-saved", "saved_off"))
-        ):
+        )
+        for claim, key in keys:
             off = row[key]
-            found_off = "nothing" if off is None else f"{off:+.1%} off"
-            text = f"{name}: {claim} predicted {found_off}, expected {MEMORY_OFF:.0%}"
+            said = "nothing" if off is None else f"{off:+.1%} off"
+            text = f"{row['case']}: {claim} predicted {said}, expected {MEMORY_OFF:.0%}"
             verdicts.append(Verdict(claim, off is not None and abs(off) <= MEMORY_OFF, text))
         if row["reserved_bytes"] is not None:
-            beside = row["reserved_bytes"] - row["allocated_bytes"]
-            text = f"{name}: {beside / 2**30:.2f} GiB reserved beside {row['allocated_bytes'] / 2**30:.2f} allocated"
+            beside, allocated = row["reserved_bytes"] - row["allocated_bytes"], row["allocated_bytes"]
+            text = f"{row['case']}: {beside / 2**30:.2f} GiB reserved beside {allocated / 2**30:.2f} allocated"
             verdicts.append(Verdict("reserved", beside <= FRAGMENTATION * row["environment"]["memory_bytes"], text))
+    for row in (row for row in found.of("attention memory") if row["masked"] and row["attention"] in MASKED):
+        text = f"{row['attention']} with a mask: {row.get('error') or row['kernels']}"
+        verdicts.append(Verdict("masked-attention", row["runs"], text))
+    claims = ("memory-peak", "memory-saved", "decode-peak", "reserved", "masked-attention")
     seen = {verdict.claim for verdict in verdicts}
-    claims = ("memory-peak", "memory-saved", "decode-peak", "reserved")
-    return verdicts + [Verdict(c, False, f"{c} was not measured") for c in claims if c not in seen]
-
-
-def _memory(found: Evidence) -> list[Verdict]:
-    rows = [row for row in found.of("attention memory") if row["masked"] and row["attention"] in MASKED]
-    runs = [
-        Verdict(
-            "masked-attention", row["runs"], f"{row['attention']} with a mask: {row.get('error') or row['kernels']}"
-        )
-        for row in rows
-    ]
-    return _predicted(found) + (runs or [Verdict("masked-attention", False, "no attention with a mask was run")])
+    return verdicts + _none([claim for claim in claims if claim not in seen], "it was not measured")
 
 
 def _sanitizer(tool: str) -> Callable[[Evidence], list[Verdict]]:
     def judge(found: Evidence) -> list[Verdict]:
         clean = {row["part"]: row["clean"] for row in found.of("sanitizer") if row["tool"] == tool}
+        said = {True: "clean", False: "not clean", None: "not checked"}
         return [
-            Verdict(f"{tool}-{part.replace(' ', '-')}", clean.get(part, False), f"{tool}, {part}: {text}")
+            Verdict(
+                f"{tool}-{part.replace(' ', '-')}", bool(clean.get(part)), f"{tool}, {part}: {said[clean.get(part)]}"
+            )
             for part in PARTS
-            for text in ["clean" if clean.get(part) else "not clean" if part in clean else "not checked"]
         ]
 
     return judge
@@ -237,13 +198,9 @@ def _ncu(found: Evidence) -> list[Verdict]:
     shares = {row["kernel"]: row["value"] for row in found.of("ncu") if row["metric"].startswith("dram__throughput")}
     verdicts = []
     for pattern, name in KERNELS.items():
-        share = next((value for kernel, value in shares.items() if pattern in kernel), None)
-        text = (
-            "was not profiled"
-            if share is None
-            else f"takes {share:.0f} % of the memory's throughput, expected {NCU_SHARE:g}"
-        )
-        verdicts.append(Verdict("ncu", share is not None and share >= NCU_SHARE, f"{name} {text}"))
+        share = next((value for kernel, value in shares.items() if pattern in kernel), -1.0)
+        text = f"takes {share:.0f} % of the memory's throughput, expected {NCU_SHARE:g}"
+        verdicts.append(Verdict("ncu", share >= NCU_SHARE, f"{name} {text if share >= 0 else 'was not profiled'}"))
     return verdicts
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.machine import environment
 from bench.repository import RESULTS
-from bench.rows import write
+from bench.rows import Row, grid, write
 from dancegrpo_fast.memory import profile
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
@@ -94,7 +94,7 @@ def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[int], float]
     }
 
 
-def measure(name: str, iterations: int, where: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(name: str, iterations: int, where: dict[str, Any]) -> list[Row]:
     """One row per contender: seconds of every iteration, the reward curve, launches, host reads and peak bytes."""
     given = ["--train.iterations", str(iterations), "--train.updates_per_rollout", "1"]
     recipe, _ = load_recipe([str(Path("recipes") / f"{name}.yaml"), *given])
@@ -138,20 +138,26 @@ def measure(name: str, iterations: int, where: dict[str, Any]) -> list[dict[str,
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """A markdown table."""
-    lines = [
-        "| recipe | contender | s an iteration | against plain | launches | host reads | peak MiB | last reward |",
-        "|---" * 8 + "|",
-    ]
+    cells = []
     for row in rows:
+        seconds = row["seconds_median"]
         plain = next(r for r in rows if r["recipe"] == row["recipe"] and r["contender"] == "plain")
-        lines.append(
-            f"| {row['recipe']} | {row['contender']} | {row['seconds_median']:.2f} "
-            f"| {plain['seconds_median'] / row['seconds_median']:.1f}x | {row['launches']} | {row['host_reads']} "
-            f"| {row['peak_bytes'] / 2**20:.1f} | {row['reward'][-1]:.4f} |"
-        )
-    return "\n".join(lines)
+        times, mib = f"{plain['seconds_median'] / seconds:.1f}x", f"{row['peak_bytes'] / 2**20:.1f}"
+        counts = [row["launches"], row["host_reads"], mib, f"{row['reward'][-1]:.4f}"]
+        cells.append([row["recipe"], row["contender"], f"{seconds:.2f}", times, *counts])
+    head = [
+        "recipe",
+        "contender",
+        "s an iteration",
+        "against plain",
+        "launches",
+        "host reads",
+        "peak MiB",
+        "last reward",
+    ]
+    return "\n".join(grid(head, cells))
 
 
 def main() -> None:
@@ -165,7 +171,7 @@ def main() -> None:
     with tempfile.NamedTemporaryFile() as file:
         dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
     where = environment()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in options.recipe or RECIPES:
         rows += measure(name, options.iterations, where)
         write(options.out, rows)

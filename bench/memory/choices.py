@@ -7,11 +7,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from ..rows import Row, grid, made_with
 from .scenarios import SCENARIOS, Scenario
 
-Row = dict[str, Any]
 GIB = 2**30
 ADVICE = 4
 
@@ -76,20 +75,15 @@ def verdict(found: Row) -> str:
 
 def summary(found: list[Row]) -> list[str]:
     """One line a scenario."""
-    lines = [
-        "| | exact, GiB | with margins | of | | peak in | policy that `auto` chose |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[str]] = []
     for each in found:
         if "error" in each:
-            lines.append(f"| {each['name']} | | | | no plan | | {each['error']} |")
+            rows.append([each["name"], "", "", "", "no plan", "", each["error"]])
             continue
-        peak = each["peak"]
-        lines.append(
-            f"| {each['name']} | {_gib(peak['bytes'])} | {_gib(peak['total_bytes'])} | {_capacity(each):g} "
-            f"| {verdict(each)} | {peak['phase']} | {each['policy']} |"
-        )
-    return lines
+        peak, of = each["peak"], f"{_capacity(each):g}"
+        sizes = [_gib(peak["bytes"]), _gib(peak["total_bytes"]), of]
+        rows.append([each["name"], *sizes, verdict(each), peak["phase"], each["policy"]])
+    return grid(["", "exact, GiB", "with margins", "of", "", "peak in", "policy that `auto` chose"], rows)
 
 
 def details(each: Row) -> list[str]:
@@ -103,14 +97,12 @@ def details(each: Row) -> list[str]:
         return [*lines, f"No plan: {each['error']}", "", took]
     margins = sum(each["margins"].values())
     names = list(dict.fromkeys(name for phase in each["phases"] for name in phase["budget"]))
-    lines += [
-        "| GiB | " + " | ".join(names) + " | exact | with margins | assumed seconds |",
-        "|---" * (len(names) + 4) + "|",
-    ]
+    rows = []
     for phase in each["phases"]:
         cells = [_gib(phase["budget"].get(name, 0)) if phase["budget"].get(name) else "" for name in names]
         totals = [_gib(phase["bytes"]), _gib(phase["bytes"] + margins), f"{phase['seconds']:.1f}"]
-        lines.append(f"| {phase['name']} | " + " | ".join([*cells, *totals]) + " |")
+        rows.append([phase["name"], *cells, *totals])
+    lines += grid(["GiB", *names, "exact", "with margins", "assumed seconds"], rows)
     top = max(each["phases"], key=lambda phase: phase["bytes"])
     where = f"{top['op']} in {top['module']}" if top["module"] else top["op"]
     lines += [
@@ -127,7 +119,6 @@ def details(each: Row) -> list[str]:
 
 def markdown(found: list[Row]) -> str:
     """All scenarios."""
-    where = found[0]["environment"]
     head = [
         "# What `--policy auto` chooses",
         "",
@@ -135,7 +126,7 @@ def markdown(found: list[Row]) -> str:
         "tensors; with margins: and guesses for context, workspaces and fragmentation, the same in every phase.",
         "Seconds are counted work over assumed rates. bfloat16, batch 1, 12 samples a prompt and 16 steps where the",
         "command says nothing else.",
-        f"torch {where['torch']}, diffusers {where['diffusers']}, revision {where['git']}, {where['date'][:10]}.",
+        made_with(found[0]),
         "",
     ]
     return "\n".join([*head, *summary(found), *(line for each in found for line in details(each))]) + "\n"

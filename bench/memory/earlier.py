@@ -13,7 +13,8 @@ from dancegrpo_fast.memory.planning.budget import Phase
 from dancegrpo_fast.memory.planning.planner import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
-Row = dict[str, Any]
+from ..rows import Row, grid, made_with
+
 Given = dict[str, Any]
 # The share that a figure may be off without a reason.
 WITHIN = 0.02
@@ -232,7 +233,6 @@ def rows(where: Row, only: str = "") -> list[Row]:
 
 def markdown(found: list[Row]) -> str:
     """All of it."""
-    where = found[0]["environment"]
     off = [each for each in found if each["why"]]
     lines = [
         "# Memory: the planner beside an earlier count",
@@ -244,15 +244,15 @@ def markdown(found: list[Row]) -> str:
         "trajectories. Kept: activations at that peak. Decode: the VAE with its weights. Left out are the earlier",
         "count's float32 gathers under FSDP (the planner's are bfloat16), what the cheapest policy gains (no settings",
         "were given), and that FLUX LoRA needs no checkpointing on 80 GB (no number).",
-        f"torch {where['torch']}, diffusers {where['diffusers']}, revision {where['git']}, {where['date'][:10]}.",
+        made_with(found[0]),
         "",
         f"{len(found)} figures, {len(off)} further off than {100 * WITHIN:g} %, each with its reason.",
         "",
-        "| | figure | earlier | predicted | unit | off | why, beyond 2 % |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for each in found:
         percent = "" if each["off"] is None else f"{100 * each['off']:+.1f} %"
-        cells = each["subject"], each["what"], each["earlier"], f"{each['predicted']:.2f}", each["unit"], percent
-        lines.append(f"| {' | '.join(cells)} | {each['why'] or ''} |")
-    return "\n".join(lines) + "\n"
+        predicted, why = f"{each['predicted']:.2f}", each["why"] or ""
+        rows.append([each["subject"], each["what"], each["earlier"], predicted, each["unit"], percent, why])
+    head = ["", "figure", "earlier", "predicted", "unit", "off", "why, beyond 2 %"]
+    return "\n".join([*lines, *grid(head, rows)]) + "\n"

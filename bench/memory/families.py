@@ -1,7 +1,7 @@
 """Small real models of every family that the planner knows, larger in activations than in weights."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,105 +48,14 @@ class Family:
         return specs.resolve(target.parent)
 
 
-_HUNYUAN = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "num_refiner_layers": 1,
-    "text_embed_dim": 32,
-    "pooled_projection_dim": 16,
-    "rope_axes_dim": (4, 6, 6),
-}
-FAMILIES = (
-    Family(
-        "SD UNet",
-        "UNet2DConditionModel",
-        {
-            "sample_size": 32,
-            "block_out_channels": (16, 32),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 32,
-            "attention_head_dim": 2,
-            "norm_num_groups": 8,
-            "layers_per_block": 1,
-        },
-        *(1, 256, 256, 16),
-    ),
-    Family(
-        "FLUX",
-        "FluxTransformer2DModel",
-        {
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 16,
-            "guidance_embeds": True,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        *(1, 320, 320, 32),
-    ),
-    Family("HunyuanVideo", "HunyuanVideoTransformer3DModel", _HUNYUAN, 9, 192, 192, 32),
-    Family("SkyReels", "HunyuanVideoTransformer3DModel", _HUNYUAN | {"in_channels": 32}, 9, 192, 192, 32),
-    Family(
-        "SD3.5",
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 40,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 4,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 64,
-            "pooled_projection_dim": 16,
-            "pos_embed_max_size": 24,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": (0, 1),
-        },
-        *(1, 320, 320, 32),
-    ),
-    Family(
-        "Qwen-Image",
-        "QwenImageTransformer2DModel",
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 32,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        *(1, 320, 320, 32),
-    ),
-    Family(
-        "Wan",
-        "WanTransformer3DModel",
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 4,
-            "attention_head_dim": 16,
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 32,
-            "freq_dim": 32,
-            "ffn_dim": 160,
-            "num_layers": 3,
-            "cross_attn_norm": True,
-            "rope_max_seq_len": 64,
-        },
-        *(9, 192, 192, 32),
-    ),
-)
+def _families() -> Iterator[Family]:
+    """Of `families.json`; lists are tuples to diffusers."""
+    for found in json.loads(Path(__file__).with_suffix(".json").read_text()):
+        config = {key: tuple(value) if isinstance(value, list) else value for key, value in found["config"].items()}
+        yield Family(**{**found, "config": config})
+
+
+FAMILIES = tuple(_families())
 
 
 def prepare(model: nn.Module, lora: torch.dtype | None, patch: str, rank: int = RANK) -> nn.Module:

@@ -24,10 +24,10 @@ from dancegrpo_fast.memory.planning.planner import Iteration
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.processes import Processes, local
 
+from ..rows import Row, grid, made_with
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
 from .ledger import Ledger
 
-Row = dict[str, Any]
 RANKS = 8
 # Blocks larger than activations, unlike the families' own.
 WIDER = {"num_attention_heads": 8, "num_layers": 3}
@@ -210,21 +210,20 @@ def rows(name: str, where: Row, settings: Sequence[Setting] = SETTINGS) -> Itera
 
 def markdown(found: list[Row]) -> str:
     """All rows: MiB that are planned, and how far they lie from what is measured."""
-    where = found[0]["environment"]
     lines = [
         "# One rank's memory under FSDP2",
         "",
         f"Made by `python -m bench.memory --only fsdp` on a CPU: tiny real models in a group of {RANKS} ranks, of",
         "which one is there; MiB at the peak of a call, planned, and the deviation of the plan from the live storages.",
-        f"torch {where['torch']}, diffusers {where['diffusers']}, revision {where['git']}, {where['date'][:10]}.",
+        made_with(found[0]),
         "",
-        "| model | dtype | trained | policy | strategy | gradients | " + " | ".join(PHASES) + " |",
-        "|---" * (6 + len(PHASES)) + "|",
     ]
+    rows = []
     for row in found:
         trained = f"LoRA {row['lora']}" if row["lora"] else "full"
         spread = row["strategy"] + (", replica" if row["replica"] else "")
         cells = [row["family"], row["dtype"], trained, row["policy"], spread, f"each {row['gradient_sync']}"]
         cells += [f"{row[f'planned_{name}'] / 2**20:.2f} ({100 * row[f'{name}_off']:+.2f} %)" for name in PHASES]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    head = ["model", "dtype", "trained", "policy", "strategy", "gradients", *PHASES]
+    return "\n".join([*lines, *grid(head, rows)]) + "\n"

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from ..rows import Row, grid, made_with
 from .table import AUTO, FIRST
 
-Row = dict[str, Any]
 # The share that a prediction may be off without an explanation.
 WITHIN = 0.02
 UNET = "SD UNet"
+LABELS = ("family", "dtype", "trained", "block ops", "policy")
 # What is compared: title, and the key of the deviation.
 COMPARED = {
     "traced: peak": "peak_off",
@@ -67,7 +68,11 @@ def beyond(rows: list[Row]) -> list[tuple[Row, str, float]]:
 
 
 def _label(row: Row) -> str:
-    return " | ".join(str(row[key]) for key in ("family", "dtype", "trained", "patch", "policy"))
+    return " | ".join(map(str, _names(row)))
+
+
+def _names(row: Row) -> list[Any]:
+    return [row[key] for key in ("family", "dtype", "trained", "patch", "policy")]
 
 
 def choices(rows: list[Row]) -> list[str]:
@@ -79,16 +84,14 @@ def choices(rows: list[Row]) -> list[str]:
         "Given halfway from the planner's peak under full checkpointing to that under none, with the CPU's attention.",
         "In float32 the choice for bfloat16 is applied. Without what waits in host memory, MiB.",
         "",
-        "| family | dtype | trained | policy | given | planner | ledger | of what was given |",
-        "|---" * 8 + "|",
     ]
-    for row in rows:
-        if row["policy"] == AUTO and row["limit"]:
-            share = f"{100 * row['measured_device_peak'] / row['limit']:.1f} %"
-            sizes = (row["limit"], row.get("planned_peak"), row["measured_device_peak"])
-            cells = [row["family"], row["dtype"], row["trained"], row["chosen"], *map(_mib, sizes), share]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    cells = []
+    for row in (row for row in rows if row["policy"] == AUTO and row["limit"]):
+        share = f"{100 * row['measured_device_peak'] / row['limit']:.1f} %"
+        sizes = (row["limit"], row.get("planned_peak"), row["measured_device_peak"])
+        cells.append([row["family"], row["dtype"], row["trained"], row["chosen"], *map(_mib, sizes), share])
+    head = ["family", "dtype", "trained", "policy", "given", "planner", "ledger", "of what was given"]
+    return [*lines, *grid(head, cells)]
 
 
 def _mib(value: int | None) -> str:
@@ -97,15 +100,14 @@ def _mib(value: int | None) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """All of it."""
-    where = rows[0]["environment"]
     families = list(dict.fromkeys(row["family"] for row in rows))
     off = beyond(rows)
     lines = [
         "# Memory: predicted and measured",
         "",
         "Made by `python -m bench.memory --only table` on a CPU with small real diffusers models; what is compared is",
-        f"told in `bench/memory/__init__.py`. torch {where['torch']}, diffusers {where['diffusers']}, peft",
-        f"{where['peft']}, revision {where['git']}, {where['date'][:10]}. Deviations: predicted over measured, less 1.",
+        f"told in `bench/memory/__init__.py`. {made_with(rows[0])}",
+        "Deviations: predicted over measured, less 1.",
         "Peaks are of all that lives, weights and gradients included; `fixed` is their part.",
         "",
         "float32 and bfloat16, all weights and LoRA: every policy, and what `auto` takes. Left out, as they would",
@@ -117,10 +119,8 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Against the ledger of live storages; the last two columns against torch's allocator.",
         "",
-        "| | rows | traced: peak | peak without fixed | saved | planner: peak | saved "
-        "| allocator, float32: traced peak | allocator, bfloat16 |",
-        "|---" * 9 + "|",
     ]
+    worsts = []
     for family in families:
         mine = [row for row in rows if row["family"] == family]
         plain = [row for row in mine if row["dtype"] == "float32"]
@@ -128,31 +128,28 @@ def markdown(rows: list[Row]) -> str:
         keys = ("peak_off", "activations_off", "saved_off", "planned_off", "planned_saved_off")
         cells = [_percent(worst(mine, key)) for key in keys]
         cells += [_percent(worst(part, "allocator_off")) for part in (plain, others)]
-        lines.append(f"| {family} | {len(mine)} | " + " | ".join(cells) + " |")
+        worsts.append([family, len(mine), *cells])
+    head = ["", "rows", "traced: peak", "peak without fixed", "saved", "planner: peak", "saved"]
+    lines += grid([*head, "allocator, float32: traced peak", "allocator, bfloat16"], worsts)
     lines += ["", f"## Further off than {100 * WITHIN:g} %: {len(off)} of {_count(rows)} comparisons", ""]
     if off:
-        lines += ["| family | dtype | trained | block ops | policy | what | off | why |", "|---" * 8 + "|"]
         titles = {key: title for title, key in COMPARED.items()}
-        lines += [f"| {_label(row)} | {titles[key]} | {_percent(v)} | {reason(row, key)} |" for row, key, v in off]
+        further = [[*_names(row), titles[key], _percent(v), reason(row, key)] for row, key, v in off]
+        lines += grid([*LABELS, "what", "off", "why"], further)
     if errors := [row for row in rows if "planned_error" in row]:
         lines += ["", "The planner has no plan for:", ""]
         lines += [f"- {_label(row)}: {row['planned_error']}" for row in errors]
     lines += choices(rows)
-    lines += [
-        "",
-        "## Every row, MiB",
-        "",
-        "| family | dtype | trained | block ops | policy | fixed | peak: traced | planner | ledger | allocator "
-        "| saved: traced | planner | ledger | allocator |",
-        "|---" * 14 + "|",
-    ]
+    lines += ["", "## Every row, MiB", ""]
     columns = ["measured_fixed", "predicted_peak", "planned_peak", "measured_peak", "measured_allocator_peak"]
     columns += ["predicted_saved", "planned_saved", "measured_saved", "measured_allocator_saved"]
+    every = []
     for row in rows:
         is_train = row["policy"] != "rollout"
         shown = [row.get(name) if is_train or "saved" not in name else None for name in columns]
-        lines.append(f"| {_label(row)} | " + " | ".join(map(_mib, shown)) + " |")
-    return "\n".join(lines) + "\n"
+        every.append([*_names(row), *map(_mib, shown)])
+    by = ["planner", "ledger", "allocator"]
+    return "\n".join([*lines, *grid([*LABELS, "fixed", "peak: traced", *by, "saved: traced", *by], every)]) + "\n"
 
 
 def _count(rows: list[Row]) -> int:

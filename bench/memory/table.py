@@ -20,10 +20,10 @@ from dancegrpo_fast.memory.planning.policy import Picked, automatic, seconds
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.memory.trace.tracer import trace
 
+from ..rows import Row
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs
 from .ledger import Account, measure
 
-Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float32, autocast": torch.float32}
 FIRST = 2
 OFFLOADED = "full, offloaded inputs"

@@ -52,100 +52,67 @@ STEP = 3
 WARM_CALLS, WARM_SECONDS = 300, 2.0
 
 
+Call = Callable[[Callable[..., Any], Tensor, Tensor, Tensor | None], Any]
+
+
 @dataclass(frozen=True)
 class Shim:
-    """A peer's function, where it is defined, ours, and a call of either."""
+    """Ours, a call of it or of the peer's, the place of the score, and the peer with the class that it belongs to."""
 
-    peer: Any
-    owner: str | None
     ours: str
-    call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor | None], tuple[Any, ...]]
+    call: Call
     score: int
+    peer: Any
+    owner: str | None = None
     outputs: torch.dtype = torch.bfloat16
 
 
 def _shims() -> dict[str, Shim]:
     """Name -> function; outputs are bfloat16 as under autocast, float32 where a script casts them before."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(16)
-    sigmas, diffusion = scheduler.sigmas, ddim_scheduler()
-    euler = flow_factory.FlowMatchEulerDiscreteSDEScheduler(shift=3.0)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(16)
+    sigmas, diffusion, wide = flow.sigmas, ddim_scheduler(), torch.float32
+    factory, verl = flow_factory.FlowMatchEulerDiscreteSDEScheduler, verl_omni.FlowMatchSDEDiscreteScheduler
+    euler = factory(shift=3.0)
     euler.set_timesteps(16)
-    at, following = scheduler.timesteps[STEP : STEP + 1], scheduler.timesteps[STEP + 1 : STEP + 2]
-    trained = torch.tensor([501])
-    verl = verl_omni.FlowMatchSDEDiscreteScheduler
-    verl_name, wide = "FlowMatchSDEDiscreteScheduler", torch.float32
-    factory = {"timestep_next": following, "noise_level": 0.7, "return_dict": False}
+    at, following = flow.timesteps[STEP : STEP + 1], flow.timesteps[STEP + 1 : STEP + 2]
+    options = {"timestep_next": following, "noise_level": 0.7, "return_dict": False}
+
+    def indexed(level: float, *rest: Any) -> Call:
+        return lambda f, v, x, n: f(v, x, level, sigmas, STEP, n, *rest)
+
+    def scheduled(*rest: Any) -> Call:
+        return lambda f, v, x, n: f(flow, v, at.expand(len(x)), x, *rest, n)
+
+    def ddim(f: Any, v: Tensor, x: Tensor, n: Tensor | None) -> Any:
+        return f(diffusion, v, torch.tensor([501]).expand(len(x)), x, 1.0, prev_sample=n)
+
+    def sampled(f: Any, v: Tensor, x: Tensor, n: Tensor | None) -> Any:
+        return f(flow, x, v, at.expand(len(x)), prev_sample=n)
+
+    def stepped(f: Any, v: Tensor, x: Tensor, n: Tensor | None) -> Any:
+        return f(euler, v, at, x, n, **options)
+
+    sde, wan = "sde_step_with_logprob", "wan_sde_step_with_logprob"
+    mix, pref, nft = mixgrpo.flow_grpo_step, pref_grpo.flow_grpo_step, diffusion_nft.flow_grpo_step
     return {
-        "DanceGRPO flux_step": Shim(
-            dance.flux_step,
-            None,
-            "dancegrpo:flux_step",
-            lambda f, v, x, n: f(v, x, 0.3, sigmas, STEP, n, True, True),
-            2,
+        "DanceGRPO flux_step": Shim("dancegrpo:flux_step", indexed(0.3, True, True), 2, dance.flux_step),
+        "DDPO ddim_step_with_logprob": Shim("ddpo:ddim_step_with_logprob", ddim, 1, ddpo.ddim_step_with_logprob),
+        f"Flow-GRPO {sde}": Shim(f"flow_grpo:{sde}", scheduled(0.7), 1, flow_grpo.sde_step_with_logprob),
+        f"Flow-GRPO {sde}, Wan": Shim(
+            f"flow_grpo:{wan}", scheduled(), 1, flow_grpo_wan.sde_step_with_logprob, outputs=wide
         ),
-        "DDPO ddim_step_with_logprob": Shim(
-            ddpo.ddim_step_with_logprob,
-            None,
-            "ddpo:ddim_step_with_logprob",
-            lambda f, v, x, n: f(diffusion, v, trained.expand(len(x)), x, 1.0, prev_sample=n),
-            1,
-        ),
-        "Flow-GRPO sde_step_with_logprob": Shim(
-            flow_grpo.sde_step_with_logprob,
-            None,
-            "flow_grpo:sde_step_with_logprob",
-            lambda f, v, x, n: f(scheduler, v, at.expand(len(x)), x, 0.7, n),
-            1,
-        ),
-        "Flow-GRPO sde_step_with_logprob, Wan": Shim(
-            flow_grpo_wan.sde_step_with_logprob,
-            None,
-            "flow_grpo:wan_sde_step_with_logprob",
-            lambda f, v, x, n: f(scheduler, v, at.expand(len(x)), x, n),
-            1,
-            wide,
-        ),
-        "MixGRPO flow_grpo_step": Shim(
-            mixgrpo.flow_grpo_step, None, "mixgrpo:flow_grpo_step", lambda f, v, x, n: f(v, x, 0.7, sigmas, STEP, n), 2
-        ),
+        "MixGRPO flow_grpo_step": Shim("mixgrpo:flow_grpo_step", indexed(0.7), 2, mix),
         "MixGRPO dance_grpo_step": Shim(
-            mixgrpo.dance_grpo_step,
-            None,
-            "mixgrpo:dance_grpo_step",
-            lambda f, v, x, n: f(v, x, 0.3, sigmas, STEP, n, True, True),
-            2,
+            "mixgrpo:dance_grpo_step", indexed(0.3, True, True), 2, mixgrpo.dance_grpo_step
         ),
-        "Pref-GRPO flow_grpo_step": Shim(
-            pref_grpo.flow_grpo_step,
-            None,
-            "pref_grpo:flow_grpo_step",
-            lambda f, v, x, n: f(v, x, 0.7, sigmas, STEP, n, None, True),
-            2,
-        ),
-        "DiffusionNFT flow_grpo_step": Shim(
-            diffusion_nft.flow_grpo_step,
-            None,
-            "pref_grpo:flow_grpo_step",
-            lambda f, v, x, n: f(v, x, 0.7, sigmas, STEP, n),
-            2,
-            wide,
-        ),
+        "Pref-GRPO flow_grpo_step": Shim("pref_grpo:flow_grpo_step", indexed(0.7, None, True), 2, pref),
+        "DiffusionNFT flow_grpo_step": Shim("pref_grpo:flow_grpo_step", indexed(0.7), 2, nft, outputs=wide),
         "verl-omni sample_previous_step": Shim(
-            verl.sample_previous_step,
-            verl_name,
-            f"verl_omni:{verl_name}.sample_previous_step",
-            lambda f, v, x, n: f(scheduler, x, v, at.expand(len(x)), prev_sample=n),
-            1,
-            wide,
+            f"verl_omni:{verl.__name__}.sample_previous_step",
+            *(sampled, 1, verl.sample_previous_step, verl.__name__, wide),
         ),
-        "Flow-Factory step": Shim(
-            flow_factory.FlowMatchEulerDiscreteSDEScheduler.step,
-            "FlowMatchEulerDiscreteSDEScheduler",
-            "flow_factory:step",
-            lambda f, v, x, n: f(euler, v, at, x, n, **factory),
-            3,
-        ),
+        "Flow-Factory step": Shim("flow_factory:step", stepped, 3, factory.step, factory.__name__),
     }
 
 

@@ -161,4 +161,4 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     assert [row["op"] for row in read(path)] == ["mine", "other"]
     drop(path, lambda row: row["op"] == "mine")
     assert read(path) == [{"op": "other"}]
-    assert grid(["a", "b"], [(1, None)]) == ["| a | b |", "| --- | --- |", "| 1 | None |"]
+    assert grid(["a", "b"], [(1, None)]) == ["| a | b |", "|---|---|", "| 1 | None |"]
