@@ -11,7 +11,7 @@ from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
 from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
-from .flow import flow_sigmas, flow_table
+from .flow import flow_sigmas, flow_table, size_shift
 
 
 class QwenImage(DiffusersModel):
@@ -64,11 +64,8 @@ class QwenImage(DiffusersModel):
         return min(len(asked) - int(pipeline.prompt_template_encode_start_idx), self._most_tokens)
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
         scheduler = self._scheduler()
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(self.latent_shape[0], *(scheduler.config[key] for key in keys))
+        mu = size_shift(scheduler, self.latent_shape[0])
         return flow_table(sampler, flow_sigmas(sampler, scheduler, mu), deterministic)
 
     def predict(

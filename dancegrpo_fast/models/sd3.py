@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
 from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
-from .flow import flow_sigmas, flow_table
+from .flow import flow_sigmas, flow_table, size_shift
 
 
 class StableDiffusion3(DiffusersModel):
@@ -40,11 +40,7 @@ class StableDiffusion3(DiffusersModel):
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         scheduler, mu = self._scheduler(), None
         if scheduler.config.use_dynamic_shifting:
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            tokens = self.latent_shape[1] * self.latent_shape[2] // 4
-            mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+            mu = size_shift(scheduler, self.latent_shape[1] * self.latent_shape[2] // 4)
         return flow_table(sampler, flow_sigmas(sampler, scheduler, mu, linear=False), deterministic)
 
     def predict(
