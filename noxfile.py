@@ -20,7 +20,7 @@ COMPILED = "tests/triton/test_compiled_models.py"
 # Ops, patches, peers' functions, samplers, every kernel that models launch compiled offline, and short recipes.
 TESTS = (
     *("tests/ops", "tests/patch", "tests/compat", "tests/dropin", COMPILED, "tests/train/test_trainer.py"),
-    *("tests/test_transitions.py", "tests/test_transition_errors.py", "tests/test_advantages.py"),
+    *("tests/transitions", "tests/test_advantages.py"),
 )
 TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 

@@ -53,13 +53,13 @@ def _case(item: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is worth most first; on pytest-benchmark's timer our clocks' times pass."""
     items.sort(key=lambda item: getattr(_case(item), "rank", 0))
-    here = [item for item in items if Path(__file__).parent in item.path.parents]
-    for item in here if config.pluginmanager.hasplugin("benchmark") else []:
+    contests = [item for item in items if "contest" in getattr(item, "fixturenames", ())]
+    for item in contests if config.pluginmanager.hasplugin("benchmark") else []:
         item.add_marker(pytest.mark.benchmark(timer=TIMER))
     if config.getoption("--ahead"):
         # A case compiles for all of its contenders.
-        cases = {_name(item): item for item in reversed(here) if hasattr(item, "callspec")}
-        items[:] = [item for item in items if cases.get(_name(item)) is item]
+        first = {_name(item): item for item in reversed(contests)}
+        items[:] = [item for item in contests if first[_name(item)] is item]
 
 
 def _name(item: Any) -> str:

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PIECES, PIECE = 64, 1 << 20
 
@@ -41,23 +43,44 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         raise OSError(number, reason, str(path)) from error
 
 
+@contextmanager
+def replacing_file(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A file to write, which replaces `path` in one step, so that a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; it names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path, size):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a crash leaves the old one or the new one.
 
     Raises:
         OSError: it cannot be written, and names it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path, len(text)):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with replacing_file(path, len(text)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds JSON lines, on disk when this returns.
+
+    Raises:
+        OSError: they cannot be written; it names the file.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

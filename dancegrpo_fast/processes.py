@@ -66,12 +66,7 @@ class Processes:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         kind = self.accelerator.distributed_type
-        if kind not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-            DistributedType.FSDP,
-        ):
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
             raise ValueError(f"accelerate: got {kind.value}, want DDP, FSDP2 or one process")
         self.distributed = kind != DistributedType.NO
         if plugin is not None and not self.distributed:
@@ -151,10 +146,7 @@ class Processes:
             raise ValueError(f"fsdp_transformer_layer_cls_to_wrap: got {list(self._units)}, want classes of the model")
         # Inputs keep their precision: times and rotary tables must not be rounded.
         policy = MixedPrecisionPolicy(self._gather_dtype, torch.float32, cast_forward_inputs=False)
-        options: dict[str, Any] = {
-            "mesh": init_device_mesh(self.device.type, (self.count,)),
-            "mp_policy": policy,
-        }
+        options: dict[str, Any] = {"mesh": init_device_mesh(self.device.type, (self.count,)), "mp_policy": policy}
         # One after the other: the whole is never on a device.
         for unit in units:
             self._hand_out(unit)

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from .release import mark_release
+
 # `bench` lies beside the package: its folder comes last, so that the installed package is the one tested.
 sys.path.append(str(Path(__file__).parents[1]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_release(items)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,3 +55,10 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .train import tiny
 
     return tiny.make_diffusion(tmp_path_factory.mktemp("diffusion") / "base")
+
+
+@pytest.fixture(params=["flux", "diffusion"])
+def base(request: pytest.FixtureRequest) -> Path:
+    """The folder of one paradigm's model after the other's."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder

@@ -15,7 +15,7 @@ PACKAGE = "dancegrpo_fast"
 # From the bottom. A room imports from those of the lines above its own.
 ORDER = (
     "install lazy progress",
-    "kernels checks files marks rng lora quantization",
+    "kernels checks drawing files marks rng lora quantization",
     "transitions advantages prompts",
     "backends recipe",
     "ops",

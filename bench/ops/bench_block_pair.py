@@ -114,11 +114,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """HunyuanVideo's and FLUX's; a dry run does without compiled patches."""
     place, form = PLACES[metafunc.config.getoption("--device")](), list(FORMS)["compiled" in metafunc.function.__name__]
     shown = place.blocks is not None and not (place.dry and COMPILED in FORMS[form])
-    cases = [
-        pytest.param(Case(model, form, way), marks=pytest.mark.takes(SECONDS[model]), id=f"{model}, {way}")
-        for model in SECONDS
-        for way in (FORWARD, BOTH)
-    ]
+    cases = []
+    for model, seconds in SECONDS.items():
+        marks = [pytest.mark.takes(seconds), *([pytest.mark.full] if model == FLUX else [])]
+        cases += [pytest.param(Case(model, form, way), marks=marks, id=f"{model}, {way}") for way in (FORWARD, BOTH)]
     cross(metafunc, cases if shown else [], FORMS[form], "blocks are measured on a GPU")
 
 

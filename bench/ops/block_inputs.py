@@ -59,7 +59,10 @@ class Case:
 def generate(metafunc: pytest.Metafunc, *forms: tuple[str, str]) -> None:
     """Form and model pairs, each way; HunyuanVideo's come first, as time may run out."""
     place = PLACES[metafunc.config.getoption("--device")]()
-    found = [Case(f, model, way, 0 if model == HUNYUAN else 2) for f, model in forms for way in (FORWARD, BOTH)]
+    found = []
+    for form, model in forms:
+        rank, marks = (0, []) if model == HUNYUAN else (2, [pytest.mark.full])
+        found += [pytest.param(Case(form, model, way, rank), marks=marks) for way in (FORWARD, BOTH)]
     contenders = ["eager", "compile", *(f"ours, {mode}" for mode in MODES)]
     cross(metafunc, found if place.blocks else [], contenders, "block ops are Triton's, and measured on a GPU")
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from ..checks import check_bool
 from .offload import HostInputs
 from .operators import GROUPS, group
 
@@ -106,6 +107,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise ValueError(f"model: got a {type(inner).__name__}, want a model with lists of blocks")
     return found
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """The names of `blocks_of` a model in it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in blocks_of(model)]
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -302,8 +309,7 @@ def apply(model: nn.Module, policy: Policy, *, offload: bool = False) -> Checkpo
         ValueError: a model without blocks, an unknown policy, one for another number of blocks, selective
             checkpointing of compiled blocks, or offload without checkpointing. The model is unchanged then.
     """
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload: got {offload!r}, want True or False")
+    check_bool("offload", offload)
     choices = resolve(policy, len(blocks_of(model)))
     if offload and all(choice is None for choice in choices):
         raise ValueError("offload: got True with a policy that checkpoints nothing, want one that does")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_bool
 from ..patch import _unwrapped
 from .facts import FACTS, NO_MASK, PREFERENCE
-from .rules import GIB, Case, Shapes, attentions, case_of, kernel_of, known, refusal, registry, sdpa_kernels, want_bool
+from .rules import Case, Shapes, attentions, case_of, kernel_of, known, refusal, registry, sdpa_kernels
 
 __all__ = ["Choice", "Memory", "Shapes", "apply", "check", "choose"]
 
@@ -59,20 +60,6 @@ class Choice:
     memory: Memory
     order: tuple[str, ...]
     reasons: tuple[str, ...]
-
-    def explain(self) -> str:
-        """All of it as text."""
-        saved, work, scores = (
-            f"{n / GIB:.3g} GiB" for n in (self.memory.saved, self.memory.workspace, self.memory.scores)
-        )
-        held = "" if self.kernel in ("math", "flex") else " if they were held"
-        return "\n".join(
-            [
-                *self.reasons,
-                f"mask {self.mask}: {self.mask_condition}",
-                f"a layer: saved {saved}, workspace {work}, scores {scores}{held}",
-            ]
-        )
 
 
 def _tier(name: str, case: Case) -> int:
@@ -143,7 +130,7 @@ def choose(
     Raises:
         ValueError: an unknown model or device, or no backend is safe; the message says why for each.
     """
-    want_bool("hub_kernels", hub_kernels)
+    check_bool("hub_kernels", hub_kernels)
     case = case_of(model, shapes, device, training, max_scores_gib)
     refused: dict[str, str] = {}
     usable, passed = [], {}

@@ -43,11 +43,7 @@ FACTS = {
     "_native_flash": Facts("FA2", device="cuda or cpu", head_dims=(1, 256)),
     # Multiples of 8 are for 16 bits, of 4 for float32.
     "_native_efficient": Facts(
-        "efficient",
-        mask=ANY_MASK,
-        capability=((5, 0), (12, 1)),
-        dtypes=(*HALF, torch.float32),
-        head_dims=(8, 1 << 16),
+        "efficient", mask=ANY_MASK, capability=((5, 0), (12, 1)), dtypes=(*HALF, torch.float32), head_dims=(8, 1 << 16)
     ),
     "_native_math": Facts("math", mask=ANY_MASK, device="any", dtypes=FLOATS, head_dims=_ANY_HEAD),
     "flex": Facts("flex", mask=ANY_MASK, device="any", dtypes=FLOATS, head_dims=_ANY_HEAD),

@@ -1,7 +1,6 @@
 """Why an attention backend must not be used for a call."""
 
 import inspect
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_bool, check_int, check_number
 from ..patch import _unwrapped
 from .facts import COPIED_MASK, FACTS, FLOATS, MASKS, NO_MASK
 
@@ -33,12 +33,10 @@ class Shapes:
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"shapes.{name}: got {value!r}, want an integer of at least 1")
+            check_int(f"shapes.{name}", getattr(self, name), 1)
         if self.dtype not in FLOATS:
             raise ValueError(f"shapes.dtype: got {self.dtype}, want one of {', '.join(map(str, FLOATS))}")
-        want_bool("shapes.equal_text", self.equal_text)
+        check_bool("shapes.equal_text", self.equal_text)
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,6 @@ class Case:
     def wide(self) -> int:
         """Bytes of a number in the unfused formula."""
         return max(4, self.shapes.dtype.itemsize)
-
-
-def want_bool(name: str, value: object) -> None:
-    """Raises ValueError for anything but True and False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: got {value!r}, want True or False")
 
 
 def _device(device: torch.device | str) -> tuple[str, tuple[int, int]]:
@@ -133,10 +125,8 @@ def case_of(
     """What the rules look at, of a model called with `shapes` on `device`."""
     if not isinstance(shapes, Shapes):
         raise ValueError(f"shapes: got {shapes!r}, want attention.Shapes(batch, tokens, dtype)")
-    want_bool("training", training)
-    number = isinstance(max_scores_gib, int | float) and not isinstance(max_scores_gib, bool)
-    if not number or not math.isfinite(max_scores_gib) or max_scores_gib < 0:
-        raise ValueError(f"max_scores_gib: got {max_scores_gib!r}, want a number of GiB, at least 0")
+    check_bool("training", training)
+    check_number("max_scores_gib", max_scores_gib, 0.0, wanted="a number of GiB, at least 0")
     model = _unwrapped(model)
     if type(model).__name__ not in MASKS or not attentions(model):
         raise ValueError(f"model: got {type(model).__name__}, want one of diffusers' {', '.join(MASKS)}")

@@ -113,13 +113,7 @@ def _wan(euler: TransitionTable) -> TransitionTable:
     level = bottom + (top - bottom) * s
     pull = level.square() * dt / (2.0 * s)
     return TransitionTable.from_coefficients(
-        1.0 + pull,
-        dt + pull * (1.0 - s),
-        level * torch.sqrt(-dt),
-        p=1.0,
-        q=-s,
-        times=s,
-        step_size=-dt,
+        1.0 + pull, dt + pull * (1.0 - s), level * torch.sqrt(-dt), p=1.0, q=-s, times=s, step_size=-dt
     )
 
 

@@ -1,7 +1,5 @@
 """Command line of the demo: build a base, or write the prompt files."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

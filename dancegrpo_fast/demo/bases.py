@@ -1,7 +1,5 @@
 """Build small pretrained generators as ordinary diffusers folders, with part of their captions wrong."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
@@ -76,12 +74,7 @@ def base_files(base: Base) -> list[str]:
     """Return the files, relative to the folder, that a complete base has."""
     network = "unet" if base.family == "unet" else "transformer"
     weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", network)]
-    configs = [
-        "vae/config.json",
-        f"{network}/config.json",
-        "scheduler/scheduler_config.json",
-        "model_index.json",
-    ]
+    configs = ["vae/config.json", f"{network}/config.json", "scheduler/scheduler_config.json", "model_index.json"]
     prompts = ["prompt_embeds/identity.json"]
     reward = ["reward/digit_cnn.safetensors"] * (base.content != "signs")
     images = [f"images/{row}" for row in video.image_names()] * (base.family == "skyreels_i2v")

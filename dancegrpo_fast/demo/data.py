@@ -1,7 +1,5 @@
 """Images, captions and prompt files of the demo, all made from the digits that ship with scikit-learn."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
         split: "generator" (900 images), "reward" (450) or "judge" (447).
 
     Returns:
-        Images, float32 [N, 3, 16, 16] in [0, 1], bright ink on black, and labels, int64 [N] in 0..9.
+        Images, float32 [B, 3, 16, 16] in [0, 1], bright ink on black, and labels, int64 [B] in 0..9.
 
     Raises:
         ValueError: `split` is not one of the three names.
@@ -52,7 +50,7 @@ def shuffle_labels(labels: Tensor, share: float, seed: int) -> Tensor:
     """Return a copy of `labels` in which a random part has been shuffled among itself, as bad captions are.
 
     Args:
-        labels: int64 [N].
+        labels: int64 [B].
         share: Part of the labels that takes part in the shuffle, in [0, 1]; about a tenth of it stays right.
         seed: Seed of the choice and of the shuffle.
 
@@ -72,8 +70,8 @@ def make_signs(images: Tensor, labels: Tensor, numbers: Sequence[int], count: in
     """Put random digits side by side so that their labels spell one of `numbers`.
 
     Args:
-        images: float32 [N, 3, H, W].
-        labels: int64 [N]; every digit of `numbers` must occur.
+        images: float32 [B, 3, H, W].
+        labels: int64 [B]; every digit of `numbers` must occur.
         numbers: Two-digit numbers in 0..99 that may be spelled.
         count: How many signs to make.
         seed: Seed of the choice.

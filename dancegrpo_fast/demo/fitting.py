@@ -1,7 +1,5 @@
 """What all bases of the demo are trained with, and the reward's network."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,6 +57,26 @@ def fit(name: str, parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor
             spoke = time.perf_counter()
             print(f"{name} {step}/{steps}  loss {total / count:.4f}  {spoke - began:.0f} s", flush=True)
             total, count = 0.0, 0
+
+
+def fit_flow(model: nn.Module, latents: Tensor, base: Base, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Train a rectified flow: z_t = (1 - t) x0 + t eps, v = eps - x0.
+
+    Args:
+        model: What is trained.
+        latents: float32 [B, ...], normalised.
+        base: Steps, batch and learning rate.
+        call: Gives v by z_t, t [B] and the rows of `latents` that z_t was made of, int64 [B].
+    """
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(latents), (base.batch,))
+        noise = torch.randn(base.batch, *latents.shape[1:])
+        sigma = torch.rand(base.batch)
+        clean, level = latents[rows], sigma.view(-1, *(1,) * (latents.ndim - 1))
+        return F.mse_loss(call((1 - level) * clean + level * noise, sigma, rows), noise - clean)
+
+    fit("transformer", model.parameters(), loss, base.steps, base.rate)
 
 
 @torch.no_grad()

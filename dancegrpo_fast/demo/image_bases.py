@@ -1,7 +1,5 @@
 """Pretrain a small FLUX or Stable Diffusion on digits or signs, part of whose captions is wrong."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +97,7 @@ def train_vae(images: Tensor, centre: bool, steps: int = 280, batch: int = 32, k
     """Train an autoencoder, [3, H, W] to [4, H/2, W/2], and set its config so that latents have unit variance.
 
     Args:
-        images: float32 [N, 3, H, W] in [0, 1].
+        images: float32 [B, 3, H, W] in [0, 1].
         centre: Set `shift_factor` as well, which FLUX uses and Stable Diffusion does not.
         steps: Optimiser steps.
         batch: Images a step.
@@ -133,11 +131,11 @@ def train_vae(images: Tensor, centre: bool, steps: int = 280, batch: int = 32, k
 
 
 def train_flux(latents: Tensor, labels: Tensor, captions: Captions, base: Base) -> FluxTransformer2DModel:
-    """Train a FLUX transformer as a rectified flow: z_t = (1 - t) x0 + t eps, v = eps - x0.
+    """Train a FLUX transformer as a rectified flow.
 
     Args:
-        latents: float32 [N, 4, H, W], normalised.
-        labels: int64 [N], rows of `captions`.
+        latents: float32 [B, 4, H, W], normalised.
+        labels: int64 [B], rows of `captions`.
         captions: Prompt embeddings.
         base: Steps, batch and learning rate.
     """
@@ -158,13 +156,9 @@ def train_flux(latents: Tensor, labels: Tensor, captions: Captions, base: Base) 
     image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
     text_ids = torch.zeros(captions.embeds.shape[1], 3)
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(packed), (base.batch,))
-        noise = torch.randn(base.batch, *packed.shape[1:])
-        sigma = torch.rand(base.batch)
-        clean, level = packed[rows], sigma[:, None, None]
-        predicted = model(
-            hidden_states=(1 - level) * clean + level * noise,
+    def call(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Any:
+        return model(
+            hidden_states=noisy,
             timestep=sigma,
             encoder_hidden_states=captions.embeds[labels[rows]],
             pooled_projections=captions.pooled[labels[rows]],
@@ -172,9 +166,8 @@ def train_flux(latents: Tensor, labels: Tensor, captions: Captions, base: Base) 
             txt_ids=text_ids,
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, noise - clean)
 
-    fitting.fit("transformer", model.parameters(), loss, base.steps, base.rate)
+    fitting.fit_flow(model, packed, base, call)
     return model.eval()
 
 
@@ -195,8 +188,8 @@ def train_unet(latents: Tensor, labels: Tensor, captions: Captions, base: Base) 
     """Train a Stable Diffusion UNet to predict the noise; a tenth of the captions is dropped for guidance.
 
     Args:
-        latents: float32 [N, 4, H, W], normalised.
-        labels: int64 [N], rows of `captions`; the last row of `captions` is the empty prompt.
+        latents: float32 [B, 4, H, W], normalised.
+        labels: int64 [B], rows of `captions`; the last row of `captions` is the empty prompt.
         captions: Prompt embeddings.
         base: Steps, batch and learning rate.
     """

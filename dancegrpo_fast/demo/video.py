@@ -1,7 +1,5 @@
 """Clips, captions and prompt files of the video demo: a digit that moves in one of four directions."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +34,15 @@ COURSES = {"text": Course(start=-2.0, travel=4.0), "image": Course(start=0.0, tr
 
 
 def tracks(directions: Tensor, course: Course, shake: Tensor, generator: torch.Generator) -> Tensor:
-    """Return where each frame's digit is, float32 [N, 9, 2] in pixels (x, y) from the middle of the frame.
+    """Return where each frame's digit is, float32 [B, 9, 2] in pixels (x, y) from the middle of the frame.
 
     The digit moves at a constant speed from a place drawn within half a pixel of the course's start on each axis. A
     shaken clip adds `shake * sin(2 pi t / 8 + phase)` along an axis; phase and axis are drawn for the clip.
 
     Args:
-        directions: int64 [N], rows of `DIRECTIONS`.
+        directions: int64 [B], rows of `DIRECTIONS`.
         course: Start and distance.
-        shake: float32 [N], pixels; 0 for smooth motion.
+        shake: float32 [B], pixels; 0 for smooth motion.
         generator: Source of places, phases and axes.
     """
     along = torch.tensor(list(DIRECTIONS.values()))[directions][:, None]
@@ -59,11 +57,11 @@ def tracks(directions: Tensor, course: Course, shake: Tensor, generator: torch.G
 
 
 def render(digits: Tensor, places: Tensor) -> Tensor:
-    """Return clips, float32 [N, 3, T, 12, 12] in [0, 1], of 8x8 digits moved to `places` by bilinear interpolation.
+    """Return clips, float32 [B, 3, T, 12, 12] in [0, 1], of 8x8 digits moved to `places` by bilinear interpolation.
 
     Args:
-        digits: float32 [N, 3, 8, 8] in [0, 1].
-        places: float32 [N, T, 2], pixels (x, y) of the digit's middle from the frame's.
+        digits: float32 [B, 3, 8, 8] in [0, 1].
+        places: float32 [B, T, 2], pixels (x, y) of the digit's middle from the frame's.
     """
     count, frames, _ = places.shape
     canvas = F.pad(digits, ((SIZE - 8) // 2,) * 4).repeat_interleave(frames, dim=0)
@@ -77,7 +75,7 @@ def split_digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Return the generator's digits in parts: "base" to pretrain on, "train" and "test" for given first frames.
 
     Returns:
-        Images, float32 [N, 3, 16, 16], and labels, int64 [N]. "train" and "test" have four of each digit, in order.
+        Images, float32 [B, 3, 16, 16], and labels, int64 [B]. "train" and "test" have four of each digit, in order.
     """
     images, labels = load_digits("generator")
     rows = torch.stack([torch.where(labels == digit)[0][:8] for digit in range(10)])

@@ -1,7 +1,5 @@
 """Pretrain a small HunyuanVideo, text to video or image to video, on moving digits of which half are jittered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +68,7 @@ def train_vae(clips: Tensor, steps: int = VAE_STEPS, batch: int = 6, kl: float =
     """Train an autoencoder, [3, 9, 12, 12] to [8, 3, 6, 6], and set its config so that latents have unit variance.
 
     Args:
-        clips: float32 [N, 3, 9, 12, 12] in [0, 1].
+        clips: float32 [B, 3, 9, 12, 12] in [0, 1].
         steps: Optimiser steps.
         batch: Clips a step.
         kl: Weight of the divergence, per latent element, beside the squared errors.
@@ -139,12 +137,12 @@ def captions(course: str, seed: int) -> tuple[list[str], dict[str, Tensor]]:
 def train_transformer(
     latents: Tensor, first: Tensor | None, prompts: Tensor, embeddings: dict[str, Tensor], base: Base
 ) -> HunyuanVideoTransformer3DModel:
-    """Train a HunyuanVideo transformer as a rectified flow: z_t = (1 - t) x0 + t eps, v = eps - x0.
+    """Train a HunyuanVideo transformer as a rectified flow.
 
     Args:
-        latents: float32 [N, 8, T, H, W], normalised.
-        first: Image to video: the first frame's latents on as many more channels and zeros after it, [N, 8, T, H, W].
-        prompts: int64 [N], rows of `embeddings`.
+        latents: float32 [B, 8, T, H, W], normalised.
+        first: Image to video: the first frame's latents on as many more channels and zeros after it, [B, 8, T, H, W].
+        prompts: int64 [B], rows of `embeddings`.
         embeddings: As `captions` gives them.
         base: Steps, batch and learning rate.
     """
@@ -164,13 +162,8 @@ def train_transformer(
     )
     fitting.start_as_identity(model)
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(latents), (base.batch,))
-        noise = torch.randn(base.batch, *latents.shape[1:])
-        sigma = torch.rand(base.batch)
-        clean, level = latents[rows], sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * clean + level * noise
-        predicted = model(
+    def call(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Any:
+        return model(
             hidden_states=noisy if first is None else torch.cat([noisy, first[rows]], dim=1),
             timestep=1000 * sigma,
             encoder_hidden_states=embeddings["prompt_embeds"][prompts[rows]],
@@ -178,7 +171,6 @@ def train_transformer(
             pooled_projections=embeddings["pooled_prompt_embeds"][prompts[rows]],
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, noise - clean)
 
-    fitting.fit("transformer", model.parameters(), loss, base.steps, base.rate)
+    fitting.fit_flow(model, latents, base, call)
     return model.eval()

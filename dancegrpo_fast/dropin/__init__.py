@@ -2,7 +2,6 @@
 
 | file | what |
 |---|---|
-| `command` | `run`: its options, and running a script or module as Python does |
 | `process`, `settings` | one process of `run`, from its start to its report; what it was asked for |
 | `imports`, `source`, `children` | where known functions are defined: modules, source text, child processes |
 | `scan`, `launchers`, `loading` | `--dry-run`; torchrun and its like; `--accelerate` |

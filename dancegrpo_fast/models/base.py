@@ -12,6 +12,7 @@ from ..lora import add_lora
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
+from .grids import to_frames
 from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 
@@ -76,8 +77,8 @@ class DiffusersModel:
     The VAE comes first, so that a size it cannot make is refused before anything large is read; then the text encoders,
     where the store lacks a prompt, which are freed before the denoiser is loaded.
 
-    A family names its parts below and defines `_shape`, `_encode_text`, `table`, `predict` and `decode`, and with a
-    `mask` `_count_tokens`. In `__init__`, after this class', it may check the denoiser's configuration.
+    A family names its parts below and defines `_shape`, `_encode_text`, `table`, `_inputs` and `_unscaled`, and with a
+    `mask` `_count_tokens`. In `_set_up` it may check the denoiser's configuration.
 
     Attributes:
         family: as in recipes.
@@ -122,6 +123,10 @@ class DiffusersModel:
         if settings.lora is not None:
             lora = settings.lora
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
+        self._set_up(self.denoiser.config)
+
+    def _set_up(self, config: Any) -> None:
+        """Takes what calls need from the denoiser's configuration; raises ValueError for one that the family lacks."""
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         """`latent_shape` from the VAE's configuration; raises ValueError for a size that cannot be made."""
@@ -139,6 +144,25 @@ class DiffusersModel:
     def _count_tokens(self, pipeline: Any, text: str) -> int:
         """Tokens that `_encode_text` would mark in `mask`, by a pipeline with the tokenizers only."""
         raise NotImplementedError
+
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """The denoiser's arguments for a call of some rows.
+
+        Args:
+            latents: as `_seen` gives them.
+            times: `[B]`, of the sampler's table.
+            text: rows of `encode`.
+            guidance_scale: for a family that embeds it.
+        """
+        raise NotImplementedError
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes."""
+        raise NotImplementedError
+
+    def _seen(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the denoiser sees of `latents`."""
+        return latents.to(self.dtype)
 
     def _guided_by_batch(self, guidance_scale: float) -> bool:
         return self.negative and guidance_scale != 1.0
@@ -267,6 +291,23 @@ class DiffusersModel:
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
         return self._text([self.sampler.negative_prompt]) if self._guided_by_batch(guidance_scale) else None
 
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
+        output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
+        return split_guided(output, unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode(self._unscaled(latents).to(self.frozen_dtype), return_dict=False)[0]
+        return to_frames(pixels)
+
     def tile_vae(self, on: bool) -> None:
         if on:
             self.vae.enable_tiling()
@@ -308,60 +349,6 @@ def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Te
         return output, None
     conditional, uncond_output = output.chunk(2)
     return conditional, uncond_output
-
-
-def to_frames(pixels: Tensor) -> Tensor:
-    """VAE output in [-1, 1] to frames in [0, 1], rounded to 8 bits as files are.
-
-    Args:
-        pixels: images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`.
-
-    Returns:
-        float32 `[B, T, 3, H, W]`.
-    """
-    videos = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
-    return ((videos.float() / 2 + 0.5).clamp(0, 1) * 255).round().div(255).transpose(1, 2)
-
-
-def image_grid(sampler: SamplerSettings, multiple: int, scale: int) -> tuple[int, int]:
-    """Latent height and width of an image.
-
-    Args:
-        sampler: its size in pixels.
-        multiple: that height and width must be of.
-        scale: pixels a latent.
-
-    Raises:
-        ValueError: another size, or more than one frame.
-    """
-    if sampler.height % multiple or sampler.width % multiple:
-        raise ValueError(f"sampler: got height {sampler.height}, width {sampler.width}, want multiples of {multiple}")
-    if sampler.frames != 1:
-        raise ValueError(f"sampler.frames: got {sampler.frames}, want 1 for an image model")
-    return sampler.height // scale, sampler.width // scale
-
-
-def video_grid(sampler: SamplerSettings, multiple: int, scale: int, time_scale: int) -> tuple[int, int, int]:
-    """Latent frames, height and width of a video; one frame is an image.
-
-    Args:
-        sampler: its size in pixels.
-        multiple: that height and width must be of.
-        scale: pixels a latent.
-        time_scale: frames a latent frame, after the first.
-
-    Raises:
-        ValueError: another size, or frames other than `time_scale n + 1`.
-    """
-    if (sampler.frames - 1) % time_scale:
-        raise ValueError(
-            f"sampler.frames: got {sampler.frames}, want {time_scale} n + 1, the nearest are "
-            f"{(sampler.frames - 1) // time_scale * time_scale + 1} and "
-            f"{((sampler.frames - 1) // time_scale + 1) * time_scale + 1}"
-        )
-    if sampler.height % multiple or sampler.width % multiple:
-        raise ValueError(f"sampler: got height {sampler.height}, width {sampler.width}, want multiples of {multiple}")
-    return (sampler.frames - 1) // time_scale + 1, sampler.height // scale, sampler.width // scale
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:

@@ -9,17 +9,6 @@ from .. import transitions
 from ..recipe import SamplerSettings
 
 
-def size_shift(scheduler: Any, tokens: int) -> float:
-    """`mu` of a scheduler whose shift depends on the image's size: linear in its tokens, as the pipelines have it.
-
-    Their modules hold this function too; importing them loads image processors that nothing here uses.
-    """
-    config = scheduler.config
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu: float = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
-    return mu
-
-
 def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = None, linear: bool = True) -> Tensor:
     """Sigmas `[T + 1]` from at most 1 to 0.
 
@@ -39,6 +28,17 @@ def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = Non
     sigmas: Tensor = scheduler.sigmas
     # The shift in float32 may round 1 to the number above it.
     return sigmas.double().clamp(max=1.0)
+
+
+def shift_for(scheduler: Any, tokens: int) -> float:
+    """The `mu` of a scheduler whose shift depends on how many tokens an image has, as diffusers' pipelines have it.
+
+    Their modules are not asked: importing one loads image processors that nothing here uses.
+    """
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu: float = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
+    return mu
 
 
 def flow_table(sampler: SamplerSettings, sigmas: Tensor, deterministic: bool) -> transitions.TransitionTable:

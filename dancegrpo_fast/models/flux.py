@@ -1,16 +1,16 @@
 """FLUX: packed latents `[B, tokens, 64]`, a rectified flow, guidance embedded where it was distilled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
+from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel, image_grid, to_frames
-from .flow import flow_sigmas, flow_table, size_shift
+from .base import Conditioning, DiffusersModel
+from .flow import flow_sigmas, flow_table, shift_for
+from .grids import image_grid, unpacked
 
 
 class Flux(DiffusersModel):
@@ -22,16 +22,12 @@ class Flux(DiffusersModel):
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_tensors = ("prompt_embeds", "pooled_prompt_embeds")
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        super().__init__(settings, sampler, device, prompts)
-        config: Any = self.denoiser.config
+    def _set_up(self, config: Any) -> None:
         self._guided = bool(config.guidance_embeds)
         ids = torch.zeros(*self._grid, 3)
         ids[..., 1] += torch.arange(self._grid[0])[:, None]
         ids[..., 2] += torch.arange(self._grid[1])[None, :]
-        self._image_ids = ids.reshape(-1, 3).to(device, self.dtype)
+        self._image_ids = ids.reshape(-1, 3).to(self.device, self.dtype)
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -53,36 +49,22 @@ class Flux(DiffusersModel):
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         scheduler = self._scheduler()
-        mu = size_shift(scheduler, self.latent_shape[0])
+        mu = shift_for(scheduler, self.latent_shape[0])
         return flow_table(sampler, flow_sigmas(sampler, scheduler, mu), deterministic)
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        embeds = conditioning["prompt_embeds"]
-        output = denoiser(
-            hidden_states=latents.to(self.dtype),
-            timestep=times,
-            guidance=torch.full_like(times, guidance_scale) if self._guided else None,
-            pooled_projections=conditioning["pooled_prompt_embeds"],
-            encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device, dtype=self.dtype),
-            img_ids=self._image_ids,
-            return_dict=False,
-        )[0]
-        return output, None
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        embeds = text["prompt_embeds"]
+        return {
+            "hidden_states": latents,
+            "timestep": times,
+            "guidance": torch.full_like(times, guidance_scale) if self._guided else None,
+            "pooled_projections": text["pooled_prompt_embeds"],
+            "encoder_hidden_states": embeds,
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=latents.device, dtype=self.dtype),
+            "img_ids": self._image_ids,
+        }
 
-    def decode(self, latents: Tensor) -> Tensor:
-        rows, columns = self._grid
-        batch, _, channels = latents.shape
-        grid = latents.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        grid = grid.reshape(batch, channels // 4, 2 * rows, 2 * columns)
+    def _unscaled(self, latents: Tensor) -> Tensor:
         config = self.vae.config
-        scaled = grid / config.scaling_factor + config.shift_factor
-        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])
+        scaled: Tensor = unpacked(latents, self._grid) / config.scaling_factor + config.shift_factor
+        return scaled

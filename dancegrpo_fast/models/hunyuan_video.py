@@ -1,16 +1,16 @@
 """HunyuanVideo: a rectified flow over latents `[B, 16, (frames - 1) / 4 + 1, H / 8, W / 8]`; one frame is an image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
+from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel, guided_batch, split_guided, to_frames, video_grid
+from .base import Conditioning, DiffusersModel
 from .flow import flow_sigmas, flow_table
+from .grids import video_grid
 
 
 class HunyuanVideo(DiffusersModel):
@@ -25,11 +25,7 @@ class HunyuanVideo(DiffusersModel):
     mask = "prompt_mask"
     padded = ("prompt_embeds", "prompt_mask")
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        super().__init__(settings, sampler, device, prompts)
-        config: Any = self.denoiser.config
+    def _set_up(self, config: Any) -> None:
         self._guided = bool(config.guidance_embeds)
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
@@ -61,39 +57,24 @@ class HunyuanVideo(DiffusersModel):
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         return flow_table(sampler, flow_sigmas(sampler, self._scheduler()), deterministic)
 
-    def _input(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the denoiser sees of `latents`."""
-        return latents.to(self.dtype)
-
     def _embedded_guidance(self, guidance_scale: float) -> float:
         return guidance_scale
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        latents, times, text = guided_batch(self._input(latents, conditioning), times, conditioning, unconditional)
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
         guidance = None
         if self._guided:
             # In the model's dtype before the factor, as the pipeline rounds it.
             level = torch.full_like(times, self._embedded_guidance(guidance_scale), dtype=self.dtype)
             guidance = level * 1000.0
-        output = denoiser(
-            hidden_states=latents,
-            timestep=times * 1000.0,
-            encoder_hidden_states=text["prompt_embeds"],
-            encoder_attention_mask=text["prompt_mask"],
-            pooled_projections=text["pooled_prompt_embeds"],
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        return split_guided(output, unconditional)
+        return {
+            "hidden_states": latents,
+            "timestep": times * 1000.0,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "encoder_attention_mask": text["prompt_mask"],
+            "pooled_projections": text["pooled_prompt_embeds"],
+            "guidance": guidance,
+        }
 
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.frozen_dtype) / self.vae.config.scaling_factor
-        return to_frames(self.vae.decode(scaled, return_dict=False)[0])
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        scaled: Tensor = latents.to(self.frozen_dtype) / self.vae.config.scaling_factor
+        return scaled

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import fingerprint, write_text, writing
+from ..files import fingerprint, replacing_file, write_text
 from ..processes import share
 
 FORMAT = 1
@@ -167,18 +167,11 @@ class PromptStore:
             document = json.dumps(list(texts[part]))
             name = hashlib.sha256(document.encode()).hexdigest()[:16]
             rows_of = {key: value[part].contiguous().cpu() for key, value in tensors.items()}
-            target, temporary = self.folder / f"{name}.safetensors", self.folder / f".{name}.{os.getpid()}"
-            with writing(target, sum(value.nbytes for value in rows_of.values())):
-                try:
-                    save_file(rows_of, temporary)
-                    # Some releases of safetensors make files that only their owner can read.
-                    temporary.chmod(self.folder.stat().st_mode & 0o666)
-                    with temporary.open("rb+") as file:
-                        os.fsync(file.fileno())
-                    os.replace(temporary, target)
-                except BaseException:
-                    temporary.unlink(missing_ok=True)
-                    raise
+            size = sum(value.nbytes for value in rows_of.values())
+            with replacing_file(self.folder / f"{name}.safetensors", size) as temporary:
+                save_file(rows_of, temporary)
+                # Some releases of safetensors make files that only their owner can read.
+                temporary.chmod(self.folder.stat().st_mode & 0o666)
             write_text(self.folder / f"{name}.json", document)
         self._scan()
 

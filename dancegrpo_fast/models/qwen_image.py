@@ -1,17 +1,17 @@
 """Qwen-Image: packed latents `[B, tokens, 64]`, a rectified flow, guidance by a negative prompt that keeps the norm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
+from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
-from .flow import flow_sigmas, flow_table, size_shift
+from .base import Conditioning, DiffusersModel
+from .flow import flow_sigmas, flow_table, shift_for
+from .grids import image_grid, unpacked
 
 
 class QwenImage(DiffusersModel):
@@ -31,13 +31,9 @@ class QwenImage(DiffusersModel):
     padded = text_tensors
     negative = True
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        super().__init__(settings, sampler, device, prompts)
-        config: Any = self.denoiser.config
+    def _set_up(self, config: Any) -> None:
         if config.guidance_embeds:
-            raise ValueError(f"model.path: got {settings.path}, want a Qwen-Image without guidance embedding")
+            raise ValueError(f"model.path: got {self.settings.path}, want a Qwen-Image without guidance embedding")
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         scale = 2 ** len(self.vae.config.temperal_downsample)
@@ -65,8 +61,17 @@ class QwenImage(DiffusersModel):
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         scheduler = self._scheduler()
-        mu = size_shift(scheduler, self.latent_shape[0])
+        mu = shift_for(scheduler, self.latent_shape[0])
         return flow_table(sampler, flow_sigmas(sampler, scheduler, mu), deterministic)
+
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": times,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "encoder_hidden_states_mask": text["prompt_embeds_mask"],
+            "img_shapes": [[(1, *self._grid)]] * len(latents),
+        }
 
     def predict(
         self,
@@ -77,16 +82,7 @@ class QwenImage(DiffusersModel):
         unconditional: Conditioning | None,
         guidance_scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
-        output = denoiser(
-            hidden_states=latents,
-            timestep=times,
-            encoder_hidden_states=text["prompt_embeds"],
-            encoder_hidden_states_mask=text["prompt_embeds_mask"],
-            img_shapes=[[(1, *self._grid)]] * len(latents),
-            return_dict=False,
-        )[0]
-        output, uncond_output = split_guided(output, unconditional)
+        output, uncond_output = super().predict(denoiser, latents, times, conditioning, unconditional, guidance_scale)
         if uncond_output is None:
             return output, None
         # The pipeline gives every guided token the norm of its conditional one, which is no longer linear in the two.
@@ -94,12 +90,8 @@ class QwenImage(DiffusersModel):
         guided = uncond_output + guidance_scale * (output - uncond_output)
         return guided * (output.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), None
 
-    def decode(self, latents: Tensor) -> Tensor:
-        rows, columns = self._grid
-        batch, _, channels = latents.shape
-        grid = latents.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        grid = grid.reshape(batch, channels // 4, 1, 2 * rows, 2 * columns)
-        return to_frames(self.vae.decode(unscaled(self.vae, grid).to(self.frozen_dtype), return_dict=False)[0])
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return unscaled(self.vae, unpacked(latents, self._grid).unsqueeze(2))
 
 
 def unscaled(vae: Any, latents: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
-from .flow import flow_sigmas, flow_table, size_shift
+from .base import Conditioning, DiffusersModel
+from .flow import flow_sigmas, flow_table, shift_for
+from .grids import image_grid
 
 
 class StableDiffusion3(DiffusersModel):
@@ -40,29 +41,17 @@ class StableDiffusion3(DiffusersModel):
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
         scheduler, mu = self._scheduler(), None
         if scheduler.config.use_dynamic_shifting:
-            mu = size_shift(scheduler, self.latent_shape[1] * self.latent_shape[2] // 4)
+            mu = shift_for(scheduler, self.latent_shape[1] * self.latent_shape[2] // 4)
         return flow_table(sampler, flow_sigmas(sampler, scheduler, mu, linear=False), deterministic)
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
-        output = denoiser(
-            hidden_states=latents,
-            timestep=1000 * times,
-            encoder_hidden_states=text["prompt_embeds"],
-            pooled_projections=text["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
-        return split_guided(output, unconditional)
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": 1000 * times,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "pooled_projections": text["pooled_prompt_embeds"],
+        }
 
-    def decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + config.shift_factor
-        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        scaled: Tensor = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return scaled

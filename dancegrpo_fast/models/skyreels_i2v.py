@@ -26,11 +26,13 @@ class SkyReelsI2V(HunyuanVideo):
     ) -> None:
         for path in dict.fromkeys(_image_path(prompt) for prompt in prompts):
             _check_image(path)
-        super().__init__(settings, sampler, device, prompts)
         # Of the files' paths, and of their contents: the same picture may lie in several places.
         self._digests: dict[str, str] = {}
         self._first_frames: dict[str, Tensor] = {}
-        config: Any = self.denoiser.config
+        super().__init__(settings, sampler, device, prompts)
+
+    def _set_up(self, config: Any) -> None:
+        super()._set_up(config)
         channels, latent_channels = int(config.in_channels), self.latent_shape[0]
         if channels != 2 * latent_channels:
             raise ValueError(
@@ -70,7 +72,7 @@ class SkyReelsI2V(HunyuanVideo):
         latents: Tensor = posterior.sample(noise)[0, :, 0].float() * self.vae.config.scaling_factor
         return latents.to(self.dtype)
 
-    def _input(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+    def _seen(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         first = conditioning["first_frame"]
         batch, channels, frames = latents.shape[:3]
         # The frames to come are zero: kept here, not in the conditioning, they are built once per call.

@@ -1,15 +1,14 @@
 """Stable Diffusion: latents `[B, 4, H / 8, W / 8]`, variance-preserving diffusion, guidance by a negative prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import transitions
-from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
-from .base import Conditioning, DiffusersModel, guided_batch, image_grid, split_guided, to_frames
+from ..recipe import SamplerSettings
+from .base import Conditioning, DiffusersModel
+from .grids import image_grid
 
 
 class StableDiffusion(DiffusersModel):
@@ -23,20 +22,15 @@ class StableDiffusion(DiffusersModel):
     text_tensors = ("prompt_embeds",)
     negative = True
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        if settings.max_text_tokens is not None:
-            raise ValueError(
-                f"model.max_text_tokens: got {settings.max_text_tokens}, want null for Stable Diffusion, whose CLIP "
-                "has one length"
-            )
-        super().__init__(settings, sampler, device, prompts)
-        config: Any = self.denoiser.config
-        down = self._scale * 2 ** (len(config.block_out_channels) - 1)
-        image_grid(sampler, down, self._scale)
+    def _set_up(self, config: Any) -> None:
+        image_grid(self.sampler, self._scale * 2 ** (len(config.block_out_channels) - 1), self._scale)
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
+        if self.settings.max_text_tokens is not None:
+            raise ValueError(
+                f"model.max_text_tokens: got {self.settings.max_text_tokens}, want null for Stable Diffusion, whose "
+                "CLIP has one length"
+            )
         self._scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return (int(self.vae.config.latent_channels), *image_grid(sampler, self._scale, self._scale))
 
@@ -56,19 +50,9 @@ class StableDiffusion(DiffusersModel):
             return transitions.from_scheduler(scheduler, "ddim", 0.0)
         return transitions.from_scheduler(scheduler, sampler.kind, sampler.eta, sampler.window)
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
-        output = denoiser(latents, times, text["prompt_embeds"], return_dict=False)[0]
-        return split_guided(output, unconditional)
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return {"sample": latents, "timestep": times, "encoder_hidden_states": text["prompt_embeds"]}
 
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents / self.vae.config.scaling_factor
-        return to_frames(self.vae.decode(scaled.to(self.frozen_dtype), return_dict=False)[0])
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        scaled: Tensor = latents / self.vae.config.scaling_factor
+        return scaled

@@ -1,17 +1,16 @@
 """Wan, text to video: latents `[B, 16, T, H / 8, W / 8]`, a rectified flow, guidance by a negative prompt."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
+from ..recipe import SamplerSettings
 from ..transitions import TransitionTable, shifted_sigmas
-from .base import Conditioning, DiffusersModel, guided_batch, split_guided, to_frames, video_grid
+from .base import Conditioning, DiffusersModel
 from .flow import flow_sigmas, flow_table
+from .grids import video_grid
 from .qwen_image import unscaled
 
 
@@ -43,16 +42,11 @@ class Wan(DiffusersModel):
         # The transformer's patches are two by two.
         return (int(config.z_dim), *video_grid(sampler, 2 * space, space, time))
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        super().__init__(settings, sampler, device, prompts)
-        config: Any = self.denoiser.config
-        taken = config.in_channels
-        if taken != self.latent_shape[0]:
+    def _set_up(self, config: Any) -> None:
+        if config.in_channels != self.latent_shape[0]:
             raise ValueError(
-                f"model.path: got {self.folder}, whose transformer takes {taken} channels for {self.latent_shape[0]} of"
-                " latents, want text to video"
+                f"model.path: got {self.folder}, whose transformer takes {config.in_channels} channels for "
+                f"{self.latent_shape[0]} of latents, want text to video"
             )
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
@@ -74,24 +68,12 @@ class Wan(DiffusersModel):
             sigmas = shifted_sigmas(sampler.num_steps, sampler.shift or config["flow_shift"])
         return flow_table(sampler, sigmas, deterministic)
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        latents, times, text = guided_batch(latents.to(self.dtype), times, conditioning, unconditional)
+    def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
         times = 1000 * times
         if self._times_per_token:
             frames, height, width = self.latent_shape[1:]
             times = times[:, None].expand(-1, frames * height * width // 4)
-        output = denoiser(
-            hidden_states=latents, timestep=times, encoder_hidden_states=text["prompt_embeds"], return_dict=False
-        )[0]
-        return split_guided(output, unconditional)
+        return {"hidden_states": latents, "timestep": times, "encoder_hidden_states": text["prompt_embeds"]}
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return to_frames(self.vae.decode(unscaled(self.vae, latents).to(self.frozen_dtype), return_dict=False)[0])
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return unscaled(self.vae, latents)

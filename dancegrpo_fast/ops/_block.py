@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..checks import SMALLEST, check_choice, check_int, check_number
 from ._checks import check_float
 
 MODES = ("lossless", "fast")
-TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 class Cost(NamedTuple):
@@ -85,6 +83,16 @@ def check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None
         raise ValueError(
             f"{name}: got a tensor on {value.device}, want it on {like_name}'s device, {like.device}{offloaded}"
         )
+
+
+def check_operand(name: str, value: Any, wanted: tuple[Any, ...], dtype: torch.dtype, like: Any, given: str) -> None:
+    """A float tensor of this shape and dtype, on the device of `like`, a pair of a name and a tensor; or None."""
+    if value is None:
+        return
+    check_float(name, value)
+    check_device(name, value, like[1], like[0])
+    if value.shape != wanted or value.dtype != dtype:
+        raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {dtype} of {wanted} for {given}")
 
 
 def check_channels(name: str, value: Any, x: Tensor) -> None:
@@ -243,17 +251,3 @@ def recomputed(*outputs: Tensor) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any], library: Any) -> None:
-    """CPU and CUDA entries of one op, and its shapes."""
-    library.impl(name, implementation, "CPU")
-    library.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"dgf::{name}", fake, lib=library)
-
-
-def register_flops(name: str, formula: Callable[..., int]) -> None:
-    """Makes torch's FLOP counter count an op; `formula` gets the op's arguments."""
-    register_flop_formula(getattr(torch.ops.dgf, name), get_raw=True)(
-        lambda *arguments, out_val=None, **kwargs: formula(*arguments, **kwargs)
-    )

@@ -1,7 +1,7 @@
 """The two implementations of `norm_modulate` and its gradients, and which of them a call gets."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,28 @@ from .gated_residual import forward as gated_residual_op
 from .selfcheck import SAMPLES, Slice, Subject, kind, parameter_kind, trusted
 
 
+class Given(NamedTuple):
+    """What is done to tokens, in the order of the ops' arguments."""
+
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    split: int
+    norm: str
+    eps: float
+    mode: str
+    norm_dtype: torch.dtype | None
+
+    def modulated(
+        self, h: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """The reference's norm of h, with other parameters."""
+        settings = self.split, self.norm, self.eps, self.mode == "fast", self.norm_dtype
+        return reference.norm_modulate(h, scale, shift, weight, bias, *settings)
+
+
 def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
@@ -22,31 +44,17 @@ def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> tuple[Tensor, Te
 
 def _by_triton(triton: Any, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _forward_outputs(x, y, rest[6])
-    triton.forward(x, y, *rest, outputs)
+    triton.forward(x, y, Given(*rest), outputs)
     return outputs
 
 
-def _by_reference(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fast = mode == "fast"
-    h = x.new_empty(0)
-    if y is not None and gate is not None:
-        h = gated_residual(x, y, gate, split, fast).contiguous()
+def _by_reference(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given, h = Given(*rest), x.new_empty(0)
+    if y is not None and given.gate is not None:
+        h = gated_residual(x, y, given.gate, given.split, given.mode == "fast").contiguous()
     base = x if y is None else h
-    out = reference.norm_modulate(base, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
-    return h, out.contiguous(), *reference.statistics(base, norm, eps)
+    out = given.modulated(base, *given[1:5])
+    return h, out.contiguous(), *reference.statistics(base, given.norm, given.eps)
 
 
 def _sliced(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Any, ...]:
@@ -90,41 +98,19 @@ def forward_fake(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tenso
 
 
 def _backward_by_triton(triton: Any, grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> list[Tensor | None]:
-    h, mean, rstd, y, gate, scale, shift, weight, bias, *settings, wanted = rest
-    outputs = _backward_outputs(h, gate, scale, shift, weight, bias, wanted)
-    triton.backward(grad_h, grads, h, mean, rstd, y, gate, scale, shift, weight, bias, *settings, outputs)
+    h, mean, rstd, y, *values, wanted = rest
+    outputs = _backward_outputs(h, values, wanted)
+    triton.backward(grad_h, grads, h, mean, rstd, y, Given(*values), outputs)
     return outputs
 
 
-def _backward_by_reference(
-    grad_h: Tensor | None,
-    grads: Sequence[Tensor],
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    fast = mode == "fast"
-
-    def modulated(
-        h: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        return reference.norm_modulate(h, scale, shift, weight, bias, split, norm, eps, fast, norm_dtype)
-
+def _backward_by_reference(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> list[Tensor | None]:
+    h, _, _, y, *values, wanted = rest
+    given = Given(*values)
+    gate, split, fast = given.gate, given.split, given.mode == "fast"
     through_norm = (wanted[0] or wanted[1] or wanted[2], *wanted[3:])
     total = summed([g.to(compute_dtype(g.dtype)) for g in grads]).to(h.dtype) if fast else summed(grads)
-    grad, *more = reference_gradients(modulated, (h, scale, shift, weight, bias), through_norm, (total,))
+    grad, *more = reference_gradients(given.modulated, (h, *given[1:5]), through_norm, (total,))
     if grad is not None and grad_h is not None:
         grad = grad + grad_h
     grad_y = grad_gate = None
@@ -174,19 +160,11 @@ def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: A
     return packed(_backward_by_reference(*arguments) if found is None else found, h)
 
 
-def _backward_outputs(
-    h: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    likes = (h, None if gate is None else h, gate, scale, shift, weight, bias)
+def _backward_outputs(h: Tensor, values: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+    parameters = values[:5]
+    likes = (h, None if parameters[0] is None else h, *parameters)
     return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
 
 
 def backward_fake(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    h, _, _, _, gate, scale, shift, weight, bias = rest[:9]
-    return packed(_backward_outputs(h, gate, scale, shift, weight, bias, rest[-2]), h)
+    return packed(_backward_outputs(rest[0], rest[4:], rest[-2]), rest[0])

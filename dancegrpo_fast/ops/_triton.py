@@ -19,8 +19,7 @@ LANES = 128
 # Merged dimensions that the kernels step through; operands with more are copied.
 MAX_DIMS = 4
 MAX_PROGRAMS = 2**31 - 1
-# Noise, ratio 1 and the equality with the CPU kernels need every product rounded.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+WARPS = 8
 # Floats a block leaves (a pair for each sum of squares), and a sample (a pair for each term of loss and metrics).
 SCORE_PAIRS, LOSS_PAIRS, TERM_PAIRS = 1, 4, 16
 
@@ -154,6 +153,8 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dic
 def _launch_on(
     device: torch.device, kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]
 ) -> None:
+    # Noise, ratio 1 and the equality with the CPU kernels need every product rounded.
+    settings = {**settings, "interpreted": backends.interpreting(), "enable_fp_fusion": False}
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             launch(kernel, programs, arguments, settings)
@@ -162,13 +163,8 @@ def _launch_on(
 
 
 def _settings(call: Transition) -> dict[str, Any]:
-    return {
-        "rounded": call.reference_rounding,
-        "wide": needs_wide(call.numel),
-        "interpreted": backends.interpreting(),
-        "block": BLOCK,
-        **OPTIONS,
-    }
+    rounded, wide = call.reference_rounding, needs_wide(call.numel)
+    return {"rounded": rounded, "wide": wide, "block": BLOCK, "num_warps": WARPS}
 
 
 def _rows(call: Transition) -> tuple[Any, ...]:

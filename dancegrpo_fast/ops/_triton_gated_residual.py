@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..kernels.common import triton_rows
 from ..kernels.gated_residual import triton_kernels as kernels
 from . import _triton
@@ -97,11 +96,9 @@ class Chunks:
         settings = {
             "segmented": self.segmented,
             "whole_batch": len(self._batch),
-            "interpreted": backends.interpreting(),
             "lanes": LANES,
             "block": SUM_BLOCK,
             "num_warps": SUM_WARPS,
-            "enable_fp_fusion": False,
         }
         _triton._launch_on(self._room.device, triton_rows.sum_chunks_kernel, programs, arguments, settings)
 
@@ -111,10 +108,8 @@ def _settings(channels: int, split: int, product_type: Any) -> tuple[int, dict[s
     return -(-channels // block), {
         "segmented": split >= 0,
         "product_type": product_type,
-        "interpreted": backends.interpreting(),
         "block": block,
         "num_warps": max(1, WARPS * block // BLOCK),
-        "enable_fp_fusion": False,
     }
 
 
@@ -140,10 +135,7 @@ def backward(
     sums = grad_gate is not None and sums_tokens(gate, grad.shape[1], split)
     chunks = Chunks(grad, split, [grad_gate if sums else None], [])
     blocks, settings = _settings(grad.shape[2], split, _product_type(mode, (grad if y is None else y).dtype, gate))
-    arguments = (
-        *(rows_of(grad), rows_of(y), rows_of(gate), rows_of(grad_y), chunks.target(grad_gate)),
-        *chunks.sizes,
-    )
+    arguments = (*(rows_of(grad), rows_of(y), rows_of(gate), rows_of(grad_y), chunks.target(grad_gate)), *chunks.sizes)
     programs = chunks.batch * chunks.count * blocks
     settings |= {"sums_gate": sums}
     _triton._launch_on(grad.device, kernels.backward_kernel, programs, arguments, settings)

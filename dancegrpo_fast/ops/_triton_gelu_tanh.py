@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import backends
 from ..kernels.gelu_tanh import triton_kernels as kernels
 from . import _triton
 from ._triton_gated_residual import Chunks
@@ -23,12 +22,7 @@ def _rows(x: Tensor, whole: bool) -> Tensor:
 
 def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, Any]:
     block = min(most, max(32, 1 << (width - 1).bit_length()))
-    return {
-        "interpreted": backends.interpreting(),
-        "block": block,
-        "num_warps": max(1, block // (32 * thread)),
-        "enable_fp_fusion": False,
-    }
+    return {"block": block, "num_warps": max(1, block // (32 * thread))}
 
 
 def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> None:

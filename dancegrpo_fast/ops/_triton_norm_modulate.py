@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..kernels.norm_modulate import triton_kernels as kernels
 from . import _triton
 from ._block import summed
+from ._norm_modulate import Given
 from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, type_of
 
 # Rows longer than this leave the backward no registers for more than what it must hold.
@@ -22,20 +22,13 @@ FETCHED = 96 * 1024
 MAX_GRADS = 5
 
 
-def _types(
-    like: Tensor,
-    y: torch.dtype | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-) -> dict[str, Any]:
+def _types(like: Tensor, y: torch.dtype | None, given: Given) -> dict[str, Any]:
     """What values are rounded to on their way; float32 leaves them as they are."""
     names = ("gated_type", "norm_type", "scale_type", "product_type", "sum_type", "grad_type")
-    if mode == "fast":
+    if given.mode == "fast":
         return dict.fromkeys(names, tl.float32)
-    norm = (norm_dtype or like.dtype,)
+    gate, scale, shift = given[:3]
+    norm = (given.norm_dtype or like.dtype,)
     product = norm if scale is None else (*norm, scale.dtype)
     total = product if shift is None else (*product, shift.dtype)
     gated = (like.dtype,) if gate is None or y is None else (y, gate.dtype)
@@ -49,39 +42,23 @@ def _settings(channels: int, block: int, split: int, warps: int) -> dict[str, An
         "segmented": split >= 0,
         # Of what Triton knows of a stride.
         "whole": channels % 16 == 0,
-        "interpreted": backends.interpreting(),
         "block": block,
         "num_warps": max(1, warps),
-        "enable_fp_fusion": False,
     }
 
 
-def forward(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
+def forward(x: Tensor, y: Tensor | None, given: Given, outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
-    operands = (x, y, gate, scale, shift, weight, bias, None if y is None else h, out)
-    statistics = (mean if norm == "layer" else None, rstd)
-    arguments = (*map(rows_of, operands), *statistics, tokens, channels, split, eps)
-    types = _types(x, None if y is None else y.dtype, gate, scale, shift, mode, norm_dtype)
+    operands = (x, y, *given[:5], None if y is None else h, out)
+    statistics = (mean if given.norm == "layer" else None, rstd)
+    arguments = (*map(rows_of, operands), *statistics, tokens, channels, given.split, given.eps)
+    types = _types(x, None if y is None else y.dtype, given)
     del types["grad_type"]
     block = triton.next_power_of_2(channels)
     # 16 elements a thread.
-    settings = _settings(channels, block, split, min(16, block // 512)) | types
+    settings = _settings(channels, block, given.split, min(16, block // 512)) | types
     _triton._launch_on(x.device, kernels.forward_kernel, batch * tokens, arguments, settings)
 
 
@@ -100,22 +77,14 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    norm: str,
-    eps: float,
-    mode: str,
-    norm_dtype: torch.dtype | None,
+    given: Given,
     outputs: Sequence[Tensor | None],
 ) -> None:
     """Writes the gradients that are asked for: of x, y, gate, scale, shift, weight and bias."""
     if all(t is None for t in outputs):
         return
     _, tokens, channels = h.shape
+    gate, scale, shift, weight, bias, split, *_ = given
     _, dy, dgate, dscale, dshift, *affine = outputs
     grads = list(grads)
     if len(grads) > MAX_GRADS:
@@ -128,7 +97,7 @@ def backward(
     chunks = Chunks(h, split, own, affine)
     sizes = [t.element_size() for t in (*grads, h, y, grad_h, scale, gate, weight, bias) if t is not None]
     y_dtype = y.dtype if y is not None else None if dy is None else dy.dtype
-    types = _types(h, y_dtype, gate, scale, shift, mode, norm_dtype)
+    types = _types(h, y_dtype, given)
     row = triton.next_power_of_2(channels)
     for part in _launches(outputs, chunks.sums, row, max(sizes)):
         # What is not a norm's gradient needs no whole row.
@@ -146,7 +115,7 @@ def backward(
         arguments = (
             rows_of(grad_h),
             tuple(rows_of(g) for g in grads),
-            *(rows_of(h), mean if norm == "layer" else None, rstd),
+            *(rows_of(h), mean if given.norm == "layer" else None, rstd),
             *map(rows_of, (y, gate, scale, weight, bias)),
             *map(chunks.target, part),
             *chunks.sizes,

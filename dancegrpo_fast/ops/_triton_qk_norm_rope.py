@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..kernels.qk_norm_rope import triton_kernels as kernels
 from . import _triton
 
@@ -71,8 +70,6 @@ def _shared(stream: Any, norm: str, rope: str, mode: str, tensors: list[Tensor],
         "per_pair": stream.cos is not None and stream.cos.shape[1] != dim,
         "half_split": half_split,
         "aligned": aligned,
-        "interpreted": backends.interpreting(),
-        "enable_fp_fusion": False,
         **_tile(heads, dim),
         **({} if torch.version.hip is not None else {"maxnreg": registers}),
     }
@@ -160,10 +157,7 @@ def _backward_stream(
         *(_width(norm, heads, dim), 0 if stream.cos is None else len(stream.cos), 1 if norm == "token" else heads),
         *(chunk, chunks),
     )
-    settings = {
-        **_shared(stream, norm, rope, mode, tensors, BACKWARD_REGISTERS),
-        "each": rope_gradient == "each",
-    }
+    settings = {**_shared(stream, norm, rope, mode, tensors, BACKWARD_REGISTERS), "each": rope_gradient == "each"}
     device = stream.query.device
     _triton._launch_on(device, kernels.backward_kernel, batch * chunks, arguments, settings)
     if any(sums):
@@ -173,13 +167,7 @@ def _backward_stream(
             kernels.weight_kernel,
             2 * blocks,
             (*sums, batch * chunks, width, blocks),
-            {
-                "rows": SUM_ROWS,
-                "columns": SUM_COLUMNS,
-                "interpreted": backends.interpreting(),
-                "num_warps": WARPS,
-                "enable_fp_fusion": False,
-            },
+            {"rows": SUM_ROWS, "columns": SUM_COLUMNS, "num_warps": WARPS},
         )
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import gated_residual as plain
 from . import norm_modulate
-from ._block import check_autocast, check_channels, check_device, check_tokens
+from ._block import check_autocast, check_channels, check_operand, check_tokens
 from ._checks import check_float
 
 
@@ -64,21 +64,13 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     check_tokens("x", x)
     check_tokens("inputs", inputs)
     check_autocast(x)
-    optional = () if bias is None else (("bias", bias),)
-    for name, value in (("inputs", inputs), ("weight", weight), ("gate", gate), *optional):
-        check_float(name, value)
-        check_device(name, value, x, "x")
+    check_float("gate", gate)
     batch, tokens, channels = x.shape
-    for name, value, wanted in (
-        ("inputs", inputs, (batch, tokens, inputs.shape[-1])),
-        ("weight", weight, (channels, inputs.shape[-1])),
-        ("gate", gate, (batch, channels)),
-        *((name, value, (channels,)) for name, value in optional),
-    ):
-        dtype = value.dtype if name == "gate" else x.dtype
-        if value.shape != wanted or value.dtype != dtype:
-            given = f"for x of {tuple(x.shape)} and inputs of {tuple(inputs.shape)}"
-            raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {dtype} of {wanted} {given}")
+    like, given = ("x", x), f"x of {tuple(x.shape)} and inputs of {tuple(inputs.shape)}"
+    check_operand("inputs", inputs, (batch, tokens, inputs.shape[-1]), x.dtype, like, given)
+    check_operand("weight", weight, (channels, inputs.shape[-1]), x.dtype, like, given)
+    check_operand("gate", gate, (batch, channels), gate.dtype, like, given)
+    check_operand("bias", bias, (channels,), x.dtype, like, given)
     return _Projection.apply(inputs, weight, bias, gate), gate.detach()
 
 
@@ -136,21 +128,8 @@ def gated_projection_norm_modulate(
     y, gate = _projected(x, inputs, weight, bias, gate)
     check_channels("norm_weight", norm_weight, x)
     check_channels("norm_bias", norm_bias, x)
+    affine = norm_weight, norm_bias
     h, out = norm_modulate.call(
-        x,
-        y,
-        gate,
-        scale,
-        shift,
-        norm_weight,
-        norm_bias,
-        "layer",
-        eps,
-        None,
-        "fast",
-        norm_dtype,
-        1,
-        backend,
-        ungated=True,
+        x, y, gate, scale, shift, *affine, "layer", eps, None, "fast", norm_dtype, 1, backend, ungated=True
     )
     return h, out

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.common import modulation as reference
 from ._block import (
-    TAGS,
     Cost,
     check_settings,
     check_split,
@@ -19,23 +18,12 @@ from ._block import (
     packed,
     parameter_rows,
     reference_gradients,
-    register,
-    register_flops,
     triton_module,
     unpacked,
 )
 from ._checks import check_float
+from ._library import register, register_flops
 from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
-from .transition import library
-
-library.define(
-    "gated_residual(Tensor x, Tensor y, Tensor gate, SymInt split, str mode, str backend) -> Tensor", tags=TAGS
-)
-library.define(
-    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, SymInt split, str mode, bool[] wanted, str backend)"
-    " -> (Tensor, Tensor)",
-    tags=TAGS,
-)
 
 
 def _by_triton(triton: Any, x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Tensor]:
@@ -120,8 +108,17 @@ def _backward_fake(grad: Tensor, y: Tensor | None, gate: Tensor, *rest: Any) -> 
     return packed(_backward_outputs(grad, gate, rest[2]), grad)
 
 
-register("gated_residual", forward, _forward_fake, library)
-register("gated_residual_backward", _backward_impl, _backward_fake, library)
+register(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, SymInt split, str mode, str backend) -> Tensor",
+    forward,
+    _forward_fake,
+)
+register(
+    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, SymInt split, str mode, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -191,11 +188,7 @@ def cost(batch: int, tokens: int, channels: int, itemsize: int, *, gate_grad: bo
     elements = batch * tokens * channels
     kept = elements * itemsize if gate_grad else 0
     return Cost(
-        2 * elements,
-        (3 if gate_grad else 1) * elements,
-        3 * elements * itemsize,
-        2 * elements * itemsize + kept,
-        kept,
+        2 * elements, (3 if gate_grad else 1) * elements, 3 * elements * itemsize, 2 * elements * itemsize + kept, kept
     )
 
 

@@ -8,16 +8,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.gelu_tanh import reference
-from ._block import TAGS, Cost, check_autocast, check_device, packed, register, register_flops, triton_module
+from ._block import Cost, check_autocast, check_operand, packed, triton_module
 from ._checks import check_float
+from ._library import register, register_flops
 from .gelu_tanh import check_arguments, joint_out, rows_of
-from .transition import library
-
-library.define(
-    "gelu_tanh_gradients(Tensor grad, Tensor x, Tensor? prefix, bool bias, str mode, str backend)"
-    " -> (Tensor activation, Tensor grad_x, Tensor bias_sum)",
-    tags=TAGS,
-)
 
 
 def _gradients_fake(grad: Tensor, x: Tensor, prefix: Tensor | None, bias: bool, *unused: Any) -> tuple[Tensor, ...]:
@@ -40,7 +34,12 @@ def _gradients_impl(
     return packed([activation, grad_x, reference.token_sum(grad_x) if bias else None], x)
 
 
-register("gelu_tanh_gradients", _gradients_impl, _gradients_fake, library)
+register(
+    "gelu_tanh_gradients(Tensor grad, Tensor x, Tensor? prefix, bool bias, str mode, str backend)"
+    " -> (Tensor activation, Tensor grad_x, Tensor bias_sum)",
+    _gradients_impl,
+    _gradients_fake,
+)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -119,20 +118,10 @@ def gelu_linear(
     check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, want [C, {width}]")
-    for name, value, wanted in (
-        ("weight", weight, (weight.shape[0], width)),
-        ("bias", bias, (weight.shape[0],)),
-        ("h_bias", h_bias, (h.shape[-1],)),
-    ):
-        if value is None:
-            continue
-        check_float(name, value)
-        check_device(name, value, h, "h")
-        if value.shape != wanted or value.dtype != h.dtype:
-            given = f"for h of {tuple(h.shape)} and " + (
-                "no prefix" if prefix is None else f"prefix of {prefix.shape[-1]}"
-            )
-            raise ValueError(f"{name}: got {value.dtype} of {tuple(value.shape)}, want {h.dtype} of {wanted} {given}")
+    given = f"h of {tuple(h.shape)} and {'no prefix' if prefix is None else f'prefix of {prefix.shape[-1]}'}"
+    check_operand("weight", weight, (weight.shape[0], width), h.dtype, ("h", h), given)
+    check_operand("bias", bias, (weight.shape[0],), h.dtype, ("h", h), given)
+    check_operand("h_bias", h_bias, (h.shape[-1],), h.dtype, ("h", h), given)
     out: Tensor = _GeluLinear.apply(h, prefix, weight, bias, h_bias, mode, backend)
     return out
 

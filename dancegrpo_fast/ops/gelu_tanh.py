@@ -8,12 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_bool
 from ..kernels.gelu_tanh import reference
-from ._block import TAGS, Cost, check_device, check_settings, prepare, register, register_flops, saved, triton_module
+from ._block import Cost, check_device, check_settings, prepare, saved, triton_module
 from ._checks import check_float
-from .transition import library
-
-library.define("gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Tensor", tags=TAGS)
-library.define("gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", tags=TAGS)
+from ._library import register, register_flops
 
 
 def joint_out(x: Tensor, prefix: Tensor | None) -> Tensor:
@@ -50,8 +47,8 @@ def _backward_fake(grad: Tensor, x: Tensor, *unused: Any) -> Tensor:
     return joint_out(x, None)
 
 
-register("gelu_tanh", _forward_impl, _forward_fake, library)
-register("gelu_tanh_backward", _backward_impl, _backward_fake, library)
+register("gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Tensor", _forward_impl, _forward_fake)
+register("gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", _backward_impl, _backward_fake)
 
 
 class _GeluTanh(torch.autograd.Function):

@@ -16,12 +16,7 @@ _MOST_ELEMENTS = 2**34
 
 
 def gaussian_noise(
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    sample_ids: Tensor,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    shape: tuple[int, ...], *, seed: int, sample_ids: Tensor, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> Tensor:
     """Standard normals `[B, *shape]` keyed by (seed, sample id, element), for initial latents.
 

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice, check_dtype, check_int
 from ._block import (
-    TAGS,
     Cost,
     check_channels,
     check_eps,
@@ -19,13 +18,11 @@ from ._block import (
     check_tokens_like,
     parameter_rows,
     prepare,
-    register,
-    register_flops,
     saved,
     unpacked,
 )
+from ._library import register, register_flops
 from ._norm_modulate import backward, backward_fake, forward, forward_fake
-from .transition import library
 
 NORMS = ("layer", "rms")
 NORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,21 +30,21 @@ NORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INPUTS = 7
 
 _SETTINGS = "SymInt split, str norm, float eps, str mode, ScalarType? norm_dtype"
-library.define(
+
+
+register(
     "norm_modulate(Tensor x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias,"
     f" {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=TAGS,
+    forward,
+    forward_fake,
 )
-library.define(
+register(
     "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor mean, Tensor rstd, Tensor? y,"
     f" Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, {_SETTINGS}, bool[] wanted,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=TAGS,
+    backward,
+    backward_fake,
 )
-
-
-register("norm_modulate", forward, forward_fake, library)
-register("norm_modulate_backward", backward, backward_fake, library)
 
 
 class _NormModulate(torch.autograd.Function):
@@ -191,6 +188,9 @@ def norm_modulate(
     return call(x, None, None, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend)[1]
 
 
+_DEFAULTS: dict[str, Any] = dict(norm_modulate.__kwdefaults__ or {})
+
+
 def norm_modulate_fanout(
     x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, consumers: int, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -204,19 +204,9 @@ def norm_modulate_fanout(
         x, scale, shift, options: as for `norm_modulate`.
         consumers: how many outputs.
     """
-    settings: dict[str, Any] = {
-        "weight": None,
-        "bias": None,
-        "norm": "layer",
-        "eps": 1e-6,
-        "split": None,
-        "mode": "fast",
-        "norm_dtype": None,
-        "backend": "auto",
-    }
-    if unknown := set(options) - set(settings):
+    if unknown := set(options) - set(_DEFAULTS):
         raise TypeError(f"norm_modulate_fanout: got unexpected {', '.join(sorted(unknown))}")
-    return call(x, None, None, scale, shift, consumers=consumers, **settings | options)
+    return call(x, None, None, scale, shift, consumers=consumers, **_DEFAULTS | options)
 
 
 def gated_residual_norm_modulate(

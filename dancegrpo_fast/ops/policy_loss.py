@@ -22,21 +22,8 @@ from ._call import (
     split,
 )
 from ._checks import check_optional, check_per_sample
-from .transition import check_scoring, library, save_shared, saved_shared, shared_gradients
-
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-
-library.define(
-    f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor? weight, Tensor? reference_output,"
-    " Tensor? old_output, float clip_low, float clip_high, float advantage_clip, float kl_weight, bool ratio_norm)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_PT2,
-)
-library.define(
-    f"policy_loss_backward({SHARED}, Tensor grad_loss, Tensor step_scale, Tensor pull_scale, Tensor? pull,"
-    " Tensor? mean_output) -> (Tensor, Tensor)",
-    tags=_PT2,
-)
+from ._library import register
+from .transition import check_scoring, save_shared, saved_shared, shared_gradients
 
 
 class PolicyMetrics(NamedTuple):
@@ -101,13 +88,19 @@ def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
     return grad_output, grad_uncond
 
 
-for _name, _impl, _fake in (
-    ("policy_loss", _loss_impl, _loss_fake),
-    ("policy_loss_backward", _backward_impl, gradients_fake),
-):
-    library.impl(_name, _impl, "CPU")
-    library.impl(_name, _impl, "CUDA")
-    torch.library.register_fake(f"dgf::{_name}", _fake, lib=library)
+register(
+    f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor? weight, Tensor? reference_output,"
+    " Tensor? old_output, float clip_low, float clip_high, float advantage_clip, float kl_weight, bool ratio_norm)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _loss_impl,
+    _loss_fake,
+)
+register(
+    f"policy_loss_backward({SHARED}, Tensor grad_loss, Tensor step_scale, Tensor pull_scale, Tensor? pull,"
+    " Tensor? mean_output) -> (Tensor, Tensor)",
+    _backward_impl,
+    gradients_fake,
+)
 
 
 class _PolicyLoss(torch.autograd.Function):

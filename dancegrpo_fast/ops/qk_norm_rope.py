@@ -8,22 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice, shown
-from ._block import (
-    TAGS,
-    Cost,
-    check_device,
-    check_eps,
-    check_settings,
-    prepare,
-    register,
-    register_flops,
-    saved,
-    unpacked,
-)
+from ._block import Cost, check_device, check_eps, check_settings, prepare, saved, unpacked
 from ._checks import check_float
+from ._library import register, register_flops
 from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
-from .transition import library
 
 NORMS = ("none", "head", "head_twice", "token")
 ROPES = ("interleaved", "half")
@@ -32,16 +21,17 @@ GRADIENTS = ("each", "once")
 _STREAM = "Tensor{0} query{1}, Tensor? key{1}, Tensor? q_weight{1}, Tensor? k_weight{1}, Tensor? cos{1}, Tensor? sin{1}"
 _SETTINGS = "str norm, float eps, str rope, str rope_gradient, str mode"
 _STREAMS = f"{_STREAM.format('', '')}, {_STREAM.format('?', '2')}"
-library.define(f"qk_norm_rope({_STREAMS}, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", tags=TAGS)
-library.define(
+
+
+register(
+    f"qk_norm_rope({_STREAMS}, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", forward, forward_fake
+)
+register(
     f"qk_norm_rope_backward(Tensor? grad_query, Tensor? grad_key, Tensor rstd, Tensor rstd2, {_STREAMS}, {_SETTINGS},"
     " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=TAGS,
+    backward,
+    backward_fake,
 )
-
-
-register("qk_norm_rope", forward, forward_fake, library)
-register("qk_norm_rope_backward", backward, backward_fake, library)
 
 
 class _QkNormRope(torch.autograd.Function):

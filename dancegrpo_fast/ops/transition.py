@@ -23,18 +23,8 @@ from ._checks import (
     check_step,
     check_table,
 )
+from ._library import register
 from ._overlap import overlap, overlaps_itself, storage_span
-
-library = torch.library.Library("dgf", "DEF")
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-
-library.define(
-    f"transition_step({SHARED.replace('Tensor next_latents', 'Tensor(a!) next_latents')},"
-    " Tensor? noise, SymInt? seed, Tensor? sample_ids, bool denoised) -> (Tensor, Tensor)",
-    tags=_PT2,
-)
-library.define(f"transition_log_prob({SHARED}) -> Tensor", tags=_PT2)
-library.define(f"transition_log_prob_backward({SHARED}, Tensor grad_log_prob) -> (Tensor, Tensor)", tags=_PT2)
 
 
 class TransitionStep(NamedTuple):
@@ -105,14 +95,16 @@ def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
     return grad_output, grad_uncond
 
 
-for _name, _impl, _fake in (
-    ("transition_step", _step_impl, _step_fake),
-    ("transition_log_prob", _log_prob_impl, _log_prob_fake),
-    ("transition_log_prob_backward", _backward_impl, gradients_fake),
-):
-    library.impl(_name, _impl, "CPU")
-    library.impl(_name, _impl, "CUDA")
-    torch.library.register_fake(f"dgf::{_name}", _fake, lib=library)
+register(
+    f"transition_step({SHARED.replace('Tensor next_latents', 'Tensor(a!) next_latents')},"
+    " Tensor? noise, SymInt? seed, Tensor? sample_ids, bool denoised) -> (Tensor, Tensor)",
+    _step_impl,
+    _step_fake,
+)
+register(f"transition_log_prob({SHARED}) -> Tensor", _log_prob_impl, _log_prob_fake)
+register(
+    f"transition_log_prob_backward({SHARED}, Tensor grad_log_prob) -> (Tensor, Tensor)", _backward_impl, gradients_fake
+)
 
 
 def save_shared(ctx: Any, shared: tuple[Any, ...], *more: Tensor | None) -> None:

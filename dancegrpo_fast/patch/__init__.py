@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from ..ops._block import check_mode
-from ._common import RECOMPUTE, Accelerated, Settings
+from ._pieces import Blocks
 from ._recognise import Family, check_sources, following
+from ._settings import RECOMPUTE, Accelerated
 
 __all__ = ["SUPPORTED", "Accelerated", "accelerate"]
 
@@ -108,6 +109,6 @@ def accelerate(
     family.check(inner)
     trimmed = mode == "fast" if trim_text is None else trim_text
     checked = on_mismatch == "eager" and backend == "auto"
-    settings = Settings(mode, recompute, trimmed, gates_from_weights, "checked" if checked else backend)
-    forwards = ((module, following(family, forward)) for module, forward in family.forwards(inner, settings))
+    blocks = Blocks(mode, recompute, trimmed, gates_from_weights, "checked" if checked else backend)
+    forwards = ((module, following(family, forward)) for module, forward in family.forwards(inner, blocks))
     return Accelerated(inner, forwards)

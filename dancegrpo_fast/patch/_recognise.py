@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ._common import Settings
+from ._pieces import Blocks
 
 NORMALIZATION = "diffusers.models.normalization"
 EMBEDDINGS = "diffusers.models.embeddings"
@@ -32,7 +32,7 @@ class Family:
     name: str
     sources: dict[str, str]
     check: Callable[[nn.Module], None]
-    forwards: Callable[[nn.Module, Settings], Iterable[tuple[nn.Module, Callable[..., Any]]]]
+    forwards: Callable[[nn.Module, Blocks], Iterable[tuple[nn.Module, Callable[..., Any]]]]
 
 
 # From Python 3.12 and 3.14 on.
@@ -135,17 +135,26 @@ def want(condition: bool, where: str, got: Any, wanted: str) -> None:
         raise ValueError(f"transformer.{where}: got {got}, want {wanted}")
 
 
-def check_plain_layer_norm(module: nn.Module, where: str) -> None:
-    """A LayerNorm over one dimension without weights."""
-    plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and not module.elementwise_affine
-    want(plain, where, module, "a LayerNorm without weights")
+def check_block(block: nn.Module, where: str, *kinds: str) -> None:
+    """A block of one of these classes."""
+    want(type(block).__name__ in kinds, where, type(block).__name__, " or ".join(kinds))
 
 
-def check_feed_forward(module: nn.Module, where: str) -> None:
-    """Linear, GELU in its tanh form, dropout, linear."""
-    layers: Any = getattr(module, "net", ())
-    fits = len(layers) == 3 and type(layers[0]).__name__ == "GELU" and layers[0].approximate == "tanh"
-    want(fits, where, module, "a FeedForward with a tanh GELU and three layers")
+def check_plain_layer_norms(block: nn.Module, where: str, *names: str) -> None:
+    """LayerNorms over one dimension without weights, by their names in a block."""
+    for name in names:
+        module = block.get_submodule(name)
+        plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and not module.elementwise_affine
+        want(plain, f"{where}.{name}", module, "a LayerNorm without weights")
+
+
+def check_feed_forwards(block: nn.Module, where: str, *names: str) -> None:
+    """Linear, GELU in its tanh form, dropout, linear, by their names in a block."""
+    for name in names:
+        module = block.get_submodule(name)
+        layers: Any = getattr(module, "net", ())
+        fits = len(layers) == 3 and type(layers[0]).__name__ == "GELU" and layers[0].approximate == "tanh"
+        want(fits, f"{where}.{name}", module, "a FeedForward with a tanh GELU and three layers")
 
 
 def check_processor(module: nn.Module, where: str, name: str) -> None:
@@ -164,3 +173,20 @@ def check_rms_norms(attn: nn.Module, where: str, names: tuple[str, ...]) -> None
         want(fits, f"{where}.{name}", norm, "an RMSNorm without bias, with the epsilon of the others")
         module = type(norm).__module__
         want(module == "diffusers.models.normalization", f"{where}.{name}", f"one of {module}", "diffusers' RMSNorm")
+
+
+def no_arguments(name: str, given: Any) -> None:
+    """Refuses arguments that the replaced processor would have used."""
+    if given:
+        raise ValueError(f"{name}: got {sorted(given)}, want none with an accelerated transformer; undo() it first")
+
+
+def forwards_of(**makers: Callable[[Blocks], Callable[..., Any]]) -> Any:
+    """A family's `forwards`: every block of the lists of these names, with the forward that `makers` gives for them."""
+
+    def forwards(transformer: nn.Module, blocks: Blocks) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        for name, maker in makers.items():
+            forward = maker(blocks)
+            yield from ((block, forward) for block in getattr(transformer, name))
+
+    return forwards

@@ -8,33 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.qk_norm_rope import Stream, qk_norm_rope
-from ._common import (
+from . import _recognise as recognise
+from ._pieces import (
+    Blocks,
     FeedForward,
-    Settings,
-    attend,
-    fanout,
-    feed_forward,
-    gated,
-    gated_norm,
+    added_layers_of,
+    added_stream_of,
     heads_of,
     joined,
+    layers_of,
     modulation,
-    projected,
+    stream_of,
     streams_of,
-    weight_of,
-)
-from ._recognise import (
-    ACTIVATIONS,
-    ATTENTION,
-    EMBEDDINGS,
-    NORMALIZATION,
-    Family,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
-    check_rms_norms,
-    want,
 )
 
 _MODULE = "diffusers.models.transformers.transformer_hunyuan_video"
@@ -47,12 +32,12 @@ SOURCES = {
     f"{_MODULE}:HunyuanVideoTokenReplaceAdaLayerNormZero.forward": "c1d73c7e8dbc0dc3",
     f"{_MODULE}:HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": "89b7ae3d1797431e",
     f"{_MODULE}:HunyuanVideoTransformer3DModel.forward": "2458a0dff2b932f3",
-    f"{NORMALIZATION}:AdaLayerNormZero.forward": "7f6150eaa21e8087",
-    f"{NORMALIZATION}:AdaLayerNormZeroSingle.forward": "93c8a4f060a42a98",
-    f"{NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
-    f"{EMBEDDINGS}:apply_rotary_emb": "0c8ce05b3e63ea69",
-    f"{ATTENTION}:FeedForward.forward": "70a2270098142318",
-    f"{ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
+    f"{recognise.NORMALIZATION}:AdaLayerNormZero.forward": "7f6150eaa21e8087",
+    f"{recognise.NORMALIZATION}:AdaLayerNormZeroSingle.forward": "93c8a4f060a42a98",
+    f"{recognise.NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
+    f"{recognise.EMBEDDINGS}:apply_rotary_emb": "0c8ce05b3e63ea69",
+    f"{recognise.ATTENTION}:FeedForward.forward": "70a2270098142318",
+    f"{recognise.ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
 }
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -77,14 +62,7 @@ def _tables(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
     return cos, sin
 
 
-def _norm_rope(settings: Settings, attn: Any, first: Stream, second: Stream | None = None) -> tuple[Tensor, Tensor]:
-    norm, eps = ("none", 1e-6) if attn.norm_q is None else ("head_twice", attn.norm_q.eps)
-    query, key = qk_norm_rope(first, second, norm=norm, eps=eps, **settings.options)
-    assert key is not None
-    return query, key
-
-
-def double_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def double_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """The forward of HunyuanVideoTransformerBlock, or of HunyuanVideoTokenReplaceTransformerBlock."""
 
     def forward(
@@ -97,41 +75,36 @@ def double_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
         token_replace_emb: Tensor | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
+        recognise.check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
         attn, split = self.attn, num_tokens if replaced else None
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(
             self.norm1, temb, token_replace_emb, 6, replaced
         )
         c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = modulation(self.norm1_context, temb, 6)
-        layers = (attn.to_q, attn.to_k, attn.to_v)
-        c_layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        x, *outs = fanout(settings, self.norm1.norm, hidden_states, scale, shift, layers, split=split)
-        text, *c_outs = fanout(settings, self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
+        layers, c_layers = layers_of(attn), added_layers_of(attn)
+        x, *outs = blocks.fanout(self.norm1.norm, hidden_states, scale, shift, layers, split=split)
+        text, *c_outs = blocks.fanout(self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
 
-        with settings.unsaved("norm", *outs, *c_outs):
+        with blocks.unsaved("norm", *outs, *c_outs):
             query, key, value = heads_of(attn, layers, outs)
             c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
-        query, key = _norm_rope(
-            settings,
-            attn,
-            Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *_tables(freqs_cis)),
-            Stream(c_query, c_key, weight_of(attn.norm_added_q), weight_of(attn.norm_added_k)),
-        )
-        attended = attend(settings, attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
+        video = stream_of(attn, query, key, *_tables(freqs_cis))
+        query, key = blocks.norm_rope(attn, video, added_stream_of(attn, c_query, c_key))
+        attended = blocks.attend(attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
         attended, c_attended = streams_of(attended, x.shape[1], attn.norm_q)
-        y = projected(settings, attn.to_out, attended, gate, split)
-        c_y = projected(settings, (attn.to_add_out,), c_attended, c_gate)
+        y = blocks.projected(attn.to_out, attended, gate, split)
+        c_y = blocks.projected((attn.to_add_out,), c_attended, c_gate)
 
-        x, out = gated_norm(settings, self.norm2, x, y, gate, mlp_scale, mlp_shift, split=split)
-        text, c_out = gated_norm(settings, self.norm2_context, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
-        x = gated(settings, x, feed_forward(settings, self.ff, out, mlp_gate, split), mlp_gate, split=split)
-        text = gated(settings, text, feed_forward(settings, self.ff_context, c_out, c_mlp_gate), c_mlp_gate)
+        x, out = blocks.gated_norm(self.norm2, x, y, gate, mlp_scale, mlp_shift, split=split)
+        text, c_out = blocks.gated_norm(self.norm2_context, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
+        x = blocks.gated(x, blocks.feed_forward(self.ff, out, mlp_gate, split), mlp_gate, split=split)
+        text = blocks.gated(text, blocks.feed_forward(self.ff_context, c_out, c_mlp_gate), c_mlp_gate)
         return x, text
 
     return forward
 
 
-def single_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def single_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """The forward of HunyuanVideoSingleTransformerBlock, or of HunyuanVideoTokenReplaceSingleTransformerBlock."""
 
     def forward(
@@ -144,22 +117,21 @@ def single_block(settings: Settings, replaced: bool) -> Callable[..., tuple[Tens
         token_replace_emb: Tensor | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
+        recognise.check_processor(self.attn, "attn", "HunyuanVideoAttnProcessor2_0")
         attn, split = self.attn, num_tokens if replaced else None
         tokens = hidden_states.shape[1]
         x = joined(hidden_states, encoder_hidden_states)
         shift, scale, gate = _modulation(self.norm, temb, token_replace_emb, 3, replaced)
-        layers = (self.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
-        x, mlp_out, *outs = fanout(settings, self.norm.norm, x, scale, shift, layers, split=split)
+        layers = (self.proj_mlp, *layers_of(attn))
+        x, mlp_out, *outs = blocks.fanout(self.norm.norm, x, scale, shift, layers, split=split)
 
-        mlp = FeedForward(settings, (self.proj_mlp, self.proj_out), mlp_out, gate, split)
-        with settings.unsaved("norm", mlp_out):
+        mlp = FeedForward(blocks, (self.proj_mlp, self.proj_out), mlp_out, gate, split)
+        with blocks.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
             query, key, value = heads_of(attn, layers[1:], outs)
-        stream = Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *_tables(image_rotary_emb))
-        query, key = _norm_rope(settings, attn, stream)
-        attended = attend(settings, attn, query, key, value, attention_mask)
-        x = gated(settings, x, mlp.project(hidden, attended), gate, split=split)
+        query, key = blocks.norm_rope(attn, stream_of(attn, query, key, *_tables(image_rotary_emb)))
+        attended = blocks.attend(attn, query, key, value, attention_mask)
+        x = blocks.gated(x, mlp.project(hidden, attended), gate, split=split)
         return x[:, :tokens], x[:, tokens:]
 
     return forward
@@ -247,32 +219,28 @@ def check(transformer: nn.Module) -> None:
     model: Any = transformer
     for i, block in enumerate(model.transformer_blocks):
         where = f"transformer_blocks.{i}"
-        want(type(block).__name__ in _DOUBLE, where, type(block).__name__, " or ".join(_DOUBLE))
-        check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
-        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-        for name in ("norm1", "norm1_context"):
-            check_plain_layer_norm(getattr(block, name).norm, f"{where}.{name}.norm")
-        for name in ("norm2", "norm2_context"):
-            check_plain_layer_norm(getattr(block, name), f"{where}.{name}")
-        for name in ("ff", "ff_context"):
-            check_feed_forward(getattr(block, name), f"{where}.{name}")
+        recognise.check_block(block, where, *_DOUBLE)
+        recognise.check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
+        recognise.check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        recognise.check_plain_layer_norms(block, where, "norm1.norm", "norm1_context.norm", "norm2", "norm2_context")
+        recognise.check_feed_forwards(block, where, "ff", "ff_context")
     for i, block in enumerate(model.single_transformer_blocks):
         where = f"single_transformer_blocks.{i}"
-        want(type(block).__name__ in _SINGLE, where, type(block).__name__, " or ".join(_SINGLE))
-        check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
-        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k"))
-        check_plain_layer_norm(block.norm.norm, f"{where}.norm.norm")
+        recognise.check_block(block, where, *_SINGLE)
+        recognise.check_processor(block.attn, f"{where}.attn", "HunyuanVideoAttnProcessor2_0")
+        recognise.check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k"))
+        recognise.check_plain_layer_norms(block, where, "norm.norm")
 
 
-def forwards(transformer: nn.Module, settings: Settings) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+def forwards(transformer: nn.Module, blocks: Blocks) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """Every block with its new forward, and the model's own where text is trimmed."""
     model: Any = transformer
     for block in model.transformer_blocks:
-        yield block, double_block(settings, _DOUBLE[type(block).__name__])
+        yield block, double_block(blocks, _DOUBLE[type(block).__name__])
     for block in model.single_transformer_blocks:
-        yield block, single_block(settings, _SINGLE[type(block).__name__])
-    if settings.trim_text:
+        yield block, single_block(blocks, _SINGLE[type(block).__name__])
+    if blocks.trim_text:
         yield transformer, trimmed_forward()
 
 
-FAMILY = Family("HunyuanVideoTransformer3DModel", SOURCES, check, forwards)
+FAMILY = recognise.Family("HunyuanVideoTransformer3DModel", SOURCES, check, forwards)

@@ -1,36 +1,13 @@
 """QwenImageTransformer2DModel on the block ops."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.qk_norm_rope import Stream, qk_norm_rope
-from ._common import (
-    Settings,
-    attend,
-    clipped,
-    fanout,
-    feed_forward,
-    gated,
-    gated_norm,
-    heads_of,
-    no_arguments,
-    projected,
-    weight_of,
-)
-from ._recognise import (
-    ACTIVATIONS,
-    ATTENTION,
-    NORMALIZATION,
-    Family,
-    check_feed_forward,
-    check_plain_layer_norm,
-    check_processor,
-    check_rms_norms,
-    want,
-)
+from . import _recognise as recognise
+from ._pieces import Blocks, added_layers_of, added_stream_of, clipped, heads_of, layers_of, stream_of
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"
 SOURCES = {
@@ -38,9 +15,9 @@ SOURCES = {
     f"{_MODULE}:QwenImageTransformerBlock.forward": "6c3c772ab10baba8",
     f"{_MODULE}:QwenImageTransformerBlock._modulate": "e81a9f67fc18c02d",
     f"{_MODULE}:apply_rotary_emb_qwen": "a25dd2eba1c395b4",
-    f"{NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
-    f"{ATTENTION}:FeedForward.forward": "70a2270098142318",
-    f"{ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
+    f"{recognise.NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
+    f"{recognise.ATTENTION}:FeedForward.forward": "70a2270098142318",
+    f"{recognise.ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
 }
 
 
@@ -56,9 +33,9 @@ def _rows(parameters: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
-def _tables(freqs: Tensor) -> tuple[Tensor, Tensor]:
+def _tables(freqs: Tensor | None) -> tuple[Tensor, ...]:
     """Cosines and sines, one a pair, from complex numbers of length 1."""
-    return freqs.real, freqs.imag
+    return () if freqs is None else (freqs.real, freqs.imag)
 
 
 def _mask(text_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -68,7 +45,7 @@ def _mask(text_mask: Tensor | None, tokens: int) -> Tensor | None:
     return torch.cat([text_mask, image], dim=1)[:, None, None, :]
 
 
-def block_forward(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
+def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
     """The forward of QwenImageTransformerBlock."""
 
     def forward(
@@ -81,8 +58,8 @@ def block_forward(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_processor(self.attn, "attn", "QwenDoubleStreamAttnProcessor2_0")
-        no_arguments("joint_attention_kwargs", joint_attention_kwargs)
+        recognise.check_processor(self.attn, "attn", "QwenDoubleStreamAttnProcessor2_0")
+        recognise.no_arguments("joint_attention_kwargs", joint_attention_kwargs)
         attn = self.attn
         image_parameters = self.img_mod(temb)
         text_parameters = self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb)
@@ -93,43 +70,29 @@ def block_forward(settings: Settings) -> Callable[..., tuple[Tensor, Tensor]]:
         c_shift, c_scale, c_gate = _rows(first, None)
         c_mlp_shift, c_mlp_scale, c_mlp_gate = _rows(second, None)
 
-        layers = (attn.to_q, attn.to_k, attn.to_v)
-        c_layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        x, *outs = fanout(settings, self.img_norm1, hidden_states, scale, shift, layers)
-        text, *c_outs = fanout(settings, self.txt_norm1, encoder_hidden_states, c_scale, c_shift, c_layers)
-        with settings.unsaved("norm", *outs, *c_outs):
+        layers, c_layers = layers_of(attn), added_layers_of(attn)
+        x, *outs = blocks.fanout(self.img_norm1, hidden_states, scale, shift, layers)
+        text, *c_outs = blocks.fanout(self.txt_norm1, encoder_hidden_states, c_scale, c_shift, c_layers)
+        with blocks.unsaved("norm", *outs, *c_outs):
             query, key, value = heads_of(attn, layers, outs)
             c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
-        none = (None, None)
-        weights = [weight_of(norm) for norm in _norms(attn)]
-        norm, eps = ("none", 1e-6) if attn.norm_q is None else ("head_twice", attn.norm_q.eps)
-        joint_query, joint_key = qk_norm_rope(
-            Stream(c_query, c_key, *weights[2:], *(none if text_freqs is None else _tables(text_freqs))),
-            Stream(query, key, *weights[:2], *(none if image_freqs is None else _tables(image_freqs))),
-            norm=norm,
-            eps=eps,
-            rope_gradient="once",
-            **settings.options,
-        )
-        assert joint_key is not None
+        text_stream = added_stream_of(attn, c_query, c_key, *_tables(text_freqs))
+        image_stream = stream_of(attn, query, key, *_tables(image_freqs))
+        query, key = blocks.norm_rope(attn, text_stream, image_stream, rope_gradient="once")
         mask = _mask(encoder_hidden_states_mask, x.shape[1])
-        attended = attend(settings, attn, joint_query, joint_key, torch.cat([c_value, value], dim=1), mask)
+        attended = blocks.attend(attn, query, key, torch.cat([c_value, value], dim=1), mask)
         c_attended, attended = attended.split_with_sizes([text.shape[1], x.shape[1]], dim=1)
-        y = projected(settings, attn.to_out, attended.contiguous(), gate)
-        c_y = projected(settings, (attn.to_add_out,), c_attended.contiguous(), c_gate)
+        y = blocks.projected(attn.to_out, attended.contiguous(), gate)
+        c_y = blocks.projected((attn.to_add_out,), c_attended.contiguous(), c_gate)
 
-        x, out = gated_norm(settings, self.img_norm2, x, y, gate, mlp_scale, mlp_shift)
-        x = gated(settings, x, feed_forward(settings, self.img_mlp, out, mlp_gate), mlp_gate)
-        text, c_out = gated_norm(settings, self.txt_norm2, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
-        text = gated(settings, text, feed_forward(settings, self.txt_mlp, c_out, c_mlp_gate), c_mlp_gate)
+        x, out = blocks.gated_norm(self.img_norm2, x, y, gate, mlp_scale, mlp_shift)
+        x = blocks.gated(x, blocks.feed_forward(self.img_mlp, out, mlp_gate), mlp_gate)
+        text, c_out = blocks.gated_norm(self.txt_norm2, text, c_y, c_gate, c_mlp_scale, c_mlp_shift)
+        text = blocks.gated(text, blocks.feed_forward(self.txt_mlp, c_out, c_mlp_gate), c_mlp_gate)
         return clipped(text), clipped(x)
 
     return forward
-
-
-def _norms(attn: Any) -> list[Any]:
-    return [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
 
 
 def check(transformer: nn.Module) -> None:
@@ -137,25 +100,13 @@ def check(transformer: nn.Module) -> None:
     model: Any = transformer
     for i, block in enumerate(model.transformer_blocks):
         where = f"transformer_blocks.{i}"
-        want(
-            type(block).__name__ == "QwenImageTransformerBlock",
-            where,
-            type(block).__name__,
-            "QwenImageTransformerBlock",
-        )
-        check_processor(block.attn, f"{where}.attn", "QwenDoubleStreamAttnProcessor2_0")
-        check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-        for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
-            check_plain_layer_norm(getattr(block, name), f"{where}.{name}")
-        for name in ("img_mlp", "txt_mlp"):
-            check_feed_forward(getattr(block, name), f"{where}.{name}")
+        recognise.check_block(block, where, "QwenImageTransformerBlock")
+        recognise.check_processor(block.attn, f"{where}.attn", "QwenDoubleStreamAttnProcessor2_0")
+        recognise.check_rms_norms(block.attn, f"{where}.attn", ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        recognise.check_plain_layer_norms(block, where, "img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+        recognise.check_feed_forwards(block, where, "img_mlp", "txt_mlp")
 
 
-def forwards(transformer: nn.Module, settings: Settings) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Every block with its new forward."""
-    model: Any = transformer
-    forward = block_forward(settings)
-    yield from ((block, forward) for block in model.transformer_blocks)
-
-
-FAMILY = Family("QwenImageTransformer2DModel", SOURCES, check, forwards)
+FAMILY = recognise.Family(
+    "QwenImageTransformer2DModel", SOURCES, check, recognise.forwards_of(transformer_blocks=block_forward)
+)

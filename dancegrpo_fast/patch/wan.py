@@ -1,25 +1,14 @@
 """WanTransformer3DModel (Wan 2.1 and 2.2) on the block ops."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
-from ._common import (
-    Settings,
-    Unprojected,
-    affine_of,
-    attend,
-    fanout,
-    feed_forward,
-    gated,
-    gated_norm,
-    projected,
-    weight_of,
-)
-from ._recognise import ACTIVATIONS, ATTENTION, NORMALIZATION, Family, check_feed_forward, check_processor, want
+from . import _recognise as recognise
+from ._pieces import Blocks, Unprojected, affine_of, layers_of, stream_of, weight_of
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
 # The text encoder's length, which the processor too takes for granted when image tokens come before the text's.
@@ -30,9 +19,9 @@ SOURCES = {
     f"{_MODULE}:_get_qkv_projections": "4ba6f764ab2f997a",
     f"{_MODULE}:_get_added_kv_projections": "706fab7ddb9ace9b",
     f"{_MODULE}:WanTransformerBlock.forward": "e2ce4abea902a784",
-    f"{NORMALIZATION}:FP32LayerNorm.forward": "89fd93099762215b",
-    f"{ATTENTION}:FeedForward.forward": "70a2270098142318",
-    f"{ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
+    f"{recognise.NORMALIZATION}:FP32LayerNorm.forward": "89fd93099762215b",
+    f"{recognise.ATTENTION}:FeedForward.forward": "70a2270098142318",
+    f"{recognise.ACTIVATIONS}:GELU.forward": "904ef34cfb52ebf0",
 }
 
 
@@ -40,10 +29,10 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
     return cast(Tensor, x.unflatten(2, (attn.heads, -1)))
 
 
-def _normed(settings: Settings, attn: Any, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def _normed(blocks: Blocks, attn: Any, norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """RMSNorm over all heads of queries, or of keys, that are not rotated."""
     stream = Stream(_heads(attn, x), q_weight=weight_of(norm))
-    return qk_norm_rope(stream, norm="token", eps=_eps(norm, x), **settings.options)[0]
+    return qk_norm_rope(stream, norm="token", eps=_eps(norm, x), **blocks.options)[0]
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -57,44 +46,44 @@ def _projected(attn: Any, layer: str, fused: str, outs: list[Tensor]) -> list[Te
 
 
 def _self_attention(
-    settings: Settings, attn: Any, outs: list[Tensor], rotary: tuple[Tensor, Tensor] | None, gate: Tensor
+    blocks: Blocks, attn: Any, outs: list[Tensor], rotary: tuple[Tensor, Tensor] | None, gate: Tensor
 ) -> Tensor | Unprojected:
-    with settings.unsaved("norm", *outs):
+    with blocks.unsaved("norm", *outs):
         query, key, value = _projected(attn, "to_q to_k to_v", "to_qkv", outs)
     # Tables [1, S, 1, D] hold every angle twice.
     tables = (None, None) if rotary is None else (rotary[0][0, :, 0, 0::2], rotary[1][0, :, 0, 1::2])
     joint_query, joint_key = qk_norm_rope(
-        Stream(_heads(attn, query), _heads(attn, key), weight_of(attn.norm_q), weight_of(attn.norm_k), *tables),
+        stream_of(attn, _heads(attn, query), _heads(attn, key), *tables),
         norm="token",
         eps=_eps(attn.norm_q, query),
-        **settings.options,
+        **blocks.options,
     )
     assert joint_key is not None
-    out = attend(settings, attn, joint_query, joint_key, _heads(attn, value), None)
-    return projected(settings, attn.to_out, out, gate)
+    out = blocks.attend(attn, joint_query, joint_key, _heads(attn, value), None)
+    return blocks.projected(attn.to_out, out, gate)
 
 
-def _cross_attention(settings: Settings, attn: Any, x: Tensor, text: Tensor) -> Tensor:
+def _cross_attention(blocks: Blocks, attn: Any, x: Tensor, text: Tensor) -> Tensor:
     image = None
     if attn.add_k_proj is not None:
         image, text = text[:, :-_TEXT_TOKENS], text[:, -_TEXT_TOKENS:]
-    with settings.unsaved("norm", x):
+    with blocks.unsaved("norm", x):
         query = attn.to_q(x)
     key, value = _projected(attn, "to_k to_v", "to_kv", [text, text])
-    query = _normed(settings, attn, attn.norm_q, query)
-    key = _normed(settings, attn, attn.norm_k, key)
+    query = _normed(blocks, attn, attn.norm_q, query)
+    key = _normed(blocks, attn, attn.norm_k, key)
     from_image = None
     if image is not None:
         image_key, image_value = _projected(attn, "add_k_proj add_v_proj", "to_added_kv", [image, image])
-        image_key = _normed(settings, attn, attn.norm_added_k, image_key)
-        from_image = attend(settings, attn, query, image_key, _heads(attn, image_value), None, parallel=False)
-    out = attend(settings, attn, query, key, _heads(attn, value), None, parallel=False)
+        image_key = _normed(blocks, attn, attn.norm_added_k, image_key)
+        from_image = blocks.attend(attn, query, image_key, _heads(attn, image_value), None, parallel=False)
+    out = blocks.attend(attn, query, key, _heads(attn, value), None, parallel=False)
     if from_image is not None:
         out = out + from_image
     return cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
 
 
-def block_forward(settings: Settings) -> Callable[..., Tensor]:
+def block_forward(blocks: Blocks) -> Callable[..., Tensor]:
     """The forward of WanTransformerBlock, whose norms and modulations are in float32."""
 
     def forward(
@@ -104,8 +93,8 @@ def block_forward(settings: Settings) -> Callable[..., Tensor]:
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        check_processor(self.attn1, "attn1", "WanAttnProcessor")
-        check_processor(self.attn2, "attn2", "WanAttnProcessor")
+        recognise.check_processor(self.attn1, "attn1", "WanAttnProcessor")
+        recognise.check_processor(self.attn2, "attn2", "WanAttnProcessor")
         per_token = temb.ndim == 4
         table = self.scale_shift_table.unsqueeze(0) if per_token else self.scale_shift_table
         parts = (table + temb.float()).chunk(6, dim=2 if per_token else 1)
@@ -113,25 +102,25 @@ def block_forward(settings: Settings) -> Callable[..., Tensor]:
         in_float = {"norm_dtype": torch.float32}
 
         attn = self.attn1
-        layers = (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
-        x, *outs = fanout(settings, self.norm1, hidden_states, scale, shift, layers, **in_float)
-        y = _self_attention(settings, attn, outs, rotary_emb, gate)
+        layers = (attn.to_qkv,) if attn.fused_projections else layers_of(attn)
+        x, *outs = blocks.fanout(self.norm1, hidden_states, scale, shift, layers, **in_float)
+        y = _self_attention(blocks, attn, outs, rotary_emb, gate)
         if isinstance(self.norm2, nn.LayerNorm):
             affine = dict(zip(("weight", "bias"), affine_of(self.norm2), strict=True))
-            x, out = gated_norm(settings, self.norm2, x, y, gate, None, None, **affine, **in_float)
+            x, out = blocks.gated_norm(self.norm2, x, y, gate, None, None, **affine, **in_float)
         else:
-            x = out = gated(settings, x, y, gate)
-        x = x + _cross_attention(settings, self.attn2, out, encoder_hidden_states)
+            x = out = blocks.gated(x, y, gate)
+        x = x + _cross_attention(blocks, self.attn2, out, encoder_hidden_states)
 
-        x, out = fanout(settings, self.norm3, x, mlp_scale, mlp_shift, (self.ffn.net[0].proj,), **in_float)
-        return gated(settings, x, feed_forward(settings, self.ffn, out, mlp_gate), mlp_gate)
+        x, out = blocks.fanout(self.norm3, x, mlp_scale, mlp_shift, (self.ffn.net[0].proj,), **in_float)
+        return blocks.gated(x, blocks.feed_forward(self.ffn, out, mlp_gate), mlp_gate)
 
     return forward
 
 
 def _check_norm(module: nn.Module, where: str, affine: bool) -> None:
     fits = type(module).__name__ == "FP32LayerNorm" and cast(Any, module).elementwise_affine == affine
-    want(fits, where, module, f"an FP32LayerNorm {'with' if affine else 'without'} weights")
+    recognise.want(fits, where, module, f"an FP32LayerNorm {'with' if affine else 'without'} weights")
 
 
 def check(transformer: nn.Module) -> None:
@@ -139,27 +128,22 @@ def check(transformer: nn.Module) -> None:
     model: Any = transformer
     for i, block in enumerate(model.blocks):
         where = f"blocks.{i}"
-        want(type(block).__name__ == "WanTransformerBlock", where, type(block).__name__, "WanTransformerBlock")
+        recognise.check_block(block, where, "WanTransformerBlock")
         for name in ("attn1", "attn2"):
             attn = getattr(block, name)
-            check_processor(attn, f"{where}.{name}", "WanAttnProcessor")
+            recognise.check_processor(attn, f"{where}.{name}", "WanAttnProcessor")
             norms = ["norm_q", "norm_k", *(["norm_added_k"] if attn.add_k_proj is not None else [])]
             for norm in norms:
                 found = getattr(attn, norm)
-                want(type(found) is nn.RMSNorm, f"{where}.{name}.{norm}", found, "an nn.RMSNorm")
-        want(block.attn1.norm_q.eps == block.attn1.norm_k.eps, f"{where}.attn1.norm_k", "another eps", "norm_q's")
+                recognise.want(type(found) is nn.RMSNorm, f"{where}.{name}.{norm}", found, "an nn.RMSNorm")
+        recognise.want(
+            block.attn1.norm_q.eps == block.attn1.norm_k.eps, f"{where}.attn1.norm_k", "another eps", "norm_q's"
+        )
         _check_norm(block.norm1, f"{where}.norm1", False)
         _check_norm(block.norm3, f"{where}.norm3", False)
         if not isinstance(block.norm2, nn.Identity):
             _check_norm(block.norm2, f"{where}.norm2", True)
-        check_feed_forward(block.ffn, f"{where}.ffn")
+        recognise.check_feed_forwards(block, where, "ffn")
 
 
-def forwards(transformer: nn.Module, settings: Settings) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Every block with its new forward."""
-    model: Any = transformer
-    forward = block_forward(settings)
-    yield from ((block, forward) for block in model.blocks)
-
-
-FAMILY = Family("WanTransformer3DModel", SOURCES, check, forwards)
+FAMILY = recognise.Family("WanTransformer3DModel", SOURCES, check, recognise.forwards_of(blocks=block_forward))

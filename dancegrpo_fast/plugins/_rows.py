@@ -12,13 +12,7 @@ from ..kernels.transition import reference
 from ..ops.transition import empty_like, scored
 
 
-def rows(
-    kind: str,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    level: float,
-    sigma_max: float | Tensor,
-) -> Tensor:
+def rows(kind: str, sigma: Tensor, sigma_next: Tensor, level: float, sigma_max: float | Tensor) -> Tensor:
     """What a `TransitionTable` packs for these steps, float32 `[1 or B, 11]`.
 
     Args:

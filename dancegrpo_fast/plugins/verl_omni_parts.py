@@ -111,12 +111,7 @@ def loss() -> None:
 
 
 def compute_loss(
-    *,
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    config: Any,
-    rollout_is_weights: Tensor | None = None,
+    *, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, config: Any, rollout_is_weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """`mean(weight max(-A rho, -A clip(rho, 1 - c, 1 + c)))` and its metrics, as verl-omni defines them.
 

@@ -1,4 +1,4 @@
-"""Rewards, one file each, behind one protocol: `RewardInput -> float32 [N]`."""
+"""Rewards, one file each, behind one protocol: `RewardInput -> float32 [B]`."""
 
 import importlib
 import inspect
@@ -92,10 +92,10 @@ class RewardSet:
         )
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Scores float32 `[K, N]` on the CPU.
+        """Scores float32 `[K, B]` on the CPU.
 
         Raises:
-            RuntimeError: a reward raised, or returned something other than N finite numbers.
+            RuntimeError: a reward raised, or returned something other than B finite numbers.
             ValueError: a win rate is wanted in a group of one.
         """
         count = len(inputs.prompts)

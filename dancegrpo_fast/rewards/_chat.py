@@ -1,7 +1,5 @@
 """Questions with pictures to an OpenAI-compatible chat server."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -23,15 +21,7 @@ class ChatServer:
     Connection errors, timeouts and the statuses 429 and 5xx are tried again after `backoff`, `2 backoff`, `4 backoff`
     ... seconds; anything else fails at once.
 
-    Args:
-        url: of the API, for example "http://localhost:8000/v1".
-        model: name of the model on that server.
-        api_key_env: name of the environment variable that holds the key; None: no key.
-        workers: questions at a time.
-        timeout: seconds for connecting, and for each pause of the server.
-        retries: further attempts of a question.
-        backoff: seconds before the first of them.
-        options: further fields of every request, for example `{"max_tokens": 64}`.
+    All arguments are those of `HttpJudge`.
 
     Raises:
         ValueError: an argument is out of range, or the environment variable is not set.
@@ -105,11 +95,7 @@ class ChatServer:
 class NumberIn:
     """Read a number from a reply, or raise.
 
-    Args:
-        low: the least number.
-        high: the largest.
-        pattern: regular expression with one group, the number; the whole reply must match (a dot matches newlines too).
-        json_key: the reply must be a JSON object that holds the number under this key; `pattern` is not used.
+    All arguments are those of `HttpJudge`.
 
     Raises:
         ValueError: `low` is not less than `high`, or `pattern` has not one group.

@@ -1,7 +1,5 @@
 """Which frames of a video VideoReward sees, at which size, and as which patches."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -59,14 +57,14 @@ def patches(
     token are neighbours; within a patch the order is channel, frame, row, column.
 
     Args:
-        frames: uint8 [N, T, 3, H, W], T a multiple of `duration`.
+        frames: uint8 [B, T, 3, H, W], T a multiple of `duration`.
         size: of the frames for the model, multiples of `patch * merge`.
         patch: pixels of a patch across.
         merge: patches of a token across.
         duration: frames of a patch.
 
     Returns:
-        float32 [N t h w, 3 duration patch patch], and (t, h, w) in patches.
+        float32 [B t h w, 3 duration patch patch], and (t, h, w) in patches.
     """
     n, length = frames.shape[:2]
     flat = frames.flatten(0, 1).float()

@@ -1,7 +1,5 @@
 """The checkpoint of VideoReward: its folders, its key layouts, and its LoRA merged into the base model."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

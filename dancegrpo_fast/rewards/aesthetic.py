@@ -1,7 +1,5 @@
 """LAION's aesthetic predictor: five linear layers on CLIP ViT-L/14 (Schuhmann et al., 2022, arXiv 2210.08402)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +69,7 @@ class Aesthetic(ClipReward):
         loaded("head", head, lambda place: self.head.load_state_dict(_weights(place)))
         self.head.eval().requires_grad_(False).to(self.towers.device)
 
-    def to(self, device: str | torch.device) -> Aesthetic:
+    def to(self, device: str | torch.device) -> "Aesthetic":
         """Move tower and layers to `device`, where they stay until moved again, and return self."""
         self.head.to(device)
         super().to(device)
@@ -79,10 +77,10 @@ class Aesthetic(ClipReward):
 
     @torch.no_grad()
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return ratings, float32 [N].
+        """Return ratings, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N.
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B.
         """
         embeds = self.embeddings(inputs)
         ratings: Tensor = self.head.to(embeds.device)(embeds)

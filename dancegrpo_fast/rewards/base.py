@@ -1,7 +1,5 @@
 """What a reward receives and what it returns."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,10 +13,10 @@ class RewardInput:
     """Decoded samples and what is known about their prompts.
 
     Attributes:
-        frames: float32 [N, T, 3, H, W] in [0, 1], values on the 8-bit grid; an image has T = 1.
-        prompts: N prompts.
-        group: int64 [N], index of the prompt group of each sample.
-        meta: N mappings, the extra columns of the prompts file, for example `{"digit": 3}`.
+        frames: float32 [B, T, 3, H, W] in [0, 1], values on the 8-bit grid; an image has T = 1.
+        prompts: B prompts.
+        group: int64 [B], index of the prompt group of each sample.
+        meta: B mappings, the extra columns of the prompts file, for example `{"digit": 3}`.
         fps: Frames per second of a video, None for images.
     """
 
@@ -33,7 +31,7 @@ class Reward(Protocol):
     """A function from samples to scores; higher is better."""
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return one score per sample, float32 [N], or raise; there is no default score."""
+        """Return one score per sample, float32 [B], or raise; there is no default score."""
         ...
 
 
@@ -42,7 +40,7 @@ class Checking(Protocol):
     """What a reward that cannot score every prompt may offer besides: others are refused before a run samples."""
 
     def check(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
-        """Raise ValueError for a prompt that it cannot score, of N prompts and their columns, as in `RewardInput`."""
+        """Raise ValueError for a prompt that it cannot score, of B prompts and their columns, as in `RewardInput`."""
         ...
 
 

@@ -1,7 +1,5 @@
 """CLIP's two towers (transformers' `CLIPModel`) as the rewards use them: loaded, batched, each prompt encoded once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from .pixels import clip_pixels
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 REMEMBERED = 10_000  # embeddings of prompts, 4 KiB each for ViT-H/14
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_alive: WeakValueDictionary[tuple[Any, ...], Towers] = WeakValueDictionary()
+_alive: "WeakValueDictionary[tuple[Any, ...], Towers]" = WeakValueDictionary()
 
 Preparation = Callable[[Tensor, int], Tensor]
 _T = TypeVar("_T")
@@ -49,7 +47,7 @@ class Towers:
         self.width = int(model.visual_projection.out_features)
         self.to(device)
 
-    def to(self, device: str | torch.device) -> Towers:
+    def to(self, device: str | torch.device) -> "Towers":
         """Move the weights, and return self."""
         self.device = torch.device(device)
         self._model.to(self.device)
@@ -73,7 +71,7 @@ class Towers:
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], batch: int) -> Tensor:
-        """Embed N prompts into unit vectors, float32 [N, D] on the towers' device; only new ones are encoded."""
+        """Embed B prompts into unit vectors, float32 [B, D] on the towers' device; only new ones are encoded."""
         distinct = list(dict.fromkeys(prompts))
         new = [prompt for prompt in distinct if prompt not in self._known]
         if len(self._known) + len(new) > REMEMBERED:
@@ -111,17 +109,17 @@ class ClipReward:
         return self
 
     def embeddings(self, inputs: RewardInput) -> Tensor:
-        """Return unit vectors of the sampled frames, float32 [N, F, D].
+        """Return unit vectors of the sampled frames, float32 [B, F, D].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N.
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B.
         """
         pixels = sampled_bytes(inputs, self.frames)
         found = self.towers.images(pixels.flatten(0, 1), self._prepare, self.batch)
         return found.reshape(*pixels.shape[:2], self.towers.width)
 
     def cosines(self, inputs: RewardInput, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine of each sample with its prompt, averaged over its frames, float32 [N] on the CPU."""
+        """Return the cosine of each sample with its prompt, averaged over its frames, float32 [B] on the CPU."""
         images = self.embeddings(inputs)
         texts = self.towers.texts(prompts, self.batch)
         return (images * texts[:, None]).sum(dim=-1).mean(dim=1).cpu()

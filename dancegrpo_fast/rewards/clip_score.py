@@ -1,7 +1,5 @@
 """CLIP score: how well an image fits its prompt (Hessel et al., 2021, without its factor 2.5 and its floor at 0)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -43,9 +41,9 @@ class ClipScore(ClipReward):
         )
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return cosines, float32 [N].
+        """Return cosines, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N.
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B.
         """
         return self.cosines(inputs, inputs.prompts)

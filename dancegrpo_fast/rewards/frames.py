@@ -1,7 +1,5 @@
 """Which frames of a video a reward of single images looks at, and their 8-bit pixels."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -44,14 +42,14 @@ def sampled_indices(frames: Sampling, length: int) -> list[int]:
 
 
 def sampled_bytes(inputs: RewardInput, frames: Sampling) -> Tensor:
-    """Return the sampled frames as pixels, uint8 [N, F, 3, H, W] on the device of `inputs.frames`.
+    """Return the sampled frames as pixels, uint8 [B, F, 3, H, W] on the device of `inputs.frames`.
 
     Raises:
-        ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], or prompts are not N.
+        ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], or prompts are not B.
     """
     given = inputs.frames
     if given.ndim != 5 or given.shape[2] != 3 or not given.is_floating_point() or 0 in given.shape[1:]:
-        raise ValueError(f"frames: got {given.dtype} {tuple(given.shape)}, want floats [N, T, 3, H, W]")
+        raise ValueError(f"frames: got {given.dtype} {tuple(given.shape)}, want floats [B, T, 3, H, W]")
     if len(inputs.prompts) != len(given):
         raise ValueError(f"prompts: got {len(inputs.prompts)}, want {len(given)}, one per sample")
     indices = sampled_indices(frames, given.shape[1])

@@ -4,8 +4,6 @@ The official detector is another Mask2Former in another framework. For numbers t
 folders that `dancegrpo-fast evaluate` writes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +196,7 @@ class GenEval:
         self._colors: dict[str, Tensor] = {}
         self.to(self.towers.device)
 
-    def to(self, device: str | torch.device) -> GenEval:
+    def to(self, device: str | torch.device) -> "GenEval":
         """Move both models, and return self."""
         self.towers.to(device)
         self._model.to(device)
@@ -214,15 +212,15 @@ class GenEval:
 
     @torch.no_grad()
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return 0.0 or 1.0 a sample, float32 [N].
+        """Return 0.0 or 1.0 a sample, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, 1, 3, H, W] in [0, 1], or prompts are not N; or a prompt is without
+            ValueError: frames are not floats [B, 1, 3, H, W] in [0, 1], or prompts are not B; or a prompt is without
                 the columns of GenEval or with a class that the detector lacks.
         """
         pixels = sampled_bytes(inputs, "all").cpu()
         if pixels.shape[1] != 1:
-            raise ValueError(f"frames: got {tuple(pixels.shape)}, want images, [N, 1, 3, H, W]")
+            raise ValueError(f"frames: got {tuple(pixels.shape)}, want images, [B, 1, 3, H, W]")
         self.check(inputs.prompts, inputs.meta)
         scores = [self._score(image, meta) for image, meta in zip(pixels[:, 0], inputs.meta, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)

@@ -1,7 +1,5 @@
 """HPS v2.1, a CLIP ViT-H/14 tuned on human preferences (Wu et al., 2023, arXiv 2306.09341)."""
 
-from __future__ import annotations
-
 import html
 import math
 import re
@@ -81,10 +79,10 @@ class Hps(ClipReward):
             clean_prompt(prompt)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return cosines, float32 [N].
+        """Return cosines, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N; or a
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B; or a
                 prompt cannot be cleaned.
         """
         return self.cosines(inputs, [clean_prompt(prompt) for prompt in inputs.prompts])

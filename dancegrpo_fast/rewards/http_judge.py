@@ -1,7 +1,5 @@
 """Rewards asked of a vision-language model behind any OpenAI-compatible chat server."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -71,7 +69,7 @@ class HttpJudge:
         self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return the numbers, float32 [N].
+        """Return the numbers, float32 [B].
 
         Raises:
             ValueError: bad frames, or a reply that is not a number within the bounds in the stated form.
@@ -98,13 +96,7 @@ class HttpPreference:
         both_orders: ask about every pair in both orders, and share a win that depends on the order.
         pattern: regular expression with one group, 1 or 2; the whole reply must match (a dot matches newlines too).
         json_key: the reply must be a JSON object that holds 1 or 2 under this key; `pattern` is not used.
-        frames: of a video: "first", "middle", "all", or a count, evenly spaced; an image has one.
-        api_key_env: name of the environment variable that holds the key; None: no key.
-        workers: questions at a time.
-        timeout: seconds for connecting, and for each pause of the server.
-        retries: further attempts after a connection error, a timeout or the status 429 or 5xx.
-        backoff: seconds before the first of them; doubled before each other.
-        options: further fields of every request, for example `{"max_tokens": 64}`.
+        frames, api_key_env, workers, timeout, retries, backoff, options: as for `HttpJudge`.
 
     Raises:
         ValueError: an argument is out of range, or the environment variable is not set.
@@ -135,7 +127,7 @@ class HttpPreference:
         self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return win rates in [0, 1], float32 [N].
+        """Return win rates in [0, 1], float32 [B].
 
         Raises:
             ValueError: bad frames, a group of one sample or of several prompts, or a reply that is neither 1 nor 2.

@@ -1,7 +1,5 @@
 """Rewards that read the text in images and videos with PP-OCR, whose weights come with the rapidocr package."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +54,7 @@ class OcrReader:
         )
 
     def __call__(self, images: Tensor) -> list[str]:
-        """Return the text in each of `images`, uint8 [N, 3, H, W] or floats in [0, 1]; "" where nothing is read."""
+        """Return the text in each of `images`, uint8 [B, 3, H, W] or floats in [0, 1]; "" where nothing is read."""
         return [text for part in images.split(_AT_A_TIME) if len(part) for text in self._read(part)]
 
     def _read(self, images: Tensor) -> list[str]:
@@ -95,10 +93,10 @@ class _Ocr:
             quoted_text(prompt)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [0, 1], float32 [N]; of a video, the mean over its sampled frames.
+        """Return scores in [0, 1], float32 [B]; of a video, the mean over its sampled frames.
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N; or a prompt
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B; or a prompt
                 has no text in double quotes.
         """
         pixels = sampled_bytes(inputs, self.frames)

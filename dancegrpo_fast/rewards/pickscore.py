@@ -1,7 +1,5 @@
 """PickScore, a CLIP ViT-H/14 tuned on what people picked (Kirstain et al., 2023, arXiv 2305.01569)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -48,9 +46,9 @@ class PickScore(ClipReward):
         super().__init__(load_towers(clip_model, path, tokenizer, dtype, device), batch, frames)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scaled cosines, float32 [N].
+        """Return scaled cosines, float32 [B].
 
         Raises:
-            ValueError: frames are not floats [N, T, 3, H, W] in [0, 1], are too few, or prompts are not N.
+            ValueError: frames are not floats [B, T, 3, H, W] in [0, 1], are too few, or prompts are not B.
         """
         return self.factor * self.cosines(inputs, inputs.prompts)

@@ -1,7 +1,5 @@
 """What CLIP sees of an image: Pillow's bicubic resize and HPS's letterbox, on tensors of any device."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from math import ceil
 
@@ -109,7 +107,7 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def letterbox_pixels(images: Tensor, size: int) -> Tensor:
-    """Return uint8 [N, 3, H, W] as HPS-v2 prepares it, float32 [N, 3, size, size].
+    """Return uint8 [B, 3, H, W] as HPS-v2 prepares it, float32 [B, 3, size, size].
 
     The longer side is scaled to `size` in float32 with antialiased bicubic weights and is not clipped; black bars fill
     the rest, an odd row or column at the end. An image whose longer side is `size` already gets bars too (HPS's own

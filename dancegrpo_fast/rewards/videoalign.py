@@ -1,7 +1,5 @@
 """VideoAlign: visual quality, motion quality and text alignment of videos by VideoReward (arXiv 2501.13918)."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,14 +57,14 @@ class VideoReward:
         self._scored: tuple[weakref.ref[RewardInput], Tensor] | None = None
         self.to(device)
 
-    def to(self, device: torch.device | str) -> VideoReward:
+    def to(self, device: torch.device | str) -> "VideoReward":
         """Move the model."""
         self.model.to(device)
         self.head = self.head.to(device)
         return self
 
     def scores(self, inputs: RewardInput, batch: int) -> Tensor:
-        """Return VQ, MQ and TA of each video as z-scores, float32 [N, 3] on the CPU; remembered for these inputs.
+        """Return VQ, MQ and TA of each video as z-scores, float32 [B, 3] on the CPU; remembered for these inputs.
 
         Raises:
             ValueError: inputs that are no videos in [0, 1] with their fps, or a prompt with a token of the question.
@@ -168,14 +166,14 @@ class _Dimension:
         self.model.check(prompts)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return one z-score per video, float32 [N].
+        """Return one z-score per video, float32 [B].
 
         Raises:
             ValueError: inputs that are no videos in [0, 1] with their fps, or a prompt with a token of the question.
         """
         return self.model.scores(inputs, self.batch)[:, self._column]
 
-    def to(self, device: torch.device | str) -> _Dimension:
+    def to(self, device: torch.device | str) -> "_Dimension":
         """Move the model, which the other dimensions share."""
         self.model.to(device)
         return self

@@ -1,7 +1,5 @@
 """Scores turned into comparisons within a group, after Pref-GRPO (Wang et al., 2025, arXiv 2508.20751)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -10,11 +8,11 @@ def win_rates(scores: Tensor, group: Tensor) -> Tensor:
     """Return the share of the other samples of its group that each sample beats; ties count half.
 
     Args:
-        scores: float32 [N].
-        group: int64 [N], index of the group of each sample, in any order.
+        scores: float32 [B].
+        group: int64 [B], index of the group of each sample, in any order.
 
     Returns:
-        float32 [N] in [0, 1]; the mean of every group is 1/2.
+        float32 [B] in [0, 1]; the mean of every group is 1/2.
 
     Raises:
         ValueError: shapes differ, or a group has a single sample.

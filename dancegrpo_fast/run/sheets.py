@@ -168,9 +168,11 @@ def read_samples(path: Path) -> Samples:
     Raises:
         ValueError: no such file.
     """
-    from PIL import Image, ImageSequence
+    from PIL import ImageSequence
+    from PIL.PngImagePlugin import PngImageFile
 
-    with Image.open(path) as file:
+    # `Image.open` refuses pictures as large as a sheet of large samples may be.
+    with PngImageFile(path) as file:
         if KEY not in file.info:
             raise ValueError(f"run: got {path} without a layout in it, want a sample file of this version")
         known = json.loads(file.info[KEY])

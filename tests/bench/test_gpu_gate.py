@@ -59,6 +59,10 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return read(path)
 
 
+def results() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()}
+
+
 @needs_modules
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
         archive.writestr("brought/__init__.py", "")
     for module in BUILT:
         shutil.copy2(module, wheels / module.name)
-    results = {path: path.read_bytes() for path in (ROOT / "bench" / "results").iterdir()}
+    before = results()
     found = gate(out, "--dry", "--wheels", str(wheels), "--prebuilt", str(wheels))
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert verdicts(out) == dict.fromkeys(stages.STAGES, "passed") and summary(out)["finished"]
@@ -79,7 +83,7 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     rows = rows_of(out)
     assert all(row["environment"]["dry"] for row in rows)
     ops = {row["op"] for row in rows}
-    assert {"smoke", "scalar order", "host", "launches", "log_prob", "attention memory"} < ops
+    assert {"smoke", "scalar order", "host", "log_prob", "attention memory"} < ops
     assert any("pass" in row for row in rows)
     assert {row["backend"] for row in rows if row["op"] == "log_prob"} == {
         "eager",
@@ -88,10 +92,11 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
         "ours, triton",
     }
     assert {line["outcome"] for line in read(out / TESTS)} == {"passed"}
-    assert {path: path.read_bytes() for path in (ROOT / "bench" / "results").iterdir()} == results
+    assert results() == before
 
 
 @needs_modules
+@pytest.mark.release
 def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     """And its programs end with it; a second run does what is left, and no more."""
     process = started(tmp_path, "--dry", "--only", "modules,bench,ncu")
@@ -114,7 +119,7 @@ def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert verdicts(second) == dict.fromkeys(("modules", "bench", "ncu", "more"), "passed")
     assert [row for row in rows_of(second) if row["op"] == "host"] == before
-    assert {"launches", "log_prob"} <= {row["op"] for row in rows_of(second)}
+    assert "log_prob" in {row["op"] for row in rows_of(second)}
     assert not list((ROOT / "build").glob(f"{tree}*"))
 
 
@@ -132,6 +137,7 @@ def working_folders() -> list[str]:
 
 
 @needs_modules
+@pytest.mark.release
 def test_a_gate_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
     process = started(tmp_path, "--dry", "--only", "modules,smoke")
     ends = time.monotonic() + LIMIT
@@ -151,6 +157,15 @@ def test_no_stage_costs_another_its_result(tmp_path: Path) -> None:
     program.run_all(Gate(tmp_path, tmp_path, tmp_path / "rows", True, 1, runner), found, {"smoke": 9.0, "tests": 9.0})
     assert verdicts(tmp_path) == {"smoke": "FAILED", "tests": "FAILED"} and summary(tmp_path)["finished"]
     assert all(stage["detail"] == "no time was left" for stage in summary(tmp_path)["stages"].values())
+
+
+def test_what_measures_may_be_missing(tmp_path: Path) -> None:
+    """A stage that cannot measure is skipped, and says what to bring."""
+    bare = Gate(tmp_path, tmp_path, tmp_path / "rows", True, 1, Runner(tmp_path, tmp_path / "log", time.monotonic()))
+    for run, absent in ((stages.bench, "pytest_benchmark"), (stages.blocks, "pytest_benchmark, diffusers")):
+        verdict, said = run(bare)
+        assert verdict == "skipped" and said.startswith(f"{absent}: not installed") and "--wheels" in said
+    assert stages.memory(bare)[1].startswith("diffusers: not installed")
 
 
 def test_unknown_stages_and_folders_are_refused(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from dancegrpo_fast.compat import (
     verl_omni,
 )
 
-from ..test_transitions import GOLDEN, golden_inputs
 from ..tolerances import assert_as_printed, assert_same_formula, assert_within_budget
+from ..transitions.test_transitions import GOLDEN, golden_inputs
 from .cases import BF16, F32, F64, PEERS, SIGMAS, TIMES, ddim_scheduler, draw, flow_scheduler, ours
 
 

@@ -88,6 +88,7 @@ def test_reference_rounding(name: str, dtype: torch.dtype, noise: Tensor) -> Non
     assert_within_budget(again["grad"], through, plain["grad"])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -105,6 +106,7 @@ def test_randomness(name: str, dtype: torch.dtype, layout: torch.memory_format, 
         assert torch.equal(found["next"], plain["next"])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("latents", [BF16, torch.float16])
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 def test_what_the_script_keeps_is_scored(name: str, rounding: str, latents: torch.dtype, noise: Tensor) -> None:

@@ -16,8 +16,8 @@ from dancegrpo_fast.activations.checkpointing import KEEPABLE, Keep, PerBlock, a
 from dancegrpo_fast.activations.operators import GROUPS, group
 from dancegrpo_fast.memory.planning.solve import GIB, BlockFigures, GroupFigures, options_of, solve
 
+from ..activations.policies import MODELS, build, kept
 from ..patch.models import FAMILIES, assert_same_bits, run
-from .policies import MODELS, build, kept
 
 
 def _storages(values: Iterable[Any]) -> dict[int, int]:

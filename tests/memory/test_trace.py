@@ -13,7 +13,7 @@ from dancegrpo_fast.lora import add_lora
 from dancegrpo_fast.memory.trace.fake import CudaOperators
 from dancegrpo_fast.memory.trace.result import Trace
 from dancegrpo_fast.memory.trace.tracer import measure, trace
-from dancegrpo_fast.patch import _common, accelerate
+from dancegrpo_fast.patch import _pieces, accelerate
 
 from .small import tiny
 
@@ -66,7 +66,7 @@ def test_prediction_of_cudas_autocast_is_what_its_casts_take(block_ops: bool) ->
     if block_ops:
         accelerate(model)
     predicted = trace(model, inputs, attention="math", autocast=torch.bfloat16)
-    in_float = mock.patch.object(_common, "_norm_dtype", lambda _: torch.float32)
+    in_float = mock.patch.object(_pieces, "_norm_dtype", lambda _: torch.float32)
     with CudaOperators("math", fused_norm=False), in_float:
         assert_same_books(predicted, measure(model, inputs, autocast=torch.bfloat16))
 

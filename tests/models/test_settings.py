@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dancegrpo_fast import transitions
-from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided, to_frames
+from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided
+from dancegrpo_fast.models.grids import to_frames
 from dancegrpo_fast.prompts import load_prompts
 
 from .cases import CASES, NEGATIVE, PROMPTS, load, make_recipe

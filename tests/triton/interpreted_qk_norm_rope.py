@@ -16,6 +16,7 @@ from dancegrpo_fast.ops._qk_norm_rope import _backward_outputs, _forward_outputs
 from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 
 from ..ops.cases import BF16, F16, F32, F64, bits
+from ..release import release_but
 from ..tolerances import assert_within_budget
 
 NORMS = ("none", "head", "head_twice", "token")
@@ -122,6 +123,7 @@ def assert_matches_reference(case: Case) -> None:
             assert torch.equal(actual, like)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mode", ["lossless", "fast"])
 @pytest.mark.parametrize(("rope", "full"), ROPES)
 @pytest.mark.parametrize("norm", NORMS)
@@ -129,7 +131,11 @@ def test_matches_reference(norm: str, rope: str | None, full: bool, mode: str) -
     assert_matches_reference(Case(norm, rope, full, mode, tokens=(3,), batch=1))
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    release_but(((BF16, F32), (F32, BF16)), [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)]),
+    ids=str,
+)
 @pytest.mark.parametrize("norm", NORMS)
 def test_dtypes(norm: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert_matches_reference(Case(norm, dtype=dtypes[0], weight_dtype=dtypes[1], rope_gradient="once"))
@@ -189,7 +195,7 @@ SHAPES = (
 
 
 @pytest.mark.parametrize(("norm", "rope"), [("head", "interleaved"), ("token", "half")])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", release_but((SHAPES[1], SHAPES[4]), SHAPES), ids=str)
 def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     heads, dim, tokens, batch = shape
     assert_matches_reference(Case(norm, rope, mode="fast", heads=heads, dim=dim, tokens=tokens, batch=batch))

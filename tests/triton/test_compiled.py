@@ -71,7 +71,7 @@ def assert_lean(found: Compiled, more_outputs: bool = False) -> None:
 
 def sixteen_bytes(dtypes: list[torch.dtype]) -> int:
     """16-byte accesses a thread needs for its part of so many tensors."""
-    threads = 32 * _triton.OPTIONS["num_warps"]
+    threads = 32 * _triton.WARPS
     return sum(_triton.BLOCK // threads * SIZES[dtype] // 16 for dtype in dtypes)
 
 

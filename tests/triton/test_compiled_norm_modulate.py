@@ -56,7 +56,8 @@ def forward(
     numbers = empty(batch, tokens, dtype=F32)
     y, gate = (x, row) if gated else (None, None)
     outputs = (x, x, numbers, numbers)
-    norm_modulate.forward(x, y, gate, row, row, weight, weight, split, norm, 1e-6, mode, None, outputs)
+    given = norm_modulate.Given(gate, row, row, weight, weight, split, norm, 1e-6, mode, None)
+    norm_modulate.forward(x, y, given, outputs)
 
 
 def backward(
@@ -86,8 +87,8 @@ def backward(
     outputs = [x(), x() if gated else None, row() if gated else None, row(), row(), weight, bias]
     if frozen:
         y, outputs = None, [*outputs[:2], *[None] * 5]
-    given = (y, gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None, outputs)
-    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, *given)
+    given = norm_modulate.Given(gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None)
+    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, y, given, outputs)
 
 
 def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS) -> None:

@@ -48,8 +48,8 @@ def norm(place: Place, batch: int, channels: int, dtype: torch.dtype, gated: boo
     scale, shift = (place((batch, 1, channels), dtype) for _ in range(2))
     numbers = torch.empty(batch, TOKENS)
     outputs = tokens(plain), tokens(plain), numbers, numbers
-    rest = None, None, -1, "layer", 1e-6, "lossless", None, outputs
-    norm_launcher.forward(tokens(place), y, gate, scale, shift, *rest)
+    given = norm_launcher.Given(gate, scale, shift, None, None, -1, "layer", 1e-6, "lossless", None)
+    norm_launcher.forward(tokens(place), y, given, outputs)
 
 
 def norm_gradient(place: Place, batch: int, channels: int, dtype: torch.dtype) -> None:
@@ -59,8 +59,8 @@ def norm_gradient(place: Place, batch: int, channels: int, dtype: torch.dtype) -
     scale, shift = (place((batch, 1, channels), dtype) for _ in range(2))
     numbers = torch.empty(batch, TOKENS)
     outputs = [tokens(plain), None, None, torch.empty_like(scale), torch.empty_like(shift), None, None]
-    rest = None, None, scale, shift, None, None, -1, "layer", 1e-6, "lossless", None, outputs
-    norm_launcher.backward(tokens(place), [tokens(place)], tokens(place), numbers, numbers, *rest)
+    given = norm_launcher.Given(None, scale, shift, None, None, -1, "layer", 1e-6, "lossless", None)
+    norm_launcher.backward(tokens(place), [tokens(place)], tokens(place), numbers, numbers, None, given, outputs)
 
 
 def rope(place: Place, batch: int, dim: int, dtype: torch.dtype, norm: str = "head", half: bool = False) -> None:

@@ -1,7 +1,5 @@
 """Rewards for single digits: a small CNN to train against, and an SVM that shares nothing with it to judge by."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ _SIZE = 16
 
 
 class DigitNet(nn.Module):
-    """Classify digits: float32 [N, 3, 16, 16] in [0, 1] to logits [N, 10], 26 thousand parameters."""
+    """Classify digits: float32 [B, 3, 16, 16] in [0, 1] to logits [B, 10], 26 thousand parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +33,7 @@ class DigitNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits, float32 [N, 10]."""
+        """Return logits, float32 [B, 10]."""
         logits: Tensor = self.layers(images.mean(dim=1, keepdim=True) * 2 - 1)
         return logits
 
@@ -51,15 +49,44 @@ class WantsDigit:
                 raise ValueError(f'meta[{row}]["digit"]: got {digit!r}, want an integer in 0..9')
 
     def wanted(self, inputs: RewardInput) -> Tensor:
-        """Return the digits, int64 [N].
+        """Return the digits, int64 [B].
 
         Raises:
-            ValueError: rows of `meta` are not N, or one has no digit.
+            ValueError: rows of `meta` are not B, or one has no digit.
         """
         if len(inputs.meta) != len(inputs.frames):
             raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(inputs.frames)}, one per sample")
         self.check(inputs.prompts, inputs.meta)
         return torch.tensor([columns["digit"] for columns in inputs.meta], dtype=torch.int64)
+
+
+def load_net(path: str | Path) -> DigitNet:
+    """Return the CNN saved with a demo base.
+
+    Raises:
+        ValueError: `path` is not a file.
+    """
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise ValueError(f"path: got {str(path)!r}, want an existing digit_cnn.safetensors file")
+    net = DigitNet().eval().requires_grad_(False)
+    net.load_state_dict(load_file(path))
+    return net
+
+
+class Reader:
+    """An RBF SVM that reads digits, float32 [B, 3, 16, 16]; trained at construction."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        from sklearn.svm import SVC
+
+        self.machine = SVC(kernel="rbf", gamma="scale", C=10.0)
+        self.machine.fit(_native(images), labels.numpy())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return digits, int64 [B]."""
+        return torch.as_tensor(self.machine.predict(_native(images))) if len(images) else torch.empty(0)
 
 
 class DigitProbability(WantsDigit):
@@ -74,21 +101,14 @@ class DigitProbability(WantsDigit):
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        from safetensors.torch import load_file
-
-        if not Path(path).is_file():
-            raise ValueError(f"path: got {str(path)!r}, want an existing digit_cnn.safetensors file")
-        self.net = DigitNet().eval().requires_grad_(False)
-        self.net.load_state_dict(load_file(path))
-        self.net.to(device)
-        self.device = torch.device(device)
+        self.net, self.device = load_net(path).to(device), torch.device(device)
 
     @torch.no_grad()
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return softmax probabilities in [0, 1], float32 [N], of `meta["digit"]`.
+        """Return softmax probabilities in [0, 1], float32 [B], of `meta["digit"]`.
 
         Raises:
-            ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
+            ValueError: frames are not [B, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
         """
         images, digits = _images(inputs).to(self.device), self.wanted(inputs)
         probabilities: Tensor = self.net(images).softmax(dim=1).cpu()
@@ -99,34 +119,27 @@ class DigitJudge(WantsDigit):
     """1.0 where an RBF SVM, trained at construction on the judge split, reads the wanted digit, else 0.0."""
 
     def __init__(self) -> None:
-        from sklearn.svm import SVC
-
         from ..data import load_digits
 
-        images, labels = load_digits("judge")
-        self.machine = SVC(kernel="rbf", gamma="scale", C=10.0)
-        self.machine.fit(_native(images), labels.numpy())
+        self.read = Reader(*load_digits("judge"))
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return 0.0 or 1.0 a sample, float32 [N].
+        """Return 0.0 or 1.0 a sample, float32 [B].
 
         Raises:
-            ValueError: frames are not [N, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
+            ValueError: frames are not [B, 1, 3, 16, 16], or a row of `meta` has no digit in 0..9.
         """
         images, digits = _images(inputs), self.wanted(inputs)
-        if not len(images):
-            return torch.empty(0)
-        read = torch.as_tensor(self.machine.predict(_native(images)))
-        return (read == digits).float()
+        return (self.read(images) == digits).float()
 
 
 def _native(images: Tensor) -> Any:
-    """Average [N, 3, 16, 16] down to the 8x8 pixels of the data set, as a numpy array [N, 64]."""
+    """Average [B, 3, 16, 16] down to the 8x8 pixels of the data set, as a numpy array [B, 64]."""
     return F.avg_pool2d(images.cpu().mean(dim=1, keepdim=True), 2).flatten(1).numpy()
 
 
 def _images(inputs: RewardInput) -> Tensor:
     shape = tuple(inputs.frames.shape)
     if inputs.frames.ndim != 5 or shape[1:] != (1, 3, _SIZE, _SIZE):
-        raise ValueError(f"frames: got shape {shape}, want [N, 1, 3, {_SIZE}, {_SIZE}]")
+        raise ValueError(f"frames: got shape {shape}, want [B, 1, 3, {_SIZE}, {_SIZE}]")
     return inputs.frames[:, 0].float()

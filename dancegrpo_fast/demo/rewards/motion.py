@@ -6,8 +6,6 @@ ink adds up to less than one pixel; it has no centre of mass. A clip with a blan
 judged, and gets the least score of the formula: that is a part of its definition and not a default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...rewards.base import RewardInput
-from .digits import DigitNet, WantsDigit, _native
+from .digits import Reader, WantsDigit, load_net
 
 # x to the right, y down
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
@@ -29,17 +27,17 @@ def centres(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centre of mass of each frame's ink and which frames are not blank.
 
     Args:
-        frames: float32 [N, T, 3, H, W] in [0, 1].
+        frames: float32 [B, T, 3, H, W] in [0, 1].
 
     Returns:
-        Centres in pixels (x, y) from the middle of the top left pixel, float64 [N, T, 2], nan where a frame is blank,
-        and bool [N, T].
+        Centres in pixels (x, y) from the middle of the top left pixel, float64 [B, T, 2], nan where a frame is blank,
+        and bool [B, T].
 
     Raises:
-        ValueError: frames are not [N, T, 3, H, W] with at least one frame.
+        ValueError: frames are not [B, T, 3, H, W] with at least one frame.
     """
     if frames.ndim != 5 or frames.shape[2] != 3 or 0 in frames.shape[1:]:
-        raise ValueError(f"frames: got shape {tuple(frames.shape)}, want [N, T, 3, H, W]")
+        raise ValueError(f"frames: got shape {tuple(frames.shape)}, want [B, T, 3, H, W]")
     ink = (frames.double().mean(dim=2) - PAPER).clamp(min=0)
     mass = ink.sum(dim=(2, 3))
     x = (ink.sum(dim=2) * torch.arange(ink.shape[3], device=ink.device)).sum(dim=2)
@@ -49,7 +47,7 @@ def centres(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def acceleration(track: Tensor) -> Tensor:
-    """Return the mean length of c_{t+1} - 2 c_t + c_{t-1} over t, pixels per frame squared: [N, T, 2] to [N]."""
+    """Return the mean length of c_{t+1} - 2 c_t + c_{t-1} over t, pixels per frame squared: [B, T, 2] to [B]."""
     second = track[:, 2:] - 2 * track[:, 1:-1] + track[:, :-2]
     mean: Tensor = second.norm(dim=2).mean(dim=1)
     return mean
@@ -81,7 +79,7 @@ class MotionAlignment:
                 raise ValueError(f'meta[{row}]["direction"]: got {direction!r}, want one of {", ".join(DIRECTIONS)}')
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [-1, 1], float32 [N].
+        """Return scores in [-1, 1], float32 [B].
 
         Raises:
             ValueError: there is one frame, or a row of `meta` has no direction.
@@ -101,7 +99,7 @@ class MotionQuality:
     """
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [0, 1], float32 [N].
+        """Return scores in [0, 1], float32 [B].
 
         Raises:
             ValueError: there are fewer than three frames.
@@ -124,19 +122,14 @@ class MovingDigit(WantsDigit):
     """
 
     def __init__(self, path: str | Path) -> None:
-        from safetensors.torch import load_file
-
-        if not Path(path).is_file():
-            raise ValueError(f"path: got {str(path)!r}, want an existing digit_cnn.safetensors file")
-        self.net = DigitNet().eval().requires_grad_(False)
-        self.net.load_state_dict(load_file(path))
+        self.net = load_net(path)
 
     @torch.no_grad()
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [0, 1], float32 [N].
+        """Return scores in [0, 1], float32 [B].
 
         Raises:
-            ValueError: frames are not [N, T, 3, H, W], or a row of `meta` has no digit in 0..9.
+            ValueError: frames are not [B, T, 3, H, W], or a row of `meta` has no digit in 0..9.
         """
         digits = self.wanted(inputs)
         images, seen = windows(_clips(inputs, 1).float().cpu())
@@ -152,26 +145,21 @@ class MovingDigitJudge(WantsDigit):
     """
 
     def __init__(self) -> None:
-        from sklearn.svm import SVC
-
         from ..data import load_digits
 
         images, labels = load_digits("judge")
         canvas = F.pad(F.avg_pool2d(images, 2), (4, 4, 4, 4))
-        self.machine = SVC(kernel="rbf", gamma="scale", C=10.0)
-        self.machine.fit(_native(windows(canvas[:, None])[0].flatten(0, 1)), labels.numpy())
+        self.read = Reader(windows(canvas[:, None])[0].flatten(0, 1), labels)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores in [0, 1], float32 [N].
+        """Return scores in [0, 1], float32 [B].
 
         Raises:
-            ValueError: frames are not [N, T, 3, H, W], or a row of `meta` has no digit in 0..9.
+            ValueError: frames are not [B, T, 3, H, W], or a row of `meta` has no digit in 0..9.
         """
         digits = self.wanted(inputs)
         images, seen = windows(_clips(inputs, 1).float().cpu())
-        if not len(images):
-            return torch.empty(0)
-        read = torch.as_tensor(self.machine.predict(_native(images.flatten(0, 1)))).view(seen.shape)
+        read = self.read(images.flatten(0, 1)).view(seen.shape)
         return ((read == digits[:, None]) & seen).float().mean(dim=1)
 
 
@@ -189,7 +177,7 @@ class FirstFrame:
                 raise ValueError(f'meta[{row}]["image"]: got {path!r}, want the path of an image')
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return scores of at most 1, float32 [N].
+        """Return scores of at most 1, float32 [B].
 
         Raises:
             ValueError: a row of `meta` has no image, or one that is black or of another size.
@@ -215,11 +203,11 @@ def windows(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is around the centre of mass of each frame, at twice the size, and which frames are not blank.
 
     Args:
-        frames: float32 [N, T, 3, H, W] in [0, 1].
+        frames: float32 [B, T, 3, H, W] in [0, 1].
 
     Returns:
         The 8x8 pixels around each centre, bilinear, then bicubic to 16x16 as `demo.data.load_digits` does it, float32
-        [N, T, 3, 16, 16] in [0, 1]; zeros where a frame is blank; and bool [N, T].
+        [B, T, 3, 16, 16] in [0, 1]; zeros where a frame is blank; and bool [B, T].
     """
     track, seen = centres(frames)
     count, length, _, height, width = frames.shape
@@ -236,7 +224,7 @@ def windows(frames: Tensor) -> tuple[Tensor, Tensor]:
 def _clips(inputs: RewardInput, at_least: int) -> Tensor:
     frames = inputs.frames
     if frames.ndim != 5 or frames.shape[1] < at_least:
-        raise ValueError(f"frames: got shape {tuple(frames.shape)}, want [N, T, 3, H, W] with T at least {at_least}")
+        raise ValueError(f"frames: got shape {tuple(frames.shape)}, want [B, T, 3, H, W] with T at least {at_least}")
     if len(inputs.meta) != len(frames):
         raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(frames)}, one per sample")
     return frames

@@ -61,10 +61,7 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("block ops, lossless", {"block_ops": "lossless"})
     if thorough:
         if s.lora and s.lora_dtype == "fp32" and s.dtype == "bf16":
-            yield Knob(
-                "LoRA layers in bf16 (float32 ones keep their inputs in float32)",
-                {"lora_dtype": "bf16"},
-            )
+            yield Knob("LoRA layers in bf16 (float32 ones keep their inputs in float32)", {"lora_dtype": "bf16"})
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
         if not s.lora:
@@ -208,11 +205,5 @@ def advice(
         change = "" if fits == fitting else ", fits then" if fits else ", does not fit"
         ranked.append((fits, Advice(text + change, gib, share)))
     # What no longer fits comes last.
-    ranked.sort(
-        key=lambda item: (
-            not item[0] and fitting,
-            item[1].seconds if fitting else item[1].gib,
-            item[1].gib,
-        )
-    )
+    ranked.sort(key=lambda item: (not item[0] and fitting, item[1].seconds if fitting else item[1].gib, item[1].gib))
     return tuple(item for _, item in ranked)

@@ -128,12 +128,15 @@ def least_of(spec: specs.Spec) -> tuple[int, ...]:
     return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
 
 
+def whole_model(case: Case) -> nn.Module:
+    """The model with all of its blocks."""
+    return build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
+
+
 @lru_cache(maxsize=16)
 def block_paths(case: Case) -> tuple[str, ...]:
     """Of the blocks that diffusers checkpoints, in the order in which the model runs them."""
-    model = build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
-    paths = {id(module): name for name, module in model.named_modules()}
-    return tuple(paths[id(block)] for block in checkpointing.blocks_of(model))
+    return tuple(checkpointing.block_paths(whole_model(case)))
 
 
 @lru_cache(maxsize=32)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activations import checkpointing
-from .cases import Case, build, kinds_of, resolved
+from .cases import Case, resolved, whole_model
 
 INT8 = (
     "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"
@@ -81,9 +81,9 @@ def quantised(case: Case, base: str) -> Quantised:
 @lru_cache(maxsize=8)
 def _quantised(case: Case, base: str) -> Quantised:
     spec = resolved(case.spec)
-    model = build(case, tuple(kind.blocks for kind in kinds_of(spec)))
+    model = whole_model(case)
     if base == "fp8":
-        return _layerwise(model, _paths(model))
+        return _layerwise(model, checkpointing.block_paths(model))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     layers = [
         (name, module.weight.shape[0], module.weight.numel(), module.weight.element_size())
@@ -95,13 +95,8 @@ def _quantised(case: Case, base: str) -> Quantised:
     stored = sum(nf4_bytes(n) if base == "nf4" else n + 4 * rows for _, rows, n, _ in layers)
     saved = sum(n * size for *_, n, size in layers)
     sizes = {name: 2 * n for name, _, n, _ in layers}
-    in_blocks = tuple(_by_block(sizes, _paths(model)))
+    in_blocks = tuple(_by_block(sizes, checkpointing.block_paths(model)))
     return Quantised(whole - saved + stored, max(sizes.values(), default=0), (), sum(sizes.values()), in_blocks)
-
-
-def _paths(model: nn.Module) -> list[str]:
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] for block in checkpointing.blocks_of(model)]
 
 
 def _by_block(sizes: Mapping[str, int], paths: Sequence[str]) -> list[int]:

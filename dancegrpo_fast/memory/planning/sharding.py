@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ...activations.checkpointing import block_paths
 from ..trace.tracer import trace
 from .blocks import Blocks
 from .calls import ENTRY, Moment, Vector, added
-from .cases import Case, Kind, build, kinds_of, resolved
+from .cases import Case, Kind, kinds_of, resolved, whole_model
 from .quantised import quantised
 from .settings import Settings
 
@@ -71,10 +72,7 @@ class Weights:
 def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
     if kinds:
         return [f"{kind.path}.{kind.start + i}." for kind in kinds for i in range(kind.blocks)]
-    from ...activations.checkpointing import blocks_of
-
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] + "." for block in blocks_of(model)]
+    return [path + "." for path in block_paths(model)]
 
 
 def weights_of(case: Case) -> Weights:
@@ -87,7 +85,7 @@ def weights_of(case: Case) -> Weights:
 @lru_cache(maxsize=16)
 def _weights_of(case: Case) -> Weights:
     kinds = kinds_of(resolved(case.spec))
-    model = build(case, tuple(kind.blocks for kind in kinds))
+    model = whole_model(case)
     named = dict(model.named_parameters())
     parts = {prefix: Part(prefix, 0, 0) for prefix in (*_prefixes(model, kinds), "")}
     for name, p in named.items():

@@ -158,7 +158,7 @@ class CudaOperators(TorchFunctionMode):
 def _cuda_blocks() -> Iterator[None]:
     """Inside, block ops do what they do where tensors say that they are on CUDA."""
     from ...ops import gated_projection
-    from ...patch import _common
+    from ...patch import _pieces
 
     def norm_dtype(x: Tensor) -> torch.dtype | None:
         return torch.float32 if torch.is_autocast_enabled("cpu") else None
@@ -168,7 +168,7 @@ def _cuda_blocks() -> Iterator[None]:
         return found
 
     with (
-        mock.patch.object(_common, "_norm_dtype", norm_dtype),
+        mock.patch.object(_pieces, "_norm_dtype", norm_dtype),
         mock.patch.object(gated_projection, "_weight_gradient", weight_gradient),
     ):
         yield

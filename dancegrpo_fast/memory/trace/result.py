@@ -60,8 +60,6 @@ class Peak:
     op: str
     module: str
     by_category: dict[str, int]
-    by_op: dict[str, int]
-    by_module: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,22 +84,12 @@ class Trace:
     @cached_property
     def flops_by_group(self) -> dict[str, Counter[str]]:
         """Of each phase."""
-        return _parts(self.flops, 1)
+        return _by_group(self.flops)
 
     @cached_property
     def bytes_by_group(self) -> dict[str, Counter[str]]:
         """Of each phase."""
-        return _parts(self.traffic, 1)
-
-    @cached_property
-    def flops_by_module(self) -> dict[str, Counter[str]]:
-        """Of each phase."""
-        return _parts(self.flops, 0)
-
-    @cached_property
-    def bytes_by_module(self) -> dict[str, Counter[str]]:
-        """Of each phase."""
-        return _parts(self.traffic, 0)
+        return _by_group(self.traffic)
 
     @cached_property
     def _changes(self) -> list[tuple[int, Storage]]:
@@ -146,15 +134,7 @@ class Trace:
         alive = self.alive(at + 1)
         sign, last = self._changes[at]
         phase = last.phase if sign > 0 else str(last.died_phase)
-        return Peak(
-            max(best, 0),
-            phase,
-            last.op,
-            last.module,
-            _sums(alive, lambda s: s.category),
-            _sums(alive, lambda s: s.op),
-            _sums(alive, lambda s: s.module),
-        )
+        return Peak(max(best, 0), phase, last.op, last.module, _sums(alive, lambda s: s.category))
 
     @cached_property
     def peak(self) -> Peak:
@@ -205,12 +185,12 @@ def _sums(storages: Iterable[Storage], key: Callable[[Storage], str]) -> dict[st
     return dict(found.most_common())
 
 
-def _parts(work: dict[str, Counter[tuple[str, str]]], place: int) -> dict[str, Counter[str]]:
-    """Summed over all but one part of the keys."""
+def _by_group(work: dict[str, Counter[tuple[str, str]]]) -> dict[str, Counter[str]]:
+    """Summed over the modules."""
     found: dict[str, Counter[str]] = {}
     for phase, counts in work.items():
         one: Counter[str] = Counter()
         found[phase] = one
-        for key, count in counts.items():
-            one[key[place]] += count
+        for (_, group), count in counts.items():
+            one[group] += count
     return found

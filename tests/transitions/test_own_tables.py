@@ -8,7 +8,7 @@ import torch
 from dancegrpo_fast import PolicyMetrics, policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.transitions import TransitionTable, dance_sde, mixed, ode, shifted_sigmas
 
-from .tolerances import assert_same_sample
+from ..tolerances import assert_same_sample
 
 F64 = torch.float64
 BACKENDS = ("cpu", "reference")

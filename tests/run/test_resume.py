@@ -19,7 +19,7 @@ from dancegrpo_fast.run.identity import prompts_digest
 from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import LIMIT
-from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
+from ..train.tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 RUNNER = """
 from dancegrpo_fast.recipe import load_recipe

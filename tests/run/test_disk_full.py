@@ -21,7 +21,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.train import loop as module
 
-from . import tiny
+from ..train import tiny
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
         assert kept.value is error
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device, [0-9,.]+ MB free: '.*/metrics\.jsonl'"):
-        RunDirectory(tmp_path).append(tmp_path / "metrics.jsonl", {"iteration": 1})
+        files.append_rows(tmp_path / "metrics.jsonl", [{"iteration": 1}])
 
 
 def test_files_that_were_there_stay(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.rewards.ocr import OcrExact, OcrReward, edit_distance, quoted_text
 from dancegrpo_fast.train.loop import Trainer
 
-from .tiny import EvaluationSettings, make_recipe, reward
+from ..train.tiny import EvaluationSettings, make_recipe, reward
 
 
 def inputs(images: torch.Tensor, prompts: list[str], **columns: list[int]) -> RewardInput:

@@ -21,7 +21,7 @@ from dancegrpo_fast.transitions import (
     vp_sde,
 )
 
-from .tolerances import (
+from ..tolerances import (
     assert_as_printed,
     assert_first_order,
     assert_same_formula,

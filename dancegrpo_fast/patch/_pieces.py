@@ -1,9 +1,7 @@
-"""What the patches of all families share: settings, the parts of blocks, replacing forwards and undoing it."""
+"""What blocks of all families are made of, on the block ops."""
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -12,72 +10,13 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
-from ..ops._block import recomputed
 from ..ops.gated_projection import gated_projection, gated_projection_norm_modulate
 from ..ops.gated_residual import gated_residual
 from ..ops.gelu_linear import gelu_linear
 from ..ops.gelu_tanh import gelu_tanh
 from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
-
-RECOMPUTE = ("none", "gelu", "all")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the patched blocks compute, and which of their ops' outputs the backward computes again."""
-
-    mode: str
-    recompute: str
-    trim_text: bool
-    gates_from_weights: bool
-    backend: str
-
-    def unsaved(self, level: str, *outputs: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Inside, these outputs are not kept for the backward if the setting says so."""
-        wanted = self.recompute == "all" or (self.recompute == "gelu" and level == "gelu")
-        return recomputed(*outputs) if wanted else contextlib.nullcontext()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments that every block op takes."""
-        return {"mode": self.mode, "backend": self.backend}
-
-
-class Accelerated:
-    """The forwards put into a model, and how to take them out again. Calling it undoes the patch."""
-
-    def __init__(self, transformer: nn.Module, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]):
-        self.transformer = transformer
-        self._placed: list[tuple[nn.Module, MethodType]] = []
-        prepared = list(replacements)
-        for module, _ in prepared:
-            forward = vars(module).get("forward", module.forward)
-            # A file made by pickling an accelerated model has the class's own there.
-            if getattr(forward, "__func__", None) is not type(module).forward:
-                raise ValueError(
-                    f"transformer: got a {type(module).__name__} whose forward is wrapped already, by a hook or another"
-                    " patch; want it as diffusers made it (accelerate first, then add hooks)"
-                )
-        for module, function in prepared:
-            method = MethodType(function, module)
-            # On the instance: the class stays as it is.
-            module.forward = method
-            self._placed.append((module, method))
-
-    def __call__(self) -> None:
-        """Restores every forward.
-
-        Raises:
-            RuntimeError: something wrapped one of them since; nothing is changed then.
-        """
-        for module, method in self._placed:
-            if vars(module).get("forward") is not method:
-                raise RuntimeError(
-                    f"undo: the forward of a {type(module).__name__} was wrapped after accelerate(); remove that first"
-                )
-        for module, _ in self._placed:
-            del module.forward
-        self._placed.clear()
+from ..ops.qk_norm_rope import Stream, qk_norm_rope
+from ._settings import Settings
 
 
 def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -154,19 +93,6 @@ def _norm_dtype(x: Tensor) -> torch.dtype | None:
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
 
 
-def fanout(
-    settings: Settings, norm: Any, x: Tensor, scale: Any, shift: Any, layers: Iterable[Any], **more: Any
-) -> tuple[Tensor, ...]:
-    """A LayerNorm with modulation for the layers that take it: `(x, out, ..., out)`."""
-    layers = tuple(layers)
-    options = settings.options | {"norm_dtype": _norm_dtype(x)} | more
-    # A layer of several products, as under LoRA, gives several gradients, which autograd adds one by one.
-    one_each = settings.mode == "fast" or all(type(layer) is nn.Linear for layer in layers)
-    consumers = len(layers) if one_each else 1
-    x, *outs = norm_modulate_fanout(x, scale, shift, consumers=consumers, eps=norm.eps, **options)
-    return x, *outs * (len(layers) // consumers)
-
-
 @dataclass(frozen=True)
 class Unprojected:
     """An output projection that is left to the op which adds its result, and does not keep it."""
@@ -186,63 +112,30 @@ def _left_unprojected(
     return same and not torch.is_autocast_enabled(inputs.device.type)
 
 
-def projected(
-    settings: Settings, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
-) -> Tensor | Unprojected:
-    """What the layers (a projection, then dropout) make of `inputs`, or the projection itself where it can be left."""
-    first, *rest = layers
-    if _left_unprojected(settings, first, rest, inputs, gate, split):
-        return Unprojected(first, inputs)
-    for layer in (first, *rest):
-        inputs = layer(inputs)
-    return inputs
+def layers_of(attn: Any) -> tuple[Any, ...]:
+    """The layers that give queries, keys and values."""
+    return attn.to_q, attn.to_k, attn.to_v
 
 
-def gated_norm(
-    settings: Settings,
-    norm: Any,
-    x: Tensor,
-    y: Tensor | Unprojected,
-    gate: Tensor,
-    scale: Any,
-    shift: Any,
-    **more: Any,
-) -> tuple[Tensor, Tensor]:
-    """Gated residual, LayerNorm and modulation: `(h, out)`."""
-    options = settings.options | {"norm_dtype": _norm_dtype(x)} | more
-    if not isinstance(y, Unprojected):
-        return gated_residual_norm_modulate(x, y, gate, scale, shift, eps=norm.eps, **options)
-    layer = y.layer
-    rows = gate if gate.ndim == 2 else gate.squeeze(1)
-    return gated_projection_norm_modulate(
-        x,
-        y.inputs,
-        layer.weight,
-        layer.bias,
-        rows,
-        scale,
-        shift,
-        norm_weight=options.get("weight"),
-        norm_bias=options.get("bias"),
-        eps=norm.eps,
-        norm_dtype=options["norm_dtype"],
-        backend=settings.backend,
-    )
-
-
-def gated(settings: Settings, x: Tensor, y: Tensor | Unprojected, gate: Tensor, **more: Any) -> Tensor:
-    """`x + gate y`."""
-    if not isinstance(y, Unprojected):
-        return gated_residual(x, y, gate, **settings.options, **more)
-    rows = gate if gate.ndim == 2 else gate.squeeze(1)
-    with settings.unsaved("gelu", y.inputs):
-        return gated_projection(x, y.inputs, y.layer.weight, y.layer.bias, rows, backend=settings.backend)
+def added_layers_of(attn: Any) -> tuple[Any, ...]:
+    """The same of the text, where it has its own."""
+    return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
 
 
 def heads_of(attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
     """Projections of each consumer's tokens as `[B, S, H, D]`."""
     dim = attn.inner_dim // attn.heads
     return (layer(out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
+
+
+def stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
+    """One stream's queries and keys with the norms' weights; `tables`: cosines and sines."""
+    return Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *tables)
+
+
+def added_stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
+    """The same of the text, whose norms are its own."""
+    return Stream(query, key, weight_of(attn.norm_added_q), weight_of(attn.norm_added_k), *tables)
 
 
 def _unhooked(module: nn.Module) -> bool:
@@ -265,24 +158,24 @@ class FeedForward:
 
     def __init__(
         self,
-        settings: Settings,
+        blocks: "Blocks",
         layers: tuple[Any, Any],
         x: Tensor,
         gate: Tensor,
         split: int | None = None,
         dropout: Any = None,
     ):
-        self.settings, self.gate, self.split, self.dropout = settings, gate, split, dropout
+        self.blocks, self.gate, self.split, self.dropout = blocks, gate, split, dropout
         self.first, self.last = layers
         self.fused = (
-            settings.recompute != "none"
+            blocks.recompute != "none"
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
             and (dropout is None or (_unhooked(dropout) and not (dropout.p > 0 and dropout.training)))
             and not nn_module._has_any_global_hook()
             and all(_is_plain_linear(layer, x.dtype) for layer in layers)
-            and not _left_unprojected(settings, self.last, (), x, gate, split)
+            and not _left_unprojected(blocks, self.last, (), x, gate, split)
         )
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -294,53 +187,15 @@ class FeedForward:
 
     def project(self, hidden: Tensor, prefix: Tensor | None = None) -> Tensor | Unprojected:
         """What the last layer makes of GELU's result behind the prefix, or that layer itself where it can be left."""
-        settings, last = self.settings, self.last
+        blocks, last = self.blocks, self.last
         if self.fused:
             more = {"prefix": prefix, "h_bias": self.first.bias}
-            return gelu_linear(hidden, last.weight, last.bias, **more, **settings.options)
-        keep = settings.recompute != "none"
-        activated = gelu_tanh(hidden, prefix=prefix, keep_prefix=keep, **settings.options)
+            return gelu_linear(hidden, last.weight, last.bias, **more, **blocks.options)
+        keep = blocks.recompute != "none"
+        activated = gelu_tanh(hidden, prefix=prefix, keep_prefix=keep, **blocks.options)
         activated = activated if self.dropout is None else self.dropout(activated)
-        with settings.unsaved("gelu", activated):
-            return projected(settings, (last,), activated, self.gate, self.split)
-
-
-def feed_forward(
-    settings: Settings, module: Any, x: Tensor, gate: Tensor, split: int | None = None
-) -> Tensor | Unprojected:
-    """A module's whole feed-forward; x must be an output of a block op, and `gate` is what gates the result."""
-    first, dropout, last = module.net
-    mlp = FeedForward(settings, (first.proj, last), x, gate, split, dropout)
-    with settings.unsaved("norm", x):
-        hidden = mlp.hidden(x)
-    return mlp.project(hidden)
-
-
-def attend(
-    settings: Settings,
-    attn: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    parallel: bool = True,
-) -> Tensor:
-    """Attention by the backend that the model's processor was told to use, as `[B, S, H D]`."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    processor = attn.processor
-    with settings.unsaved("attention", query, key):
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=processor._attention_backend,
-            parallel_config=processor._parallel_config if parallel else None,
-        )
-    return cast(Tensor, out.flatten(2, 3).to(query.dtype))
+        with blocks.unsaved("gelu", activated):
+            return blocks.projected((last,), activated, self.gate, self.split)
 
 
 def streams_of(attended: Tensor, tokens: int, norm: Any) -> tuple[Tensor, Tensor]:
@@ -360,7 +215,91 @@ def clipped(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-def no_arguments(name: str, given: Any) -> None:
-    """Refuses arguments that the replaced processor would have used."""
-    if given:
-        raise ValueError(f"{name}: got {sorted(given)}, want none with an accelerated transformer; undo() it first")
+class Blocks(Settings):
+    """The pieces of a block that compute as the settings say."""
+
+    def fanout(
+        self, norm: Any, x: Tensor, scale: Any, shift: Any, layers: Iterable[Any], **more: Any
+    ) -> tuple[Tensor, ...]:
+        """A LayerNorm with modulation for the layers that take it: `(x, out, ..., out)`."""
+        layers = tuple(layers)
+        options = self.options | {"norm_dtype": _norm_dtype(x)} | more
+        # A layer of several products, as under LoRA, gives several gradients, which autograd adds one by one.
+        one_each = self.mode == "fast" or all(type(layer) is nn.Linear for layer in layers)
+        consumers = len(layers) if one_each else 1
+        x, *outs = norm_modulate_fanout(x, scale, shift, consumers=consumers, eps=norm.eps, **options)
+        return x, *outs * (len(layers) // consumers)
+
+    def projected(
+        self, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
+    ) -> Tensor | Unprojected:
+        """What the layers (a projection, then dropout) make of `inputs`, or the projection where it can be left."""
+        first, *rest = layers
+        if _left_unprojected(self, first, rest, inputs, gate, split):
+            return Unprojected(first, inputs)
+        for layer in (first, *rest):
+            inputs = layer(inputs)
+        return inputs
+
+    def gated_norm(
+        self, norm: Any, x: Tensor, y: Tensor | Unprojected, gate: Tensor, scale: Any, shift: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Gated residual, LayerNorm and modulation: `(h, out)`."""
+        options = self.options | {"norm_dtype": _norm_dtype(x)} | more
+        if not isinstance(y, Unprojected):
+            return gated_residual_norm_modulate(x, y, gate, scale, shift, eps=norm.eps, **options)
+        layer = y.layer
+        rows = gate if gate.ndim == 2 else gate.squeeze(1)
+        return gated_projection_norm_modulate(
+            *(x, y.inputs, layer.weight, layer.bias, rows, scale, shift),
+            norm_weight=options.get("weight"),
+            norm_bias=options.get("bias"),
+            eps=norm.eps,
+            norm_dtype=options["norm_dtype"],
+            backend=self.backend,
+        )
+
+    def gated(self, x: Tensor, y: Tensor | Unprojected, gate: Tensor, **more: Any) -> Tensor:
+        """`x + gate y`."""
+        if not isinstance(y, Unprojected):
+            return gated_residual(x, y, gate, **self.options, **more)
+        rows = gate if gate.ndim == 2 else gate.squeeze(1)
+        with self.unsaved("gelu", y.inputs):
+            return gated_projection(x, y.inputs, y.layer.weight, y.layer.bias, rows, backend=self.backend)
+
+    def feed_forward(self, module: Any, x: Tensor, gate: Tensor, split: int | None = None) -> Tensor | Unprojected:
+        """A module's whole feed-forward; x must be an output of a block op, and `gate` is what gates the result."""
+        first, dropout, last = module.net
+        mlp = FeedForward(self, (first.proj, last), x, gate, split, dropout)
+        with self.unsaved("norm", x):
+            hidden = mlp.hidden(x)
+        return mlp.project(hidden)
+
+    def attend(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parallel: bool = True
+    ) -> Tensor:
+        """Attention by the backend that the model's processor was told to use, as `[B, S, H D]`."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        processor = attn.processor
+        with self.unsaved("attention", query, key):
+            out = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=processor._attention_backend,
+                parallel_config=processor._parallel_config if parallel else None,
+            )
+        return cast(Tensor, out.flatten(2, 3).to(query.dtype))
+
+    def norm_rope(
+        self, attn: Any, first: Stream, second: Stream | None = None, norm: str = "head_twice", **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Joint queries and keys, normalised where the module has norms, rotated where a stream has tables."""
+        norm, eps = ("none", 1e-6) if attn.norm_q is None else (norm, attn.norm_q.eps)
+        query, key = qk_norm_rope(first, second, norm=norm, eps=eps, **more, **self.options)
+        assert key is not None
+        return query, key

@@ -13,7 +13,7 @@ from dancegrpo_fast.memory.trace.result import Trace
 from dancegrpo_fast.memory.trace.tracer import measure, trace
 from dancegrpo_fast.patch import accelerate
 
-from .small import tiny
+from ..memory.small import tiny
 
 
 def _layers() -> tuple[nn.Module, dict[str, Tensor]]:

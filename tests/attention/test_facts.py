@@ -14,7 +14,7 @@ from dancegrpo_fast.attention.choice import Shapes
 from dancegrpo_fast.attention.facts import COPIED_MASK, FACTS, HALF, MASKS, NO_MASK
 
 from ..patch.models import TINY
-from .test_attention import BACKENDS, dispatch, real
+from .test_choice import BACKENDS, dispatch, real
 
 
 def test_every_backend_of_this_diffusers_is_judged() -> None:
