@@ -180,16 +180,20 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "" if interpreting() else _triton_problem(device.index)
 
 
+def _there(name: str, found: tuple[ModuleType | None, str]) -> ModuleType:
+    module, detail = found
+    if module is None:
+        raise RuntimeError(f'backend: "{name}" is not available, {detail}')
+    return module
+
+
 def cpu_module() -> ModuleType:
     """The compiled CPU module for this processor.
 
     Raises:
         RuntimeError: it is not available; the message says why.
     """
-    module, detail = _cpu()
-    if module is None:
-        raise RuntimeError(f'backend: "cpu" is not available, {detail}')
-    return module
+    return _there("cpu", _cpu())
 
 
 def cuda_module() -> ModuleType:
@@ -198,10 +202,7 @@ def cuda_module() -> ModuleType:
     Raises:
         RuntimeError: it is not available; the message says why.
     """
-    module, detail = _cuda()
-    if module is None:
-        raise RuntimeError(f'backend: "cuda" is not available, {detail}')
-    return module
+    return _there("cuda", _cuda())
 
 
 def available() -> list[Backend]:

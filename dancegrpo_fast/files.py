@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PIECES, PIECE = 64, 1 << 20
 
@@ -67,6 +69,18 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing_file(path, len(text)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds JSON lines, on disk when this returns.
+
+    Raises:
+        OSError: they cannot be written; it names the file.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ def release_but(stays: Collection[Any], values: Iterable[Any]) -> list[Any]:
     return [one if one in stays else pytest.param(one, marks=pytest.mark.release) for one in values]
 
 
-def meeting(cases: Sequence[dict[str, int]]) -> set[int]:
+def meeting(cases: Sequence[dict[str, str]]) -> set[int]:
     """So few of the cases that every two values of two parameters, which meet in one of them, meet in one of these."""
     pairs = [set(combinations(sorted(case.items()), 2)) for case in cases]
     left, found = set().union(*pairs), set()
@@ -26,12 +26,12 @@ def meeting(cases: Sequence[dict[str, int]]) -> set[int]:
 
 def mark_release(items: Iterable[pytest.Item]) -> None:
     """Of tests marked `pairs`, marks the cases that `meeting` does not need."""
-    tests: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    tests: dict[tuple[Any, str], list[Any]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("pairs") is not None:
             tests[item.path, item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
-        kept = meeting([case.callspec.indices for case in cases])
+        kept = meeting([{name: repr(value) for name, value in case.callspec.params.items()} for case in cases])
         for number, case in enumerate(cases):
             if number not in kept:
                 case.add_marker(pytest.mark.release)

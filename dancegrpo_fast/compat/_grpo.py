@@ -68,9 +68,8 @@ def dance_step(
     def draw() -> Tensor:
         return noise_like_sum(latents, model_output)
 
-    options: dict[str, Any] = {"out_dtype": dtype, "mean": with_mean, "denoised": True}
-    outcome = advance(latents, model_output, sampler, step, prev_sample, draw, how, **options)
-    return Found(outcome, sampler, step, how.rounding)
+    call = latents, model_output, sampler, step, prev_sample, draw, how
+    return Found(advance(*call, out_dtype=dtype, mean=with_mean, denoised=True), sampler, step, how.rounding)
 
 
 def dance_mean(
@@ -125,9 +124,8 @@ def flow_step(
         if prev_sample is None:
             draw()  # the peer's generator moves on, too
         prev_sample = euler_step(latents, model_output, sigmas, step, how, dtype)
-    options: dict[str, Any] = {"out_dtype": dtype, "mean": with_mean, "denoised": True}
-    outcome = advance(latents, model_output, sampler, step, prev_sample, draw, how, **options)
-    return Found(outcome, sampler, step, how.rounding)
+    call = latents, model_output, sampler, step, prev_sample, draw, how
+    return Found(advance(*call, out_dtype=dtype, mean=with_mean, denoised=True), sampler, step, how.rounding)
 
 
 def euler_step(

@@ -101,8 +101,9 @@ def start_as_identity(model: nn.Module) -> None:
                 nn.init.zeros_(parameter)
 
 
-def train_digit_net(steps: int = 700, batch: int = 64) -> DigitNet:
+def train_digit_net() -> DigitNet:
     """Train the reward CNN on the reward split, with shifts, turns, blur and noise as generated images have them."""
+    batch = 64
     images, labels = data.load_digits("reward")
     net = DigitNet()
 
@@ -121,5 +122,5 @@ def train_digit_net(steps: int = 700, batch: int = 64) -> DigitNet:
         pixels = pixels + 0.2 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 1, *pixels.shape[2:])
         return F.cross_entropy(net(pixels.clamp(0, 1)), labels[rows])
 
-    fit("reward", net.parameters(), loss, steps, 3e-3)
+    fit("reward", net.parameters(), loss, 700, 3e-3)
     return net.eval()

@@ -21,6 +21,8 @@ from ..models.prompt_store import PromptStore, given_identity
 from . import data, fitting
 from .fitting import Base
 
+KL = 1e-3  # of the autoencoder: weight of the divergence, per latent element, beside the mean squared pixel error
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -37,11 +39,11 @@ class Captions:
     pooled: Tensor
 
 
-def digit_captions(seed: int, tokens: int = 4) -> Captions:
+def digit_captions(seed: int) -> Captions:
     """Return ten digit prompts and, as the last row, the empty prompt of classifier-free guidance."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [data.digit_prompt(digit) for digit in range(10)] + [""]
-    embeds = torch.randn(len(prompts), tokens, fitting.WIDTH, generator=generator)
+    embeds = torch.randn(len(prompts), 4, fitting.WIDTH, generator=generator)
     return Captions(prompts, embeds, torch.randn(len(prompts), fitting.WIDTH, generator=generator))
 
 
@@ -93,15 +95,13 @@ def train(base: Base, folder: Path) -> dict[str, nn.Module]:
     return {"vae": vae, "generator": network}
 
 
-def train_vae(images: Tensor, centre: bool, steps: int = 280, batch: int = 32, kl: float = 1e-3) -> AutoencoderKL:
+def train_vae(images: Tensor, centre: bool, batch: int) -> AutoencoderKL:
     """Train an autoencoder, [3, H, W] to [4, H/2, W/2], and set its config so that latents have unit variance.
 
     Args:
         images: float32 [B, 3, H, W] in [0, 1].
         centre: Set `shift_factor` as well, which FLUX uses and Stable Diffusion does not.
-        steps: Optimiser steps.
         batch: Images a step.
-        kl: Weight of the divergence, per latent element, beside the mean squared pixel error.
     """
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -120,9 +120,9 @@ def train_vae(images: Tensor, centre: bool, steps: int = 280, batch: int = 32, k
         posterior = vae.encode(pixels).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample()).sample, pixels)
         penalty: Tensor = posterior.kl().mean() / posterior.mean[0].numel()
-        return error + kl * penalty
+        return error + KL * penalty
 
-    fitting.fit("vae", vae.parameters(), loss, steps, 3e-3)
+    fitting.fit("vae", vae.parameters(), loss, 280, 3e-3)
     vae.eval().requires_grad_(False)
     latents = fitting.encode(vae, images, 256)
     shift = latents.mean().item() if centre else None

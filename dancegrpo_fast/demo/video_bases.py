@@ -20,7 +20,8 @@ from .fitting import Base
 
 CHANNELS = 8  # of the latents
 ROWS = 64  # clips of an encoder's call
-VAE_STEPS = 1500
+VAE_STEPS, VAE_BATCH = 1500, 6
+KL = 3e-4  # weight of the divergence, per latent element, beside the squared errors
 SHAKE = 1.5  # pixels
 
 
@@ -64,14 +65,11 @@ def save_first_frames(folder: Path) -> None:
         Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / name)
 
 
-def train_vae(clips: Tensor, steps: int = VAE_STEPS, batch: int = 6, kl: float = 3e-4) -> AutoencoderKLHunyuanVideo:
+def train_vae(clips: Tensor) -> AutoencoderKLHunyuanVideo:
     """Train an autoencoder, [3, 9, 12, 12] to [8, 3, 6, 6], and set its config so that latents have unit variance.
 
     Args:
         clips: float32 [B, 3, 9, 12, 12] in [0, 1].
-        steps: Optimiser steps.
-        batch: Clips a step.
-        kl: Weight of the divergence, per latent element, beside the squared errors.
     """
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=CHANNELS,
@@ -89,16 +87,16 @@ def train_vae(clips: Tensor, steps: int = VAE_STEPS, batch: int = 6, kl: float =
     nn.init.constant_(vae.decoder.conv_out.conv.bias, -1.0)
 
     def loss() -> Tensor:
-        pixels = clips[torch.randint(len(clips), (batch,))] * 2 - 1
+        pixels = clips[torch.randint(len(clips), (VAE_BATCH,))] * 2 - 1
         posterior = vae.encode(pixels).latent_dist
         off = vae.decode(posterior.sample()).sample - pixels
         # ink counts more than paper, and change over time beside the frames: otherwise motion is smoothed away
         error = (off.square() * (pixels + 2)).mean() + off.diff(dim=2).square().mean()
         penalty: Tensor = posterior.kl().mean() / posterior.mean[0].numel()
-        total: Tensor = error + kl * penalty
+        total: Tensor = error + KL * penalty
         return total
 
-    fitting.fit("vae", vae.parameters(), loss, steps, 5e-3)
+    fitting.fit("vae", vae.parameters(), loss, VAE_STEPS, 5e-3)
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=1 / fitting.encode(vae, clips[:: len(clips) // 256], ROWS).std().item())
     return vae

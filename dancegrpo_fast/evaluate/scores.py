@@ -1,7 +1,6 @@
 """`dancegrpo-fast evaluate`: samples of fixed prompts from any checkpoint, every score a line, and a table."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write_text, writing
+from ..files import append_rows, write_text, writing
 from ..models import load_model
 from ..processes import Processes
 from ..prompts import load_prompts
@@ -95,11 +94,8 @@ class Scores:
         if not self._whole:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._whole = True
-            return
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        else:
+            append_rows(self.path, rows)
 
 
 def _read(path: Path, line: int, text: bytes, *keys: str) -> dict[str, Any]:

@@ -160,6 +160,10 @@ class DiffusersModel:
         """What the VAE decodes."""
         raise NotImplementedError
 
+    def _guide(self, output: Tensor, uncond_output: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """Both outputs for the kernel to combine, or the combination where it is not linear in them."""
+        return output, uncond_output
+
     def _seen(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser sees of `latents`."""
         return latents.to(self.dtype)
@@ -302,7 +306,8 @@ class DiffusersModel:
     ) -> tuple[Tensor, Tensor | None]:
         rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
         output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
-        return split_guided(output, unconditional)
+        output, uncond_output = split_guided(output, unconditional)
+        return (output, None) if uncond_output is None else self._guide(output, uncond_output, guidance_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels = self.vae.decode(self._unscaled(latents).to(self.frozen_dtype), return_dict=False)[0]
@@ -315,10 +320,16 @@ class DiffusersModel:
             self.vae.disable_tiling()
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:
+        if not getattr(denoiser, "peft_config", None):
+            denoiser.save_pretrained(folder / self.denoiser_part)  # type: ignore[operator]  # diffusers' ModelMixin
+            return
         import diffusers
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft.utils import get_peft_model_state_dict
 
-        pipeline = getattr(diffusers, self.pipeline)
-        save_denoiser(denoiser, folder, self.denoiser_part, pipeline.save_lora_weights)
+        layers = {f"{self.denoiser_part}_lora_layers": get_peft_model_state_dict(denoiser)}
+        metadata = _collate_lora_metadata({self.denoiser_part: denoiser})
+        getattr(diffusers, self.pipeline).save_lora_weights(folder, **layers, **metadata)
 
 
 def guided_batch(
@@ -343,18 +354,6 @@ def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Te
         return output, None
     conditional, uncond_output = output.chunk(2)
     return conditional, uncond_output
-
-
-def save_denoiser(denoiser: nn.Module, folder: Path, subfolder: str, save_lora: Any) -> None:
-    """`save_lora` is the pipeline class's `save_lora_weights`; without LoRA layers the whole denoiser is written."""
-    if not getattr(denoiser, "peft_config", None):
-        denoiser.save_pretrained(folder / subfolder)  # type: ignore[operator]  # diffusers' ModelMixin
-        return
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft.utils import get_peft_model_state_dict
-
-    layers = get_peft_model_state_dict(denoiser)
-    save_lora(folder, **{f"{subfolder}_lora_layers": layers}, **_collate_lora_metadata({subfolder: denoiser}))
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:

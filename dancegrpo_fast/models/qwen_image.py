@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..recipe import SamplerSettings
@@ -73,18 +73,7 @@ class QwenImage(DiffusersModel):
             "img_shapes": [[(1, *self._grid)]] * len(latents),
         }
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        output, uncond_output = super().predict(denoiser, latents, times, conditioning, unconditional, guidance_scale)
-        if uncond_output is None:
-            return output, None
+    def _guide(self, output: Tensor, uncond_output: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
         # The pipeline gives every guided token the norm of its conditional one, which is no longer linear in the two.
         output, uncond_output = output.float(), uncond_output.float()
         guided = uncond_output + guidance_scale * (output - uncond_output)

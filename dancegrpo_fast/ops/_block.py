@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..checks import SMALLEST, check_choice, check_int, check_number
@@ -251,3 +252,10 @@ def recomputed(*outputs: Tensor) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def register_flops(name: str, formula: Callable[..., int]) -> None:
+    """Makes torch's FLOP counter count an op; `formula` gets the op's arguments."""
+    register_flop_formula(getattr(torch.ops.dgf, name), get_raw=True)(
+        lambda *arguments, out_val=None, **kwargs: formula(*arguments, **kwargs)
+    )

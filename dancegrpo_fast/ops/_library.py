@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("dgf", "DEF")
 
@@ -16,10 +15,3 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"dgf::{name}", fake, lib=_LIBRARY)
-
-
-def register_flops(name: str, formula: Callable[..., int]) -> None:
-    """Makes torch's FLOP counter count an op; `formula` gets the op's arguments."""
-    register_flop_formula(getattr(torch.ops.dgf, name), get_raw=True)(
-        lambda *arguments, out_val=None, **kwargs: formula(*arguments, **kwargs)
-    )

@@ -18,11 +18,12 @@ from ._block import (
     packed,
     parameter_rows,
     reference_gradients,
+    register_flops,
     triton_module,
     unpacked,
 )
 from ._checks import check_float
-from ._library import register, register_flops
+from ._library import register
 from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 
 

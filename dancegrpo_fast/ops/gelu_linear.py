@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.gelu_tanh import reference
-from ._block import Cost, check_autocast, check_operand, packed, triton_module
+from ._block import Cost, check_autocast, check_operand, packed, register_flops, triton_module
 from ._checks import check_float
-from ._library import register, register_flops
+from ._library import register
 from .gelu_tanh import check_arguments, joint_out, rows_of
 
 

@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_bool
 from ..kernels.gelu_tanh import reference
-from ._block import Cost, check_device, check_settings, prepare, saved, triton_module
+from ._block import Cost, check_device, check_settings, prepare, register_flops, saved, triton_module
 from ._checks import check_float
-from ._library import register, register_flops
+from ._library import register
 
 
 def joint_out(x: Tensor, prefix: Tensor | None) -> Tensor:

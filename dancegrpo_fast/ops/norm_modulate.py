@@ -18,10 +18,11 @@ from ._block import (
     check_tokens_like,
     parameter_rows,
     prepare,
+    register_flops,
     saved,
     unpacked,
 )
-from ._library import register, register_flops
+from ._library import register
 from ._norm_modulate import backward, backward_fake, forward, forward_fake
 
 NORMS = ("layer", "rms")

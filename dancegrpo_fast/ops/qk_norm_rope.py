@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice, shown
-from ._block import Cost, check_device, check_eps, check_settings, prepare, saved, unpacked
+from ._block import Cost, check_device, check_eps, check_settings, prepare, register_flops, saved, unpacked
 from ._checks import check_float
-from ._library import register, register_flops
+from ._library import register
 from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
 

@@ -52,11 +52,8 @@ class Hps(ClipReward):
     Args:
         path: `HPS_v2.1_compressed.pt`, a folder or hub name that holds it, or a folder with a converted `CLIPModel`.
         tokenizer: Hub name or local folder.
-        dtype: Of the towers: "float32", "bfloat16" or "float16"; normalisation and cosine are float32. Scores of a
-            group differ by about 0.01, so that float32 or float16 is the safe choice.
-        device: None: the current CUDA device if there is one, else the CPU.
-        batch: Images, or prompts, in one call of a tower.
-        frames: Of a video: "first", "middle", "all" or a count of uniformly spaced ones; the score is their mean.
+        dtype: As for `ClipScore`; scores of a group differ by about 0.01, so that float32 or float16 is safe.
+        device, batch, frames: As for `ClipScore`.
 
     Raises:
         ValueError: An argument is out of range, or something does not load.

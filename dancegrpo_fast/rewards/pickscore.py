@@ -21,10 +21,7 @@ class PickScore(ClipReward):
         tokenizer: Hub name or local folder.
         scale: "logit": 100 x cosine, 100 being the published logit scale (about 19 to 24); "logit/26": that over 26,
             as several trainers do; "cosine": the bare cosine.
-        dtype: Of the towers: "float32", "bfloat16" or "float16"; normalisation and cosine are float32.
-        device: None: the current CUDA device if there is one, else the CPU.
-        batch: Images, or prompts, in one call of a tower.
-        frames: Of a video: "first", "middle", "all" or a count of uniformly spaced ones; the score is their mean.
+        dtype, device, batch, frames: As for `ClipScore`.
 
     Raises:
         ValueError: An argument is out of range, or something does not load.

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 from pathlib import Path
-from typing import Any
 
 from .. import files
 from . import checkpoint
@@ -29,13 +27,6 @@ class RunDirectory:
         """The newest checkpoint."""
         found = checkpoint.complete(self.checkpoints)
         return found[-1] if found else None
-
-    def append(self, path: Path, row: dict[str, Any]) -> None:
-        """Adds one JSON line, on disk when this returns."""
-        with files.writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def keep_until(self, iteration: int) -> None:
         """Drops the rows of iterations that the resumed run will do again.

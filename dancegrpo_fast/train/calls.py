@@ -114,10 +114,15 @@ def model_calls(rows: int, steps: int, prompts: int, samples: int, *, shared: in
 
 
 @torch.no_grad()
-def fill_calls(policy: Policy, table: TransitionTable, conditioning: Conditioning, calls: int) -> None:
-    """Calls the model for nothing, on a process that has fewer calls than another which gathers parameters with it."""
+def fill_calls(
+    policy: Policy, table: TransitionTable, conditioning: Conditioning, calls: Sequence[int], index: int
+) -> None:
+    """Calls the model for nothing, on a process `index` that has fewer calls than one which gathers parameters with it.
+
+    `calls` are those of every process.
+    """
     inputs = probe(policy, table, conditioning)
-    for _ in range(calls):
+    for _ in range(calls[index], max(calls)):
         policy(policy.model.denoiser, *inputs)
 
 
@@ -174,7 +179,10 @@ def plan_calls(
 
     plan = []
     for places in packed:
-        every = [(item.samples[0], item.step, prompts[item.samples[0]]) for item in fill(places, rows)]
+        # An empty row computes another one's item again.
+        spare = next(iter(places.values()))
+        items = [places.get(row, spare) for row in range(rows)]
+        every = [(item.samples[0], item.step, prompts[item.samples[0]]) for item in items]
         index = keep(chain(*zip(*every, strict=True)))
         single = keep(row for row, item in places.items() if len(item.samples) == 1)
         several = ((row, item) for row, item in places.items() if len(item.samples) > 1)
@@ -204,9 +212,3 @@ def pack(items: Sequence[Item], rows: int, *, equal: bool) -> Iterator[dict[int,
         queues.setdefault(item.row, []).append(item)
     for turn in range(max(map(len, queues.values()), default=0)):
         yield {row: queue[turn] for row, queue in sorted(queues.items()) if turn < len(queue)}
-
-
-def fill(places: Mapping[int, Item], rows: int) -> list[Item]:
-    """What every row of a call computes: its item, or in an empty row another one again."""
-    spare = next(iter(places.values()))
-    return [places.get(row, spare) for row in range(rows)]

@@ -57,6 +57,12 @@ class Batch:
     seconds: dict[str, float]
 
 
+def reward_input(frames: Tensor, prompts: Sequence[Prompt], groups: Sequence[int], fps: float | None) -> RewardInput:
+    """What rewards see of samples `[B, T, 3, H, W]`, each of `prompts[group]`."""
+    own = [prompts[group] for group in groups]
+    return RewardInput(frames, [one.text for one in own], torch.tensor(groups), [one.meta for one in own], fps)
+
+
 @dataclass
 class Collector:
     """Draws and scores the samples of an iteration.
@@ -66,12 +72,6 @@ class Collector:
     are never there for all groups at once. A group that processes share is thinned out when all have scored it.
 
     Attributes:
-        recipe: of the run.
-        policy: the model.
-        table: the sampler.
-        rewards: what samples are scored by.
-        processes: of the run.
-        residence: of its models.
         keep_outputs: trajectories keep the model's outputs.
         batch: B.
 
@@ -123,13 +123,15 @@ class Collector:
                 own = start[part.start - mine.start : part.stop - mine.start] if isinstance(start, Tensor) else start
                 prompt_rows = self._on_device(self._prompt_rows(part))
                 trajectory = phase("rollout")(draw.samples)(own, prompt_rows, self._on_device(part) + first)
-                if part is parts[-1]:
-                    fill_calls(policy, self.table, conditioning, self._missing_calls())
+                if part is parts[-1] and self.processes.sharded:
+                    fill_calls(policy, self.table, conditioning, self._calls(), self.processes.index)
             self.residence.use("vae")
             frames = phase("decode")(decode)(policy.model, trajectory.denoised, policy.rows)
             clock.stop("sample")
             self.residence.use(self.rewards)
-            rewards[:, part.start : part.stop] = self._score(frames, part, prompts)
+            groups = [place // self._group for place in part]
+            scored = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
+            rewards[:, part.start : part.stop] = phase("rewards")(self.rewards)(scored)
             clock.stop("reward")
             if len(parts) > 1:
                 found = [place for place in self._choose(self._advantages(rewards)) if place in part]
@@ -169,17 +171,14 @@ class Collector:
             size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
 
-    def _missing_calls(self) -> int:
-        """Model calls by which this process has fewer than another one, where they gather parameters together."""
-        if not self.processes.sharded:
-            return 0
-        shared = 0 if self._shared_step is None else self._shared_step + 1
-        calls: list[int] = []
+    def _calls(self) -> list[int]:
+        """Model calls of every process."""
+        shared, calls = 0 if self._shared_step is None else self._shared_step + 1, []
         for index in range(self.processes.count):
             part = share(self.batch, index, self.processes.count)
             prompts = -(-part.stop // self._group) - part.start // self._group
             calls.append(model_calls(self.policy.rows, len(self.table), prompts, len(part), shared=shared))
-        return max(calls) - calls[self.processes.index]
+        return calls
 
     def _on_device(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.processes.device)
@@ -202,18 +201,6 @@ class Collector:
         """Rows of this process's conditioning."""
         return [place // self._group - self._mine.start // self._group for place in places]
 
-    def _score(self, frames: Tensor, part: range, prompts: Sequence[Prompt]) -> Tensor:
-        groups = [place // self._group for place in part]
-        return phase("rewards")(self.rewards)(
-            RewardInput(
-                frames=frames,
-                prompts=[prompts[group].text for group in groups],
-                group=torch.tensor(groups),
-                meta=[prompts[group].meta for group in groups],
-                fps=self.recipe.sampler.fps,
-            )
-        )
-
     def _advantages(self, rewards: Tensor) -> Tensor:
         return group_advantages(rewards, self._group, weights=self.rewards.weights)
 
@@ -221,5 +208,4 @@ class Collector:
         """Places of the samples that are trained on; of a group whose rewards are not there yet, of any."""
         if self.recipe.train.best_of_n is None:
             return list(range(self.batch))
-        chosen: list[int] = best_and_worst(advantages, self._group, self.recipe.train.best_of_n).tolist()
-        return chosen
+        return list(best_and_worst(advantages, self._group, self.recipe.train.best_of_n).tolist())

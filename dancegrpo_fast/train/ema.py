@@ -13,17 +13,16 @@ class MovingAverage:
     """`average <- decay average + (1 - decay) parameter`, in float32.
 
     Args:
-        names: of the parameters; the average starts at their values.
+        parameters: by name; the average starts at their values.
         decay: in (0, 1).
 
     Attributes:
         values: averages by name, split as the parameters are.
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str], decay: float) -> None:
-        self._parameters = {name: parameter for parameter, name in names.items()}
-        self._decay = decay
-        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -12,9 +12,10 @@ from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
 from ..recipe import EvaluationSettings, Recipe
-from ..rewards import RewardInput, RewardSet
+from ..rewards import RewardSet
 from ..rng import derive_seed
 from .calls import Policy, chunks, fill_calls, model_calls
+from .collect import reward_input
 from .draw import Draw
 from .residence import Residence
 
@@ -66,12 +67,8 @@ class Evaluator:
     steps are keyed by prompt and sample: how many are drawn together changes nothing.
 
     Attributes:
-        recipe: its sampler and seed.
-        settings: what is evaluated.
-        prompts: that are evaluated.
-        policy: the model.
-        processes: of the run.
-        residence: of its models; the rewards are added to it.
+        recipe: its sampler and seed count.
+        residence: the rewards are added to it.
         rewards: the scores.
     """
 
@@ -112,23 +109,9 @@ class Evaluator:
         self.residence.use("vae")
         frames = decode(policy.model, trajectory.denoised, policy.rows)
         self.residence.use(self.rewards)
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        scores = self.rewards(
-            RewardInput(
-                frames=frames,
-                prompts=[prompt.text for prompt in repeated],
-                group=torch.arange(len(prompts)).repeat_interleave(samples),
-                meta=[prompt.meta for prompt in repeated],
-                fps=self.recipe.sampler.fps,
-            )
-        )
+        groups = [group for group in range(len(prompts)) for _ in range(samples)]
+        scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
         return ScoredSet(part.start, prompts, frames, scores)
-
-    def _calls(self, sampler: str, parts: Sequence[slice]) -> int:
-        """Model calls that scoring the sets takes."""
-        rows, steps = self.policy.rows, len(self._tables[sampler])
-        sizes = [len(self.prompts[part]) for part in parts]
-        return sum(model_calls(rows, steps, n, n * self.settings.samples_per_prompt) for n in sizes)
 
     def __call__(self, sampler: str) -> Evaluation:
         """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
@@ -144,9 +127,10 @@ class Evaluator:
             grid = grouped[:left, : settings.grid_samples].clone()
             parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
         if processes.sharded:
-            calls = [self._calls(sampler, one) for one in shares]
-            missing = max(calls) - calls[processes.index]
-            fill_calls(self.policy, self._tables[sampler], self.residence.encode(self.prompts[:1]), missing)
+            table, rows = self._tables[sampler], self.policy.rows
+            sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
+            calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
+            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()

@@ -4,8 +4,9 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from ..files import replacing
+from ..files import append_rows, replacing
 from ..marks import phase
+from ..progress import counted
 from ..prompts import prompts_of_iteration
 from ..run.sheets import save_samples
 from ..run.words import progress_line
@@ -14,12 +15,7 @@ from .setup import Setup
 
 
 class Trainer(Setup):
-    """One GRPO run of a recipe; `Setup` says what it is made of.
-
-    Example:
-        >>> recipe, _ = load_recipe(["recipes/digits.yaml"])
-        >>> Trainer(recipe, resume="auto").run()
-    """
+    """A run of a recipe: `Trainer(recipe, resume="auto").run()`. `Setup` says what it is made of and refuses."""
 
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
@@ -50,7 +46,7 @@ class Trainer(Setup):
         prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, self.recipe.seed)
         batch = self.collect(iteration, prompts)
         clock = Clock()
-        for number, (calls, made) in enumerate(self.updates.plan(batch, iteration, tally)):
+        for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
             changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
             with phase("optimizer"):
                 tally.grad_norms.append(self.optimizer.step(changed))
@@ -62,12 +58,10 @@ class Trainer(Setup):
         return row
 
     def _greet(self) -> None:
-        name, packing = (
-            self.recipe.name,
-            "are filled without gaps" if self.rows_are_equal else "keep every sample in its row",
-        )
+        name = self.recipe.name
+        packing = "are filled without gaps" if self.rows_are_equal else "keep every sample in its row"
         self._say(
-            f"{name}: {len(self.names)} trained tensors, {self.loss.pairs_per_sample} of {len(self.table)} "
+            f"{name}: {len(self.parameters)} trained tensors, {self.loss.pairs_per_sample} of {len(self.table)} "
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
@@ -80,7 +74,7 @@ class Trainer(Setup):
 
     def _log(self, row: dict[str, Any], seconds_left: float) -> None:
         if self.processes.is_main:
-            self.directory.append(self.directory.metrics, row)
+            append_rows(self.directory.metrics, [row])
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["iteration"])
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
@@ -96,7 +90,7 @@ class Trainer(Setup):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
                 row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
-                self.directory.append(self.directory.evaluations, row)
+                append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
                 save_samples(folder, iteration, sampler, result.grid, shown, fps)
@@ -115,6 +109,6 @@ class Trainer(Setup):
     def _save_model(self, name: str) -> None:
         with self.processes.whole(self.model.denoiser) as denoiser:
             if denoiser is not None:
-                size = sum(parameter.nbytes for parameter in self.names)
+                size = sum(parameter.nbytes for parameter in self.parameters.values())
                 with replacing(self.directory.root / name, size) as folder:
                     self.model.save(denoiser, folder)

@@ -13,7 +13,7 @@ class Optimizer:
     """AdamW on the trained parameters.
 
     Args:
-        names: of the parameters.
+        parameters: by name.
         train: its settings.
         keep_gradients: they are DDP's buckets, which stay.
 
@@ -21,11 +21,11 @@ class Optimizer:
         adamw: torch's.
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str], train: TrainSettings, *, keep_gradients: bool) -> None:
-        self._names, self._max_norm, self._keep = names, train.max_grad_norm, keep_gradients
-        fused = all(parameter.is_cuda for parameter in names)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSettings, *, keep_gradients: bool) -> None:
+        self._parameters, self._max_norm, self._keep = parameters, train.max_grad_norm, keep_gradients
+        fused = all(parameter.is_cuda for parameter in parameters.values())
         self.adamw = torch.optim.AdamW(
-            list(names), lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused
+            list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused
         )
 
     def step(self, changed: bool) -> Tensor:
@@ -33,11 +33,12 @@ class Optimizer:
 
         `changed` is False where no backward ran.
         """
+        parameters = list(self._parameters.values())
         if not changed:
             # Skipping work must not skip the optimiser: its momentum moves on with a gradient of zero.
-            for parameter in self._names:
+            for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(list(self._names), self._max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=not self._keep)
         return whole(norm)
@@ -46,7 +47,7 @@ class Optimizer:
         """AdamW's state as `<parameter>/<key>`."""
         return {
             f"{name}/{key}": torch.as_tensor(value)
-            for parameter, name in self._names.items()
+            for name, parameter in self._parameters.items()
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
 
@@ -56,17 +57,16 @@ class Optimizer:
         Raises:
             ValueError: they are of other parameters.
         """
-        parameters = {name: parameter for parameter, name in self._names.items()}
         for key, value in tensors.items():
             name, _, entry = key.rpartition("/")
-            if name not in parameters:
+            if name not in self._parameters:
                 raise ValueError(
                     f"resume: the checkpoint holds optimiser state of {name}, which this model does not train"
                 )
-            parameter = parameters[name]
-            if value.ndim == 0:
-                # AdamW keeps its step counter on the CPU unless it is fused.
-                there = value.to(parameter.device) if self.adamw.defaults.get("fused") else value
-            else:
-                there = like(value, parameter)
-            self.adamw.state[parameter][entry] = there
+            parameter = self._parameters[name]
+            if value.ndim > 0:
+                value = like(value, parameter)
+            elif self.adamw.defaults.get("fused"):
+                # Its step counter is on the CPU otherwise.
+                value = value.to(parameter.device)
+            self.adamw.state[parameter][entry] = value

@@ -25,13 +25,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, policy: Policy, denoiser: nn.Module, inputs: Inputs) -> Tensor:
-        """Guided outputs, float32 `[n, ...]`.
-
-        Args:
-            policy: how models are called.
-            denoiser: as the update calls it.
-            inputs: of a model call.
-        """
+        """Guided outputs, float32 `[n, ...]`; `denoiser` is what the update calls."""
         if self._copy is not None:
             return policy.guided(*policy(self._copy, *inputs))
         adapted: Any = policy.model.denoiser

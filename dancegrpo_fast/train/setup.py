@@ -44,7 +44,7 @@ class Setup:
         denoiser: the same as the update calls it.
         table: of the sampler.
         policy: the model as rollout and replay call it.
-        names: the trained parameters' names.
+        parameters: that are trained, by name.
         rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
@@ -139,10 +139,10 @@ class Setup:
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
         self.denoiser = processes.wrap(self.model.denoiser)
-        self.names = {p: name for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
-        self.optimizer = Optimizer(self.names, train, keep_gradients=self.denoiser is not self.model.denoiser)
-        self.average = None if train.ema_decay is None else MovingAverage(self.names, train.ema_decay)
-        self.state = State(identity, processes, self.names, self.optimizer, self.average)
+        self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(self.parameters, train, keep_gradients=self.denoiser is not self.model.denoiser)
+        self.average = None if train.ema_decay is None else MovingAverage(self.parameters, train.ema_decay)
+        self.state = State(identity, processes, self.parameters, self.optimizer, self.average)
 
     def _probe_rows(self) -> bool:
         conditioning = self.residence.encode(self.reached[: self.policy.rows])

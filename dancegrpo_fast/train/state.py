@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,34 @@ from .ema import MovingAverage
 from .optimizer import Optimizer
 
 
+@dataclass
 class State:
     """Trained parameters, their average, the optimiser, torch's generators; and whose run it is.
 
-    Args:
+    Attributes:
         identity: of the recipe, its prompts and its model.
-        processes: of the run.
-        names: of the parameters.
-        optimizer: of them.
-        average: of them, if there is one.
+        parameters: by name.
     """
 
-    def __init__(
-        self,
-        identity: Mapping[str, Any],
-        processes: Processes,
-        names: Mapping[nn.Parameter, str],
-        optimizer: Optimizer,
-        average: MovingAverage | None,
-    ) -> None:
-        self._identity, self._processes, self._optimizer, self._average = identity, processes, optimizer, average
-        self._parameters: dict[str, Tensor] = {name: parameter for parameter, name in names.items()}
+    identity: Mapping[str, Any]
+    processes: Processes
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    average: MovingAverage | None
 
     def save(self, directory: RunDirectory, iteration: int, keep: int, **facts: Any) -> None:
         """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process."""
-        groups = {"model": self._parameters, "optimizer": self._optimizer.tensors()}
-        if self._average is not None:
-            groups["ema"] = self._average.values
+        groups: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "optimizer": self.optimizer.tensors()}
+        if self.average is not None:
+            groups["ema"] = self.average.values
         tensors: dict[str, dict[str, Tensor]] = {}
         for group, values in groups.items():
-            wholes = {name: self._processes.full(value) for name, value in values.items()}
+            wholes = {name: self.processes.full(value) for name, value in values.items()}
             tensors[group] = {name: value for name, value in wholes.items() if value is not None}
-        if self._processes.is_main:
+        if self.processes.is_main:
             tensors["rng"] = _rng_tensors()
             checkpoint.save(
-                directory.checkpoints, iteration, tensors, {**self._identity, **self._surroundings(), **facts}
+                directory.checkpoints, iteration, tensors, {**self.identity, **self._surroundings(), **facts}
             )
             checkpoint.prune(directory.checkpoints, keep)
 
@@ -61,21 +55,21 @@ class State:
             ValueError: it is damaged, of another model, or holds other parameters.
         """
         tensors, state = checkpoint.load(folder)
-        check_model(folder, state, self._identity)
-        if self._parameters.keys() != tensors["model"].keys():
+        check_model(folder, state, self.identity)
+        if self.parameters.keys() != tensors["model"].keys():
             raise ValueError(f"resume: {folder} holds other parameters than this model trains")
         with torch.no_grad():
             for name, value in tensors["model"].items():
-                self._parameters[name].copy_(like(value, self._parameters[name]))
-        if self._average is not None:
-            self._average.load(tensors.get("ema", {}))
-        self._optimizer.load(tensors.get("optimizer", {}))
+                self.parameters[name].copy_(like(value, self.parameters[name]))
+        if self.average is not None:
+            self.average.load(tensors.get("ema", {}))
+        self.optimizer.load(tensors.get("optimizer", {}))
         torch.set_rng_state(tensors["rng"]["cpu"])
         for name, value in tensors["rng"].items():
             if name.startswith("cuda:") and torch.cuda.is_available():
                 torch.cuda.set_rng_state(value, name)
         for name, now in self._surroundings().items():
-            if state.get(name) != now and self._processes.is_main:
+            if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
                     f"resume: {folder} was made with {name} {state.get(name)}, this is {now}; "
                     "results can differ from an uninterrupted run in the last bits",
@@ -85,11 +79,11 @@ class State:
 
     def _surroundings(self) -> dict[str, Any]:
         """What may differ in a continuation, with a warning."""
-        device = self._processes.device
+        device = self.processes.device
         return {
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "processes": self._processes.name,
+            "processes": self.processes.name,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
 

@@ -21,12 +21,7 @@ class Updates:
     """What one optimiser step after the other is made of, by the same model calls as in the rollout.
 
     Attributes:
-        recipe: of the run.
-        policy: the model as the rollout called it.
         denoiser: what is trained, as the processes wrap it.
-        table: of the sampler.
-        loss: what is minimised.
-        processes: of the run.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
     """
 

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,42 +67,34 @@ SETTINGS = (
     Setting("bfloat16", "LoRA", "fast, all", "none"),
     Setting("bfloat16", "full", "off", "rollout"),
     Setting("bfloat16", "LoRA", "off", "attention"),
+    Setting("bfloat16", "full", "off", table.AUTO),
+    Setting("float32", "full", "off", table.AUTO),
 )
-AUTOS = tuple(Setting(dtype, "full", "off", table.AUTO) for dtype in ("bfloat16", "float32"))
-
-
-def made(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    family = replace(next(f for f in FAMILIES if f.name == "Qwen-Image"), height=128, width=128)
-    with tempfile.TemporaryDirectory() as folder:
-        spec = family.spec(Path(folder))
-        return [table.row(family, spec, setting, WHERE) for setting in settings]
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    return made(SETTINGS)
+def rows() -> Iterator[list[dict[str, Any]]]:
+    family = replace(next(f for f in FAMILIES if f.name == "Qwen-Image"), height=128, width=128)
+    with tempfile.TemporaryDirectory() as folder:
+        spec = family.spec(Path(folder))
+        yield [table.row(family, spec, setting, WHERE) for setting in SETTINGS]
 
 
-def assert_within(rows: list[dict[str, Any]], settings: Sequence[Setting]) -> None:
+@pytest.mark.release
+def test_a_family_lies_within(rows: list[dict[str, Any]]) -> None:
     off = {(each["dtype"], each["policy"], key) for each, key, _ in report.beyond(rows) if key != "allocator_off"}
     # Of three blocks the last hands no text on and keeps less; the planner counts it as one in the middle.
     assert off <= {("bfloat16", table.AUTO, "planned_saved_off")}
-    for found, setting in zip(rows, settings, strict=True):
+    for found, setting in zip(rows, SETTINGS, strict=True):
         assert found["measured_peak"] > found["measured_fixed"] > 0
         assert found["measured_allocator_peak"] >= found["measured_peak"]
         assert (found["saved_off"] is not None) == setting.train
         assert ("planned_off" in found) == (setting.dtype != "float32")
 
 
-def test_a_family_lies_within(rows: list[dict[str, Any]]) -> None:
-    assert_within(rows, SETTINGS)
-
-
 @pytest.mark.release
-def test_auto_is_a_mixture_that_stays_under_what_it_was_given() -> None:
-    rows = made(AUTOS)
-    assert_within(rows, AUTOS)
-    chosen, plain = rows
+def test_auto_is_a_mixture_that_stays_under_what_it_was_given(rows: list[dict[str, Any]]) -> None:
+    chosen, plain = rows[-2:]
     assert len(set(re.findall(r"\d+ x ([\w +]+)", chosen["chosen"]))) > 1
     assert chosen["measured_device_peak"] <= chosen["limit"] * (1 + PREDICTED_BYTES)
     # The planner has no float32.
@@ -110,6 +102,7 @@ def test_auto_is_a_mixture_that_stays_under_what_it_was_given() -> None:
     assert sum("| Qwen-Image | bfloat16 | full |" in line for line in report.choices(rows)) == 1
 
 
+@pytest.mark.release
 def test_rows_as_text(rows: list[dict[str, Any]]) -> None:
     refused = rows[0] | {"planned_error": "ValueError: got this, want that"}
     assert "no plan for:\n\n- Qwen-Image | float32 | full | off | none: ValueError: got" in report.markdown([refused])

@@ -200,7 +200,7 @@ def test_recipes_run_on_their_bases(
     root = trainer.directory.root
     assert read_rows(root / "metrics.jsonl")[0]["ratio_first_update_max_dev"] == 0.0
     for row in read_rows(root / "evaluations.jsonl"):
-        assert row.keys() >= {*trainer.evaluator.names, "motion_alignment", "moving_digit_judge"}
+        assert row.keys() >= {*trainer.evaluator.rewards.names, "motion_alignment", "moving_digit_judge"}
 
     strips, moving, _ = draw(root)
     with Image.open(strips) as file:

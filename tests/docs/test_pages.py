@@ -10,6 +10,7 @@ import pytest
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+import dancegrpo_fast
 from dancegrpo_fast.recipe import RewardSettings, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,12 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for page in ("index.html", "api/ops.html", "repository/CONTRIBUTING.html"):
         assert (tmp_path / page).is_file()
+
+
+def test_every_public_module_is_in_the_reference() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    found = set(re.findall(r"^::: dancegrpo_fast\.(\w+)", pages, flags=re.MULTILINE))
+    assert set(dancegrpo_fast.__all__) - found == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

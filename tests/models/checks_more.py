@@ -21,7 +21,7 @@ def run(recipe: Recipe, resume: str | None = None) -> None:
     """Trains. The first update of every iteration has ratio 1, every gradient is finite, and the weights move."""
     output = Path(recipe.output_dir or "")
     trainer = Trainer(recipe, resume)
-    before = {name: parameter.detach().clone() for parameter, name in trainer.names.items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
     trainer.run()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == recipe.train.iterations

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_a_grid_run_by_the_host_equals_the_cpu_kernels(tmp_path: Path) -> None:
     program = tmp_path / "grid_test"

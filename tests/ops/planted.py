@@ -12,7 +12,7 @@ from dancegrpo_fast.ops import _block, _norm_modulate, _qk_norm_rope, gated_resi
 
 FORWARD = {
     "gated_residual": gated_residual._by_reference,
-    "norm_modulate": _norm_modulate._by_reference,
+    "norm_modulate": lambda x, y, given: _norm_modulate._by_reference(x, y, *given),
     "qk_norm_rope": lambda streams, *settings: _qk_norm_rope._by_reference(*flat(streams), *settings),
 }
 
@@ -29,7 +29,7 @@ def _rope_backward(query: Any, key: Any, rstds: Any, streams: Any, *settings: An
 
 BACKWARD = {
     "gated_residual": lambda *arguments: gated_residual._backward_by_reference(*arguments, [True, True]),
-    "norm_modulate": lambda *arguments: _norm_modulate._backward_by_reference(*arguments, [True] * 7),
+    "norm_modulate": lambda *rest: _norm_modulate._backward_by_reference(*rest[:-1], *rest[-1], [True] * 7),
     "qk_norm_rope": _rope_backward,
 }
 

@@ -18,7 +18,6 @@ from dancegrpo_fast.evaluate.scores import save_sample
 from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
 from dancegrpo_fast.run import checkpoint
-from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.train import loop as module
 
 from ..train import tiny
@@ -79,7 +78,7 @@ threads: 1
     [
         ("checkpoints/000001", checkpoint, "save", 1, None),
         ("checkpoints/000002", checkpoint, "save", 2, "000001"),
-        ("metrics.jsonl", RunDirectory, "append", 6, "000001"),
+        ("metrics.jsonl", module, "append_rows", 6, "000001"),
         ("samples/000002-ode.png", module, "save_samples", 5, "000001"),
         ("model", DiffusersModel, "save", 1, "000002"),
     ],
@@ -129,7 +128,7 @@ def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
         assert kept.value is error
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device, [0-9,.]+ MB free: '.*/metrics\.jsonl'"):
-        RunDirectory(tmp_path).append(tmp_path / "metrics.jsonl", {"iteration": 1})
+        files.append_rows(tmp_path / "metrics.jsonl", [{"iteration": 1}])
 
 
 def test_files_that_were_there_stay(tmp_path: Path) -> None:

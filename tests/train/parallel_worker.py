@@ -100,7 +100,7 @@ def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
         end, trainer.accelerator.end_training = trainer.accelerator.end_training, lambda: None
         trainer.run()
         found["reductions"], found["kept"] = counts[0], kept
-        found["weights"] = {name: whole(p.detach()) for p, name in trainer.names.items()}
+        found["weights"] = {name: whole(p.detach()) for name, p in trainer.parameters.items()}
         found["name"] = trainer.processes.name
         # gloo does not let a process go while another one takes its group down.
         dist.barrier()

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.train import loop as module
-from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.train import Trainer
 
 from ..tolerances import REORDERED_SUMS, assert_same_gradient
 from .tiny import LoraSettings, make_recipe, reward
@@ -53,10 +52,10 @@ class Seen:
 
 def watched(trainer: Trainer) -> Seen:
     """Trains for one iteration."""
-    seen, draw, deal = Seen(), trainer.sampler, trainer._deal
+    seen, collect, deal = Seen(), trainer.collect, trainer.updates._deal
 
     def keep_batch(*arguments: Any) -> Any:
-        seen.batch = draw(*arguments)
+        seen.batch = collect(*arguments)
         return seen.batch
 
     def keep_samples(*arguments: Any) -> Any:
@@ -66,10 +65,10 @@ def watched(trainer: Trainer) -> Seen:
 
     def keep_update(*_: Any) -> None:
         seen.models.append(copy.deepcopy(trainer.model.denoiser))
-        seen.gradients.append(torch.cat([p.grad.flatten() for p in trainer.names]))
+        seen.gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values()]))
 
-    trainer.sampler, trainer._deal = keep_batch, keep_samples  # type: ignore[assignment]  # as they are called
-    trainer.optimizer.register_step_pre_hook(keep_update)
+    trainer.collect, trainer.updates._deal = keep_batch, keep_samples  # type: ignore[assignment]  # as they are called
+    trainer.optimizer.adamw.register_step_pre_hook(keep_update)
     seen.row = trainer.iteration(1)
     return seen
 
@@ -84,14 +83,15 @@ def advantages_of(trainer: Trainer, rewards: Tensor) -> Tensor:
 
 def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
     """The objective's gradient in `dtype`, of all pairs of sample and step at once, and which of them are clipped."""
-    recipe, table, data = trainer.recipe, trainer.table, seen.batch.data
-    kept = [seen.batch.kept.index(sample) for sample in seen.samples[update]]
-    index, step = torch.tensor([(row, step) for row in kept for step in data.steps[row]]).T
+    recipe, table, data = trainer.recipe, trainer.table, seen.batch
+    kept = [data.kept.index(sample) for sample in seen.samples[update]]
+    # In the first iteration a sample's place is its number.
+    index, step = torch.tensor([(row, step) for row in kept for step in trainer.loss.steps(data.kept[row])]).T
     latents = data.trajectory.latents.to(dtype)
     x, then = latents[index, step], latents[index, step + 1]
     a, b, tau = (values[step].to(dtype).reshape(-1, *(1,) * (x.ndim - 1)) for values in (table.a, table.b, table.tau))
     scale = recipe.sampler.guidance_scale
-    text = {name: value[data.prompts[index]].to(dtype) for name, value in data.conditioning.items()}
+    text = {name: value[torch.tensor(data.prompts)[index]].to(dtype) for name, value in data.conditioning.items()}
     empty = trainer.model.unconditional(scale)
     empty = None if empty is None else {name: value.to(dtype) for name, value in empty.items()}
 
@@ -117,7 +117,7 @@ def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -
         log_ratio = (log_ratio + mean((b * (new - old)) ** 2) / (2 * spread**2)) * spread
         weight = 1 / (table.times[step] - table.times[step + 1]).to(dtype)
     ratio, clip = log_ratio.exp(), recipe.train.clip_range
-    advantage = advantages_of(trainer, seen.batch.rewards)[[seen.batch.kept[row] for row in index]].to(dtype)
+    advantage = advantages_of(trainer, data.rewards)[[data.kept[row] for row in index]].to(dtype)
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     loss = (weight * torch.maximum(free, bounded)).mean()
     loss = loss + recipe.train.kl_weight * mean((b * (new - old)) ** 2 / (2 * tau**2)).mean()
@@ -129,7 +129,7 @@ def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -
 def test_every_update(flux: Path, diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     changes = {"updates_per_rollout": 2, "timestep_fraction": 1.0, "max_grad_norm": 1e9} | CASES[name]
     equal = changes.pop("rows_are_equal", True)
-    monkeypatch.setattr(module, "rows_are_equal", lambda *_: equal)
+    monkeypatch.setattr("dancegrpo_fast.train.setup.rows_are_equal", lambda *_: equal)
     trainer = Trainer(make_recipe(diffusion if name == "ddim" else flux, tmp_path / "run", **changes))
     seen = watched(trainer)
     updates = changes["updates_per_rollout"] * changes.get("inner_epochs", 1)

@@ -19,7 +19,8 @@ from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLD = 2
-pytestmark = [pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")]
+GLOO = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = [GLOO, pytest.mark.long]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Whole prompts on each process.
@@ -72,9 +73,9 @@ def run_alone(recipes: dict[str, Any]) -> Alone:
     found = {}
     for name, made in recipes.items():
         trainer = Trainer(made)
-        before = {key: p.detach().clone() for p, key in trainer.names.items()}
+        before = {key: p.detach().clone() for key, p in trainer.parameters.items()}
         trainer.run()
-        after = {key: p.detach().clone() for p, key in trainer.names.items()}
+        after = {key: p.detach().clone() for key, p in trainer.parameters.items()}
         found[name] = Path(made.output_dir), before, after
         AcceleratorState._reset_state(reset_partial_state=True)
     return found
@@ -206,7 +207,7 @@ def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Pa
         trainer = Trainer(made, resume=str(folder))
     tensors = checkpoint.load(folder)[0]
     assert trainer.start == 1 and trainer.average is not None
-    assert_same_bits({name: p.detach() for p, name in trainer.names.items()}, tensors["model"])
+    assert_same_bits({name: p.detach() for name, p in trainer.parameters.items()}, tensors["model"])
     assert_same_bits(trainer.average.values, tensors["ema"])
 
 

@@ -12,7 +12,7 @@ from . import test_parallel as parallel
 from .test_parallel import WORLD, Alone
 from .tiny import LoraSettings
 
-pytestmark = [*parallel.pytestmark, pytest.mark.release]
+pytestmark = [parallel.GLOO, pytest.mark.release]
 
 SMALL: dict[str, Any] = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "iterations": 1}
 # Both are guided by the second half of every call; the latter's prompts have pictures.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dancegrpo_fast.train.calls import Item, Policy, fill, pack, rows_are_equal
+from dancegrpo_fast.train.calls import Item, Policy, pack, plan_calls, rows_are_equal
 from dancegrpo_fast.train.loop import Trainer
 
 from .tiny import make_recipe
@@ -28,8 +28,11 @@ def test_every_item_is_dealt_once(equal: bool) -> None:
 
 
 def test_empty_rows_repeat_another() -> None:
-    b, d = Item((1,), 0, 1), Item((3,), 0, 3)
-    assert fill({1: b, 3: d}, 4) == [b, b, b, d]
+    places = {1: Item((1,), 7, 1), 3: Item((2, 3), 8, 3)}
+    (call,) = plan_calls([places], 4, prompts=[4, 5, 6, 6], weight=0.5, device=torch.device("cpu"))
+    assert call.rows.tolist() == [[1, 1, 1, 2], [7, 7, 7, 8], [5, 5, 5, 6]]
+    assert (call.used, call.single.tolist(), call.weight) == (2, [1], 0.5)
+    assert [(row, step, samples.tolist()) for row, step, samples in call.shared] == [(3, 8, [2, 3])]
     assert list(pack([], 4, equal=False)) == []
 
 

@@ -12,6 +12,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.calls import Policy, model_calls
 from dancegrpo_fast.train.collect import Collector
 from dancegrpo_fast.train.draw import Draw
+from dancegrpo_fast.train.held_out import Evaluator
 from dancegrpo_fast.train.loop import Trainer
 from dancegrpo_fast.train.residence import Residence
 
@@ -38,7 +39,7 @@ def test_best_of_n_keeps_what_it_trains_on(
             monkeypatch.setattr(Collector, "_parts", lambda collector: [collector._mine])
         trainer = Trainer(make_recipe(flux, tmp_path / name, best_of_n=1, micro_batch=micro_batch))
         rows = [{k: v for k, v in trainer.iteration(i).items() if k != "seconds"} for i in (1, 2)]
-        found.append((rows, [p.detach() for p in trainer.names]))
+        found.append((rows, [p.detach() for p in trainer.parameters.values()]))
     # A group of four is one set; three prompts, two iterations.
     assert drawn == [4] * 6 + [12] * 2
     (sets, ours), (whole, theirs) = found
@@ -82,7 +83,7 @@ def test_a_window_is_replayed_in_the_row_it_was_drawn_in(base: Path, tmp_path: P
     assert row["pairs"] == 24
 
 
-def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
+def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decay = 0.75
     settings = EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=1, rewards=[reward("Brightness")])
     trainer = Trainer(
@@ -90,15 +91,15 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
             base, tmp_path / "run", ema_decay=decay, evaluation=settings, keep_checkpoints=3, prompts_per_iteration=1
         )
     )
-    expected = {name: p.detach().clone() for p, name in trainer.names.items()}
+    expected = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     evaluated: list[dict[str, torch.Tensor]] = []
-    evaluator: Any = trainer.evaluator
+    evaluate = Evaluator.__call__
 
-    def evaluate(*arguments: Any) -> Any:
-        evaluated.append({name: p.detach().clone() for p, name in trainer.names.items()})
-        return evaluator(*arguments)
+    def watched(evaluator: Evaluator, sampler: str) -> Any:
+        evaluated.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+        return evaluate(evaluator, sampler)
 
-    trainer.evaluator = evaluate  # type: ignore[assignment]  # as it is called
+    monkeypatch.setattr(Evaluator, "__call__", watched)
     trainer.run()
     folders = checkpoint.complete(tmp_path / "run" / "checkpoints")
     assert len(folders) == 2 and len(evaluated) == 6
@@ -108,7 +109,7 @@ def test_the_average_is_evaluated_and_kept(base: Path, tmp_path: Path) -> None:
             expected[name] = expected[name].lerp(value, 1 - decay)
             assert torch.equal(tensors["ema"][name], expected[name])
             assert torch.equal(evaluated[2 * number][name], expected[name])
-    assert all(torch.equal(p, tensors["model"][name]) for p, name in trainer.names.items())
+    assert all(torch.equal(p, tensors["model"][name]) for name, p in trainer.parameters.items())
     part = "transformer" if (base / "transformer").is_dir() else "unet"
     assert (tmp_path / "run" / "model_ema" / part / "config.json").is_file()
 
@@ -118,10 +119,10 @@ def test_no_noise_comes_twice(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", shared_noise=False, ratio_norm=True))
     draws, table = [], trainer.table
     for iteration in (1, 2):
-        drawn = trainer.sampler(trainer.policy, iteration, trainer.prompts).data.trajectory
+        drawn = trainer.collect(iteration, trainer.prompts).trajectory
         assert drawn.outputs is not None
         draws.append(drawn.latents[:, 0])
-        for step in trainer.trainable_steps:
+        for step in trainer.loss.trainable_steps:
             a, b, tau = (float(column[step]) for column in (table.a, table.b, table.tau))
             draws.append((drawn.latents[:, step + 1] - a * drawn.latents[:, step] - b * drawn.outputs[:, step]) / tau)
     assert_independent(torch.cat(draws).flatten(1))

@@ -12,6 +12,7 @@ FILES = sorted(str(path) for path in Path(__file__).parent.glob("interpreted_*.p
 HALVES = {"the last three": FILES[-3:], "the others": FILES[:-3]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half", HALVES)
 def test_interpreted(half: str, pytestconfig: pytest.Config) -> None:
     pytest_elsewhere(pytestconfig, HALVES[half], TRITON_INTERPRET="1")

@@ -16,6 +16,7 @@ WANTED = "triton-3.6.0"
 FOLDERS = sorted({WANTED, *(folder.name for folder in Path(sys.prefix).glob("triton-*"))})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FOLDERS)
 def test_compiled_with(name: str, pytestconfig: pytest.Config) -> None:
     folder = Path(sys.prefix) / name

@@ -6,18 +6,20 @@ from typing import Any
 
 GIB = 2**30
 
-DTYPES = ("bf16", "fp32_master")
-LORA_DTYPES = ("fp32", "bf16")
-BASES = ("none", "int8", "nf4", "fp8")
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
-BLOCK_OPS = ("off", "lossless", "fast")
-RECOMPUTE = ("none", "gelu", "all")
-STRATEGIES = ("full_shard", "shard_grad_op", "none")
-GRADIENT_SYNCS = ("update", "call")
 OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
-OPTIMIZERS = ("adamw_fused", "adamw_foreach", "adamw_8bit")
-TEXT_ENCODERS = ("resident", "freed", "precomputed")
+CHOICES = {
+    "dtype": ("bf16", "fp32_master"),
+    "lora_dtype": ("fp32", "bf16"),
+    "base": ("none", "int8", "nf4", "fp8"),
+    "block_ops": ("off", "lossless", "fast"),
+    "recompute": ("none", "gelu", "all"),
+    "strategy": ("full_shard", "shard_grad_op", "none"),
+    "gradient_sync": ("update", "call"),
+    "optimizer": ("adamw_fused", "adamw_foreach", "adamw_8bit"),
+    "text_encoders": ("resident", "freed", "precomputed"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,24 +165,13 @@ class Settings:
             _tuple(name, getattr(self, name), str, "strings")
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
-        for name in ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "steps"):
+        counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "steps")
+        for name in (*counts, "fsdp", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
-        _integer("fsdp", self.fsdp, 1)
         _integer("lora", self.lora, 0)
-        _integer("trajectory_copies", self.trajectory_copies, 1)
         if self.text_tokens is not None:
             _integer("text_tokens", self.text_tokens, 1)
-        for name, known in (
-            ("dtype", DTYPES),
-            ("lora_dtype", LORA_DTYPES),
-            ("base", BASES),
-            ("block_ops", BLOCK_OPS),
-            ("recompute", RECOMPUTE),
-            ("strategy", STRATEGIES),
-            ("gradient_sync", GRADIENT_SYNCS),
-            ("optimizer", OPTIMIZERS),
-            ("text_encoders", TEXT_ENCODERS),
-        ):
+        for name, known in CHOICES.items():
             _one_of(name, getattr(self, name), known)
         for what in self.offload:
             _one_of("offload", what, OFFLOAD)

@@ -173,11 +173,8 @@ def measure(
     inputs: Mapping[str, Any],
     *,
     train: bool = True,
-    grads: bool = True,
     optimizer: str | None = None,
     autocast: torch.dtype | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-    call: Callable[..., Any] | None = None,
 ) -> Trace:
     """Keeps the same books while a real model runs on the CPU; its gradients and, at a step, its weights change.
 
@@ -186,4 +183,4 @@ def measure(
     Raises:
         ValueError: an unknown `optimizer`, or training without trainable parameters.
     """
-    return _run(model, inputs, call or model, train, grads, optimizer, autocast, loss)
+    return _run(model, inputs, model, train, True, optimizer, autocast, None)

@@ -35,22 +35,16 @@ class Loss(Protocol):
 
     A pair is a sample of the batch and a `step`: of its trajectory, or for a loss on noised samples the number of a
     draw of time and noise, which `inputs` makes anew from it.
+
+    Attributes:
+        keeps_outputs: trajectories have to keep the model's outputs.
+        pairs_per_sample: how many pairs every sample has; the loss is a mean over those of all processes.
+        metrics: names of the means in its terms.
     """
 
-    @property
-    def keeps_outputs(self) -> bool:
-        """Whether trajectories have to keep the model's outputs."""
-        ...
-
-    @property
-    def pairs_per_sample(self) -> int:
-        """How many pairs every sample has; the loss is a mean over those of all processes."""
-        ...
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        """Names of the means in its terms."""
-        ...
+    keeps_outputs: bool
+    pairs_per_sample: int
+    metrics: Sequence[str]
 
     def pairs(self, batch: Batch, samples: Sequence[int]) -> list[Item]:
         """What an update replays of `samples` (of this process); a pair whose gradient is zero may be left out.

@@ -40,7 +40,7 @@ class Grpo:
         self._reference = reference
         self.keeps_outputs = recipe.train.ratio_norm
         hidden = {"samples", "ratio_max_dev", *(("reference_kl",) if reference is None else ())}
-        self.metrics = [name for name in PolicyMetrics._fields if name not in hidden]
+        self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
         if not self.trainable_steps:
             raise ValueError(_without_noise(recipe.sampler))
