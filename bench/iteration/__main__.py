@@ -164,7 +164,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.iteration", description=__doc__)
     parser.add_argument("--recipe", action="append", help=f"default {' and '.join(RECIPES)}; their bases must be built")
-    parser.add_argument("--iterations", type=int, default=15, help="timed (15)")
+    parser.add_argument("--iterations", type=int, default=40, help="timed (40)")
     parser.add_argument("--out", type=Path, default=RESULTS / "iteration.jsonl")
     options = parser.parse_args()
     # The scripts reduce and wait in every micro-step; one process is the least that this can cost.
