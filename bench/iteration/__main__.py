@@ -96,9 +96,11 @@ def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[int], float]
 
 def measure(name: str, iterations: int, where: dict[str, Any]) -> list[Row]:
     """One row per contender: seconds of every iteration, the reward curve, launches, host reads and peak bytes."""
-    given = ["--train.iterations", str(iterations), "--train.updates_per_rollout", "1"]
-    recipe, _ = load_recipe([str(Path("recipes") / f"{name}.yaml"), *given])
-    recipe = replace(recipe, train=replace(recipe.train, iterations=iterations))
+    recipe, _ = load_recipe([str(Path("recipes") / f"{name}.yaml")])
+    # One update a rollout is what the loop has; AdamW goes as far in it as in the recipe's.
+    rate = recipe.train.learning_rate * recipe.train.updates_per_rollout
+    one = replace(recipe.train, iterations=iterations, updates_per_rollout=1, learning_rate=rate)
+    recipe = replace(recipe, train=one)
     with tempfile.TemporaryDirectory() as folder:
         runs = contenders(recipe, Path(folder))
         seconds: dict[str, list[float]] = {contender: [] for contender in runs}
