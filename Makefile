@@ -5,7 +5,7 @@ WERROR ?= OFF
 CUDA ?= $(if $(shell command -v nvcc),ON,AUTO)
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find dancegrpo_fast kernels csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*') CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find dancegrpo_fast kernels csrc recipes -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.yaml' -o -name '*.jsonl') CMakeLists.txt pyproject.toml constraints.txt
 
 # Another Triton that the kernels are compiled with: what torch 2.11 brings.
 OTHER_TRITON := 3.6.0

@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy(
         "transitions": ("TransitionTable",),
     },
     (
-        *("activations", "advantages", "attention", "backends", "compat", "demo", "dropin", "evaluate", "info", "lora"),
+        *("activations", "advantages", "attention", "backends", "compat", "demo", "dropin", "evaluate", "lora"),
         *("marks", "memory", "models", "ops", "patch", "plugins", "processes", "profile", "prompts", "quantization"),
         *("recipe", "rewards", "rng", "run", "train", "transitions"),
     ),

@@ -10,7 +10,7 @@ from urllib.request import url2pathname
 EXTRAS = {
     "train": (
         *("accelerate", "diffusers", "ftfy", "jsonargparse", "matplotlib", "peft", "PIL", "pyarrow", "safetensors"),
-        *("tensorboard", "transformers"),
+        *("tensorboard", "tqdm", "transformers"),
     ),
     "demo": ("sklearn",),
     "judge": ("httpx",),

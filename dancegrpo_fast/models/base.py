@@ -320,10 +320,16 @@ class DiffusersModel:
             self.vae.disable_tiling()
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:
+        if not getattr(denoiser, "peft_config", None):
+            denoiser.save_pretrained(folder / self.denoiser_part)  # type: ignore[operator]  # diffusers' ModelMixin
+            return
         import diffusers
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft.utils import get_peft_model_state_dict
 
-        pipeline = getattr(diffusers, self.pipeline)
-        save_denoiser(denoiser, folder, self.denoiser_part, pipeline.save_lora_weights)
+        layers = {f"{self.denoiser_part}_lora_layers": get_peft_model_state_dict(denoiser)}
+        metadata = _collate_lora_metadata({self.denoiser_part: denoiser})
+        getattr(diffusers, self.pipeline).save_lora_weights(folder, **layers, **metadata)
 
 
 def guided_batch(
@@ -348,18 +354,6 @@ def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Te
         return output, None
     conditional, uncond_output = output.chunk(2)
     return conditional, uncond_output
-
-
-def save_denoiser(denoiser: nn.Module, folder: Path, subfolder: str, save_lora: Any) -> None:
-    """`save_lora` is the pipeline class's `save_lora_weights`; without LoRA layers the whole denoiser is written."""
-    if not getattr(denoiser, "peft_config", None):
-        denoiser.save_pretrained(folder / subfolder)  # type: ignore[operator]  # diffusers' ModelMixin
-        return
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft.utils import get_peft_model_state_dict
-
-    layers = get_peft_model_state_dict(denoiser)
-    save_lora(folder, **{f"{subfolder}_lora_layers": layers}, **_collate_lora_metadata({subfolder: denoiser}))
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:

@@ -31,11 +31,13 @@ def flow_sigmas(sampler: SamplerSettings, scheduler: Any, mu: float | None = Non
 
 
 def shift_for(scheduler: Any, tokens: int) -> float:
-    """The `mu` of a scheduler whose shift depends on how many tokens an image has."""
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    """The `mu` of a scheduler whose shift depends on how many tokens an image has, as diffusers' pipelines have it.
 
-    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu: float = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+    Their modules are not asked: importing one loads image processors that nothing here uses.
+    """
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu: float = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
     return mu
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..install import missing
+from ..progress import counted
 from ..prompts import Prompt
 from ..recipe import RewardSettings
 from .base import Checking as Checking
@@ -99,7 +100,7 @@ class RewardSet:
         """
         count = len(inputs.prompts)
         rows = []
-        for settings, reward in zip(self._settings, self._rewards, strict=True):
+        for settings, reward in counted(list(zip(self._settings, self._rewards, strict=True)), "rewards"):
             try:
                 scores = reward(inputs)
             except Exception as error:

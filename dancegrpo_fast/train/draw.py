@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ..models import Conditioning
 from ..ops.transition import transition_step
+from ..progress import counted
 from ..transitions import TransitionTable
 from .calls import Policy, chunks, select
 from .trajectory import Trajectory
@@ -92,14 +94,15 @@ class Draw:
         drawn = Trajectory.allocate(len(ids), len(self.table), initial, keep_outputs=self.keep_outputs)
         if isinstance(start, Tensor):
             drawn.latents[:, 0].copy_(start)
-        for part in chunks(len(ids), self.policy.rows):
-            rows, first = drawn.rows(part.start, part.stop), 0
-            if isinstance(start, Start):
-                self._expand(start, rows, prompts[part], ids[part])
-                first = start.step + 1
-            call = self._caller(rows, prompts[part])
-            for step in range(first, len(self.table)):
-                self._advance(step, rows, *call(step), ids[part])
+        first = start.step + 1 if isinstance(start, Start) else 0
+        calls = list(product(chunks(len(ids), self.policy.rows), range(first, len(self.table))))
+        for part, step in counted(calls, "sampling"):
+            if step == first:
+                rows = drawn.rows(part.start, part.stop)
+                if isinstance(start, Start):
+                    self._expand(start, rows, prompts[part], ids[part])
+                call = self._caller(rows, prompts[part])
+            self._advance(step, rows, *call(step), ids[part])
         return drawn
 
     def _expand(self, start: Start, rows: Trajectory, prompts: Tensor, ids: Tensor) -> None:

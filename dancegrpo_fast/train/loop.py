@@ -6,6 +6,7 @@ from typing import Any
 
 from ..files import append_rows, replacing
 from ..marks import phase
+from ..progress import counted
 from ..prompts import prompts_of_iteration
 from ..run.sheets import save_samples
 from ..run.words import progress_line
@@ -45,7 +46,7 @@ class Trainer(Setup):
         prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, self.recipe.seed)
         batch = self.collect(iteration, prompts)
         clock = Clock()
-        for number, (calls, made) in enumerate(self.updates.plan(batch, iteration, tally)):
+        for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
             changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
             with phase("optimizer"):
                 tally.grad_norms.append(self.optimizer.step(changed))

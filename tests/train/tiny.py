@@ -1,6 +1,7 @@
 """Tiny generators of both paradigms in ordinary diffusers folders, with weights drawn here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +79,25 @@ def reward(name: str, **settings: Any) -> RewardSettings:
     return RewardSettings(name=f"{Brightness.__module__}:{name}", args=args, **settings)
 
 
-def _finish(folder: Path, family: str, denoiser: Any, scheduler: Any, tensors: dict[str, torch.Tensor]) -> Path:
+def _finish(
+    folder: Path, family: str, denoiser: Any, scheduler: Any, prompts: Sequence[str], tensors: dict[str, torch.Tensor]
+) -> Path:
     parts.image_vae(scaling_factor=1.0, shift_factor=0.0).save_pretrained(folder / "vae")
     denoiser.save_pretrained(folder / ("unet" if family == "stable_diffusion" else "transformer"))
     scheduler.save_pretrained(folder / "scheduler")
-    PromptStore(folder / "prompt_embeds", given_identity(family)).add(PROMPTS, tensors)
+    PromptStore(folder / "prompt_embeds", given_identity(family)).add(prompts, tensors)
     (folder / "model_index.json").write_text("{}")
     return folder
 
 
-def make_flux(folder: Path) -> Path:
+def make_flux(folder: Path, prompts: Sequence[str] = PROMPTS) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(0)
-    embeds = {"prompt_embeds": torch.randn(4, 3, 16), "pooled_prompt_embeds": torch.randn(4, 16)}
+    count = len(prompts)
+    embeds = {"prompt_embeds": torch.randn(count, 3, 16), "pooled_prompt_embeds": torch.randn(count, 16)}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    return _finish(folder, "flux", parts.flux_transformer(16), scheduler, embeds)
+    return _finish(folder, "flux", parts.flux_transformer(16), scheduler, prompts, embeds)
 
 
 def make_diffusion(folder: Path) -> Path:
@@ -102,7 +106,7 @@ def make_diffusion(folder: Path) -> Path:
     torch.manual_seed(0)
     embeds = {"prompt_embeds": torch.randn(4, 3, 16)}
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return _finish(folder, "stable_diffusion", parts.unet(16), scheduler, embeds)
+    return _finish(folder, "stable_diffusion", parts.unet(16), scheduler, PROMPTS, embeds)
 
 
 def recipe_of(**flat: Any) -> Recipe:
