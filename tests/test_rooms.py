@@ -17,7 +17,6 @@ MENTIONS = {
         "compat",
     ): "the functions that it puts in place of a script's; a script imports none before it calls one",
     ("dropin.launchers", "cli"): "a child process is started as `python -m dancegrpo_fast.cli run`",
-    (PACKAGE, "info"): "a public module, which asks the package for its version",
     ("memory", "profile"): "public names from when profiles were a part of it",
     ("rewards", "demo"): "the demo's rewards, which a recipe names like all others",
 }
