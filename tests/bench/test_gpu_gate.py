@@ -65,6 +65,7 @@ def results() -> dict[Path, bytes]:
 
 
 @needs_modules
+@pytest.mark.release
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     """Every stage, with modules and a package that were brought along; nothing in the repository changes."""
