@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
 	@echo "make test    lint, types and tests of every kind, against the installed package (eight minutes on two cores)"
 	@echo "make test-all the same and what only a release needs: tests/README.md"
-	@echo "make bench   time a selection of the ops on this CPU (about five minutes on two cores)"
+	@echo "make bench   time a selection of the ops on this CPU"
 	@echo "make docs    build the documentation as a site: build/site"
 	@echo "make matrix  tests with other versions of Python, torch, Triton and diffusers: docs/compatibility.md"
 	@echo "make install create .venv with exactly the versions in constraints.txt"

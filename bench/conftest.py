@@ -148,17 +148,15 @@ def contest(
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Ours against each peer in one line, and what is slower than it or off its budget."""
-    session = getattr(config, "_benchmarksession", None)
-    rows = [(f"{b.group}, {b.extra_info['backend']}", b.extra_info) for b in session.benchmarks] if session else []
+    benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
+    known = [(b.group, b.extra_info) for b in benchmarks if "backend" in b.extra_info]
+    rows = [(f"{group}, {row['backend']}", row) for group, row in known]
     for peer in PEERS:
         times = {name: row.get(f"times_{peer}") for name, row in rows if row["backend"] not in PEERS}
         ours = {name: each for name, each in times.items() if each is not None}
-        if ours:
-            slower = "".join(f"  slower than {peer}: {name} ({each:.2f})\n" for name, each in ours.items() if each < 1)
-            found = (
-                f"{min(ours.values()):.3g} to {max(ours.values()):.3g} (median {statistics.median(ours.values()):.3g})"
-            )
-            terminalreporter.write(
-                f"{len(ours)} timings of ours: {found} x {peer}; {slower.count(chr(10))} slower\n{slower}"
-            )
+        if found := list(ours.values()):
+            slower = [f"  slower than {peer}: {name} ({each:.2f})\n" for name, each in ours.items() if each < 1]
+            spread = f"{min(found):.3g} to {max(found):.3g} (median {statistics.median(found):.3g})"
+            terminalreporter.write(f"{len(ours)} timings of ours: {spread} x {peer}; {len(slower)} slower\n")
+            terminalreporter.write("".join(slower))
     terminalreporter.write("".join(f"  off budget: {name}\n" for name, row in rows if not row["within_budget"]))
