@@ -70,5 +70,6 @@ def test_rows_make_the_table_and_the_figure(tmp_path: Path) -> None:
         for contender, seconds in (("ours", 1.0), ("batched", 2.0), ("plain", 10.0))
     ]
     assert [line.split("|")[4].strip() for line in table(rows).splitlines()[2:]] == ["10.0x", "5.0x", "1.0x"]
+    assert figure.smoothed([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     figure.draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size
