@@ -21,12 +21,7 @@ from dancegrpo_fast.transitions import (
     vp_sde,
 )
 
-from ..tolerances import (
-    assert_as_printed,
-    assert_first_order,
-    assert_same_formula,
-    assert_within_budget,
-)
+from ..tolerances import assert_as_printed, assert_first_order, assert_same_formula, assert_within_budget
 
 F64 = torch.float64
 BACKENDS = ("cpu", "reference")
@@ -65,14 +60,7 @@ GOLDEN = {
     ),
     "cps .75->.5": (
         cps((0.75, 0.5), 0.8),
-        (
-            "0.654508497187",
-            "-0.336372875703",
-            "0.475528258148",
-            "-0.112909276214",
-            "-0.119155351077",
-            "0.229400627582",
-        ),
+        ("0.654508497187", "-0.336372875703", "0.475528258148", "-0.112909276214", "-0.119155351077", "0.229400627582"),
     ),
     "cps .1->0": (cps((0.1, 0.0), 0.8), ("1", "-0.1", "0", "0", "0", "0.745937335895")),
 }
@@ -130,8 +118,7 @@ def cps_definition(x, v, s, n, eta, eps):
 
 
 @pytest.mark.parametrize(
-    ("build", "definition"),
-    [(dance_sde, dance_definition), (flow_sde, flow_definition), (cps, cps_definition)],
+    ("build", "definition"), [(dance_sde, dance_definition), (flow_sde, flow_definition), (cps, cps_definition)]
 )
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_flow_tables_follow_their_definitions(build: Callable, definition: Callable, eta: float) -> None:
@@ -257,12 +244,7 @@ def test_vp_sde_without_noise_converges_to_ddim(prediction_type: str) -> None:
         times = torch.arange(steps, 0, -1)
         tables = [
             build(
-                alphas,
-                times,
-                0.0,
-                prediction_type,
-                final_alpha_cumprod=float(alphas[0]),
-                previous_timesteps=times - 1,
+                alphas, times, 0.0, prediction_type, final_alpha_cumprod=float(alphas[0]), previous_timesteps=times - 1
             )
             for build in (vp_sde, ddim)
         ]

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,14 +119,6 @@ RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
 }
 
 
-def compile_all(
-    capability: int, folder: Path, run: Callable[..., None], *shape: object, **how: object
-) -> list[Compiled]:
-    with offline.compiling(capability, folder) as launches:
-        run(*shape, **how)
-    return launches
-
-
 def registers_for(run: Callable[..., None], found: Compiled, channels: int) -> int:
     if found.kernel == "sum_chunks_kernel" or run in (residual_forward, residual_backward):
         return RESIDUAL_REGISTERS
@@ -164,7 +157,7 @@ def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
     cases = ((5120, BF16, "fast"), (8192, F32, "fast"), (3072, BF16, "lossless"), (3072, F32, "fast"))
     # Elsewhere the two that came close to a spill.
     for channels, dtype, mode in cases if capability == 90 else cases[:2]:
-        for found in compile_all(capability, tmp_path, run, channels, dtype, mode=mode, **how):
+        for found in offline.launched(capability, tmp_path, run, channels, dtype, mode=mode, **how):
             assert_lean(run, found, channels)
             if found.kernel != "sum_chunks_kernel":
                 assert_wide_accesses(found)
@@ -174,19 +167,19 @@ def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
 def test_half_precision(name: str, tmp_path: Path) -> None:
     run, how = RUNS[name]
     for channels, mode in ((1536, "lossless"), (8192, "fast")):
-        for found in compile_all(90, tmp_path, run, channels, F16, mode=mode, **how):
+        for found in offline.launched(90, tmp_path, run, channels, F16, mode=mode, **how):
             assert_lean(run, found, channels)
 
 
 def test_lossless_rounds_in_hardware(tmp_path: Path) -> None:
     for run in (forward, backward, residual_forward, residual_backward):
-        assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", compile_all(90, tmp_path, run, mode="lossless")[0].ptx)
+        assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", offline.launched(90, tmp_path, run, mode="lossless")[0].ptx)
 
 
 def test_rows_of_one_channel(tmp_path: Path) -> None:
     """Other small and odd rows are those of the small models."""
     for run, how in RUNS.values():
-        for found in compile_all(90, tmp_path, run, 1, **how):
+        for found in offline.launched(90, tmp_path, run, 1, **how):
             assert found.spilled == 0 and ".f64" not in found.ptx
 
 
@@ -199,34 +192,28 @@ def test_launches(tmp_path: Path) -> None:
         residual_backward: ["backward_kernel", "sum_chunks_kernel"],
     }
     for run, wanted in names.items():
-        assert [found.kernel for found in compile_all(90, tmp_path, run)] == wanted
-    assert [found.kernel for found in compile_all(90, tmp_path, backward, frozen=True)] == ["backward_kernel"]
-    found = compile_all(90, tmp_path, backward, 8192, affine=True)
+        assert [found.kernel for found in offline.launched(90, tmp_path, run)] == wanted
+    assert [found.kernel for found in offline.launched(90, tmp_path, backward, frozen=True)] == ["backward_kernel"]
+    found = offline.launched(90, tmp_path, backward, 8192, affine=True)
     assert [launch.kernel for launch in found] == ["backward_kernel", "backward_kernel", "sum_chunks_kernel"]
 
 
 @pytest.mark.parametrize(("tokens", "programs"), [(512, 128), (4096, 512), (16_900, 498), (75_600, 511)])
 def test_chunks(tokens: int, programs: int, tmp_path: Path) -> None:
     """Enough of them for a GPU from a few hundred tokens on, and never many."""
-    assert compile_all(90, tmp_path, backward, 64, tokens=tokens, batch=1)[0].programs == programs
+    assert offline.launched(90, tmp_path, backward, 64, tokens=tokens, batch=1)[0].programs == programs
 
 
 def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
     """Neither batch, tokens nor split is part of what is compiled."""
-    made = (
-        *(kernels.forward_kernel, kernels.backward_kernel),
-        *(residual_kernels.forward_kernel, residual_kernels.backward_kernel, triton_rows.sum_chunks_kernel),
-    )
+    made = (kernels.forward_kernel, kernels.backward_kernel, triton_rows.sum_chunks_kernel)
+    made += (residual_kernels.forward_kernel, residual_kernels.backward_kernel)
 
-    def keys() -> list[set]:
-        return [{key for caches in kernel.device_caches.values() for key in caches[0]} for kernel in made]
+    def call(batch: int, tokens: int, split: int) -> None:
+        forward(tokens=tokens, batch=batch, split=split)
+        backward(tokens=tokens, batch=batch, split=split)
+        residual_forward(tokens=tokens)
+        residual_backward(tokens=tokens)
 
-    known: list[set] = []
-    with offline.compiling(90, tmp_path):
-        for batch, tokens, split in ((2, 4096, 512), (1, 17, 0), (3, 4099, 4099), (2, 75_600, 16)):
-            forward(tokens=tokens, batch=batch, split=split)
-            backward(tokens=tokens, batch=batch, split=split)
-            residual_forward(tokens=tokens)
-            residual_backward(tokens=tokens)
-            known = known or keys()
-            assert keys() == known
+    calls = ((2, 4096, 512), (1, 17, 0), (3, 4099, 4099), (2, 75_600, 16))
+    offline.assert_compiled_once(tmp_path, made, (partial(call, *each) for each in calls))
