@@ -1,6 +1,7 @@
 """`transition_step` and `transition_log_prob` against the definition in float64, and in every layout."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -69,7 +70,13 @@ def assert_matches_reference(
     scores = (reference_score(case, table, step.latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(step.log_prob, *scores)
 
-    log_prob, *grads = score(case, table, rounding=rounding, backend=backend)
+    assert_scores(case, table, score(case, table, rounding=rounding, backend=backend), rounding)
+
+
+def assert_scores(case: Case, table: TransitionTable, found: Iterable[torch.Tensor], rounding: str = "exact") -> None:
+    """A log-probability and its gradients within the budget."""
+    log_prob, *grads = found
+    compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
     scores = (reference_score(case, table, case.next_latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(log_prob, *scores)
     # The kernel reads low-precision outputs; only the truth's gradient stays in float64.

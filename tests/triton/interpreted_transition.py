@@ -35,7 +35,7 @@ from ..tolerances import assert_same_noise
 
 FLOAT32 = tuple(dtypes for dtypes in DTYPES if F64 not in dtypes)
 BLOCK = _triton.BLOCK
-ROUNDINGS, SWITCH = ("exact", "reference"), (False, True)
+SWITCH = (False, True)
 # One element, around the kernels' block and in its second, and many samples of little.
 SHAPES = ((3, 1), (2, 13), (2, BLOCK - 1), (2, BLOCK), (1, BLOCK + 1), (35, 2), (2, 4, 3, 6, 5))
 
@@ -224,6 +224,7 @@ def test_steps_outside_the_table_are_poison() -> None:
             assert bool(found[1:3].isnan().all()) and torch.equal(found[[0, 3]], wanted[[0, 3]])
 
 
+RATIOS = product(FLOAT32[:5], ("exact", "reference"), SWITCH)
 OUT_LAYOUTS = ("slice", "crop", "trajectory", "transposed", "batch last", "odd offset")
 # Tests of the other backends that hold as they are.
 SHARED: list[tuple[Callable[..., None], Iterable[tuple]]] = [
@@ -235,10 +236,7 @@ SHARED: list[tuple[Callable[..., None], Iterable[tuple]]] = [
     (test_transition.test_out_is_filled_and_nothing_around_it, product(OUT_LAYOUTS, (F32, BF16, F16))),
     (
         test_invariance.test_first_ratio_is_exactly_one,
-        (
-            (dtypes, True, seeded, rounding, seeded)
-            for dtypes, rounding, seeded in product(FLOAT32[:5], ROUNDINGS, SWITCH)
-        ),
+        [(dtypes, True, seeded, rounding, seeded) for dtypes, rounding, seeded in RATIOS],
     ),
     (test_policy_loss_edges.test_samples_without_gradient_are_not_read, product(SWITCH, (F32, BF16, F16))),
 ]
