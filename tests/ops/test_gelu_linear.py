@@ -70,11 +70,15 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def drawn(name: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    frozen, absent = CASES[name]
+    return draw(dtype, *frozen, absent=absent)
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_lossless_has_the_bits_of_eager(name: str, dtype: torch.dtype) -> None:
-    frozen, absent = CASES[name]
-    tensors = draw(dtype, *frozen, absent=absent)
+    tensors = drawn(name, dtype)
     for actual, wanted in zip(run(ours("lossless"), tensors), run(eager, tensors), strict=True):
         assert torch.equal(actual, wanted)
 
@@ -82,8 +86,7 @@ def test_lossless_has_the_bits_of_eager(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_fast_is_within_the_budget(name: str, dtype: torch.dtype) -> None:
-    frozen, absent = CASES[name]
-    tensors = draw(dtype, *frozen, absent=absent)
+    tensors = drawn(name, dtype)
     doubled = {
         k: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for k, t in tensors.items()
     }
@@ -102,37 +105,31 @@ def test_gradcheck(mode: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backward"),
     [
-        ("all", ["gelu_tanh_gradients"]),
-        ("frozen biases", ["gelu_tanh_gradients"]),
-        ("frozen weight", ["gelu_tanh_backward"]),
-        ("biases alone", ["gelu_tanh_backward"]),
-        ("frozen h", ["gelu_tanh"]),
-        ("prefix alone", []),
+        *((name, ["gelu_tanh_gradients"]) for name in ("all", "frozen biases")),
+        *((name, ["gelu_tanh_backward"]) for name in ("frozen weight", "biases alone")),
+        *(("frozen h", ["gelu_tanh"]), ("prefix alone", [])),
     ],
 )
 def test_only_what_is_needed_is_computed(name: str, backward: list[str]) -> None:
-    frozen, absent = CASES[name]
     with Recorder("dgf") as recorder:
-        run(ours("fast"), draw(F32, *frozen, absent=absent))
+        run(ours("fast"), drawn(name, F32))
     assert recorder.names == ["gelu_tanh", *backward]
     if "gelu_tanh_gradients" in backward:
-        assert recorder.calls[1][1][3] == ("h_bias" not in frozen)
+        assert recorder.calls[1][1][3] == ("h_bias" not in CASES[name][0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["all", "no prefix", "no biases"])
 def test_opcheck(name: str, mode: str) -> None:
-    frozen, absent = CASES[name]
     with Recorder("dgf") as recorder:
-        run(ours(mode), draw(F32, *frozen, absent=absent))
+        run(ours(mode), drawn(name, F32))
     opcheck(recorder)
 
 
 @pytest.mark.parametrize("name", ["all", "no prefix", "frozen weight"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
-    frozen, absent = CASES[name]
-    tensors = draw(F32, *frozen, absent=absent)
+    tensors = drawn(name, F32)
     compiled = torch.compile(ours("fast"), fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(run(compiled, tensors), run(ours("fast"), tensors), strict=True):
         assert_within_budget(actual, wanted.double(), wanted)

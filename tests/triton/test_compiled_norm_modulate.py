@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,57 +40,50 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def forward(
-    channels: int = 3072,
-    dtype: torch.dtype = BF16,
-    *,
-    mode: str = "fast",
-    norm: str = "layer",
-    split: int = -1,
-    gated: bool = True,
-    affine: bool = False,
-    tokens: int = TOKENS,
-    batch: int = BATCH,
-) -> None:
-    x = empty(batch, tokens, channels, dtype=dtype)
-    row = empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
-    weight = empty(channels, dtype=dtype) if affine else None
-    numbers = empty(batch, tokens, dtype=F32)
-    y, gate = (x, row) if gated else (None, None)
-    outputs = (x, x, numbers, numbers)
-    given = norm_modulate.Given(gate, row, row, weight, weight, split, norm, 1e-6, mode, None)
-    norm_modulate.forward(x, y, given, outputs)
+@dataclass(frozen=True)
+class Norm:
+    """Sizes and settings of a call, forward or backward; `frozen`: nothing but the tokens gets a gradient."""
+
+    channels: int = 3072
+    dtype: torch.dtype = BF16
+    mode: str = "fast"
+    norm: str = "layer"
+    split: int = -1
+    gated: bool = True
+    affine: bool = False
+    frozen: bool = False
+    grads: int = 1
+    tokens: int = TOKENS
+    batch: int = BATCH
+
+    def x(self) -> Tensor:
+        return empty(self.batch, self.tokens, self.channels, dtype=self.dtype)
+
+    def numbers(self) -> Tensor:
+        return empty(self.batch, self.tokens, dtype=F32)
+
+    def parameters(self) -> list[Tensor | None]:
+        """Gate, scale, shift, weight and bias."""
+        rows = [empty(self.batch, 1 if self.split < 0 else 2, self.channels, dtype=self.dtype) for _ in range(3)]
+        vectors = [empty(self.channels, dtype=self.dtype) if self.affine else None for _ in range(2)]
+        return [rows[0] if self.gated else None, *rows[1:], *vectors]
+
+    def given(self) -> norm_modulate.Given:
+        return norm_modulate.Given(*self.parameters(), self.split, self.norm, 1e-6, self.mode, None)
 
 
-def backward(
-    channels: int = 3072,
-    dtype: torch.dtype = BF16,
-    *,
-    mode: str = "fast",
-    norm: str = "layer",
-    split: int = -1,
-    gated: bool = True,
-    affine: bool = False,
-    frozen: bool = False,
-    grads: int = 1,
-    tokens: int = TOKENS,
-    batch: int = BATCH,
-) -> None:
-    def x() -> Tensor:
-        return empty(batch, tokens, channels, dtype=dtype)
+def forward(*sizes: object, **how: object) -> None:
+    n = Norm(*sizes, **how)
+    outputs = (n.x(), n.x(), n.numbers(), n.numbers())
+    norm_modulate.forward(n.x(), n.x() if n.gated else None, n.given(), outputs)
 
-    def row() -> Tensor:
-        return empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
 
-    weight, bias = (empty(channels, dtype=dtype) if affine else None for _ in range(2))
-    numbers = empty(batch, tokens, dtype=F32)
-    y, gate = (x(), row()) if gated else (None, None)
-    scale, shift = row(), row()
-    outputs = [x(), x() if gated else None, row() if gated else None, row(), row(), weight, bias]
-    if frozen:
-        y, outputs = None, [*outputs[:2], *[None] * 5]
-    given = norm_modulate.Given(gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None)
-    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, y, given, outputs)
+def backward(*sizes: object, **how: object) -> None:
+    n = Norm(*sizes, **how)
+    y = n.x() if n.gated and not n.frozen else None
+    outputs = [n.x(), n.x() if n.gated else None, *([None] * 5 if n.frozen else n.parameters())]
+    tokens = (n.x(), [n.x() for _ in range(n.grads)], n.x())
+    norm_modulate.backward(*tokens, n.numbers(), n.numbers(), y, n.given(), outputs)
 
 
 def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS) -> None:
