@@ -12,6 +12,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     figure, axes = plt.subplots(
@@ -30,6 +31,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes[line][1].set(title="and what they cost", xlabel="seconds of training on this CPU")
         axes[line][0].legend(frameon=False, fontsize=8)
         for axis in axes[line]:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

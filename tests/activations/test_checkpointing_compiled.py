@@ -8,6 +8,7 @@ import torch
 from dancegrpo_fast.activations.checkpointing import FirstBlocks, apply
 
 from ..patch.models import assert_same_bits, run
+from ..release import release_but
 from .policies import MODELS, build, mixed
 
 
@@ -38,7 +39,7 @@ def test_blocks_compiled_after_a_selective_policy() -> None:
         model(**MODELS["wan"].inputs())
 
 
-@pytest.mark.parametrize("policy", ["full", "attention", "mixed"])
+@pytest.mark.parametrize("policy", release_but(("mixed",), ["full", "attention", "mixed"]))
 def test_model_compiled_as_a_whole(policy: str) -> None:
     model = build("wan")
     inputs = MODELS["wan"].inputs()

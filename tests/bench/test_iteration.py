@@ -17,7 +17,7 @@ from ..tolerances import assert_same_training
 from ..train import tiny
 
 
-@pytest.fixture(scope="module", params=["flux", "diffusion"])
+@pytest.fixture(scope="module", params=["flux", pytest.param("diffusion", marks=pytest.mark.release)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = tiny.make_flux if request.param == "flux" else tiny.make_diffusion
     return make(tmp_path_factory.mktemp(request.param) / "base")

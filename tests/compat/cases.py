@@ -12,17 +12,7 @@ from torch import Tensor
 
 from dancegrpo_fast.transitions import shifted_sigmas
 
-from .peers import (
-    dancegrpo,
-    ddpo,
-    diffusion_nft,
-    flow_factory,
-    flow_grpo,
-    flow_grpo_wan,
-    mixgrpo,
-    pref_grpo,
-    verl_omni,
-)
+from .peers import dancegrpo, ddpo, diffusion_nft, flow_factory, flow_grpo, flow_grpo_wan, mixgrpo, pref_grpo, verl_omni
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PEERS = {m.__name__.rpartition(".")[2]: m for m in (dancegrpo, ddpo, flow_grpo, mixgrpo, pref_grpo, verl_omni)}

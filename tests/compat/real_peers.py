@@ -219,14 +219,7 @@ ROWS = [
     Real("flow_grpo", _SD3_FILE, _NAME, _WAN, _scheduled(flow), 1, "fc412d2", {"level": 0.7}),
     Real("flow_grpo-54809b5", _NEWER_FILE, _NAME, _SDE, _scheduled(flow, return_sqrt_dt=True), 1),
     Real("flow_grpo-54809b5", _NEWER_FILE, _NAME, _SDE, _scheduled(flow, sde_type="cps"), 1, note="cps"),
-    Real(
-        "flow_grpo-54809b5",
-        _NEWER_FILE,
-        "ode_step_with_logprob",
-        "flow_grpo:ode_step_with_logprob",
-        _ode,
-        1,
-    ),
+    Real("flow_grpo-54809b5", _NEWER_FILE, "ode_step_with_logprob", "flow_grpo:ode_step_with_logprob", _ode, 1),
     Real("FlowCPS", _SD3_FILE, _NAME, _SDE, _scheduled(flow), 1, None, {"sde_type": "cps"}),
     *(
         Real("FlowCPS", _WAN_FILE, _NAME, _WAN, _scheduled(make, **fixed), 1, note=note, shape=(4, 2, 3, 4, 5))

@@ -34,6 +34,7 @@ def test_two_processes(tmp_path: Path) -> None:
             assert torch.equal(found["lossless"][name], value), (kind, name)
 
 
+@pytest.mark.release
 def test_fsdp1_around_each_block(tmp_path: Path) -> None:
     """Checkpointed blocks, a copy for an average of the weights, LoRA; on two processes and on one."""
     pytest.importorskip("peft")

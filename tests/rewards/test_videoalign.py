@@ -105,12 +105,7 @@ def scores(base: Path, checkpoint: Path, inputs: RewardInput, batch: int, dtype:
     [*(("float32", batch, size) for batch, size in zip((1, 2, 2), SIZES, strict=True)), ("bfloat16", 2, SIZES[0])],
 )
 def test_scores(
-    base: Path,
-    checkpoint: Path,
-    truth: Callable[[int, int], Tensor],
-    dtype: str,
-    batch: int,
-    size: tuple[int, int],
+    base: Path, checkpoint: Path, truth: Callable[[int, int], Tensor], dtype: str, batch: int, size: tuple[int, int]
 ) -> None:
     """Padded or alone, a video scores what transformers and peft say of it alone."""
     inputs = videos(*PROMPTS, height=size[0], width=size[1])

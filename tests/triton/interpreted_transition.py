@@ -4,9 +4,7 @@ Collected by test_interpreted.py only, with TRITON_INTERPRET=1.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
@@ -31,11 +29,11 @@ from ..ops.cases import (
     sample,
     score,
 )
+from ..release import release_but
 from ..tolerances import assert_same_noise
 
 FLOAT32 = tuple(dtypes for dtypes in DTYPES if F64 not in dtypes)
 BLOCK = _triton.BLOCK
-SWITCH = (False, True)
 # One element, around the kernels' block and in its second, and many samples of little.
 SHAPES = ((3, 1), (2, 13), (2, BLOCK - 1), (2, BLOCK), (1, BLOCK + 1), (35, 2), (2, 4, 3, 6, 5))
 
@@ -52,6 +50,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
     test_transition.assert_matches_reference(case, TABLES["flow"], F32, backend="triton")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
@@ -61,6 +60,7 @@ def test_dtypes_guidance_rounding_and_mixed_steps(dtypes: tuple, cfg: bool, roun
     test_transition.assert_matches_reference(case, table, dtypes[2], rounding, backend="triton")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
 @pytest.mark.parametrize("cfg", [False, True])
@@ -88,6 +88,14 @@ def test_noise_is_that_of_the_cpu_kernel(numel: int) -> None:
         found = test_noise.draw(ids, numel, seed, step, "triton")
         assert bits(found) == bits(test_noise.draw(ids, numel, seed, step))
         assert_same_noise(found, test_noise.draw(ids, numel, seed, step, "reference"))
+
+
+def test_noise_keys() -> None:
+    test_noise.test_keyed_by_seed_id_step_and_element_only("triton")
+    test_noise.test_gaussian_noise("triton")
+    test_noise.test_no_step_draws_the_noise_of_gaussian_noise(2**31, "triton")
+    test_noise.test_every_part_of_the_key_counts("triton")
+    test_noise.test_seeded_step_equals_the_same_noise_given((F32, BF16, F32), "triton")
 
 
 @cache
@@ -135,6 +143,12 @@ def test_expanded_inputs(dims: tuple[int, ...]) -> None:
     assert case.latents.stride(dims[0]) == 0
     contiguous = everything(case.map(torch.Tensor.contiguous), table, backend="triton")
     assert_same_bits(everything(case, table, backend="triton"), contiguous)
+
+
+@pytest.mark.parametrize("out_dtype", release_but((BF16,), [F32, BF16, F16]))
+@pytest.mark.parametrize("layout", ["slice", "crop", "trajectory", "transposed", "batch last", "odd offset"])
+def test_out_is_filled_and_nothing_around_it(layout: str, out_dtype: torch.dtype) -> None:
+    test_transition.test_out_is_filled_and_nothing_around_it(layout, out_dtype, "triton")
 
 
 def test_out_that_needs_a_copy() -> None:
@@ -224,31 +238,18 @@ def test_steps_outside_the_table_are_poison() -> None:
             assert bool(found[1:3].isnan().all()) and torch.equal(found[[0, 3]], wanted[[0, 3]])
 
 
-RATIOS = product(FLOAT32[:5], ("exact", "reference"), SWITCH)
-OUT_LAYOUTS = ("slice", "crop", "trajectory", "transposed", "batch last", "odd offset")
-# Tests of the other backends that hold as they are.
-SHARED: list[tuple[Callable[..., None], Iterable[tuple]]] = [
-    (test_noise.test_keyed_by_seed_id_step_and_element_only, [()]),
-    (test_noise.test_gaussian_noise, [()]),
-    (test_noise.test_no_step_draws_the_noise_of_gaussian_noise, [(2**31,)]),
-    (test_noise.test_every_part_of_the_key_counts, [()]),
-    (test_noise.test_seeded_step_equals_the_same_noise_given, [((F32, BF16, F32),)]),
-    (test_transition.test_out_is_filled_and_nothing_around_it, product(OUT_LAYOUTS, (F32, BF16, F16))),
-    (
-        test_invariance.test_first_ratio_is_exactly_one,
-        [(dtypes, True, seeded, rounding, seeded) for dtypes, rounding, seeded in RATIOS],
-    ),
-    (test_policy_loss_edges.test_samples_without_gradient_are_not_read, product(SWITCH, (F32, BF16, F16))),
-]
+@pytest.mark.pairs
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+@pytest.mark.parametrize("dtypes", FLOAT32[:5], ids=dtype_id)
+def test_first_ratio_is_exactly_one(dtypes: tuple, rounding: str, seeded: bool) -> None:
+    test_invariance.test_first_ratio_is_exactly_one(dtypes, True, seeded, rounding, seeded, "triton")
 
 
-@pytest.mark.parametrize(
-    ("test", "arguments"),
-    [(test, given) for test, calls in SHARED for given in calls],
-    ids=lambda each: getattr(each, "__name__", None) or str(each),
-)
-def test_as_on_the_cpu(test: Callable[..., None], arguments: tuple) -> None:
-    test(*arguments, "triton")
+@pytest.mark.parametrize("dtype", release_but((BF16,), [F32, BF16, F16]))
+@pytest.mark.parametrize("cfg", [False, True])
+def test_samples_without_gradient_are_not_read(cfg: bool, dtype: torch.dtype) -> None:
+    test_policy_loss_edges.test_samples_without_gradient_are_not_read(cfg, dtype, "triton")
 
 
 def test_noise_of_a_deterministic_row_is_not_read() -> None:

@@ -7,14 +7,7 @@ from diffusers.utils import torch_utils
 
 
 def ddim_step_with_logprob(
-    self,
-    model_output,
-    timestep,
-    sample,
-    eta=0.0,
-    use_clipped_model_output=False,
-    generator=None,
-    prev_sample=None,
+    self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, prev_sample=None
 ):
     shape = (-1, *(1,) * (sample.ndim - 1))
     landing = (timestep - self.config.num_train_timesteps // self.num_inference_steps).clamp(min=0)
