@@ -39,7 +39,7 @@ ODD = (object(), "abc", [1.0], {}, X.numpy(), 1 + 2j)
 # What no `[B, ...]` tensor may be.
 NO_SAMPLES = (X[:2], X.flatten(1), X.int(), X.to("meta"), X.to_sparse(), X.to(torch.float8_e5m2), *ODD)
 NO_NUMBERS = (PER_SAMPLE[:2], PER_SAMPLE[:, None], PER_SAMPLE.bfloat16(), PER_SAMPLE.long(), PER_SAMPLE.to("meta"))
-NO_NUMBERS += (PER_SAMPLE.to_sparse(), *ODD)
+NO_NUMBERS += (PER_SAMPLE.to_sparse(), [1.0] * 3, *ODD)
 LEAF = X.clone().requires_grad_()
 NAN, INF, LARGE = float("nan"), float("inf"), 10**400
 # Steps, which are int64.
