@@ -20,7 +20,7 @@ def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160, f
 
 
 def inputs(frames: Tensor, *prompts: str) -> RewardInput:
-    """Of float32 [N, T, 3, H, W]."""
+    """Of float32 [B, T, 3, H, W]."""
     return RewardInput(frames, prompts, torch.zeros(len(prompts)), [{} for _ in prompts])
 
 
