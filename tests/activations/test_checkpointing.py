@@ -173,7 +173,7 @@ def test_wrapped_models() -> None:
         (lambda m: apply(m, PerBlock(("full",))), "policy: got PerBlock for 1 blocks, want the model's 4"),
         (lambda m: apply(m, Keep({"attn"})), "groups: got attn, want some of attention, matmul"),
         (lambda m: apply(m, "none", offload=True), "offload: got True with a policy that checkpoints nothing"),
-        (lambda m: apply(m, "full", offload="host"), "offload: got 'host', want True or False"),
+        (lambda m: apply(m, "full", offload="host"), 'offload: got "host", want True or False'),
         (lambda m: apply(nn.Linear(2, 2), "full"), "model: got torch.nn.modules.linear.Linear, want a diffusers model"),
     ],
 )
