@@ -98,6 +98,15 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 @needs_modules
+def test_a_dry_run_of_the_timings(tmp_path: Path) -> None:
+    """The stage that pytest-benchmark measures in, whose rows the gate judges."""
+    found = gate(tmp_path, "--dry", "--only", "modules,bench")
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+    assert verdicts(tmp_path) == {"modules": "passed", "bench": "passed"}
+    assert {row["op"] for row in rows_of(tmp_path)} == {"host", "log_prob"}
+
+
+@needs_modules
 @pytest.mark.release
 def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     """And its programs end with it; a second run does what is left, and no more."""
