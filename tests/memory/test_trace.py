@@ -28,6 +28,7 @@ def assert_same_books(predicted: Trace, measured: Trace) -> None:
         assert predicted.peak_of(phase).by_category == measured.peak_of(phase).by_category
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("family", ["flux", "hunyuan", "sd3.5", "qwen", "wan", "unet"])
 @pytest.mark.parametrize(("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_prediction_is_what_a_real_run_takes(family: str, dtype: torch.dtype, checkpointing: bool) -> None:
