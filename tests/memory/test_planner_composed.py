@@ -51,6 +51,7 @@ def test_few_blocks_say_what_all_do(model: str) -> None:
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
 
 
+@pytest.mark.release
 def test_mixed_policies_are_composed_of_their_ladders() -> None:
     case = case_of("flux-dev", 1, 512, 512, lora=16)
     policies = ["full"] * 10 + ["none"] * 20 + ["attention"] * 27
