@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..install import missing
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
        dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
@@ -36,7 +35,7 @@ ALONE = ("recipes", "info")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given in (["-h"], ["--help"]):
+    if given[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
     if given == ["--version"]:
@@ -49,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         done = importlib.import_module(f".{command}", __name__).main(rest)
     except ImportError as error:
+        from ..install import missing
+
         print(f"dancegrpo-fast {command}: {missing(error)}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:

@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     copying.add_argument("folder", nargs="?", type=Path, default=Path(), help="the working folder, if not this one")
     given = parser.parse_args(arguments)
     if given.command is None:
-        for name in names():
-            print(textwrap.fill(about(name), 110, initial_indent=f"{name:26}", subsequent_indent=" " * 26))
+        lines = [textwrap.fill(about(n), 110, initial_indent=f"{n:26}", subsequent_indent=" " * 26) for n in names()]
+        print("\n".join(lines))
         return
     for path in copy(given.name, given.folder):
         print(f"wrote {path}")

@@ -23,9 +23,11 @@ def main(arguments: Sequence[str]) -> None:
             return
         if recipe.evaluation is not None:
             with writing(root):
-                pictures = draw(root)
+                pictures, refused = draw(root)
             for picture in pictures:
                 print(f"drew {picture}")
+            if refused is not None:
+                print(f"no picture of samples: {refused}")
     except OSError as error:
         raise OSError(f"{error}; {_left(trainer.directory.newest(), arguments, options['resume'])}") from error
     print(closing_line(root, recipe.name))

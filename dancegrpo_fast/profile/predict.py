@@ -104,7 +104,8 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             own_advantages=advantages,
             seconds={},
         )
-        items = {row: Item((row,), trainer.loss.trainable_steps[-1], row) for row in rows}
+        step = max(step for step in range(len(trainer.table) - 1) if trainer.table.tau[step] > 0)
+        items = {row: Item((row,), step, row) for row in rows}
         (call,) = plan_calls([items], len(rows), index, 1 / batch, advantages.device)
         return trainer.updates.terms(data, call)
 

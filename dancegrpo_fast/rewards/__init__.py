@@ -52,10 +52,12 @@ def build_reward(settings: RewardSettings) -> Reward:
     if not attribute:
         raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "module:callable"')
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        reason = missing(error) if isinstance(error, ImportError) else error
-        raise ValueError(f'rewards: got "{settings.name}", which does not import: {reason}') from error
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f'rewards: got "{settings.name}", which does not import: {missing(error)}') from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ValueError(f'rewards: got "{settings.name}", which {module.__file__} does not have')
     if not isinstance(factory, type):
         if settings.args:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')

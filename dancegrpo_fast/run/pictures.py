@@ -19,21 +19,25 @@ SAME = "samples at the same place share prompt and initial noise"
 STYLES = {"ode": "-", "sde": ":"}
 
 
-def draw(root: Path) -> list[Path]:
+def draw(root: Path) -> tuple[list[Path], str | None]:
     """Draws `before_after.png` and `curves.png` of a run that evaluates, and `before_after.gif` of videos.
 
     Args:
         root: directory of the run.
 
     Returns:
-        Where the pictures are.
+        Where the pictures are, and why samples are not shown, where a file of them is missing, damaged or of an earlier
+        version.
 
     Raises:
-        ValueError: the run lacks a file.
+        ValueError: the run lacks its rows.
     """
     evaluations = read_rows(root / "evaluations.jsonl")
     curves = write(root, {"curves": partial(_curves, read_rows(root / "metrics.jsonl"), evaluations)}, ["png"])
-    return [*_before_after(root, evaluations), *curves]
+    try:
+        return [*_before_after(root, evaluations), *curves], None
+    except ValueError as error:
+        return curves, str(error)
 
 
 def _before_after(root: Path, evaluations: Rows) -> list[Path]:

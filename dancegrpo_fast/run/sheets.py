@@ -166,17 +166,20 @@ def read_samples(path: Path) -> Samples:
     """What `save_samples` wrote.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or a damaged one, or one of an earlier version.
     """
     from PIL import ImageSequence
     from PIL.PngImagePlugin import PngImageFile
 
-    # `Image.open` refuses pictures as large as a sheet of large samples may be.
-    with PngImageFile(path) as file:
-        if KEY not in file.info:
-            raise ValueError(f"run: got {path} without a layout in it, want a sample file of this version")
-        known = json.loads(file.info[KEY])
-        pages = np.stack([np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(file)])
+    try:
+        # `Image.open` refuses pictures as large as a sheet of large samples may be.
+        with PngImageFile(path) as file:
+            if KEY not in file.info:
+                raise ValueError(f"run: got {path} without a layout in it, want a sample file of this version")
+            known = json.loads(file.info[KEY])
+            pages = np.stack([np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(file)])
+    except (SyntaxError, OSError) as error:
+        raise ValueError(f"run: got {path}, want a whole sample file: {error}") from error
     gap, scale, rows, columns = known["gap"], known["scale"], len(known["prompts"]), known["samples"]
     high, wide = known["height"] * scale, known["width"] * scale
     bottom, right = known["top"] + rows * (high + gap), known["left"] + columns * (wide + gap)

@@ -18,8 +18,8 @@ from ..rewards import RewardInput, RewardSet
 from ..rng import derive_seed
 from ..transitions import TransitionTable
 from .calls import Policy, fill_calls, model_calls
+from .clock import Clock
 from .draw import Draw, Start, shared_step
-from .metrics import Clock
 from .residence import Residence
 from .trajectory import Trajectory
 

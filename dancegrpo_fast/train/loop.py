@@ -10,7 +10,8 @@ from ..progress import counted
 from ..prompts import prompts_of_iteration
 from ..run.sheets import save_samples
 from ..run.words import progress_line
-from .metrics import Clock, Tally, metrics_row
+from .clock import Clock
+from .metrics import Tally, metrics_row
 from .setup import Setup
 
 

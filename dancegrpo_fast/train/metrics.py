@@ -1,34 +1,17 @@
 """What an iteration's updates did, over all processes, and the row of `metrics.jsonl` that it leaves."""
 
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..processes import Processes
-
-if TYPE_CHECKING:
-    from .collect import Batch
-    from .losses import Term
-
-
-class Clock:
-    """Seconds by what they were spent on, from one `stop` to the next."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        """What passed since the last `stop` was spent on `name`."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
+from .collect import Batch
+from .losses.base import Term
 
 
 @dataclass
@@ -54,7 +37,7 @@ class Tally:
         )
     )
 
-    def add(self, term: "Term", first: bool) -> None:
+    def add(self, term: Term, first: bool) -> None:
         """Adds the metrics of one term; `first` marks the first update after a rollout."""
         sums = torch.stack([term.samples, *(term.metrics[name] * term.samples for name in self.names)])
         self.sums = sums if self.sums is None else self.sums + sums
@@ -79,7 +62,7 @@ class Tally:
 
 
 def metrics_row(
-    iteration: int, names: Sequence[str], group_size: int, batch: "Batch", tally: Tally, processes: Processes
+    iteration: int, names: Sequence[str], group_size: int, batch: Batch, tally: Tally, processes: Processes
 ) -> dict[str, Any]:
     """One read of the device, and one sum and one maximum over the processes.
 

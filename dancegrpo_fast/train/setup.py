@@ -20,9 +20,8 @@ from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .ema import MovingAverage
 from .held_out import Evaluator
-from .losses.grpo import Grpo
+from .losses import make_loss
 from .optimizer import Optimizer
-from .reference import Reference
 from .residence import Residence
 from .state import State
 from .update import Updates
@@ -130,10 +129,7 @@ class Setup:
             self.evaluator = Evaluator(recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence)
             self.evaluator.rewards.check(evaluated)
         self.residence.use("denoiser")
-        reference = None
-        if train.kl_weight > 0:
-            reference = Reference(self.model.denoiser, processes, adapters=recipe.model.lora is not None)
-        self.loss = Grpo(recipe, self.table, reference, self.device)
+        self.loss = make_loss(recipe, self.model.denoiser, self.table, processes)
         self.collect = Collector(
             recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs
         )

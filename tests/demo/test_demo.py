@@ -122,7 +122,7 @@ def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypat
     from dancegrpo_fast.run.pictures import draw
     from dancegrpo_fast.run.words import closing_line
 
-    for picture in draw(tmp_path / "run"):
+    for picture in draw(tmp_path / "run")[0]:
         pixels = torch.tensor(list(Image.open(picture).convert("L").get_flattened_data()))
         assert pixels.float().std() > 5
     assert "ratio_first_update_max_dev 0, 1 iterations" in closing_line(tmp_path / "run", name)

@@ -202,7 +202,7 @@ def test_recipes_run_on_their_bases(
     for row in read_rows(root / "evaluations.jsonl"):
         assert row.keys() >= {*trainer.evaluator.rewards.names, "motion_alignment", "moving_digit_judge"}
 
-    strips, moving, _ = draw(root)
+    (strips, moving, _), _ = draw(root)
     with Image.open(strips) as file:
         assert len(set(file.convert("L").get_flattened_data())) > 2
     with Image.open(moving) as file:

@@ -83,15 +83,31 @@ def test_text_lies_beside_the_cells(prompts: list[str]) -> None:
 
 
 def test_a_run_of_images_is_drawn(tmp_path: Path) -> None:
-    samples, curves = pictures.draw(evaluated(tmp_path, [LONG, "cat"], (1, 1, 16, 16)))
+    (samples, curves), refused = pictures.draw(evaluated(tmp_path, [LONG, "cat"], (1, 1, 16, 16)))
+    assert refused is None
     assert (samples.name, curves.name) == ("before_after.png", "curves.png")
     for path in (samples, curves):
         with Image.open(path) as file:
             assert len(file.convert("L").getcolors()) > 10
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No such file"), (b"no picture", "not a PNG"), (b"cut", "whole sample file")]
+)
+def test_curves_are_drawn_without_samples(tmp_path: Path, content: bytes | None, message: str) -> None:
+    """A run may have been begun by an earlier version, or have lost a file; that ends no run that trained."""
+    root = evaluated(tmp_path, ["cat"], (1, 1, 16, 16))
+    file = root / "samples" / "000000-ode.png"
+    whole = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(whole[: len(whole) // 2] if content == b"cut" else content)
+    [curves], refused = pictures.draw(root)
+    assert curves.name == "curves.png" and refused is not None and message in refused and str(file) in refused
+
+
 def test_a_run_of_videos_is_drawn_and_moves(tmp_path: Path) -> None:
-    strips, moving, _ = pictures.draw(evaluated(tmp_path, ["a dog", "a cat"], (2, 20, 12, 12)))
+    (strips, moving, _), _ = pictures.draw(evaluated(tmp_path, ["a dog", "a cat"], (2, 20, 12, 12)))
     with Image.open(moving) as file:
         assert file.n_frames == 20
     with Image.open(strips) as file:

@@ -245,6 +245,8 @@ def test_rewards_by_name() -> None:
         build_reward(RewardSettings("nothing"))
     with pytest.raises(ValueError, match="does not import"):
         build_reward(RewardSettings("no.such.module:Thing"))
+    with pytest.raises(ValueError, match=r'got "statistics:Red", which .*statistics\.py does not have'):
+        build_reward(RewardSettings("statistics:Red"))
     with pytest.raises(ValueError, match="does not take"):
         build_reward(RewardSettings("digit_judge", args={"colour": 1}))
     with pytest.raises(TypeError, match="a bug of its own"):

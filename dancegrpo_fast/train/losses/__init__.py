@@ -1,66 +1,30 @@
-"""What an update minimises, one file an objective: which pairs of sample and step it looks at, and their loss."""
+"""What an update minimises: `base.py` the protocol, and one file an objective."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from torch import nn
 
-from torch import Tensor, nn
+from ...processes import Processes
+from ...recipe import Recipe
+from ...transitions import TransitionTable
+from ..reference import Reference
+from .base import Loss as Loss
+from .base import Outputs as Outputs
+from .base import Term as Term
+from .grpo import Grpo
 
-from ..calls import Inputs, Item, Policy
-from ..collect import Batch
 
-# By name: "model_output" `[n, ...]`, "uncond_output" (None without guidance), and what `Loss.others` adds.
-Outputs = Mapping[str, Tensor | None]
+def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, processes: Processes) -> Loss:
+    """The objective of a recipe.
 
+    Args:
+        recipe: of the run.
+        denoiser: as loaded, before it is prepared.
+        table: of the sampler.
+        processes: of the run.
 
-class Term(NamedTuple):
-    """The loss of n rows of a model call; only `loss` is differentiable.
-
-    Attributes:
-        loss: 0-dimensional, weighted: the terms of an update add up.
-        samples: 0-dimensional, how many samples count in the metrics.
-        metrics: 0-dimensional means over these, by the names in `Loss.metrics`.
-        ratio_max_dev: 0-dimensional, the largest `|ratio - 1|`; None for a loss without a ratio.
-        has_grad: bool `[n]`, False where the gradient is known to be zero.
+    Raises:
+        ValueError: settings that leave nothing to train on.
     """
-
-    loss: Tensor
-    samples: Tensor
-    metrics: Mapping[str, Tensor]
-    ratio_max_dev: Tensor | None
-    has_grad: Tensor
-
-
-class Loss(Protocol):
-    """An objective. The update asks for pairs, packs them into model calls, and runs backward through their terms.
-
-    A pair is a sample of the batch and a `step`: of its trajectory, or for a loss on noised samples the number of a
-    draw of time and noise, which `inputs` makes anew from it.
-
-    Attributes:
-        keeps_outputs: trajectories have to keep the model's outputs.
-        pairs_per_sample: how many pairs every sample has; the loss is a mean over those of all processes.
-        metrics: names of the means in its terms.
-    """
-
-    keeps_outputs: bool
-    pairs_per_sample: int
-    metrics: Sequence[str]
-
-    def pairs(self, batch: Batch, samples: Sequence[int]) -> list[Item]:
-        """What an update replays of `samples` (of this process); a pair whose gradient is zero may be left out.
-
-        Neighbours with rows 0, 1, 2, ... stay neighbours in a call, so that one may be the other's partner.
-        """
-        ...
-
-    def inputs(self, batch: Batch, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents `[n, ...]` and times float32 `[n]` of a model call for pairs of int64 `[n]`."""
-        ...
-
-    def others(self, policy: Policy, denoiser: nn.Module, inputs: Inputs) -> Outputs:
-        """What other models (a reference, an older policy) make of a call's inputs, without gradient."""
-        ...
-
-    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
-        """`weight` times the mean loss of pairs of int64 `[n]`, from what the models made of their inputs."""
-        ...
+    reference = None
+    if recipe.train.kl_weight > 0:
+        reference = Reference(denoiser, processes, adapters=recipe.model.lora is not None)
+    return Grpo(recipe, table, reference, processes.device)

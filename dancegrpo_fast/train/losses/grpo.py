@@ -12,7 +12,7 @@ from ...transitions import TransitionTable
 from ..calls import Inputs, Item, Policy
 from ..collect import Batch
 from ..reference import Reference
-from . import Outputs, Term
+from .base import Outputs, Term
 
 
 class Grpo:
