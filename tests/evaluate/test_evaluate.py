@@ -116,6 +116,7 @@ def test_continues_where_it_ended(flux: Path, tmp_path: Path, monkeypatch: pytes
         evaluate(replace(recipe, seed=1), None, tmp_path / "parts")
 
 
+@pytest.mark.release
 def test_processes_share_out_the_prompts(flux: Path, tmp_path: Path) -> None:
     recipe = recipe_for(flux, tmp_path / "run", micro_batch=3)
     whole = recipe.as_dict()
