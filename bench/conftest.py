@@ -15,7 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 from bench.machine import environment
-from bench.place import PLACES, Place
+from bench.place import NAMES, Place, place_of
 from bench.repository import RESULTS
 from bench.rows import Row
 from bench.turns import PEERS, TIMER, Contest, Turns
@@ -26,7 +26,7 @@ OUT_OF_TIME = "out of time"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the cases; rounds and time are pytest-benchmark's."""
     group = parser.getgroup("cases")
-    group.addoption("--device", choices=tuple(PLACES), default="cpu", help="dry: the GPU's run on a few CPU elements")
+    group.addoption("--device", choices=NAMES, default="cpu", help="dry: the GPU's run on a few CPU elements")
     group.addoption("--threads", type=int, help="torch threads (default torch's own)")
     group.addoption("--seconds", type=float, help="start no case that would not end within them")
     group.addoption("--ahead", action="store_true", help="only compile what cases compile, for a run after this one")
@@ -73,7 +73,7 @@ def _name(item: Any) -> str:
 @pytest.fixture(scope="session")
 def place(request: pytest.FixtureRequest) -> Place:
     """Where the cases run."""
-    return PLACES[request.config.getoption("--device")]()
+    return place_of(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

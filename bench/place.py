@@ -16,10 +16,9 @@ class Place:
     Attributes:
         device: of all tensors.
         ours: contender -> backend of the RL ops.
-        blocks: backend of the block ops, None where there is nothing of ours to time.
+        blocks: backend of the block ops; None on a CPU, where there is nothing of ours to time.
         elements: of a sample.
         compiler: of the compiled peer.
-        variants: also our step that writes x0, and with noise drawn by torch.
         rotation_bytes: the inputs of all sets together are at least this large, so that no cache holds what the next
             call reads.
         copy_bytes: size of a tensor of the copy.
@@ -33,7 +32,6 @@ class Place:
     blocks: str | None
     elements: tuple[int, ...]
     compiler: str
-    variants: bool
     rotation_bytes: int
     copy_bytes: int
     clock: Callable[[int], Clock]
@@ -43,7 +41,7 @@ class Place:
     @property
     def gpu(self) -> bool:
         """Whether the cases are the GPU's."""
-        return not self.variants
+        return self.blocks is not None
 
 
 ELEMENTS = (16_384, 129_600, 806_400)
@@ -52,7 +50,7 @@ ELEMENTS = (16_384, 129_600, 806_400)
 def _cpu() -> Place:
     """Our C++ kernels against torch on this CPU."""
     cpu, clock = torch.device("cpu"), WallClock()
-    return Place(cpu, {"ours": "auto"}, None, ELEMENTS, "inductor", True, 192 << 20, 1 << 27, lambda sets: clock, clock)
+    return Place(cpu, {"ours": "auto"}, None, ELEMENTS, "inductor", 192 << 20, 1 << 27, lambda sets: clock, clock)
 
 
 def _cuda() -> Place:
@@ -62,7 +60,7 @@ def _cuda() -> Place:
     rotation = 8 * torch.cuda.get_device_properties(device).L2_cache_size
     host = HostClock(torch.cuda.synchronize)
     # The copy is well beyond the second-level cache of any GPU.
-    return Place(device, ours, "triton", ELEMENTS, "inductor", False, rotation, 1 << 29, DeviceClock, host)
+    return Place(device, ours, "triton", ELEMENTS, "inductor", rotation, 1 << 29, DeviceClock, host)
 
 
 def _dry() -> Place:
@@ -70,7 +68,13 @@ def _dry() -> Place:
     ours = {"ours, cuda": "cpu", "ours, triton": "reference"}
     cpu, clock, host = torch.device("cpu"), WallClock(), HostClock(lambda: None)
     few = (64, 1000)
-    return Place(cpu, ours, "reference", few, "aot_eager", False, 1 << 16, 1 << 16, lambda sets: clock, host, True)
+    return Place(cpu, ours, "reference", few, "aot_eager", 1 << 16, 1 << 16, lambda sets: clock, host, True)
 
 
-PLACES: dict[str, Callable[[], Place]] = {"cpu": cache(_cpu), "cuda": cache(_cuda), "dry": cache(_dry)}
+NAMES = ("cpu", "cuda", "dry")
+
+
+@cache
+def place_of(device: str) -> Place:
+    """Of a value of `--device`."""
+    return {"cpu": _cpu, "cuda": _cuda, "dry": _dry}[device]()

@@ -12,12 +12,8 @@ FOLDERS = (PACKAGE, "kernels", "csrc", "bench", "tests", "examples")
 MOST_LINES = 400
 # Modules that a string names although they are above, and why that stays.
 MENTIONS = {
-    (
-        "dropin.known",
-        "compat",
-    ): "the functions that it puts in place of a script's; a script imports none before it calls one",
+    ("dropin.known", "compat"): "what it puts in place of a script's functions, loaded when one is called",
     ("dropin.launchers", "cli"): "a child process is started as `python -m dancegrpo_fast.cli run`",
-    (PACKAGE, "info"): "a public module, which asks the package for its version",
     ("memory", "profile"): "public names from when profiles were a part of it",
     ("rewards", "demo"): "the demo's rewards, which a recipe names like all others",
 }

@@ -17,7 +17,7 @@ from .process import last_lines
 # What the private copy of the repository holds.
 SOURCES = ("bench", "dancegrpo_fast", "kernels", "tests", "pyproject.toml")
 # What --prepare fetches: the models whose blocks are measured, and what measures.
-WHEELS = ("diffusers", "pytest-benchmark", "py-cpuinfo", "pytest-xdist", "execnet")
+WHEELS = ("diffusers", "pytest-benchmark", "py-cpuinfo2", "pytest-xdist", "execnet")
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 # In a folder that was prepared: what its modules were compiled from.
 SOURCES_FILE = "sources.sha256"

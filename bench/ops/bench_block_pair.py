@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dancegrpo_fast as dgf
 from bench.blocks.configurations import CONFIGURATIONS, Setup, Sizes
 from bench.clocks import Clock, DeviceClock
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.rows import Row
 from bench.turns import Contest, cross
 from tests.patch.models import assert_gradients_within_budget
@@ -112,7 +112,7 @@ SECONDS = {HUNYUAN: 20.0, FLUX: 15.0}
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """HunyuanVideo's and FLUX's; a dry run does without compiled patches."""
-    place, form = PLACES[metafunc.config.getoption("--device")](), list(FORMS)["compiled" in metafunc.function.__name__]
+    place, form = place_of(metafunc.config.getoption("--device")), list(FORMS)["compiled" in metafunc.function.__name__]
     shown = place.blocks is not None and not (place.dry and COMPILED in FORMS[form])
     cases = []
     for model, seconds in SECONDS.items():

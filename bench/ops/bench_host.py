@@ -12,7 +12,7 @@ import torch
 
 import dancegrpo_fast as dgf
 from bench.clocks import Run
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.rows import Row
 from bench.turns import Contest, cross
 from tests.gpu.activity import device_activity, ops_that_launch, profiler_sees_kernels, waits_for_the_device
@@ -35,7 +35,7 @@ class Case:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every public function of every backend."""
-    place = PLACES[metafunc.config.getoption("--device")]()
+    place = place_of(metafunc.config.getoption("--device"))
     names = [prefix(backend) + name for backend in place.ours.values() for name in FUNCTIONS]
     cross(metafunc, [Case()], [*names, ADVANTAGES])
 

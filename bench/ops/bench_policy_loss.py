@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dancegrpo_fast as dgf
 from bench import peers
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.turns import Contest, cross
 from dancegrpo_fast.kernels.policy_loss import reference as loss_reference
 from dancegrpo_fast.kernels.transition import reference
@@ -24,7 +24,7 @@ CLIP_RANGE, ADVANTAGE_CLIP = 1e-4, 5.0
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every shape."""
-    place = PLACES[metafunc.config.getoption("--device")]()
+    place = place_of(metafunc.config.getoption("--device"))
     cross(metafunc, list(cases(place)), ["eager", "compile", *place.ours])
 
 

@@ -19,7 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from bench.clocks import Run
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.rows import Row
 from bench.turns import Contest, cross
 from dancegrpo_fast.dropin.replaced import Replacements
@@ -133,7 +133,7 @@ class Case:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every function on every size, in a dry run on the smallest."""
-    dry = PLACES[metafunc.config.getoption("--device")]().dry
+    dry = place_of(metafunc.config.getoption("--device")).dry
     cases = [
         pytest.param(Case(name, size, way), marks=[] if size == HOST else [pytest.mark.full])
         for size in ([HOST] if dry else SHAPES)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dancegrpo_fast as dgf
 from bench import peers
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.turns import Contest, cross
 from dancegrpo_fast.kernels.transition import reference
 from tests.tolerances import assert_within_budget
@@ -26,9 +26,8 @@ X0, TORCH_NOISE = ", x0 too", ", torch noise"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The log-probability alone is a question on GPUs only: on a CPU the loss has it."""
-    place, test = PLACES[metafunc.config.getoption("--device")](), metafunc.function.__name__
-    variants = {"test_step": ("", X0, TORCH_NOISE), "test_step_given_noise": ("", X0)}.get(test, ("",))
-    names = [ours + variant for ours in place.ours for variant in (variants if place.variants else ("",))]
+    place, test = place_of(metafunc.config.getoption("--device")), metafunc.function.__name__
+    names = [ours + variant for ours in place.ours for variant in _variants(test.removeprefix("test_"), place)]
     found = [] if test == "test_log_prob" and not place.gpu else list(cases(place))
     cross(metafunc, found, ["eager", "compile", *names], "measured on a GPU")
 
@@ -46,6 +45,11 @@ def test_step_given_noise(case: Case, place: Place, contest: Any) -> None:
 def test_log_prob(case: Case, place: Place, contest: Any) -> None:
     """Next latents are given."""
     contest(lambda: _scores(case, place))
+
+
+def _variants(op: str, place: Place) -> tuple[str, ...]:
+    """Ours alone on a GPU."""
+    return ("",) if place.gpu else {"step": ("", X0, TORCH_NOISE), "step_given_noise": ("", X0)}.get(op, ("",))
 
 
 def _steps(case: Case, place: Place, op: str) -> Contest:
@@ -74,9 +78,10 @@ def _steps(case: Case, place: Place, op: str) -> Contest:
 
         return call
 
-    variants = (("", X0) if given else ("", X0, TORCH_NOISE)) if place.variants else ("",)
     calls = {name: peer(*pair) for name, pair in inputs.peers(peers.flux_step).items()}
-    calls |= {n + variant: ours(backend, variant) for n, backend in place.ours.items() for variant in variants}
+    calls |= {
+        n + variant: ours(backend, variant) for n, backend in place.ours.items() for variant in _variants(op, place)
+    }
 
     def check(name: str) -> None:
         results = [calls[name](i) for i in inputs.few()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.blocks.configurations import CONFIGURATIONS, Sizes
 from bench.blocks.count import Traffic
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.turns import Contest, cross
 from dancegrpo_fast.ops._block import MODES, Cost
 from tests.tolerances import assert_within_budget
@@ -58,7 +58,7 @@ class Case:
 
 def generate(metafunc: pytest.Metafunc, *forms: tuple[str, str]) -> None:
     """Form and model pairs, each way; HunyuanVideo's come first, as time may run out."""
-    place = PLACES[metafunc.config.getoption("--device")]()
+    place = place_of(metafunc.config.getoption("--device"))
     found = []
     for form, model in forms:
         rank, marks = (0, []) if model == HUNYUAN else (2, [pytest.mark.full])

@@ -92,15 +92,16 @@ class Draw:
         """
         initial = start if isinstance(start, Tensor) else start.shared.latents[:, 0]
         drawn = Trajectory.allocate(len(ids), len(self.table), initial, keep_outputs=self.keep_outputs)
+        parts, first = list(chunks(len(ids), self.policy.rows)), 0
         if isinstance(start, Tensor):
             drawn.latents[:, 0].copy_(start)
-        first = start.step + 1 if isinstance(start, Start) else 0
-        calls = list(product(chunks(len(ids), self.policy.rows), range(first, len(self.table))))
-        for part, step in counted(calls, "sampling"):
+        else:
+            first = start.step + 1
+            for part in parts:
+                self._expand(start, drawn.rows(part.start, part.stop), prompts[part], ids[part])
+        for part, step in counted(list(product(parts, range(first, len(self.table)))), "sampling"):
             if step == first:
                 rows = drawn.rows(part.start, part.stop)
-                if isinstance(start, Start):
-                    self._expand(start, rows, prompts[part], ids[part])
                 call = self._caller(rows, prompts[part])
             self._advance(step, rows, *call(step), ids[part])
         return drawn

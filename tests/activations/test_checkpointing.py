@@ -12,6 +12,7 @@ from dancegrpo_fast.activations import checkpointing, operators
 from dancegrpo_fast.activations.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
 
 from ..patch.models import assert_same_bits, run
+from ..release import release_but
 from .policies import MODELS, POLICIES, add_lora, build, mixed
 
 # Each value of each setting with most of the others'.
@@ -24,7 +25,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dtype", "lora", "patch"), CASES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", release_but(("flux", "unet", "wan"), MODELS))
 def test_same_bits(name: str, dtype: torch.dtype, lora: bool, patch: str) -> None:
     if name == "unet" and patch != "unpatched":
         pytest.skip("UNets have no patch")
@@ -172,7 +173,7 @@ def test_wrapped_models() -> None:
         (lambda m: apply(m, PerBlock(("full",))), "policy: got PerBlock for 1 blocks, want the model's 4"),
         (lambda m: apply(m, Keep({"attn"})), "groups: got attn, want some of attention, matmul"),
         (lambda m: apply(m, "none", offload=True), "offload: got True with a policy that checkpoints nothing"),
-        (lambda m: apply(m, "full", offload="host"), "offload: got 'host', want True or False"),
+        (lambda m: apply(m, "full", offload="host"), 'offload: got "host", want True or False'),
         (lambda m: apply(nn.Linear(2, 2), "full"), "model: got torch.nn.modules.linear.Linear, want a diffusers model"),
     ],
 )
@@ -240,7 +241,7 @@ def test_blocks_compiled_after_a_selective_policy() -> None:
         model(**MODELS["wan"].inputs())
 
 
-@pytest.mark.parametrize("policy", ["full", "attention", "mixed"])
+@pytest.mark.parametrize("policy", release_but(("mixed",), ["full", "attention", "mixed"]))
 def test_model_compiled_as_a_whole(policy: str) -> None:
     model = build("wan")
     inputs = MODELS["wan"].inputs()

@@ -45,6 +45,7 @@ def test_first_blocks_keep_less_one_by_one(name: str) -> None:
     assert found[0] == kept(model, name, "none") and found[-1] == kept(model, name, "full")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("policy", ["full", "attention"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", FAMILIES)

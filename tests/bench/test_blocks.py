@@ -30,6 +30,7 @@ TINY = Sizes(
 )
 BLOCKS = [replace(c, sizes=TINY) for c in CONFIGURATIONS if c.model.startswith("HunyuanVideo")]
 IDS = [f"{c.model} {c.block}" for c in BLOCKS]
+ALL, RELEASE = list(zip(BLOCKS, IDS, strict=True)), pytest.mark.release
 
 
 def _small(*tensors):
@@ -113,7 +114,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=IDS)
+@pytest.mark.parametrize("block", [pytest.param(b, id=i, marks=RELEASE if "replace" in i else ()) for b, i in ALL])
 def test_each_op_moves_what_its_cost_says(block):
     seen = set()
 
@@ -130,7 +131,10 @@ def test_each_op_moves_what_its_cost_says(block):
     assert seen == set(EXPECTED)
 
 
-@pytest.mark.parametrize(("block", "frozen"), [(0, False), (1, False), (1, True)], ids=["double", "single", "frozen"])
+OTHERS = [pytest.param(1, frozen, id="frozen" if frozen else "single", marks=RELEASE) for frozen in (False, True)]
+
+
+@pytest.mark.parametrize(("block", "frozen"), [pytest.param(0, False, id="double"), *OTHERS])
 def test_patched_moves_and_saves_less_than_eager(block, frozen):
     with FakeTensorMode():
         eager = count(BLOCKS[block], frozen=frozen)

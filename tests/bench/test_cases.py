@@ -1,8 +1,5 @@
 """Every case of `bench/` on a few CPU elements: each contender runs, and nothing of ours is wrong."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,12 +7,9 @@ from typing import Any
 import pytest
 
 from bench.gpu import expectations
-from bench.rows import read
 
-from ..processes import LIMIT
+from .cases import ONCE, run_pytest
 
-ROOT = Path(__file__).parents[2]
-ONCE = ("--benchmark-min-rounds", "1", "--benchmark-max-time", "0")
 STEPS = ("step", "step_given_noise", "log_prob", "policy_loss")
 RL, BLOCKS = ["ours, cuda", "ours, triton"], ["ours, lossless", "ours, fast"]
 PATCHED = [f"patched, {how}" for how in ("lossless", "fast", "fast, recompute all")]
@@ -23,12 +17,8 @@ pytestmark = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffuser
 
 
 def rows_of(out: Path, *options: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.reports"]
-    command += ["--device", "dry", "--lines", str(out / "lines"), "--rows", str(out / "rows"), *options]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    rows = read(out / "rows")
+    done, rows = run_pytest(out, "--device", "dry", *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert all(row["environment"]["dry"] for row in rows)
     return rows
 
@@ -88,20 +78,6 @@ def test_memory_rows(tmp_path: Path, selection: str) -> None:
 @pytest.mark.release
 def test_a_cpu_has_nothing_of_the_gpus(tmp_path: Path) -> None:
     """Such cases say why they are skipped."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "bench/gpu",
-        "bench/ops",
-        "-k",
-        "none",
-    ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done, _ = run_pytest(tmp_path, "bench/gpu", "bench/ops", "-k", "none")
     for reason in ("block ops are Triton's", "blocks are measured on a GPU", "GPU memory is measured on a GPU"):
-        assert reason in found.stdout, found.stdout
+        assert reason in done.stdout, done.stdout

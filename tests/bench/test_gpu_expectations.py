@@ -1,10 +1,7 @@
 """What the gate says of a run's rows and tests, which claims they hold, and what the repository's lists get."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,8 @@ from bench.gpu.gate import PASSED, Gate, Summary
 from bench.gpu.process import Runner
 from dancegrpo_fast.memory.planning import planner
 
-from ..processes import LIMIT
 from ..tolerances import PREDICTED_BYTES
+from .cases import run_pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -179,12 +176,9 @@ def test_no_claim_holds_without_a_run() -> None:
     assert {job["held"] for job in JOBS} <= {ledger.NEVER, *known}
 
 
-def test_every_gpu_test_belongs_to_a_claim_of_its_stage() -> None:
+def test_every_gpu_test_belongs_to_a_claim_of_its_stage(tmp_path: Path) -> None:
     """And what the first call leaves out is what is meant to be: nothing of CUDA's kernels but Inductor's graphs."""
-    files = ["tests/gpu", "tests/activations/test_kept_bytes.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    found, _ = run_pytest(tmp_path, "-m", "gpu", "--collect-only", "tests/gpu", "tests/activations/test_kept_bytes.py")
     names = [text for text in found.stdout.splitlines() if "::" in text]
     patterns = {stage: [job["tests"] for job in JOBS if job["stage"] == stage and "tests" in job] for stage in JUDGES}
     chosen: dict[str, list[str]] = {"tests": [], "more": []}

@@ -22,6 +22,7 @@ from bench.gpu.process import Runner
 from bench.rows import read
 
 from ..processes import LIMIT
+from .cases import run_pytest
 
 ROOT = Path(__file__).parents[2]
 BUILT = sorted((ROOT / "dancegrpo_fast").glob(f"_c*{modules.SUFFIX}"))
@@ -64,6 +65,7 @@ def results() -> dict[Path, bytes]:
 
 
 @needs_modules
+@pytest.mark.release
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     """Every stage, with modules and a package that were brought along; nothing in the repository changes."""
@@ -260,13 +262,9 @@ def test_five(): os.kill(os.getpid(), signal.SIGKILL)
 def test_tests_that_are_killed_leave_their_lines(tmp_path: Path) -> None:
     """Of each test before; those that passed are not run again."""
     (tmp_path / "test_some.py").write_text(PLUGIN)
-    lines = tmp_path / "lines"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.reports"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": LIMIT}
-    killed = subprocess.run([*command, "--lines", str(lines)], **options)
+    killed, _ = run_pytest(tmp_path, folder=tmp_path)
     assert killed.returncode == -signal.SIGKILL
-    found = {line["test"].partition("::")[2]: line for line in read(lines)}
+    found = {line["test"].partition("::")[2]: line for line in read(tmp_path / "lines")}
     assert {name: line["outcome"] for name, line in found.items()} == {
         "test_one": "passed",
         "test_two": "failed",
@@ -275,5 +273,5 @@ def test_tests_that_are_killed_leave_their_lines(tmp_path: Path) -> None:
     }
     assert found["test_one"]["properties"] == [["number", 3]] and "why" in found["test_two"]["reason"]
     assert "in a fixture" in found["test_four"]["reason"]
-    again = subprocess.run([*command, "--not-again", str(lines), "--collect-only"], **options)
+    again, _ = run_pytest(tmp_path, "--not-again", "lines", "--collect-only", folder=tmp_path)
     assert re.findall(r"::(\w+)$", again.stdout, re.MULTILINE) == ["test_two", "test_three", "test_four", "test_five"]

@@ -43,44 +43,25 @@ def refuses(*options: str) -> str:
     return f"{found} {prints(EVERYTHING + CLEAN, 0)}"
 
 
-@pytest.mark.parametrize(
-    ("script", "wanted", "clean"),
-    [
-        (prints(EVERYTHING + CLEAN, 0), "passed|clean for cuda, triton, block ops, all shapes", [True] * 3),
-        (
-            prints(CALLED + "out of time for more of triton\n" + CLEAN, 0),
-            "passed|clean for cuda, triton, block ops, some",
-            [True] * 3,
-        ),
-        (prints("called: cuda\n" + CLEAN, 0), "FAILED|clean for cuda; out of time for the others", [True]),
-        (
-            prints("called: cuda\n========= Invalid __global__ read of size 4", 86),
-            "FAILED|errors were found, while cuda",
-            [False],
-        ),
-        (prints("========= Error: Device not supported", 1), "skipped|it does not work on this device", []),
-        (prints("nothing that it would say", 0), "FAILED|no verdict: nothing that it would say; called: nothing", []),
-        (prints(CALLED, 0), "FAILED|no verdict: called: block ops; called: cuda, triton, block ops", []),
-        (prints(CALLED + "Race reported between Write access", 0), "FAILED|errors were found", [False] * 3),
-        (
-            prints(CALLED + "========= RACECHECK SUMMARY: 3 hazards displayed", 0),
-            "FAILED|errors were found",
-            [False] * 3,
-        ),
-        ("echo called: cuda; sleep 30", "FAILED|no verdict: out of time; called: cuda", []),
-        (refuses("--kernel-name"), "passed|clean for", [True] * 3),
-        (refuses("--kernel-regex"), "passed|clean for", [True] * 3),
-        (
-            refuses("--kernel-name", "--kernel-regex"),
-            "FAILED|no verdict: it refuses --kernel-name and --kernel-regex",
-            [],
-        ),
-    ],
-    ids=[
-        *("clean", "some shapes", "some ops", "an error", "no such device", "no verdict", "no summary", "a race"),
-        *("hazards", "slow", "an old version", "a new version", "no known version"),
-    ],
-)
+RACE, HAZARDS = "Race reported between Write access", "RACECHECK SUMMARY: 3 hazards"
+SAID = {
+    "clean": (prints(EVERYTHING + CLEAN, 0), "passed|clean for cuda, triton, block ops, all shapes", [True] * 3),
+    "some shapes": (prints(f"{CALLED}out of time\n{CLEAN}", 0), "passed|clean for cuda, triton, block", [True] * 3),
+    "some ops": (prints("called: cuda\n" + CLEAN, 0), "FAILED|clean for cuda; out of time for the others", [True]),
+    "an error": (prints("called: cuda\nInvalid __global__", 86), "FAILED|errors were found, while cuda", [False]),
+    "no such device": (prints("Device not supported", 1), "skipped|it does not work on this device", []),
+    "no verdict": (prints("nothing", 0), "FAILED|no verdict: nothing; called: nothing", []),
+    "no summary": (prints(CALLED, 0), "FAILED|no verdict: called: block ops; called: cuda, triton, block ops", []),
+    "a race": (prints(CALLED + RACE, 0), "FAILED|errors were found", [False] * 3),
+    "hazards": (prints(CALLED + HAZARDS, 0), "FAILED|errors were found", [False] * 3),
+    "slow": ("echo called: cuda; sleep 30", "FAILED|no verdict: out of time; called: cuda", []),
+    "an old version": (refuses("--kernel-name"), "passed|clean for", [True] * 3),
+    "a new version": (refuses("--kernel-regex"), "passed|clean for", [True] * 3),
+    "no known version": (refuses("--kernel-name", "--kernel-regex"), "FAILED|no verdict: it refuses", []),
+}
+
+
+@pytest.mark.parametrize(("script", "wanted", "clean"), SAID.values(), ids=SAID)
 def test_what_a_sanitizer_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, script: str, wanted: str, clean: list[bool]
 ) -> None:

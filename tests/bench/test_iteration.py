@@ -17,7 +17,7 @@ from ..tolerances import assert_same_training
 from ..train import tiny
 
 
-@pytest.fixture(scope="module", params=["flux", "diffusion"])
+@pytest.fixture(scope="module", params=["flux", pytest.param("diffusion", marks=pytest.mark.release)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = tiny.make_flux if request.param == "flux" else tiny.make_diffusion
     return make(tmp_path_factory.mktemp(request.param) / "base")
@@ -70,5 +70,6 @@ def test_rows_make_the_table_and_the_figure(tmp_path: Path) -> None:
         for contender, seconds in (("ours", 1.0), ("batched", 2.0), ("plain", 10.0))
     ]
     assert [line.split("|")[4].strip() for line in table(rows).splitlines()[2:]] == ["10.0x", "5.0x", "1.0x"]
+    assert figure.smoothed([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     figure.draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size

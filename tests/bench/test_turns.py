@@ -1,9 +1,6 @@
 """The adapter to pytest-benchmark: turns, verified first, times of our clocks, and what lies on disk."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,8 @@ from bench.clocks import Sample
 from bench.rows import add, drop, grid, read
 from bench.turns import interleave
 
-from ..processes import LIMIT
+from .cases import Done, run_pytest
 
-ROOT = Path(__file__).parents[2]
 CASES = '''
 import torch
 from bench.clocks import Sample
@@ -73,9 +69,7 @@ def test_contenders_take_turns() -> None:
     assert len(clock.turns) > 4
 
 
-def run(folder: Path, *options: str) -> tuple["subprocess.CompletedProcess[str]", list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.conftest"]
-    command += ["-p", "bench.gpu.reports", "--lines", "lines", "--rows", "rows", "--device", "dry", "bench_made_up.py"]
+def run(folder: Path, *options: str) -> tuple[Done, list[dict[str, Any]]]:
     shared = [
         "--benchmark-min-rounds",
         "3",
@@ -84,20 +78,21 @@ def run(folder: Path, *options: str) -> tuple["subprocess.CompletedProcess[str]"
         "--benchmark-storage",
         f"file://{folder}/saved",
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    streams: dict[str, Any] = {"capture_output": True, "text": True, "timeout": LIMIT}
-    done = subprocess.run([*command, *shared, *options], cwd=folder, env=environment, **streams)
-    return done, read(folder / "rows")
+    shared += ["-p", "bench.conftest", "--device", "dry", "bench_made_up.py"]
+    return run_pytest(folder, *shared, *options, folder=folder)
+
+
+Measured = tuple[Path, Done]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("cases")
     (folder / "bench_made_up.py").write_text(CASES)
     return folder, run(folder, "--benchmark-save", "one")[0]
 
 
-def test_what_is_right_is_measured(measured: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_what_is_right_is_measured(measured: Measured) -> None:
     """Our clock's times are pytest-benchmark's; ours that are off are not measured, a peer that is off is marked."""
     folder, done = measured
     assert done.returncode == 1
@@ -119,7 +114,7 @@ def test_what_is_right_is_measured(measured: tuple[Path, "subprocess.CompletedPr
     assert info["environment"]["dry"] and {"threads", "torch", "git"} <= set(info["environment"])
 
 
-def test_rows_lie_on_disk(measured: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_rows_lie_on_disk(measured: Measured) -> None:
     """One for each that was measured, one line a test; a later run leaves those out, and starts nothing too late."""
     folder, _ = measured
     rows = read(folder / "rows")
@@ -133,14 +128,14 @@ def test_rows_lie_on_disk(measured: tuple[Path, "subprocess.CompletedProcess[str
     assert "out of time" in read(folder / "lines")[-1]["reason"]
 
 
-def test_two_runs_are_compared(measured: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_two_runs_are_compared(measured: Measured) -> None:
     folder, _ = measured
     done, _ = run(folder, "-k", "ours", "--benchmark-compare")
     assert "Comparing against benchmarks from" in done.stderr + done.stdout
     assert "test_op[a-ours] (NOW)" in done.stdout and "test_op[a-ours] (0001_one)" in done.stdout, done.stdout
 
 
-def test_a_case_is_compiled_ahead_once(measured: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_a_case_is_compiled_ahead_once(measured: Measured) -> None:
     """All of its contenders are called, and none is verified or timed."""
     folder, _ = measured
     (folder / "bench_made_up.py").write_text(

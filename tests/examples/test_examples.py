@@ -98,6 +98,6 @@ def test_own_reward(stream: type[io.StringIO], tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_table_names_every_example() -> None:
-    found = re.findall(r"\]\((\S+?)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
+    found = re.findall(r"\]\(([^/)]+)", (FOLDER / "README.md").read_text(encoding="utf-8"))
     there = {path.name for path in FOLDER.iterdir()} - {"README.md", "__pycache__"}
     assert sorted(found) == sorted(there)

@@ -9,28 +9,25 @@ from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.transitions import TransitionTable
 
 from ..ops.cases import Case, everything
+from .targets import at_home
 
 
 def calls_of(case: Case, table: TransitionTable, backend: str) -> dict[str, Callable[[], object]]:
     """The calls that are one launch each; the backward ones run on a graph that is kept."""
-    guidance = {"uncond_output": case.uncond, "guidance_scale": case.guidance, "backend": backend}
+    guidance = case.guided | {"backend": backend}
     leaf = case.output.detach().clone().requires_grad_()
-    scored = (case.latents, leaf, case.next_latents, table, case.step)
+    step, scored = case.stepped(table), case.scored(table, leaf)
     one = torch.ones((), device=case.latents.device)
     log_prob = transition_log_prob(*scored, **guidance)
     weight = torch.ones_like(log_prob)
 
     def loss() -> Tensor:
-        return policy_loss(*scored, case.old_log_prob, case.advantages, weight=weight, **guidance).loss
+        return policy_loss(*case.lost(table, leaf), weight=weight, **guidance).loss
 
     kept = loss()
     return {
-        "seeded step": lambda: transition_step(
-            case.latents, case.output, table, case.step, seed=5, sample_ids=case.sample_ids, **guidance
-        ),
-        "step with x0": lambda: transition_step(
-            case.latents, case.output, table, case.step, noise=case.noise, return_denoised=True, **guidance
-        ),
+        "seeded step": lambda: transition_step(*step, seed=5, sample_ids=case.sample_ids, **guidance),
+        "step with x0": lambda: transition_step(*step, noise=case.noise, return_denoised=True, **guidance),
         "log_prob": lambda: transition_log_prob(*scored, **guidance),
         "log_prob backward": lambda: torch.autograd.grad(log_prob, leaf, weight, retain_graph=True),
         "loss": loss,
@@ -40,4 +37,4 @@ def calls_of(case: Case, table: TransitionTable, backend: str) -> dict[str, Call
 
 def results(case: Case, table: TransitionTable, backend: str, rounding: str = "exact") -> dict[str, Tensor]:
     """All outputs of a sample, on the CPU."""
-    return {n: t.cpu() for n, t in everything(case, table, rounding=rounding, backend=backend).items()}
+    return at_home(everything(case, table, rounding=rounding, backend=backend))

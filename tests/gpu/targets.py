@@ -1,6 +1,6 @@
 """Where the same test body runs: our kernels on a GPU, and those of the CPU, so that Python errors show without one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dancegrpo_fast import backends
 
 from ..ops.cases import F64, Case
+from .activity import waits_for_the_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def on(case: Case, target: Target) -> Case:
 
 def at_home(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Results on the CPU."""
-    return {name: value.cpu() for name, value in found.items()}
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
 def differing_bits(actual: Tensor, expected: Tensor) -> int:
@@ -80,17 +81,13 @@ def stream_of(target: Target) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-@contextmanager
-def no_waiting(target: Target) -> Iterator[None]:
-    """Any call that makes the host wait for the device raises."""
-    if target.device == "cpu":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def assert_nothing_waits(target: Target, runs: Collection[Callable[[], object]]) -> None:
+    """No call makes the host wait for the device, but perhaps its first one."""
+    for run in runs:
+        run()
+    target.synchronize()
+    for run in runs:
+        assert target.device == "cpu" or not waits_for_the_device(run)
 
 
 def captured(target: Target, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Callable[[], None]]:

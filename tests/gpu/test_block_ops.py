@@ -20,7 +20,7 @@ from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 from ..ops.cases import BF16, F16, F32, F64, dtype_id
 from ..tolerances import assert_within_budget
 from .activity import device_activity, ops_that_launch, profiler_sees_kernels
-from .targets import GPU_TARGETS, HOST_TARGETS, Target, captured, no_waiting, stream_of
+from .targets import GPU_TARGETS, HOST_TARGETS, Target, assert_nothing_waits, captured, stream_of
 
 HOST = pytest.param(Target("cpu", "reference"), id="reference")
 INTERPRETED = [t for t in HOST_TARGETS if t.values[0].backend == "triton"]
@@ -236,9 +236,8 @@ class TestParity:
             plain = results(op, "lossless", "reference")
             apart = sum(int((found[n] != plain[n]).sum()) for n in found)
             count = sum(value.numel() for value in found.values())
-            record_property(
-                "in a million elements of a lossless block op differ from eager torch", apart * 10**6 // count
-            )
+            text = "in a million elements of a lossless block op differ from eager torch"
+            record_property(text, apart * 10**6 // count)
 
     @on_every_target
     @with_both_modes
@@ -367,10 +366,4 @@ class TestLaunches:
     @on_every_target
     @pytest.mark.parametrize("name", LAUNCHES)
     def test_nothing_waits_for_the_device(self, target: Target, name: str) -> None:
-        runs = self.runs(target, name)
-        for run in runs:
-            run()
-        target.synchronize()
-        with no_waiting(target):
-            for run in runs:
-                run()
+        assert_nothing_waits(target, self.runs(target, name))

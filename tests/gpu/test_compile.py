@@ -1,5 +1,8 @@
 """`torch.compile(fullgraph=True)` of a model and an op, autograd through both, and checkpointing."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from dancegrpo_fast import policy_loss, transition_step
 
 from ..ops.cases import F32, TABLES, Case, assert_same_bits, make_case
-from .targets import GPU_TARGETS, HOST_TARGETS, Target, on, on_every_target, on_gpu_targets
+from .targets import GPU_TARGETS, HOST_TARGETS, Target, at_home, on, on_every_target, on_gpu_targets
 
 TABLE = TABLES["flow"]
 SIZE = 64
@@ -27,24 +30,14 @@ class Model(torch.nn.Module):
 
 def rollout(model: Model, case: Case, target: Target, step: int | Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
-        found = transition_step(
-            case.latents, model(case.latents), TABLE, step, seed=3, sample_ids=case.sample_ids, backend=target.backend
-        )
+        settings = {"seed": 3, "sample_ids": case.sample_ids, "backend": target.backend}
+        found = transition_step(case.latents, model(case.latents), TABLE, step, **settings)
     return {"latents": found.latents, "log_prob": found.log_prob}
 
 
 def replay(model: Model, case: Case, target: Target, step: int | Tensor) -> dict[str, Tensor]:
-    result = policy_loss(
-        case.latents,
-        model(case.latents),
-        case.next_latents,
-        TABLE,
-        step,
-        case.old_log_prob,
-        case.advantages,
-        weight=case.weight,
-        backend=target.backend,
-    )
+    given = replace(case, step=step).lost(TABLE, model(case.latents))
+    result = policy_loss(*given, weight=case.weight, backend=target.backend)
     return {"loss": result.loss, "ratio": result.ratio}
 
 
@@ -70,7 +63,7 @@ def test_a_model_and_an_op_in_one_graph(target: Target, part, per_sample: bool, 
     wanted = part(model, case, target, step)
     torch._dynamo.reset()
     found = torch.compile(part, fullgraph=True, backend=compiler)(model, case, target, step)
-    assert_same_bits({n: t.detach().cpu() for n, t in found.items()}, {n: t.detach().cpu() for n, t in wanted.items()})
+    assert_same_bits(at_home(found), at_home(wanted))
     if "loss" in found:
         torch.testing.assert_close(*(torch.autograd.grad(r["loss"], model.scale)[0] for r in (found, wanted)))
 
@@ -102,18 +95,12 @@ def test_cuda_graph_trees_own_nothing_of_ours(target: Target) -> None:
     model, case = Model(target), case_on(target)
     for part in (rollout, replay):
         wanted = part(model, case, target, 1)
-        # What is kept for a stream is made anew, by the first run on one of the graphs'.
-        _forget_workspaces(target)
+        if target.backend == "triton":
+            # What is kept for a stream is made anew, by the first run on one of the graphs'.
+            importlib.import_module("dancegrpo_fast.ops._triton")._workspaces.clear()
         torch._dynamo.reset()
         run = torch.compile(part, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             found = {name: value.detach().clone() for name, value in run(model, case, target, 1).items()}
-        assert_same_bits({n: t.cpu() for n, t in found.items()}, {n: t.detach().cpu() for n, t in wanted.items()})
-
-
-def _forget_workspaces(target: Target) -> None:
-    if target.backend == "triton":
-        from dancegrpo_fast.ops import _triton
-
-        _triton._workspaces.clear()
+        assert_same_bits(at_home(found), at_home(wanted))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cases import BF16, F32, TABLES, Case, assert_same_bits, make_case, sample, score, train
-from .targets import Target, captured, on, on_every_target, stream_of
+from .targets import Target, at_home, captured, on, on_every_target, stream_of
 
 TABLE = TABLES["flow"]
 # Several blocks a sample, so that tickets and scratch are in use.
@@ -32,43 +32,39 @@ def cases(target: Target) -> list[Case]:
     return [on(make_case(SHAPE, TABLE, (F32, BF16, F32), seed=seed), target) for seed in range(3)]
 
 
-def kept(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in found.items()}
-
-
 @on_every_target
 def test_replays_follow_their_inputs(target: Target) -> None:
     static, *others = cases(target)
-    wanted = [kept(iteration(other, target)) for other in others]
+    wanted = [at_home(iteration(other, target)) for other in others]
     outputs, replay = captured(target, lambda: iteration(static, target))
     for other, want in zip([*others, *others], [*wanted, *wanted], strict=True):
         refill(static, other)
         replay()
-        assert_same_bits(kept(outputs), want)
+        assert_same_bits(at_home(outputs), want)
 
 
 @on_every_target
 def test_replays_on_another_stream(target: Target) -> None:
     static, other, _ = cases(target)
-    want = kept(iteration(other, target))
+    want = at_home(iteration(other, target))
     outputs, replay = captured(target, lambda: iteration(static, target))
     refill(static, other)
     for _ in range(3):
         with stream_of(target):
             replay()
-        assert_same_bits(kept(outputs), want)
+        assert_same_bits(at_home(outputs), want)
 
 
 @on_every_target
 def test_replays_beside_eager_calls(target: Target) -> None:
     """A graph has its own tickets and scratch: eager calls on another stream at the same time touch neither."""
     static, other, _ = cases(target)
-    want_here, want_there = kept(iteration(other, target)), kept(iteration(static, target))
+    want_here, want_there = at_home(iteration(other, target)), at_home(iteration(static, target))
     outputs, replay = captured(target, lambda: iteration(static, target))
     target.synchronize()
     if target.device == "cpu":
         replay()
-        assert_same_bits(kept(outputs), want_there)
+        assert_same_bits(at_home(outputs), want_there)
         return
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -78,18 +74,18 @@ def test_replays_beside_eager_calls(target: Target) -> None:
             replay()
         eager.append(iteration(other, target))
     target.synchronize()
-    assert_same_bits(kept(outputs), want_there)
+    assert_same_bits(at_home(outputs), want_there)
     for found in eager:
-        assert_same_bits(kept(found), want_here)
+        assert_same_bits(at_home(found), want_here)
 
 
 @on_every_target
 def test_two_graphs_share_nothing(target: Target) -> None:
     first, second, _ = cases(target)
-    wanted = [kept(iteration(case, target)) for case in (first, second)]
+    wanted = [at_home(iteration(case, target)) for case in (first, second)]
     graphs = [captured(target, lambda case=case: iteration(case, target)) for case in (first, second)]
     for _ in range(3):
         for _, replay in graphs:
             replay()
     for (outputs, _), want in zip(graphs, wanted, strict=True):
-        assert_same_bits(kept(outputs), want)
+        assert_same_bits(at_home(outputs), want)

@@ -1,17 +1,19 @@
 """Bits that must not change with the batch, the layout or the run, and a first ratio of exactly 1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dancegrpo_fast import policy_loss
 
 from ..ops.cases import BF16, DTYPES, F16, F32, TABLES, assert_same_bits, bits, dtype_id, make_case, sample
+from ..ops.test_invariance import STEPS, joined
 from ..ops.test_transition import LAYOUTS
 from .calls import results
 from .targets import Target, on, on_every_target
 
 MIXES = ((F32, F32, F32), (F32, BF16, BF16), (F16, F16, F32))
-STEPS = torch.tensor([1, 2, 1, 3, 0, 2, 1, 2])
 
 
 @on_every_target
@@ -24,7 +26,7 @@ def test_micro_batches(target: Target, dtypes: tuple, rounding: str) -> None:
     whole = results(case, table, target.backend, rounding)
     for size in (1, 2, 4):
         parts = [results(case.select(slice(i, i + size)), table, target.backend, rounding) for i in range(0, 8, size)]
-        assert_same_bits({name: torch.cat([part[name] for part in parts]) for name in whole}, whole)
+        assert_same_bits(joined(parts), whole)
 
 
 @on_every_target
@@ -61,9 +63,8 @@ def test_every_run_gives_the_same_bits(target: Target, shape: tuple[int, ...]) -
 def test_layouts_and_misaligned_tensors(target: Target, layout: str, dtypes: tuple, shape: tuple[int, ...]) -> None:
     table = TABLES["flow"]
     packed = on(make_case(shape, table, dtypes, cfg=True), target)
-    assert_same_bits(
-        results(packed.map(LAYOUTS[layout]), table, target.backend), results(packed, table, target.backend)
-    )
+    found = results(packed.map(LAYOUTS[layout]), table, target.backend)
+    assert_same_bits(found, results(packed, table, target.backend))
 
 
 @on_every_target
@@ -94,21 +95,10 @@ def test_first_ratio_is_exactly_one(target: Target, dtypes: tuple, cfg: bool, ro
     case = on(make_case((4, 5031), table, dtypes, cfg=cfg, step=torch.tensor([2, 0, 3, 1])), target)
     settings = {"seed": 9} if seeded else {}
     step = sample(case, table, rounding=rounding, out_dtype=dtypes[2], backend=target.backend, **settings)
+    case = replace(case, next_latents=step.latents, old_log_prob=step.log_prob)
     for part in (slice(0, 4), slice(1, 2), slice(1, 4)):
+        settings = {"weight": case.weight[part], "rounding": rounding, "backend": target.backend}
         mine = case.select(part)
-        result = policy_loss(
-            mine.latents,
-            mine.output,
-            step.latents[part],
-            table,
-            mine.step,
-            step.log_prob[part],
-            mine.advantages,
-            uncond_output=mine.uncond,
-            guidance_scale=mine.guidance,
-            weight=mine.weight,
-            rounding=rounding,
-            backend=target.backend,
-        )
+        result = policy_loss(*mine.lost(table), **mine.guided, **settings)
         assert torch.equal(result.ratio, torch.ones_like(result.ratio))
         assert result.metrics.ratio_max_dev == 0.0 and result.metrics.approx_kl == 0.0

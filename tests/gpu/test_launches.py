@@ -49,17 +49,8 @@ def test_torch_starts_nothing_beside_our_op(target: Target, name: str, step: int
 
 def plain_loss(target: Target) -> Callable[[], object]:
     """A loss without weights, as most scripts call it."""
-    case = on(make_case((3, 100), TABLE), target)
-    return lambda: policy_loss(
-        case.latents,
-        case.output,
-        case.next_latents,
-        TABLE,
-        1,
-        case.old_log_prob,
-        case.advantages,
-        backend=target.backend,
-    )
+    given = on(make_case((3, 100), TABLE), target).lost(TABLE)
+    return lambda: policy_loss(*given, backend=target.backend)
 
 
 @pytest.mark.parametrize("target", [*HOST_TARGETS[:1], *GPU_TARGETS])

@@ -1,6 +1,5 @@
 """Accelerated models on a device."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,28 +9,20 @@ from torch import Tensor
 import dancegrpo_fast as dgf
 
 from ..ops.cases import BF16, F32
+from ..patch import models
 from ..tolerances import assert_within_budget
 from .targets import Target
 from .test_block_ops import HOST, ON_GPU, with_both_modes
 
-if find_spec("diffusers"):
-    from ..patch import models
-else:
-    models = None
-
-
-def _model_cases() -> list:
-    if models is None:
-        return [pytest.param(None, None, marks=pytest.mark.skip(reason="diffusers is not installed"))]
-    wanted = [(HOST, ("hunyuan",)), *((target, models.TINY) for target in ON_GPU)]
-    return [
+ON_EVERY = [(HOST, ("hunyuan",)), *((target, models.TINY) for target in ON_GPU)]
+on_every_model = pytest.mark.parametrize(
+    ("target", "name"),
+    [
         pytest.param(target.values[0], name, marks=target.marks, id=f"{name}-{target.id}")
-        for target, names in wanted
+        for target, names in ON_EVERY
         for name in names
-    ]
-
-
-on_every_model = pytest.mark.parametrize(("target", "name"), _model_cases())
+    ],
+)
 
 
 class TestModels:
@@ -48,19 +39,15 @@ class TestModels:
     def test_within_the_budget_of_eager(self, target: Target, name: str, dtype: torch.dtype, mode: str) -> None:
         model = models.TINY[name].model(dtype).to(target.device)
         wide = models.TINY[name].model(dtype).double().to(target.device)
-        outputs: list[list[Tensor]] = []
-        gradients: list[Any] = []
         # Several draws, as one may be right by luck in plain torch.
         given = [self.inputs(name, dtype, target, seed=seed) for seed in range(3)]
         runs = [(model, each) for each in given] + [(wide, models.doubled(each)) for each in given]
         plain = [models.run(*run) for run in runs]
         dgf.accelerate(model, mode, recompute="all", backend=target.backend)
         found = [models.run(model, each) for each in given]
-        for part in (found, plain[3:], plain[:3]):
-            outputs.append([output for output, _ in part])
-            gradients.append(part[0][1])
-        assert_within_budget(*(torch.stack(each) for each in outputs))
-        models.assert_gradients_within_budget(*gradients)
+        parts = (found, plain[3:], plain[:3])
+        assert_within_budget(*(torch.stack([output for output, _ in part]) for part in parts))
+        models.assert_gradients_within_budget(*(part[0][1] for part in parts))
 
     @on_every_model
     @with_both_modes

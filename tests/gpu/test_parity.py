@@ -1,6 +1,7 @@
 """CUDA, Triton, the C++ kernels and the reference agree."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ from ..ops.cases import (
     train,
 )
 from ..ops.test_noise import noise_table
-from ..ops.test_policy_loss import OPTIONS, reference_loss
-from ..ops.test_transition import reference_gradient, reference_score, reference_step
+from ..ops.test_policy_loss import OPTIONS, PER_SAMPLE, assert_matches_reference
+from ..ops.test_transition import assert_scores, reference_score, reference_step
 from ..tolerances import KERNELS_APART_ULPS, assert_same_noise, assert_within_budget
 from .calls import results
 from .targets import Target, at_home, differing_bits, on, on_every_target, on_gpu_targets
@@ -43,51 +44,30 @@ def skip_unless_held(target: Target, *dtypes: torch.dtype) -> None:
 
 def assert_sampling(case: Case, table, target: Target, out: torch.dtype, rounding: str = "exact") -> None:
     """Next latents and x0 with given noise are the C++ kernels' bits; the score keeps to the budget."""
-    found = sample(
-        on(case, target), table, rounding=rounding, out_dtype=out, return_denoised=True, backend=target.backend
-    )
-    here = sample(case, table, rounding=rounding, out_dtype=out, return_denoised=True)
+    settings = {"rounding": rounding, "out_dtype": out, "return_denoised": True}
+    found, here = sample(on(case, target), table, backend=target.backend, **settings), sample(case, table, **settings)
     assert bits(found.latents.cpu()) == bits(here.latents)
     assert bits(found.denoised.cpu()) == bits(here.denoised)
     compute = reference.compute_dtype(case.latents, case.output, case.uncond, here.latents)
     scores = (reference_score(case, table, here.latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(found.log_prob.cpu(), *scores)
-    truth, plain = (
-        reference_step(case, table, dtype, rounding, F64 if dtype == F64 else compute) for dtype in (F64, out)
-    )
+    truth, plain = (reference_step(case, table, *of) for of in ((F64, rounding, F64), (out, rounding, compute)))
     assert_within_budget(found.latents.cpu(), truth[0], plain[0])
 
 
 def assert_scoring(case: Case, table, target: Target, rounding: str = "exact") -> None:
     """The score and the gradient keep to the budget."""
-    log_prob, *grads = (t.cpu() for t in score(on(case, target), table, rounding=rounding, backend=target.backend))
-    compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
-    assert_within_budget(
-        log_prob, *(reference_score(case, table, case.next_latents, rounding, dtype) for dtype in (F64, compute))
-    )
-    wide = case.map(lambda t: t.double())
-    truth = reference_gradient(case, table, rounding, F64, wide)
-    plain = reference_gradient(case, table, rounding, compute, case)
-    for grad, exact, rounded in zip(grads, truth, plain, strict=False):
-        assert_within_budget(grad, exact, rounded)
+    found = score(on(case, target), table, rounding=rounding, backend=target.backend)
+    assert_scores(case, table, [t.cpu() for t in found], rounding)
 
 
 def assert_loss(cases: list[Case], table, target: Target, **options) -> None:
-    """Loss, gradient and metrics keep to the budget; several draws, as plain torch may be right by luck."""
-    found, truth, plain = [], [], []
-    for case in cases:
-        compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
-        found.append(at_home(train(on(case, target), table, backend=target.backend, **options)))
-        truth.append(reference_loss(case, table, F64, case.map(lambda t: t.double()), **options))
-        plain.append(reference_loss(case, table, compute, case, **options))
-        assert found[-1].pop("has_grad").dtype == torch.bool
-    assert found[0].keys() == truth[0].keys()
-    joined = {name: [torch.stack([r[name] for r in rows]) for rows in (found, truth, plain)] for name in found[0]}
-    _, exact, rounded = joined["ratio"]
-    error = float((rounded.double() - exact).abs().max())
-    source = {"metrics.ratio_max_dev": error, "metrics.approx_kl": error * float((1 - 1 / exact).abs().max())}
-    for name, values in joined.items():
-        assert_within_budget(*values, source.get(name, 0.0))
+    """Loss, gradient and metrics keep to the budget."""
+
+    def there(case: Case, table, **settings) -> dict[str, torch.Tensor]:
+        return at_home(train(on(case, target), table, backend=target.backend, **settings))
+
+    assert_matches_reference(cases, table, there, **options)
 
 
 @on_every_target
@@ -130,8 +110,7 @@ def test_every_shape(target: Target, dtypes: tuple) -> None:
 @pytest.mark.parametrize("cfg", [False, True])
 def test_loss(target: Target, dtypes: tuple, option: str, cfg: bool) -> None:
     skip_unless_held(target, *dtypes)
-    step = torch.tensor([3, 1, 0, 2, 2, 1, 1, 2, 1])
-    cases = [make_case((9, 3, 701), TABLES["mixed"], dtypes, cfg=cfg, step=step, seed=seed) for seed in range(4)]
+    cases = [make_case((9, 3, 701), TABLES["mixed"], dtypes, cfg=cfg, step=PER_SAMPLE, seed=s) for s in range(4)]
     assert_loss(cases, TABLES["mixed"], target, **OPTIONS[option])
     if not cfg:
         assert_loss(cases, TABLES["mixed"], target, rounding="reference", **OPTIONS[option])
@@ -177,22 +156,10 @@ def test_seeded_step(target: Target, dtypes: tuple, record_property: Callable) -
     settings = {"seed": 8, "out_dtype": dtypes[2]}
     found = sample(there, table, backend=target.backend, **settings)
     # Each step has its own stream: a row of a table that adds nothing but noise gives it.
-    zeros = torch.zeros(case.latents.shape, device=target.device)
-    unit = noise_table(len(table))
-    noise = transition_step(
-        zeros, zeros, unit, there.step, seed=8, sample_ids=there.sample_ids, backend=target.backend
-    ).latents
-    given = transition_step(
-        there.latents,
-        there.output,
-        table,
-        there.step,
-        noise=noise,
-        uncond_output=there.uncond,
-        guidance_scale=there.guidance,
-        out_dtype=dtypes[2],
-        backend=target.backend,
-    )
+    zeros = torch.zeros_like(there.latents, dtype=F32)
+    keys = {"seed": 8, "sample_ids": there.sample_ids, "backend": target.backend}
+    noise = transition_step(zeros, zeros, noise_table(len(table)), there.step, **keys).latents
+    given = sample(replace(there, noise=noise), table, backend=target.backend, out_dtype=dtypes[2])
     assert bits(found.latents.cpu()) == bits(given.latents.cpu())
     assert bits(found.log_prob.cpu()) == bits(given.log_prob.cpu())
     apart = differing_bits(found.latents, sample(case, table, backend="cpu", **settings).latents)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,21 +10,13 @@ from torch import Tensor
 import dancegrpo_fast as dgf
 from dancegrpo_fast.ops import selfcheck
 
-from .targets import GPU_TARGETS, Target
-
-if find_spec("diffusers"):
-    from ..patch import models
-
-    FAMILIES = tuple(models.TINY)
-else:
-    FAMILIES = ()
-
-ON_GPU = [t for t in GPU_TARGETS if t.values[0].backend == "triton"]
+from ..patch import models
+from .targets import Target
+from .test_block_ops import ON_GPU
 
 
-@pytest.mark.skipif(not FAMILIES, reason="diffusers is not installed")
 @pytest.mark.parametrize("target", ON_GPU)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", models.TINY)
 def test_every_family_in_lossless_mode(target: Target, name: str, record_property: Callable) -> None:
     """Forward and backward of each op that it runs are looked at, and pass."""
     model = models.TINY[name].model(torch.bfloat16).to(target.device)

@@ -1,6 +1,6 @@
 """Streams and devices: the current ones are used, nothing waits, and calls at the same time do not meet."""
 
-import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ import torch
 from dancegrpo_fast import transition_log_prob, transition_step
 
 from ..ops.cases import BF16, F32, TABLES, Case, assert_same_bits, make_case
+from ..ops.test_invariance import assert_same_at_once
 from .calls import calls_of, results
-from .targets import Target, guard, no_waiting, on, on_every_target, on_gpu_targets, stream_of
+from .targets import Target, assert_nothing_waits, guard, on, on_every_target, on_gpu_targets, stream_of
 
 TABLE = TABLES["flow"]
 
@@ -51,31 +52,22 @@ def test_work_is_queued_on_the_current_stream(target: Target) -> None:
 def test_nothing_waits_for_the_device(target: Target) -> None:
     for step in (1, torch.tensor([2, 0, 1])):
         case = on(make_case((3, 7, 2500), TABLE, (F32, BF16, F32), cfg=True, step=step), target)
-        calls = calls_of(case, TABLE, target.backend)
-        for run in calls.values():
-            run()
-        target.synchronize()
-        with no_waiting(target):
-            for run in calls.values():
-                run()
+        assert_nothing_waits(target, calls_of(case, TABLE, target.backend).values())
 
 
 @on_every_target
 def test_calls_on_two_streams_at_once(target: Target) -> None:
     """Each stream has its own tickets; long queues on both overlap."""
     cases = [case_on(target, seed, (16, 40_001)) for seed in (1, 2)]
-    wanted = [calls_of(case, TABLE, target.backend)["seeded step"]() for case in cases]
+    steps = [calls_of(case, TABLE, target.backend)["seeded step"] for case in cases]
+    wanted = [step() for step in steps]
     streams = [None, None] if target.device == "cpu" else [torch.cuda.Stream() for _ in cases]
     target.synchronize()
     found: list[list] = [[], []]
     for _ in range(5 if target.device == "cpu" else 50):
-        for place, case in enumerate(cases):
+        for place, step in enumerate(steps):
             with torch.cuda.stream(streams[place]):
-                found[place].append(
-                    transition_step(
-                        case.latents, case.output, TABLE, 1, seed=5, sample_ids=case.sample_ids, backend=target.backend
-                    )
-                )
+                found[place].append(step())
     target.synchronize()
     for mine, want in zip(found, wanted, strict=True):
         assert all(torch.equal(s.latents, want.latents) and torch.equal(s.log_prob, want.log_prob) for s in mine)
@@ -84,23 +76,7 @@ def test_calls_on_two_streams_at_once(target: Target) -> None:
 @on_every_target
 def test_two_threads_on_one_stream(target: Target) -> None:
     cases = [case_on(target, seed) for seed in (1, 2)]
-    wanted = [results(case, TABLE, target.backend) for case in cases]
-    failures: list[BaseException] = []
-
-    def work(case: Case, want: dict) -> None:
-        try:
-            for _ in range(5):
-                assert_same_bits(results(case, TABLE, target.backend), want)
-        except BaseException as error:
-            failures.append(error)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, wanted, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    assert not any(worker.is_alive() for worker in workers)
-    assert not failures, failures[0]
+    assert_same_at_once(lambda case: results(case, TABLE, target.backend), cases)
 
 
 @on_gpu_targets
@@ -120,9 +96,7 @@ def test_a_row_outside_the_table_is_nan_and_no_fault(target: Target) -> None:
     for outside in (len(TABLE), -1, 2**40, -(2**62)):
         step = torch.tensor([1, outside, 2], device="cuda")
         found = transition_step(case.latents, case.output, TABLE, step, seed=3, backend=target.backend)
-        log_prob = transition_log_prob(
-            case.latents, case.output, case.next_latents, TABLE, step, backend=target.backend
-        )
+        log_prob = transition_log_prob(*replace(case, step=step).scored(TABLE), backend=target.backend)
         torch.cuda.synchronize()
         assert bool(found.latents[1].isnan().all())
         assert found.log_prob.isnan().tolist() == log_prob.isnan().tolist() == [False, True, False]

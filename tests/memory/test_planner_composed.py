@@ -12,6 +12,7 @@ from dancegrpo_fast.memory.planning.cases import Case, build, kinds_of, resolved
 from dancegrpo_fast.memory.planning.decode import decode
 from dancegrpo_fast.memory.trace.tracer import trace
 
+from ..release import release_but
 from ..tolerances import COMPOSED
 from .small import case_of
 
@@ -39,7 +40,7 @@ def composed(blocks: Blocks, train: bool = True) -> dict[str, float]:
     return peaks | {f"flops {phase}": float(sum(blocks.flops(phase).values())) for phase in phases}
 
 
-@pytest.mark.parametrize("model", ["flux-dev", "sd35-medium", "wan21-1.3b"])
+@pytest.mark.parametrize("model", release_but(("wan21-1.3b",), ["flux-dev", "sd35-medium", "wan21-1.3b"]))
 def test_few_blocks_say_what_all_do(model: str) -> None:
     case = case_of(model, 512, frames=5 if specs.resolve(model).is_video else 1)
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)

@@ -14,7 +14,7 @@ from ..tolerances import PUBLISHED
 pytestmark = pytest.mark.usefixtures("collected_once")
 
 # The others' traces take minutes.
-QUICK = [figure for figure in FIGURES if figure.subject == "FLUX.1-dev 720 x 720, all weights"]
+QUICK = [f for f in FIGURES if f.subject == "FLUX.1-dev 720 x 720, all weights" and f.what.startswith("full")]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_what_autocast_makes_of_float32_masters_explains_the_difference() -> Non
     assert rollout["parameters"] == pytest.approx(rollout["master weights"] / 2, rel=PUBLISHED)
 
 
+@pytest.mark.release
 def test_float32_lora_layers_keep_float32_inputs() -> None:
     """As peft's `get_peft_model` makes them; the published figures are for bf16 layers."""
     found = [pieces({**FLUX, "policy": "none", "lora": 32, "lora_dtype": name}) for name in ("bf16", "fp32")]

@@ -237,6 +237,7 @@ def test_processes_have_hours_for_one_that_encodes_or_writes(tmp_path: Path, mon
     assert asked == [PATIENCE]
 
 
+@pytest.mark.release
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 def test_under_fsdp_one_process_loads_and_all_have_the_weights(base: Base, tmp_path: Path) -> None:
     # Wan keeps some weights in float32 and has tables that are in no file; of SD3.5's, the positions are in it.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..release import release_but
 from . import checks
 from .cases import CASES, make_recipe
 from .folders import diffusers
@@ -43,6 +44,7 @@ def run(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -
     return trained
 
 
+@pytest.mark.pairs
 @families
 @parts
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -55,7 +57,7 @@ def test_neither_block_ops_nor_resuming_change_a_bit(
     checks.assert_same_weights(plain, run(family, True, lora=lora, micro_batch=micro_batch, **PATCHED))
 
 
-@families
+@pytest.mark.parametrize("family", release_but(("flux", "stable_diffusion", "wan"), CASES))
 @parts
 def test_checkpoint_policies_and_attention_change_no_bit_of_the_recipes_precision(
     run: Callable[..., Path], family: str, lora: bool

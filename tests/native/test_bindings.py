@@ -24,10 +24,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         pytest.skip(f"the processor is x86-64-v{level}")
     if request.param == "_cuda" and torch.cuda.is_available():
         pytest.skip("addresses of the host are none of the GPU's")
-    try:
-        return importlib.import_module(f"dancegrpo_fast.{request.param}")
-    except ModuleNotFoundError:
-        pytest.skip("the CUDA module is not built: no nvcc")
+    return pytest.importorskip(f"dancegrpo_fast.{request.param}", reason="the CUDA module is not built: no nvcc")
 
 
 KEPT: list[Tensor] = []
@@ -57,22 +54,9 @@ class Call:
     def __init__(self, module: ModuleType, name: str, **rest: object) -> None:
         self.run = getattr(module, name)
         launch = 1 if "_cpu" in module.__name__ else (0, numbers(BATCH + 1), numbers(4096))
-        self.step = {
-            "latents": whole(),
-            "model_output": strided(),
-            "uncond_output": whole(),
-            "next_latents": strided(),
-            "batch": BATCH,
-            "numel": NUMEL,
-            "table": TABLE.data_ptr(),
-            "table rows": len(TABLE),
-            "steps": 0,
-            "step": 1,
-            "guidance": 2.0,
-            "rounding": False,
-            "double": False,
-            "launch": launch,
-        }
+        self.step = {"latents": whole(), "model_output": strided(), "uncond_output": whole(), "next_latents": strided()}
+        self.step |= {"batch": BATCH, "numel": NUMEL, "table": TABLE.data_ptr(), "table rows": len(TABLE)}
+        self.step |= {"steps": 0, "step": 1, "guidance": 2.0, "rounding": False, "double": False, "launch": launch}
         self.rest = rest
 
     def __call__(self, **changed: object) -> None:
@@ -84,19 +68,9 @@ def calls(module: ModuleType) -> dict[str, Call]:
     outputs = (numbers(1), numbers(), numbers(), numbers(8), numbers(), numbers(), numbers())
     grads = {"grad_output": strided(), "grad_uncond": whole()}
     scales = {"grad_loss": numbers(1), "step_scale": numbers(), "pull_scale": numbers()}
-    loss = {
-        "reference_output": whole(),
-        "old_output": strided(),
-        "old_log_prob": numbers(),
-        "advantages": numbers(),
-        "weight": 0,
-        "clip_low": 0.1,
-        "clip_high": 0.2,
-        "advantage_clip": 5.0,
-        "kl_weight": 0.1,
-        "ratio_norm": True,
-        "out": outputs,
-    }
+    loss = {"reference_output": whole(), "old_output": strided(), "old_log_prob": numbers(), "advantages": numbers()}
+    loss |= {"weight": 0, "clip_low": 0.1, "clip_high": 0.2, "advantage_clip": 5.0, "kl_weight": 0.1}
+    loss |= {"ratio_norm": True, "out": outputs}
     sampled = {"noise": whole(), "seed": None, "sample_ids": 0, "denoised": strided(), "log_prob": numbers()}
     return {
         "sample": Call(module, "transition_sample", **sampled),
@@ -148,8 +122,7 @@ def test_a_valid_call_is_not_refused(name: str, module: ModuleType) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_operand_is_named(name: str, module: ModuleType) -> None:
     call = calls(module)[name]
-    operands = [*OPERANDS, *(n for n in call.rest if n in ("grad_output", "grad_uncond"))]
-    for operand in operands:
+    for operand in (*OPERANDS, *(n for n in call.rest if n in ("grad_output", "grad_uncond"))):
         with pytest.raises(ValueError, match=rf"^{operand}: got None"):
             call(**{operand: None})
     for other in ("table", *OTHERS[name]):
@@ -163,31 +136,20 @@ def test_an_operand_that_is_no_sample_is_named(
     name: str, problem: str, bad: Callable[[], object], module: ModuleType
 ) -> None:
     call = calls(module)[name]
-    operands = [*call.step, *call.rest]
-    valid = {**call.step, **call.rest}
-    for operand in operands:
-        if isinstance(valid[operand], tuple) and operand not in ("launch", "out"):
+    for operand, valid in (call.step | call.rest).items():
+        if isinstance(valid, tuple) and operand not in ("launch", "out"):
             with pytest.raises(ValueError, match=rf"^{operand}: got "):
                 call(**{operand: bad()})
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("changed", "refused"),
-    [
-        ({"batch": 0}, "batch"),
-        ({"batch": -1}, "batch"),
-        ({"numel": 0}, "numel"),
-        ({"numel": -24}, "numel"),
-        ({"table rows": 0}, "table"),
-        ({"step": -1}, "step"),
-        ({"step": 4}, "step"),
-    ],
-    ids=str,
+    ("changed", "value"),
+    [("batch", 0), ("batch", -1), ("numel", 0), ("numel", -24), ("table rows", 0), ("step", -1), ("step", 4)],
 )
-def test_numbers_that_make_no_batch(name: str, changed: dict, refused: str, module: ModuleType) -> None:
-    with pytest.raises(ValueError, match=rf"^{refused}: got "):
-        calls(module)[name](**changed)
+def test_numbers_that_make_no_batch(name: str, changed: str, value: int, module: ModuleType) -> None:
+    with pytest.raises(ValueError, match=rf"^{changed.split()[0]}: got "):
+        calls(module)[name](**{changed: value})
 
 
 @pytest.mark.parametrize("name", NAMES)

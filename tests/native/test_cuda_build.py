@@ -1,11 +1,11 @@
 """The CUDA module without a GPU: it loads, says why it cannot run, and its machine code keeps to its budget."""
 
-import importlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -22,10 +22,7 @@ SHARED_BYTES = 48 * 1024 // 2
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    try:
-        return importlib.import_module("dancegrpo_fast._cuda")
-    except ModuleNotFoundError:
-        pytest.skip("the CUDA module is not built: no nvcc")
+    return pytest.importorskip("dancegrpo_fast._cuda", reason="the CUDA module is not built: no nvcc")
 
 
 def dump(module: ModuleType, *options: str) -> str:
@@ -36,15 +33,8 @@ def dump(module: ModuleType, *options: str) -> str:
     tool = shutil.which("cuobjdump", path=path)
     if tool is None:
         pytest.skip("no cuobjdump")
-    environment = {**os.environ, "PATH": path}
-    return subprocess.run(
-        [tool, *options, str(module.__file__)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=LIMIT,
-    ).stdout
+    command, environment = [tool, *options, str(module.__file__)], os.environ | {"PATH": path}
+    return subprocess.check_output(command, env=environment, text=True, timeout=LIMIT)
 
 
 def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) -> None:
@@ -65,9 +55,7 @@ def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) 
 
 def test_resources(module: ModuleType) -> None:
     """Every kernel for every GPU: nothing spilled, small enough for two blocks at once."""
-    seen = set()
-    architecture = ""
-    name = ""
+    seen, architecture, name = set(), "", ""
     for line in dump(module, "--dump-resource-usage").splitlines():
         if found := re.search(r"arch = sm_(\d+)", line):
             architecture = found[1]
@@ -86,16 +74,14 @@ def test_resources(module: ModuleType) -> None:
 
 
 def test_float32_kernels_move_16_bytes_at_once(module: ModuleType) -> None:
-    loads: dict[tuple[str, str], int] = {}
-    stores: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     kernel = ""
     code = dump(module, "-sass", "-arch", f"sm_{module.architectures.split(',')[-1]}")
     for line in code.splitlines():
         if found := re.search(r"Function : \w+?\d+(\w+)_kernelI(\w)E", line):
             kernel = next(k for k in KERNELS if found[1].endswith(k)) if found[2] == "f" else ""
         elif kernel and (found := re.search(r"\b(LDG|STG)\.E\.128", line)):
-            counts = loads if found[1] == "LDG" else stores
-            counts["f", kernel] = counts.get(("f", kernel), 0) + 1
+            counts[found[1], kernel] += 1
     # Two packets of an operand in float32: latents, output, unconditional output and at least one more.
-    assert all(loads["f", kernel] >= 8 for kernel in KERNELS)
-    assert {kernel for _, kernel in stores} == {"transition_sample", "transition_gradient"}
+    assert all(counts["LDG", kernel] >= 8 for kernel in KERNELS)
+    assert {kernel for access, kernel in counts if access == "STG"} == {"transition_sample", "transition_gradient"}

@@ -1,11 +1,12 @@
 """Calls of every block op on small tensors, which several tests look at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dancegrpo_fast.ops.gated_projection import gated_projection, gated_projection_norm_modulate
 from dancegrpo_fast.ops.gated_residual import gated_residual
@@ -26,6 +27,47 @@ def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0, grad: bool = True
 def tables(rows: int = S, width: int = D, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor]:
     angles = torch.arange(rows * width, dtype=F64).reshape(rows, width) / 7
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the calls that reach torch, or those of our own ops alone."""
+
+    def __init__(self, namespace: str | None = None) -> None:
+        super().__init__()
+        self.namespace = namespace
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.namespace in (None, func.namespace):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [func.name().removeprefix("dgf::") for func, _, _ in self.calls]
+
+
+def opcheck(recorder: Recorder, **options: Any) -> None:
+    """Every call that was remembered, on tensors outside of the graph."""
+    for func, args, kwargs in recorder.calls:
+        plain = torch.utils._pytree.tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, args)
+        torch.library.opcheck(func, plain, kwargs, **options)
+
+
+def held(call: Callable[[], Any], but: Iterable[Tensor | None] = ()) -> int:
+    """Bytes that autograd keeps of what is not in `but`."""
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = call()
+    known = {t.untyped_storage()._cdata for t in but if t is not None}
+    total = sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+    del outputs
+    return total
 
 
 def call_norm(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -124,6 +166,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "rope without norm": (call_rope, {"norm": "none"}),
     "rope of queries": (call_one_rope, {}),
 }
+# The gate's gradient from the weight's; their "lossless" mode here is eager torch, to compare with.
+PROJECTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "gated projection": (call_projection, {}),
+    "last projection": (call_last_projection, {}),
+}
 MODES = ("lossless", "fast")
 
 
@@ -136,10 +183,3 @@ def call_of(name: str, dtype: torch.dtype, mode: str) -> tuple[Callable[..., tup
         return found if isinstance(found, tuple) else (found,)
 
     return outputs, tensors
-
-
-# The gate's gradient from the weight's; their "lossless" mode here is eager torch, to compare with.
-PROJECTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "gated projection": (call_projection, {}),
-    "last projection": (call_last_projection, {}),
-}

@@ -107,19 +107,52 @@ class Case:
     guidance: float | None
     step: int | Tensor
 
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.guidance is None else self.guidance
+
+    @property
+    def guided(self) -> dict:
+        """Guidance as every op takes it."""
+        return {"uncond_output": self.uncond, "guidance_scale": self.guidance}
+
+    def stepped(self, table: TransitionTable) -> tuple:
+        """What `transition_step` takes by position."""
+        return self.latents, self.output, table, self.step
+
+    def scored(self, table: TransitionTable, output: Tensor | None = None) -> tuple:
+        """What `transition_log_prob` takes by position, of another model output where one is given."""
+        return self.latents, self.output if output is None else output, self.next_latents, table, self.step
+
+    def lost(self, table: TransitionTable, output: Tensor | None = None) -> tuple:
+        """What `policy_loss` takes by position."""
+        return *self.scored(table, output), self.old_log_prob, self.advantages
+
+    def leaves(self) -> list[Tensor | None]:
+        """Both model outputs, to be differentiated by."""
+        return [None if t is None else t.detach().requires_grad_() for t in (self.output, self.uncond)]
+
+    def rows(self, table: TransitionTable, dtype: torch.dtype) -> Tensor:
+        """Coefficients of each sample's step."""
+        return rows_of(table, self.step, len(self.latents), dtype)
+
     def map(self, change) -> "Case":
         """`change` applied to every tensor `[B, ...]` of the latents' shape."""
         shape = self.latents.shape
         big = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
-            self,
-            **{n: change(t) for n, t in big.items() if isinstance(t, Tensor) and t.shape == shape and t.ndim > 1},
+            self, **{n: change(t) for n, t in big.items() if isinstance(t, Tensor) and t.shape == shape and t.ndim > 1}
         )
 
     def select(self, samples: slice | list[int]) -> "Case":
         """Some of the samples."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: t[samples] for n, t in given.items() if isinstance(t, Tensor)})
+
+
+def rows_of(table: TransitionTable, step: int | Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    indices, index = (step, 0) if isinstance(step, Tensor) else (None, step)
+    return reference.table_rows(table.packed(dtype=dtype), indices, index, batch)
 
 
 def make_case(
@@ -140,9 +173,7 @@ def make_case(
     batch = shape[0]
     latents, output, noise = draw(dtypes[0]), draw(dtypes[1]), draw(F32)
     uncond, guidance = (draw(dtypes[1]), 4.5) if cfg else (None, None)
-    rows = reference.table_rows(
-        table.packed(dtype=F64), *((step, 0) if isinstance(step, Tensor) else (None, step)), batch
-    )
+    rows = rows_of(table, step, batch, F64)
     scale = 1.0 if guidance is None else guidance
     stored, score, _ = reference.step(latents, output, uncond, scale, rows, noise, dtypes[2], None)
     compute = reference.compute_dtype(latents, output, uncond, stored)
@@ -172,74 +203,31 @@ def make_case(
 def sample(case: Case, table: TransitionTable, *, rounding: str = "exact", backend: str = "cpu", **settings):
     """`transition_step` on a case, with its noise unless `seed` is given."""
     draw = {"sample_ids": case.sample_ids} if "seed" in settings else {"noise": case.noise}
-    return transition_step(
-        case.latents,
-        case.output,
-        table,
-        case.step,
-        uncond_output=case.uncond,
-        guidance_scale=case.guidance,
-        rounding=rounding,
-        backend=backend,
-        **draw,
-        **settings,
-    )
+    return transition_step(*case.stepped(table), **case.guided, rounding=rounding, backend=backend, **draw, **settings)
 
 
 def score(case: Case, table: TransitionTable, *, rounding: str = "exact", backend: str = "cpu") -> tuple[Tensor, ...]:
     """Log-probability and the gradients of its weighted sum by the model outputs."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (case.output, case.uncond)]
-    log_prob = transition_log_prob(
-        case.latents,
-        leaves[0],
-        case.next_latents,
-        table,
-        case.step,
-        uncond_output=leaves[1],
-        guidance_scale=case.guidance,
-        rounding=rounding,
-        backend=backend,
-    )
+    leaves = case.leaves()
+    guided = case.guided | {"uncond_output": leaves[1]}
+    log_prob = transition_log_prob(*case.scored(table, leaves[0]), **guided, rounding=rounding, backend=backend)
     log_prob.backward(case.weight.to(log_prob.dtype))
     return log_prob.detach(), *(t.grad for t in leaves if t is not None)
 
 
 def train(
-    case: Case,
-    table: TransitionTable,
-    *,
-    kl: bool = False,
-    incoming: float = 1.0,
-    backend: str = "cpu",
-    **settings,
+    case: Case, table: TransitionTable, *, kl: bool = False, incoming: float = 1.0, backend: str = "cpu", **settings
 ) -> dict[str, Tensor]:
     """`policy_loss` and its backward with the gradient `incoming` of the loss: every output by name."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (case.output, case.uncond)]
+    leaves = case.leaves()
+    settings |= case.guided | {"uncond_output": leaves[1]}
     if kl:
         settings.update(reference_output=case.reference_output, kl_weight=0.1)
     if settings.get("ratio_norm"):
         settings.update(old_output=case.old_output)
-    result = policy_loss(
-        case.latents,
-        leaves[0],
-        case.next_latents,
-        table,
-        case.step,
-        case.old_log_prob,
-        case.advantages,
-        uncond_output=leaves[1],
-        guidance_scale=case.guidance,
-        weight=case.weight,
-        backend=backend,
-        **settings,
-    )
+    result = policy_loss(*case.lost(table, leaves[0]), weight=case.weight, backend=backend, **settings)
     result.loss.backward(torch.full_like(result.loss, incoming))
-    found = {
-        "loss": result.loss,
-        "log_prob": result.log_prob,
-        "ratio": result.ratio,
-        "has_grad": result.has_grad,
-    }
+    found = {"loss": result.loss, "log_prob": result.log_prob, "ratio": result.ratio, "has_grad": result.has_grad}
     found |= {"grad": leaves[0].grad} | ({} if leaves[1] is None else {"grad_uncond": leaves[1].grad})
     found |= {f"metrics.{name}": value for name, value in result.metrics._asdict().items()}
     return {name: value.detach() for name, value in found.items()}

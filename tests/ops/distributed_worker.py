@@ -4,6 +4,7 @@ Usage: distributed_worker.py RANK WORLD STORE OUTPUT
 """
 
 import sys
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -31,30 +32,18 @@ def update(model: torch.nn.Module, ranks: list[int], world: int) -> dict[str, Te
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     parts = [slice(rank * PER_RANK, (rank + 1) * PER_RANK) for rank in ranks]
     with torch.no_grad():
-        stepped = [
-            transition_step(latents[p], model(latents[p]), TABLE, STEP, seed=2, sample_ids=ids[p]) for p in parts
-        ]
-    found: dict[str, list[Tensor]] = {"first_ratio": [], "ratio": [], "log_prob": [], "loss": []}
+        given = ((latents[part], model(latents[part]), ids[part]) for part in parts)
+        stepped = [transition_step(x, v, TABLE, STEP, seed=2, sample_ids=own) for x, v, own in given]
+    found: dict[str, list[Tensor]] = defaultdict(list)
     for iteration in range(2):
         optimizer.zero_grad()
         for part, step in zip(parts, stepped, strict=True):
-            result = policy_loss(
-                latents[part],
-                model(latents[part]),
-                step.latents,
-                TABLE,
-                STEP,
-                step.log_prob,
-                advantages[part],
-                clip_range=0.2,
-            )
+            given = (latents[part], model(latents[part]), step.latents, TABLE, STEP, step.log_prob, advantages[part])
+            result = policy_loss(*given, clip_range=0.2)
             (result.loss / len(parts)).backward()
-            if iteration == 0:
-                found["first_ratio"].append(result.ratio)
-            else:
-                found["ratio"].append(result.ratio)
-                found["log_prob"].append(result.log_prob)
-                found["loss"].append(result.loss.detach()[None])
+            seen = {"ratio": result.ratio, "log_prob": result.log_prob, "loss": result.loss.detach()[None]}
+            for name, value in seen.items() if iteration else [("first_ratio", result.ratio)]:
+                found[name].append(value)
         optimizer.step()
     return {name: torch.cat(values) for name, values in found.items()}
 

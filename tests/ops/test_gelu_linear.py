@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,11 +16,11 @@ from dancegrpo_fast.patch import _pieces
 from dancegrpo_fast.patch._pieces import Blocks, FeedForward, Unprojected
 
 from ..tolerances import assert_within_budget
+from .block_cases import MODES, Recorder, held, opcheck
+from .cases import BF16, F16, F32, F64
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # Rows of whole vectors: in the rest of one, torch's GELU of a slice has other bits on a CPU.
 B, S, N, P, C = 2, 5, 64, 32, 12
-MODES = ("lossless", "fast")
 NAMES = ("x", "prefix", "weight", "bias", "h_bias")
 
 
@@ -71,11 +70,15 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def drawn(name: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    frozen, absent = CASES[name]
+    return draw(dtype, *frozen, absent=absent)
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_lossless_has_the_bits_of_eager(name: str, dtype: torch.dtype) -> None:
-    frozen, absent = CASES[name]
-    tensors = draw(dtype, *frozen, absent=absent)
+    tensors = drawn(name, dtype)
     for actual, wanted in zip(run(ours("lossless"), tensors), run(eager, tensors), strict=True):
         assert torch.equal(actual, wanted)
 
@@ -83,8 +86,7 @@ def test_lossless_has_the_bits_of_eager(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_fast_is_within_the_budget(name: str, dtype: torch.dtype) -> None:
-    frozen, absent = CASES[name]
-    tensors = draw(dtype, *frozen, absent=absent)
+    tensors = drawn(name, dtype)
     doubled = {
         k: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for k, t in tensors.items()
     }
@@ -100,78 +102,37 @@ def test_gradcheck(mode: str) -> None:
     assert torch.autograd.gradcheck(ours(mode), [t.requires_grad_() for t in tensors.values()])
 
 
-class Recorder(TorchDispatchMode):
-    """Remembers the registered calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "dgf":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return [func.name().removeprefix("dgf::") for func, _, _ in self.calls]
-
-
 @pytest.mark.parametrize(
     ("name", "backward"),
     [
-        ("all", ["gelu_tanh_gradients"]),
-        ("frozen biases", ["gelu_tanh_gradients"]),
-        ("frozen weight", ["gelu_tanh_backward"]),
-        ("biases alone", ["gelu_tanh_backward"]),
-        ("frozen h", ["gelu_tanh"]),
-        ("prefix alone", []),
+        *((name, ["gelu_tanh_gradients"]) for name in ("all", "frozen biases")),
+        *((name, ["gelu_tanh_backward"]) for name in ("frozen weight", "biases alone")),
+        *(("frozen h", ["gelu_tanh"]), ("prefix alone", [])),
     ],
 )
 def test_only_what_is_needed_is_computed(name: str, backward: list[str]) -> None:
-    frozen, absent = CASES[name]
-    with Recorder() as recorder:
-        run(ours("fast"), draw(F32, *frozen, absent=absent))
+    with Recorder("dgf") as recorder:
+        run(ours("fast"), drawn(name, F32))
     assert recorder.names == ["gelu_tanh", *backward]
     if "gelu_tanh_gradients" in backward:
-        assert recorder.calls[1][1][3] == ("h_bias" not in frozen)
+        assert recorder.calls[1][1][3] == ("h_bias" not in CASES[name][0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["all", "no prefix", "no biases"])
 def test_opcheck(name: str, mode: str) -> None:
-    frozen, absent = CASES[name]
-    with Recorder() as recorder:
-        run(ours(mode), draw(F32, *frozen, absent=absent))
-    for func, args, kwargs in recorder.calls:
-        plain = torch.utils._pytree.tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, args)
-        torch.library.opcheck(func, plain, kwargs)
+    with Recorder("dgf") as recorder:
+        run(ours(mode), drawn(name, F32))
+    opcheck(recorder)
 
 
 @pytest.mark.parametrize("name", ["all", "no prefix", "frozen weight"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
-    frozen, absent = CASES[name]
-    tensors = draw(F32, *frozen, absent=absent)
+    tensors = drawn(name, F32)
     compiled = torch.compile(ours("fast"), fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(run(compiled, tensors), run(ours("fast"), tensors), strict=True):
         assert_within_budget(actual, wanted.double(), wanted)
-
-
-def held(call: Callable[[], Any], but: list[Tensor | None]) -> int:
-    """Bytes that autograd keeps of what is not in `but`."""
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = call()
-    known = {t.untyped_storage()._cdata for t in but if t is not None}
-    total = sum(s.nbytes() for key, s in storages.items() if key not in known)
-    del outputs
-    return total
 
 
 def test_keeps_what_the_cost_formula_says() -> None:
@@ -257,7 +218,7 @@ class TestFeedForward:
     def called(self, layers: tuple[nn.Linear, nn.Linear, nn.Dropout], settings: Blocks) -> Counter[str]:
         """Which registered ops run, both ways."""
         x, gate = torch.randn(B, S, C, requires_grad=True), torch.randn(B, C, requires_grad=True)
-        with Recorder() as recorder:
+        with Recorder("dgf") as recorder:
             mlp = FeedForward(settings, layers[:2], x, gate, dropout=layers[2])
             out = mlp.project(mlp.hidden(x))
             if isinstance(out, Unprojected):
@@ -282,7 +243,7 @@ class TestFeedForward:
         def dropping(a: Any, b: Any, d: Any) -> None:
             d.p = 0.5
 
-        changes = (
+        for change in (
             lambda a, b, d: a.register_forward_hook(hook),
             lambda a, b, d: b.register_forward_pre_hook(hook),
             lambda a, b, d: b.register_full_backward_hook(hook),
@@ -291,8 +252,7 @@ class TestFeedForward:
             other_class,
             wrapped,
             dropping,
-        )
-        for change in changes:
+        ):
             layers = self.layers()
             change(*layers)
             assert self.called(layers, self.settings())["gelu_tanh_gradients"] == 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,9 @@ def op_arguments(case: Case, backend: str, rounding: bool) -> dict[str, tuple]:
     """Arguments of every registered op."""
     compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
     table = TABLES["mixed"].packed(dtype=compute)
-    guidance = case.guidance or 1.0
     step = (case.step, 0) if isinstance(case.step, Tensor) else (None, case.step)
     grad = torch.tensor([0.5, -0.25], dtype=compute)
-    inputs, after = (case.latents, case.output), (case.uncond, guidance, table, *step, rounding, backend)
+    inputs, after = (case.latents, case.output), (case.uncond, case.scale, table, *step, rounding, backend)
     sampled, scored = (*inputs, torch.zeros_like(case.next_latents), *after), (*inputs, case.next_latents, *after)
     per_sample = (case.old_log_prob.to(compute), case.advantages.to(compute), case.weight.to(compute))
     targets = (case.reference_output, case.old_output)
@@ -92,44 +92,21 @@ class Model(torch.nn.Module):
 
 def sampling(model: Model, case: Case, step: int | Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return tuple(
-            transition_step(
-                case.latents,
-                model(case.latents),
-                TABLES["flow"],
-                step,
-                seed=3,
-                sample_ids=case.sample_ids,
-                return_denoised=True,
-            )
-        )
+        settings = {"seed": 3, "sample_ids": case.sample_ids, "return_denoised": True}
+        return tuple(transition_step(case.latents, model(case.latents), TABLES["flow"], step, **settings))
 
 
-def scoring(model: Model, case: Case, step: int | Tensor) -> tuple[Tensor, ...]:
-    return (transition_log_prob(case.latents, model(case.latents), case.next_latents, TABLES["flow"], step),)
+def scoring(model: Model, case: Case, step: int | Tensor, **settings) -> tuple[Tensor, ...]:
+    return (transition_log_prob(*replace(case, step=step).scored(TABLES["flow"], model(case.latents)), **settings),)
 
 
 def rounded_scoring(model: Model, case: Case, step: int | Tensor) -> tuple[Tensor, ...]:
-    output = model(case.latents)
-    return (transition_log_prob(case.latents, output, case.next_latents, TABLES["flow"], step, rounding="reference"),)
+    return scoring(model, case, step, rounding="reference")
 
 
 def losing(model: Model, case: Case, step: int | Tensor, **settings) -> tuple[Tensor, ...]:
-    result = policy_loss(
-        case.latents,
-        model(case.latents),
-        case.next_latents,
-        TABLES["flow"],
-        step,
-        case.old_log_prob,
-        case.advantages,
-        uncond_output=case.uncond,
-        guidance_scale=case.guidance,
-        reference_output=case.reference_output,
-        kl_weight=0.1,
-        weight=case.weight,
-        **settings,
-    )
+    settings |= {"reference_output": case.reference_output, "kl_weight": 0.1, "weight": case.weight, **case.guided}
+    result = policy_loss(*replace(case, step=step).lost(TABLES["flow"], model(case.latents)), **settings)
     return (result.loss, result.log_prob, result.ratio, result.has_grad, *result.metrics)
 
 
@@ -167,16 +144,21 @@ def test_compiled_bits_are_the_eager_ones(run: Callable, per_sample: bool, compi
     assert run is sampling or "layer.weight" in eager
 
 
+def assert_compiles_once(compiled: Callable, run: Callable, call: Callable, values: tuple, first: int) -> None:
+    """The eager bits for each of the values, and from the one at `first` on nothing is compiled."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    function, counts = compiled(run, counter), []
+    for value in values:
+        assert_same_bits(call(function, value), call(run, value))
+        counts.append(counter.frame_count)
+    assert counts[first:] == [counts[first]] * len(counts[first:])
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_another_step_does_not_compile_again(run: Callable, compiled: Callable) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     case = make_case((3, 5, SIZE), TABLES["flow"])
-    function, counts = compiled(run, counter), []
-    for step in (0, 1, 2, 3, 2, 1, 0):
-        assert_same_bits(outcome(function, case, step), outcome(run, case, step))
-        counts.append(counter.frame_count)
     # 0 and 1 may be special to the compiler; after them a symbol stands for every step.
-    assert counts[2:] == [counts[2]] * len(counts[2:])
+    assert_compiles_once(compiled, run, lambda f, step: outcome(f, case, step), (0, 1, 2, 3, 2, 1, 0), 2)
 
 
 def test_another_step_of_a_table_with_rows_without_noise_does_not_compile_again(compiled: Callable) -> None:
@@ -186,15 +168,9 @@ def test_another_step_of_a_table_with_rows_without_noise_does_not_compile_again(
     case = make_case((3, 5, SIZE), table)
 
     def run(step: int) -> Tensor:
-        scored = (case.latents, case.output, case.next_latents, table, step, case.old_log_prob, case.advantages)
-        return policy_loss(*scored).loss
+        return policy_loss(*replace(case, step=step).lost(table)).loss
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    function, counts = compiled(run, counter), []
-    for step in (2, 3, 4, 5, 6, 7, 2):
-        assert torch.equal(function(step), run(step))
-        counts.append(counter.frame_count)
-    assert counts[1:] == [counts[1]] * len(counts[1:])
+    assert_compiles_once(compiled, run, lambda f, step: {"loss": f(step)}, (2, 3, 4, 5, 6, 7, 2), 1)
 
 
 def test_another_seed_does_not_compile_again(compiled: Callable) -> None:
@@ -203,12 +179,8 @@ def test_another_seed_does_not_compile_again(compiled: Callable) -> None:
     def run(seed: int) -> Tensor:
         return transition_step(case.latents, case.output, TABLES["flow"], 2, seed=seed).latents
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    function, counts = compiled(run, counter), []
-    for seed in (7, 8, 9, 2**40, 2**63 - 1, 12):
-        assert torch.equal(function(seed), run(seed))
-        counts.append(counter.frame_count)
-    assert counts[1:] == [counts[1]] * len(counts[1:])
+    seeds = (7, 8, 9, 2**40, 2**63 - 1, 12)
+    assert_compiles_once(compiled, run, lambda f, seed: {"latents": f(seed)}, seeds, 1)
 
 
 def test_sampling_from_torch_s_own_generator_compiles(compiled: Callable) -> None:
@@ -310,10 +282,3 @@ def test_diffusers_still_imports_its_own_kernels() -> None:
     assert (root / "kernels" / "transition" / "reference.py").is_file()
     assert not (root / "kernels" / "__init__.py").exists()
     assert not (root / "kernels").resolve().joinpath("__init__.py").exists()
-
-
-def test_public_names() -> None:
-    for name in dancegrpo_fast.__all__:
-        assert getattr(dancegrpo_fast, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        dancegrpo_fast.nothing  # noqa: B018

@@ -3,11 +3,12 @@
 import importlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dancegrpo_fast import backends, policy_loss
+from dancegrpo_fast import backends, policy_loss, transition_step
 
 from .cases import (
     BF16,
@@ -136,20 +137,9 @@ def test_first_ratio_is_exactly_one(
     case = make_case((4, 1031), table, dtypes, cfg=cfg, step=torch.tensor([2, 0, 3, 1]) if per_sample else 2)
     settings = {"seed": 9} if seeded else {}
     step = sample(case, table, rounding=rounding, out_dtype=dtypes[2], backend=backend, **settings)
-    result = policy_loss(
-        case.latents,
-        case.output,
-        step.latents,
-        table,
-        case.step,
-        step.log_prob,
-        case.advantages,
-        uncond_output=case.uncond,
-        guidance_scale=case.guidance,
-        weight=case.weight,
-        rounding=rounding,
-        backend=backend,
-    )
+    case = replace(case, next_latents=step.latents, old_log_prob=step.log_prob)
+    settings = {"weight": case.weight, "rounding": rounding, "backend": backend}
+    result = policy_loss(*case.lost(table), **case.guided, **settings)
     assert torch.equal(result.ratio, torch.ones_like(result.ratio))
     assert result.metrics.ratio_max_dev == 0.0 and result.metrics.clip_fraction == 0.0
     assert result.metrics.approx_kl == 0.0
@@ -164,25 +154,13 @@ def test_first_ratio_through_a_trajectory_buffer() -> None:
     outputs, scores = [], []
     for i in range(4):
         outputs.append(torch.randn(4, 3, 8, 8, generator=g).to(BF16))
-        scores.append(sample_into(buffer, i, outputs[-1]).log_prob)
+        step = transition_step(buffer[:, i], outputs[-1], table, i, seed=3, out=buffer[:, i + 1])
+        scores.append(step.log_prob)
     for i in range(4):
         for b in (slice(0, 1), slice(1, 3), slice(3, 4)):
-            result = policy_loss(
-                buffer[b, i],
-                outputs[i][b],
-                buffer[b, i + 1],
-                table,
-                i,
-                scores[i][b],
-                torch.ones_like(scores[i][b]),
-            )
-            assert torch.equal(result.ratio, torch.ones_like(result.ratio))
-
-
-def sample_into(buffer: torch.Tensor, i: int, output: torch.Tensor):
-    from dancegrpo_fast import transition_step
-
-    return transition_step(buffer[:, i], output, TABLES["flow"], i, seed=3, out=buffer[:, i + 1])
+            old, ones = scores[i][b], torch.ones_like(scores[i][b])
+            result = policy_loss(buffer[b, i], outputs[i][b], buffer[b, i + 1], table, i, old, ones)
+            assert torch.equal(result.ratio, ones)
 
 
 def test_calls_from_two_threads_at_once(threads: Callable[[int], None]) -> None:
@@ -190,14 +168,19 @@ def test_calls_from_two_threads_at_once(threads: Callable[[int], None]) -> None:
     table = TABLES["flow"]
     threads(2)
     cases = [make_case((2, 100_000), table, seed=seed) for seed in (1, 2, 3)]
-    wanted = [everything(case, table) for case in cases]
+    assert_same_at_once(lambda case: everything(case, table), cases)
+
+
+def assert_same_at_once(run: Callable[[Case], dict], cases: list[Case]) -> None:
+    """Each case in a thread of its own, all of them started together, gives what it gives alone."""
+    wanted = [run(case) for case in cases]
     start, failures = threading.Barrier(len(cases)), []
 
     def work(case: Case, want: dict) -> None:
         start.wait()
         try:
             for _ in range(5):
-                assert_same_bits(everything(case, table), want)
+                assert_same_bits(run(case), want)
         except BaseException as error:
             failures.append(error)
 

@@ -1,6 +1,7 @@
 """The counter-based noise: the generator's published vectors, its keys, and its distribution."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,22 +40,15 @@ def test_known_answers_of_the_reference(counter: tuple, key: tuple, wanted: tupl
 
 def noise_table(steps: int) -> TransitionTable:
     """Every row adds unit noise to nothing."""
-    zero, one = torch.zeros(steps, dtype=F64), torch.ones(steps, dtype=F64)
-    return TransitionTable(zero, zero, one, zero, zero, ("none",) * steps, zero, zero, zero, zero, zero)
+    return TransitionTable.from_coefficients([0.0] * steps, 0.0, 1.0, kind="none")
 
 
 def draw(
-    ids: list[int],
-    numel: int,
-    seed: int = 5,
-    step: int | torch.Tensor = 0,
-    backend: str = "cpu",
-    steps: int = 8,
+    ids: list[int], numel: int, seed: int = 5, step: int | torch.Tensor = 0, backend: str = "cpu", steps: int = 8
 ) -> torch.Tensor:
     zeros = torch.zeros(len(ids), numel)
-    return transition_step(
-        zeros, zeros, noise_table(steps), step, seed=seed, sample_ids=torch.tensor(ids), backend=backend
-    ).latents
+    settings = {"seed": seed, "sample_ids": torch.tensor(ids), "backend": backend}
+    return transition_step(zeros, zeros, noise_table(steps), step, **settings).latents
 
 
 @pytest.mark.parametrize("build", builds())
@@ -105,17 +99,7 @@ def test_seeded_step_equals_the_same_noise_given(dtypes: tuple, backend: str) ->
     case = make_case((4, 3, 171), table, dtypes, cfg=True, step=torch.tensor([1, 2, 0, 1]))
     noise = draw(case.sample_ids.tolist(), 3 * 171, 8, case.step, backend).reshape(4, 3, 171)
     seeded = sample(case, table, seed=8, backend=backend, out_dtype=dtypes[2])
-    given = transition_step(
-        case.latents,
-        case.output,
-        table,
-        case.step,
-        noise=noise,
-        uncond_output=case.uncond,
-        guidance_scale=case.guidance,
-        out_dtype=dtypes[2],
-        backend=backend,
-    )
+    given = sample(replace(case, noise=noise), table, backend=backend, out_dtype=dtypes[2])
     assert bits(seeded.latents) == bits(given.latents) and bits(seeded.log_prob) == bits(given.log_prob)
 
 

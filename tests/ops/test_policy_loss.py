@@ -1,6 +1,7 @@
 """`policy_loss` against the definition in float64, against plain autograd, and at its edges."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,20 +13,7 @@ from dancegrpo_fast.kernels.transition import reference as transition
 from dancegrpo_fast.transitions import TransitionTable
 
 from ..tolerances import assert_same_formula, assert_within_budget
-from .cases import (
-    BACKENDS,
-    BF16,
-    DTYPES,
-    F32,
-    F64,
-    SHAPES,
-    TABLES,
-    Case,
-    dtype_id,
-    make_case,
-    score,
-    train,
-)
+from .cases import BACKENDS, BF16, DTYPES, F32, F64, SHAPES, TABLES, Case, dtype_id, make_case, train
 
 OPTIONS = {
     "plain": {},
@@ -49,41 +37,23 @@ def reference_loss(
     """The definition evaluated in `dtype`; gradients in the dtypes of `outputs`."""
     rounding = options.pop("rounding", "exact")
     kl, norm = options.pop("kl", False), options.get("ratio_norm", False)
-    scale = 1.0 if case.guidance is None else case.guidance
-    indices, index = (case.step, 0) if isinstance(case.step, Tensor) else (None, case.step)
-    rows = transition.table_rows(table.packed(dtype=dtype), indices, index, len(case.latents))
     rounded = None if rounding == "exact" else case.output.dtype if case.uncond is None else F64
-    shared = (case.next_latents, outputs.uncond, scale, rows, rounded)
+    shared = (case.next_latents, outputs.uncond, case.scale, case.rows(table, dtype), rounded)
+    pulls = (case.reference_output if kl else None, case.old_output if norm else None)
+    numbers = (t.to(dtype) for t in (case.old_log_prob, case.advantages, case.weight))
+    limits = (*options.get("clip_range", (1e-4, 1e-4)), options.get("advantage_clip", 5.0))
     terms = reference.policy_loss(
-        case.latents,
-        outputs.output,
-        *shared,
-        case.old_log_prob.to(dtype),
-        case.advantages.to(dtype),
-        case.weight.to(dtype),
-        case.reference_output if kl else None,
-        case.old_output if norm else None,
-        *options.get("clip_range", (1e-4, 1e-4)),
-        options.get("advantage_clip", 5.0),
-        0.1 if kl else 0.0,
-        norm,
+        case.latents, outputs.output, *shared, *numbers, *pulls, *limits, 0.1 if kl else 0.0, norm
     )
-    grads = transition.gradient(
-        case.latents,
-        outputs.output,
-        *shared,
-        terms.step_scale,
-        terms.pull_scale if kl else None,
-        case.reference_output if kl else None,
-        case.old_output if norm else None,
-    )
+    scales = (terms.step_scale, terms.pull_scale if kl else None)
+    grads = transition.gradient(case.latents, outputs.output, *shared, *scales, *pulls)
     found = {"loss": terms.loss, "log_prob": terms.log_prob, "ratio": terms.ratio, "grad": grads[0]}
     found |= {} if grads[1] is None else {"grad_uncond": grads[1]}
     found |= {f"metrics.{name}": terms.metrics[i] for i, name in enumerate(PolicyMetrics._fields)}
     return found
 
 
-def assert_matches_reference(cases: list[Case], table: TransitionTable, **options) -> None:
+def assert_matches_reference(cases: list[Case], table: TransitionTable, train: Callable = train, **options) -> None:
     """Several draws together, because plain torch may be right by luck in a single number."""
     found, truth, plain = [], [], []
     for case in cases:
@@ -134,13 +104,7 @@ def test_guidance_rounding_and_mixed_steps(dtypes: tuple, option: str, cfg: bool
 
 def plain_autograd(case: Case, table: TransitionTable, option: str) -> tuple[Tensor, list[Tensor]]:
     """The objective as it is written in papers, differentiated by torch."""
-    settings = {
-        "clip_range": (1e-4, 1e-4),
-        "advantage_clip": 5.0,
-        "kl": False,
-        "ratio_norm": False,
-        **OPTIONS[option],
-    }
+    settings = {"clip_range": (1e-4, 1e-4), "advantage_clip": 5.0, "kl": False, "ratio_norm": False, **OPTIONS[option]}
     leaves = [t.clone().requires_grad_() for t in (case.output, case.uncond) if t is not None]
     v = leaves[0] if case.uncond is None else leaves[1] + case.guidance * (leaves[0] - leaves[1])
     steps = case.step if isinstance(case.step, Tensor) else torch.full((len(case.latents),), case.step)
@@ -183,7 +147,7 @@ def plain_autograd(case: Case, table: TransitionTable, option: str) -> tuple[Ten
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize(("name", "option"), [(n, o) for n, t in TABLES.items() for o in options_for(t)])
 def test_against_plain_autograd(name: str, option: str, cfg: bool, backend: str) -> None:
-    step = torch.tensor([3, 1, 0, 2, 2, 1, 1, 2, 1]) if name == "mixed" else 1
+    step = PER_SAMPLE if name == "mixed" else 1
     case = make_case((9, 5, 7), TABLES[name], (F64, F64, F64), cfg=cfg, step=step)
     loss, grads = plain_autograd(case, TABLES[name], option)
     found = train(case, TABLES[name], backend=backend, **OPTIONS[option])
@@ -200,15 +164,12 @@ def test_against_plain_autograd(name: str, option: str, cfg: bool, backend: str)
 def test_gradcheck_of_the_log_prob(name: str, cfg: bool, per_sample: bool, backend: str) -> None:
     step = torch.tensor([2, 1, 0]) if per_sample else 1
     case = make_case((3, 2, 3), TABLES[name], (F64, F64, F64), cfg=cfg, step=step)
-    leaves = [t.clone().requires_grad_() for t in (case.output, case.uncond) if t is not None]
 
-    def run(output: Tensor, uncond: Tensor | None = None) -> Tensor:
-        guidance = {} if uncond is None else {"uncond_output": uncond, "guidance_scale": case.guidance}
-        return transition_log_prob(
-            case.latents, output, case.next_latents, TABLES[name], step, backend=backend, **guidance
-        )
+    def run(output: Tensor, uncond: Tensor | None) -> Tensor:
+        guided = case.guided | {"uncond_output": uncond}
+        return transition_log_prob(*case.scored(TABLES[name], output), backend=backend, **guided)
 
-    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, case.leaves())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,40 +178,15 @@ def test_gradcheck_of_the_log_prob(name: str, cfg: bool, per_sample: bool, backe
 def test_gradcheck_of_the_loss(name: str, option: str, cfg: bool, backend: str) -> None:
     step = torch.tensor([2, 1, 0, 1, 2, 3])
     case = make_case((6, 2, 2), TABLES[name], (F64, F64, F64), cfg=cfg, step=step)
-    leaves = [t.clone().requires_grad_() for t in (case.output, case.uncond) if t is not None]
     options = dict(OPTIONS[option])
     kl = {"reference_output": case.reference_output, "kl_weight": 0.1} if options.pop("kl", False) else {}
     old = {"old_output": case.old_output} if options.get("ratio_norm") else {}
 
-    def run(output: Tensor, uncond: Tensor | None = None) -> Tensor:
-        guidance = {} if uncond is None else {"uncond_output": uncond, "guidance_scale": case.guidance}
-        return policy_loss(
-            case.latents,
-            output,
-            case.next_latents,
-            TABLES[name],
-            step,
-            case.old_log_prob,
-            case.advantages,
-            weight=case.weight,
-            backend=backend,
-            **guidance,
-            **kl,
-            **old,
-            **options,
-        ).loss
+    settings = {"weight": case.weight, "backend": backend} | kl | old | options
+
+    def run(output: Tensor, uncond: Tensor | None) -> Tensor:
+        guided = case.guided | {"uncond_output": uncond}
+        return policy_loss(*case.lost(TABLES[name], output), **guided, **settings).loss
 
     # A finite difference must not step over the clip.
-    assert torch.autograd.gradcheck(run, leaves, eps=1e-7, nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_incoming_gradient_scales_each_sample(backend: str) -> None:
-    case = make_case((3, 40), TABLES["flow"], (F64, F64, F64), cfg=True)
-    _, grad, grad_uncond = score(case, TABLES["flow"], backend=backend)
-    tau, b = float(TABLES["flow"].tau[1]), float(TABLES["flow"].b[1])
-    v = case.uncond + case.guidance * (case.output - case.uncond)
-    difference = case.next_latents - float(TABLES["flow"].a[1]) * case.latents - b * v
-    by_velocity = b / 40 * difference / tau**2 * case.weight[:, None]
-    assert_same_formula(grad, case.guidance * by_velocity)
-    assert_same_formula(grad_uncond, (1 - case.guidance) * by_velocity)
+    assert torch.autograd.gradcheck(run, case.leaves(), eps=1e-7, nondet_tol=0.0)

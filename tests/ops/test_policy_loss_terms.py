@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dancegrpo_fast import PolicyLoss, policy_loss
 from dancegrpo_fast.kernels.policy_loss import reference
-from dancegrpo_fast.kernels.transition import reference as transition
 from dancegrpo_fast.transitions import TransitionTable, ode, shifted_sigmas
 
 from ..tolerances import assert_same_formula
@@ -27,8 +26,7 @@ HUGE = 1e25
 
 def run(case: Case, table: TransitionTable = MIXED, **settings) -> tuple[PolicyLoss, Tensor]:
     leaf = case.output.detach().clone().requires_grad_()
-    shared = (case.latents, leaf, case.next_latents, table, case.step, case.old_log_prob, case.advantages)
-    result = policy_loss(*shared, **{"weight": case.weight, "clip_range": 10.0, **settings})
+    result = policy_loss(*case.lost(table, leaf), **{"weight": case.weight, "clip_range": 10.0, **settings})
     result.loss.backward()
     return result, leaf.grad
 
@@ -125,7 +123,7 @@ def test_tables_without_noise_are_refused(step: int | Tensor, backend: str) -> N
 def test_rows_without_noise_are_nan_in_the_definition(dtype: torch.dtype) -> None:
     """What a GPU gives, where nothing can be raised; an advantage of 0 or a KL does not hide it."""
     case = make_case((5, 60), MIXED, (dtype, dtype, dtype), step=STEPS)
-    rows = transition.table_rows(MIXED.packed(dtype=dtype), case.step, 0, 5)
+    rows = case.rows(MIXED, dtype)
     advantages = torch.zeros(5, dtype=dtype)
     for weight, missing in ((torch.ones(5, dtype=dtype), NOISELESS), (case.weight, [])):
         terms = reference.policy_loss(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +16,7 @@ from dancegrpo_fast.ops import selfcheck
 from dancegrpo_fast.ops.gated_residual import gated_residual
 from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate
 
-from .block_cases import CALLS, call_of, draw
+from .block_cases import CALLS, Recorder, call_of, draw
 from .cases import BF16, F16, F32
 from .planted import in_place_of_triton, off_by
 
@@ -31,9 +30,12 @@ def residual(dtype: torch.dtype = F32, backend: str = "auto") -> tuple[Callable[
     return lambda x, y, gate: gated_residual(x, y, gate, mode="lossless", backend=backend), tensors
 
 
-def gated_norm(backend: str, dtype: torch.dtype = F32) -> list[Tensor]:
-    tensors = [draw(B, S, C, dtype=dtype, seed=i) for i in (0, 1)]
-    tensors += [draw(B, C, dtype=dtype, seed=i) for i in (2, 3, 4)]
+def five() -> list[Tensor]:
+    return [draw(B, S, C, dtype=F32, seed=i) for i in (0, 1)] + [draw(B, C, dtype=F32, seed=i) for i in (2, 3, 4)]
+
+
+def gated_norm(backend: str) -> list[Tensor]:
+    tensors = five()
     h, out = gated_residual_norm_modulate(*tensors, mode="lossless", backend=backend)
     return [h.detach(), out.detach(), *torch.autograd.grad((h.square() + out.square()).sum(), tensors)]
 
@@ -176,10 +178,7 @@ class TestEagerTakesOver:
         """One kernel makes h and out; the backward makes out again without h, by the same choice."""
         wanted = gated_norm("reference")
 
-        def off_where_gated(op: str, direction: str, at: int, output: Tensor) -> None:
-            off_by(0.5, "norm_modulate", "forward", place)(op, direction, at, output)
-
-        made = in_place_of_triton(monkeypatch, off_where_gated)
+        made = in_place_of_triton(monkeypatch, off_by(0.5, "norm_modulate", "forward", place))
         with pytest.warns(RuntimeWarning, match="norm_modulate forward"):
             assert_equal(gated_norm("checked"), wanted)
         # The other half goes on by Triton.
@@ -187,10 +186,7 @@ class TestEagerTakesOver:
         assert_equal(gated_norm("checked"), wanted)
         assert made["norm_modulate"].launches["forward"] - before == (1 if place == 0 else 0)
 
-        tensors = [draw(B, S, C, dtype=F32, seed=i) for i in (0, 1)] + [
-            draw(B, C, dtype=F32, seed=i) for i in (2, 3, 4)
-        ]
-        _, out = gated_residual_norm_modulate(*tensors, mode="lossless", backend="checked")
+        _, out = gated_residual_norm_modulate(*five(), mode="lossless", backend="checked")
         again = out.grad_fn._forward_cls.recompute(out.grad_fn.saved_tensors, out.grad_fn.settings)[0]
         assert torch.equal(again, out)
 
@@ -215,16 +211,6 @@ class TestEagerTakesOver:
             assert selfcheck.trusted(subject, None, (1,), torch.device("cuda", 1), "checked")
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class TestNothingNotices:
     @pytest.mark.parametrize("name", OPS)
     def test_modes_see_every_call_alike(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +220,7 @@ class TestNothingNotices:
         for _ in range(2):
             with Recorder() as recorder, FlopCounterMode(display=False) as counter:
                 gradients(call, tensors)
-            seen.append(recorder.seen)
+            seen.append(recorder.names)
             counted.append(counter.get_total_flops())
         assert selfcheck.records() and seen[0] == seen[1] and counted[0] == counted[1] > 0
 
@@ -256,7 +242,7 @@ class TestNothingNotices:
         call = subject, None, (), torch.device("cpu"), torch.ones(1), "auto"
         with torch.autocast("cpu", torch.bfloat16), Recorder() as recorder, Functions():
             assert selfcheck.trusted(*call)
-        assert recorder.seen == [] and len(selfcheck.records()) == 1
+        assert recorder.calls == [] and len(selfcheck.records()) == 1
         assert not any(getattr(func, "__name__", "") in ("mul", "__mul__") for func in seen)
 
     def test_state_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """`transition_step` and `transition_log_prob` against the definition in float64, and in every layout."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,41 +38,22 @@ def rounding_dtype(case: Case, rounding: str) -> torch.dtype | None:
     return None if rounding == "exact" else case.output.dtype if case.uncond is None else F64
 
 
-def rows_of(case: Case, table: TransitionTable, dtype: torch.dtype) -> torch.Tensor:
-    indices, index = (case.step, 0) if isinstance(case.step, torch.Tensor) else (None, case.step)
-    return reference.table_rows(table.packed(dtype=dtype), indices, index, len(case.latents))
-
-
 def reference_score(case: Case, table: TransitionTable, stored: torch.Tensor, rounding: str, dtype: torch.dtype):
-    scale = 1.0 if case.guidance is None else case.guidance
-    rows, rounded = rows_of(case, table, dtype), rounding_dtype(case, rounding)
-    return reference.score(case.latents, case.output, stored, case.uncond, scale, rows, rounded)
+    rows, rounded = case.rows(table, dtype), rounding_dtype(case, rounding)
+    return reference.score(case.latents, case.output, stored, case.uncond, case.scale, rows, rounded)
 
 
 def reference_step(case: Case, table: TransitionTable, out: torch.dtype, rounding: str, dtype: torch.dtype):
-    scale = 1.0 if case.guidance is None else case.guidance
-    rows, rounded = rows_of(case, table, dtype), rounding_dtype(case, rounding)
-    return reference.step(case.latents, case.output, case.uncond, scale, rows, case.noise, out, rounded)
+    rows, rounded = case.rows(table, dtype), rounding_dtype(case, rounding)
+    return reference.step(case.latents, case.output, case.uncond, case.scale, rows, case.noise, out, rounded)
 
 
 def reference_gradient(case: Case, table: TransitionTable, rounding: str, dtype: torch.dtype, outputs: Case):
     """Gradient of the weighted log-probabilities, in the dtypes of `outputs`."""
-    scale = 1.0 if case.guidance is None else case.guidance
-    rows = rows_of(case, table, dtype)
+    rows, rounded = case.rows(table, dtype), rounding_dtype(case, rounding)
     slope = -2.0 * rows[:, reference.SCALE] * rows[:, reference.B] / case.latents[0].numel() * case.weight
-    return reference.gradient(
-        case.latents,
-        outputs.output,
-        case.next_latents,
-        outputs.uncond,
-        scale,
-        rows,
-        rounding_dtype(case, rounding),
-        slope.double(),
-        None,
-        None,
-        None,
-    )
+    operands = (case.latents, outputs.output, case.next_latents, outputs.uncond, case.scale, rows, rounded)
+    return reference.gradient(*operands, slope.double(), None, None, None)
 
 
 def assert_matches_reference(
@@ -87,7 +70,13 @@ def assert_matches_reference(
     scores = (reference_score(case, table, step.latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(step.log_prob, *scores)
 
-    log_prob, *grads = score(case, table, rounding=rounding, backend=backend)
+    assert_scores(case, table, score(case, table, rounding=rounding, backend=backend), rounding)
+
+
+def assert_scores(case: Case, table: TransitionTable, found: Iterable[torch.Tensor], rounding: str = "exact") -> None:
+    """A log-probability and its gradients within the budget."""
+    log_prob, *grads = found
+    compute = reference.compute_dtype(case.latents, case.output, case.uncond, case.next_latents)
     scores = (reference_score(case, table, case.next_latents, rounding, dtype) for dtype in (F64, compute))
     assert_within_budget(log_prob, *scores)
     # The kernel reads low-precision outputs; only the truth's gradient stays in float64.
@@ -128,20 +117,11 @@ def test_reference_rounding_rounds_the_two_products(name: str, output: torch.dty
     row = {k: getattr(table, k)[case.step].float() for k in ("a", "p", "q", "drift", "drift_weight", "denoised_weight")}
     drift, clean = (row[k] * case.output.float() for k in ("drift", "q"))
     drift, clean = drift.to(output).float(), clean.to(output).float()
-    step = transition_step(
-        case.latents,
-        case.output,
-        table,
-        case.step,
-        noise=torch.zeros_like(case.noise),
-        rounding="reference",
-        return_denoised=True,
-        backend="cpu",
-    )
+    case.noise.zero_()
+    step = sample(case, table, rounding="reference", return_denoised=True)
     mean = row["a"] * case.latents + row["drift_weight"] * drift + row["denoised_weight"] * clean
     assert torch.equal(step.latents, mean) and torch.equal(step.denoised, row["p"] * case.latents + clean)
-    exact = transition_step(case.latents, case.output, table, case.step, noise=torch.zeros_like(case.noise))
-    assert not torch.equal(step.latents, exact.latents)
+    assert not torch.equal(step.latents, sample(case, table).latents)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,10 +138,8 @@ def test_identities_in_float64(name: str, cfg: bool, backend: str) -> None:
 
     # The model moves; the log-ratio follows from the shift of the mean, without cancellation.
     moved = case.output + 1e-3 * case.reference_output
-    guidance = {"uncond_output": case.uncond, "guidance_scale": case.guidance}
-    new = transition_log_prob(case.latents, moved, step.latents, table, case.step, backend=backend, **guidance)
-    scale = 1.0 if case.guidance is None else case.guidance
-    shift = (table.b[case.step] * scale)[:, None] * (moved - case.output)
+    new = transition_log_prob(case.latents, moved, step.latents, table, case.step, backend=backend, **case.guided)
+    shift = (table.b[case.step] * case.scale)[:, None] * (moved - case.output)
     residual, variance = tau[:, None] * eps, 2 * tau.square()
     assert_same_formula(new - step.log_prob, (2 * residual * shift - shift.square()).mean(1) / variance)
     assert_same_formula(new - step.log_prob + shift.square().mean(1) / variance, (eps * shift).mean(1) / tau)
@@ -180,17 +158,8 @@ def test_scoring_gives_the_bits_of_sampling(
     case = make_case((4, 1031), table, dtypes, cfg=cfg, step=torch.tensor([2, 0, 3, 1]) if per_sample else 2)
     settings = {"seed": 9} if seeded else {}
     step = sample(case, table, rounding=rounding, out_dtype=dtypes[2], **settings)
-    again = transition_log_prob(
-        case.latents,
-        case.output,
-        step.latents,
-        table,
-        case.step,
-        uncond_output=case.uncond,
-        guidance_scale=case.guidance,
-        rounding=rounding,
-        backend="cpu",
-    )
+    again = replace(case, next_latents=step.latents)
+    again = transition_log_prob(*again.scored(table), **case.guided, rounding=rounding, backend="cpu")
     assert bits(step.log_prob) == bits(again)
     assert bool(step.log_prob.isfinite().all())
 
@@ -326,5 +295,5 @@ def test_zero_dimensional_step(backend: str) -> None:
     for step in range(STEPS):
         case = make_case((2, 30), table, step=step)
         wanted = sample(case, table, backend=backend)
-        found = transition_step(case.latents, case.output, table, torch.tensor(step), noise=case.noise, backend=backend)
+        found = sample(replace(case, step=torch.tensor(step)), table, backend=backend)
         assert torch.equal(found.latents, wanted.latents) and torch.equal(found.log_prob, wanted.log_prob)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,20 +16,25 @@ diffusers = pytest.importorskip("diffusers")
 
 Inputs = dict[str, Any]
 
-
-def _flux(**changes: Any) -> nn.Module:
-    settings = {
-        "in_channels": 8,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 24,
-        "pooled_projection_dim": 12,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return diffusers.FluxTransformer2DModel(**settings | changes)
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+IN_AND_OUT = {"in_channels": 4, "out_channels": 4}
+SINGLE = {"num_single_layers": 2}
+FLUX = HEADS | SINGLE | {"num_attention_heads": 4, "in_channels": 8, "joint_attention_dim": 24}
+FLUX |= {"pooled_projection_dim": 12, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)}
+HUNYUAN = HEADS | SINGLE | IN_AND_OUT | {"num_refiner_layers": 1, "text_embed_dim": 12}
+HUNYUAN |= {"pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6)}
+SD3 = IN_AND_OUT | {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 24}
+SD3 |= {"sample_size": 8, "patch_size": 2, "caption_projection_dim": 32, "pooled_projection_dim": 12}
+SD3 |= {"pos_embed_max_size": 8}
+QWEN = HEADS | {"num_attention_heads": 3, "in_channels": 8, "out_channels": 2, "joint_attention_dim": 24}
+QWEN |= {"axes_dims_rope": (4, 6, 6)}
+WAN = HEADS | IN_AND_OUT | {"attention_head_dim": 12, "patch_size": (1, 2, 2), "text_dim": 16, "freq_dim": 32}
+WAN |= {"ffn_dim": 40, "cross_attn_norm": True, "rope_max_seq_len": 32}
+_flux = partial(diffusers.FluxTransformer2DModel, **FLUX)
+_hunyuan = partial(diffusers.HunyuanVideoTransformer3DModel, **HUNYUAN)
+_sd3 = partial(diffusers.SD3Transformer2DModel, **SD3)
+_qwen = partial(diffusers.QwenImageTransformer2DModel, **QWEN)
+_wan = partial(diffusers.WanTransformer3DModel, **WAN)
 
 
 def _flux_inputs(dtype: torch.dtype, batch: int) -> Inputs:
@@ -42,22 +48,6 @@ def _flux_inputs(dtype: torch.dtype, batch: int) -> Inputs:
         "txt_ids": torch.zeros(7, 3, dtype=dtype),
         "guidance": torch.full((batch,), 3.5, dtype=dtype),
     }
-
-
-def _hunyuan(**changes: Any) -> nn.Module:
-    settings = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "text_embed_dim": 12,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 6, 6),
-    }
-    return diffusers.HunyuanVideoTransformer3DModel(**settings | changes)
 
 
 def hunyuan_inputs(dtype: torch.dtype, batch: int, channels: int = 4, lengths: tuple[int, ...] = (5, 3)) -> Inputs:
@@ -74,23 +64,6 @@ def hunyuan_inputs(dtype: torch.dtype, batch: int, channels: int = 4, lengths: t
     }
 
 
-def _sd3(**changes: Any) -> nn.Module:
-    settings = {
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 24,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 12,
-        "pos_embed_max_size": 8,
-    }
-    return diffusers.SD3Transformer2DModel(**settings | changes)
-
-
 def _sd3_inputs(dtype: torch.dtype, batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 8, 8, dtype=dtype),
@@ -98,19 +71,6 @@ def _sd3_inputs(dtype: torch.dtype, batch: int) -> Inputs:
         "pooled_projections": torch.randn(batch, 12, dtype=dtype),
         "timestep": torch.full((batch,), 500.0, dtype=dtype),
     }
-
-
-def _qwen(**changes: Any) -> nn.Module:
-    settings = {
-        "in_channels": 8,
-        "out_channels": 2,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 3,
-        "joint_attention_dim": 24,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return diffusers.QwenImageTransformer2DModel(**settings | changes)
 
 
 def _qwen_inputs(dtype: torch.dtype, batch: int) -> Inputs:
@@ -123,23 +83,6 @@ def _qwen_inputs(dtype: torch.dtype, batch: int) -> Inputs:
         "timestep": torch.rand(batch, dtype=dtype),
         "img_shapes": [[(1, 4, 3), (1, 4, 3)]] * batch,
     }
-
-
-def _wan(**changes: Any) -> nn.Module:
-    settings = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 32,
-        "ffn_dim": 40,
-        "num_layers": 2,
-        "cross_attn_norm": True,
-        "rope_max_seq_len": 32,
-    }
-    return diffusers.WanTransformer3DModel(**settings | changes)
 
 
 def _wan_inputs(dtype: torch.dtype, batch: int) -> Inputs:

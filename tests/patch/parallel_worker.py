@@ -1,4 +1,6 @@
-"""One of two gloo processes: FLUX with its blocks' weights split, then by tokens. Started by test_parallel.py.
+"""One of two gloo processes: FLUX with its blocks' weights split, under every policy, then by tokens.
+
+Started by test_parallel.py.
 
 Usage: parallel_worker.py RANK STORE OUTPUT
 """
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 WORLD = 2
 
@@ -32,6 +34,30 @@ def split_weights(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def trained(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The output, and this process's part of every gradient."""
+    out = model(**inputs, return_dict=False)[0]
+    out.square().mean().backward()
+    grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"output": out.detach()} | {key: getattr(grad, "_local_tensor", grad) for key, grad in grads.items()}
+
+
+def by_policy(model: nn.Module, inputs: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    from dancegrpo_fast.activations.checkpointing import FirstBlocks, Keep, apply
+
+    policies = {"none": "none", "full": "full", "attention": "attention", "matmul": "matmul"}
+    cases = {name: (policy, False) for name, policy in policies.items()}
+    cases |= {"norm": (Keep({"norm", "elementwise"}), False), "first": (FirstBlocks(2), False)}
+    cases |= {f"{name} on the host": (name, True) for name in ("full", "attention")}
+    found = {}
+    for name, (policy, offload) in cases.items():
+        undo = apply(model, policy, offload=offload)
+        found[name] = trained(model, inputs)
+        undo()
+    return found
+
+
 def main(rank: int, store: str, output: str) -> None:
     sys.path.append(str(Path(__file__).parents[2]))
     from dancegrpo_fast import accelerate
@@ -49,12 +75,10 @@ def main(rank: int, store: str, output: str) -> None:
             if name != "eager":
                 accelerate(model, name, recompute="all")
             split(model)
-            out = model(**inputs, return_dict=False)[0]
-            out.square().mean().backward()
-            grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-            local = {key: getattr(grad, "_local_tensor", grad) for key, grad in grads.items()}
-            found[name] = {"output": out.detach()} | local
+            found[name] = trained(model, inputs)
         torch.save(found, f"{output}.{kind}.{rank}")
+        if kind == "weights":
+            torch.save(by_policy(model, inputs), f"{output}.policies.{rank}")
         dist.barrier()
     dist.destroy_process_group()
 

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 import dancegrpo_fast as dgf
 from dancegrpo_fast.patch import SUPPORTED, _pieces
 
+from ..ops.block_cases import held
 from ..release import release_but
 from ..tolerances import assert_within_budget
 from .models import (
     FAMILIES,
     TINY,
+    Inputs,
     assert_gradients_within_budget,
     assert_same_bits,
     doubled,
@@ -142,7 +144,7 @@ def test_compiled_blocks(name: str) -> None:
     """Whole blocks without a graph break; the ops stay opaque, so the budget is that of eager torch."""
     torch._dynamo.reset()
     # One block of each kind; SD3's last one has no text behind its attention.
-    layers = {"num_layers": 2} if name == "sd3.5" else {"num_layers": 1}
+    layers = {"num_layers": 2 if name == "sd3.5" else 1}
     layers |= {"num_single_layers": 1} if name in ("flux", "hunyuan") else {}
     tiny = replace(TINY[name], changes=TINY[name].changes | layers)
     model, inputs = tiny.model(F32), tiny.inputs(F32)
@@ -161,19 +163,7 @@ def test_compiled_blocks(name: str) -> None:
 
 
 def _saved_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Storage that autograd holds after a forward."""
-    held: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(**inputs, return_dict=False)
-    total = sum(storage.nbytes() for key, storage in held.items() if key not in own)
-    del kept
-    return total
+    return held(lambda: model(**inputs, return_dict=False), but=model.parameters())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -192,10 +182,13 @@ def test_less_is_kept_for_the_backward(name: str) -> None:
 class TestTrimmedText:
     """HunyuanVideo without padding and mask."""
 
-    def run(self, lengths: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def made(self, lengths: tuple[int, ...]) -> tuple[Any, Inputs]:
         model = TINY["hunyuan"].model(F32)
         torch.manual_seed(1)
-        inputs = hunyuan_inputs(F32, 2, lengths=lengths)
+        return model, hunyuan_inputs(F32, 2, lengths=lengths)
+
+    def run(self, lengths: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        model, inputs = self.made(lengths)
         dgf.accelerate(model, "fast", **options)
         masks: list[torch.Tensor | None] = []
         original = F.scaled_dot_product_attention
@@ -215,9 +208,7 @@ class TestTrimmedText:
         trimmed, masks = self.run(lengths)
         padded, with_masks = self.run(lengths, trim_text=False)
         assert masks == [None] * 4 and all(m is not None for m in with_masks)
-        model = TINY["hunyuan"].model(F32)
-        torch.manual_seed(1)
-        inputs = hunyuan_inputs(F32, 2, lengths=lengths)
+        model, inputs = self.made(lengths)
         truth = model.double()(**doubled(inputs), return_dict=False)[0].detach()
         assert_within_budget(trimmed.detach(), truth, padded.detach())
 
@@ -227,9 +218,7 @@ class TestTrimmedText:
         assert all(m is not None for m in masks) and torch.equal(trimmed, padded)
 
     def test_lengths_are_read_again_after_a_change(self) -> None:
-        model = TINY["hunyuan"].model(F32)
-        torch.manual_seed(1)
-        inputs = hunyuan_inputs(F32, 2, lengths=(5, 5))
+        model, inputs = self.made((5, 5))
         dgf.accelerate(model, "fast")
         first = model(**inputs, return_dict=False)[0]
         inputs["encoder_attention_mask"][:, 3:] = 0
@@ -238,9 +227,7 @@ class TestTrimmedText:
         assert torch.equal(model(**inputs, return_dict=False)[0], second) and not torch.equal(first, second)
 
     def test_gradients_through_checkpoints(self) -> None:
-        model = TINY["hunyuan"].model(F32)
-        torch.manual_seed(1)
-        inputs = hunyuan_inputs(F32, 2, lengths=(5, 5))
+        model, inputs = self.made((5, 5))
         dgf.accelerate(model, "fast", recompute="all")
         wanted = run(model, inputs)
         model.enable_gradient_checkpointing()
@@ -263,8 +250,7 @@ class TestRefusals:
             return hidden_states
 
         monkeypatch.setattr(transformer_flux.FluxSingleTransformerBlock, "forward", forward)
-        match = r"FluxSingleTransformerBlock.forward differs from the code that this patch replaces"
-        self.refused(TINY["flux"].model(), match)
+        self.refused(TINY["flux"].model(), "FluxSingleTransformerBlock.forward differs from the code that this patch")
 
     def test_missing_source(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(transformer_flux, "_get_fused_projections")

@@ -11,15 +11,7 @@ import dancegrpo_fast as dgf
 
 from ..release import release_but
 from ..tolerances import assert_within_budget
-from .models import (
-    FAMILIES,
-    TINY,
-    Inputs,
-    assert_gradients_within_budget,
-    assert_same_bits,
-    doubled,
-    run,
-)
+from .models import FAMILIES, TINY, Inputs, assert_gradients_within_budget, assert_same_bits, doubled, run
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -23,38 +23,24 @@ def _rotary(dim: int, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
 
 
 def _flux(single: bool) -> tuple[Any, Any]:
-    model = diffusers.FluxTransformer2DModel(
-        num_layers=int(not single), num_single_layers=int(single), joint_attention_dim=8, pooled_projection_dim=8
-    )
+    layers = {"num_layers": int(not single), "num_single_layers": int(single)}
+    model = diffusers.FluxTransformer2DModel(**layers, joint_attention_dim=8, pooled_projection_dim=8)
     block = (model.single_transformer_blocks if single else model.transformer_blocks)[0]
     return model, lambda x, text, temb: block(x, text, temb, image_rotary_emb=_rotary(128, TEXT + TOKENS))
 
 
 def _hunyuan(single: bool) -> tuple[Any, Any]:
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        num_layers=int(not single),
-        num_single_layers=int(single),
-        num_refiner_layers=0,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-    )
+    layers = {"num_layers": int(not single), "num_single_layers": int(single), "num_refiner_layers": 0}
+    model = diffusers.HunyuanVideoTransformer3DModel(**layers, text_embed_dim=8, pooled_projection_dim=8)
     block = (model.single_transformer_blocks if single else model.transformer_blocks)[0]
     return model, lambda x, text, temb: block(x, text, temb, None, _rotary(128))
 
 
 def _sd3() -> tuple[Any, Any]:
     # Two layers, as the last has no text behind its attention.
-    model = diffusers.SD3Transformer2DModel(
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=38,
-        joint_attention_dim=8,
-        caption_projection_dim=38 * 64,
-        pooled_projection_dim=8,
-        qk_norm="rms_norm",
-        sample_size=8,
-        pos_embed_max_size=8,
-    )
+    sizes = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 38, "caption_projection_dim": 38 * 64}
+    small = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "sample_size": 8, "pos_embed_max_size": 8}
+    model = diffusers.SD3Transformer2DModel(**sizes, **small, qk_norm="rms_norm")
     return model, lambda x, text, temb: model.transformer_blocks[0](x, text, temb)
 
 

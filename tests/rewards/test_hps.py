@@ -98,7 +98,7 @@ def test_file_folder_hub_and_converted_model(
 @pytest.mark.parametrize("text", ["é", "“quoted”", "a\x00b", "&eacute;", "a &amp; b", "\x1b[31mred"])
 def test_what_needs_ftfy_says_so(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(ValueError, match="want ftfy installed"):
+    with pytest.raises(ValueError, match="want ftfy to clean it"):
         clean_prompt(text)
 
 

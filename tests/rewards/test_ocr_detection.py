@@ -20,7 +20,7 @@ def picture(*texts: tuple[int, int, str], width: int = 320, height: int = 160, f
 
 
 def inputs(frames: Tensor, *prompts: str) -> RewardInput:
-    """Of float32 [N, T, 3, H, W]."""
+    """Of float32 [B, T, 3, H, W]."""
     return RewardInput(frames, prompts, torch.zeros(len(prompts)), [{} for _ in prompts])
 
 
@@ -81,7 +81,7 @@ def test_more_images_than_are_read_at_a_time() -> None:
 def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match="frames: got 0"):
         OcrReward(frames=0)
-    with pytest.raises(ValueError, match=r"frames: got torch.float32 \(1, 3, 48, 190\), want floats \[N, T, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"frames: got torch.float32 \(1, 3, 48, 190\), want floats \[B, T, 3, H, W\]"):
         OcrReward()(inputs(line("x")[None], '"x"'))
     with pytest.raises(ValueError, match="frames: got 2, want at most the 1"):
         OcrReward(frames=2)(inputs(line("x")[None, None], '"x"'))

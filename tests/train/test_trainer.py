@@ -26,6 +26,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(checkpoint.complete(output / "checkpoints")[-1])[0]["model"]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 12])
 def test_first_update_has_ratio_one(base: Path, tmp_path: Path, micro_batch: int, shared: bool) -> None:
@@ -130,6 +131,7 @@ def test_skipping_zero_advantages_keeps_the_gradient(flux: Path, tmp_path: Path)
     assert plain["grad_norm"] == pulled["grad_norm"]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=2)], ids=["full", "lora"])
 def test_kl_starts_at_zero_and_leaves_it(base: Path, tmp_path: Path, lora: LoraSettings | None, precision: str) -> None:

@@ -1,6 +1,7 @@
 """Sampler tables refuse bad arguments by name, and rows without noise score 0."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ from dancegrpo_fast.transitions import (
     shifted_sigmas,
     vp_sde,
 )
+
+from .schedulers import ddim_scheduler, flow_scheduler
 
 F64 = torch.float64
 INF, NAN = float("inf"), float("nan")
@@ -64,45 +67,27 @@ def test_level_above_what_the_step_holds() -> None:
 
 
 DIFFUSION_ERRORS = {
-    "alphas_cumprod zero": ("alphas_cumprod", {"alphas_cumprod": [0.9, 0.5, 0.0]}),
-    "alphas_cumprod one": ("alphas_cumprod", {"alphas_cumprod": [1.0, 0.5]}),
-    "alphas_cumprod nan": ("alphas_cumprod", {"alphas_cumprod": [0.9, NAN]}),
-    "alphas_cumprod rising": ("alphas_cumprod", {"alphas_cumprod": ALPHAS.flip(0)}),
-    "alphas_cumprod 2d": ("alphas_cumprod", {"alphas_cumprod": ALPHAS[None]}),
-    "timesteps empty": ("timesteps", {"timesteps": []}),
-    "timesteps 2d": ("timesteps", {"timesteps": [[3, 1]]}),
-    "timesteps rising": ("timesteps", {"timesteps": [10, 50]}),
-    "timesteps equal": ("timesteps", {"timesteps": [50, 50]}),
-    "timesteps high": ("timesteps", {"timesteps": [100, 50]}),
-    "timesteps negative": ("timesteps", {"timesteps": [50, -1]}),
-    "prediction_type": ("prediction_type", {"prediction_type": "score"}),
-    "previous_timesteps length": ("previous_timesteps", {"previous_timesteps": [1, 0]}),
-    "previous_timesteps later": ("previous_timesteps", {"previous_timesteps": [95, 49, 9]}),
-    "final_alpha_cumprod zero": ("final_alpha_cumprod", {"final_alpha_cumprod": 0.0}),
-    "final_alpha_cumprod high": ("final_alpha_cumprod", {"final_alpha_cumprod": 1.1}),
-    "final_alpha_cumprod nan": ("final_alpha_cumprod", {"final_alpha_cumprod": NAN}),
+    "alphas_cumprod": ([0.9, 0.5, 0.0], [1.0, 0.5], [0.9, NAN], ALPHAS.flip(0), ALPHAS[None]),
+    "timesteps": ([], [[3, 1]], [10, 50], [50, 50], [100, 50], [50, -1]),
+    "prediction_type": ("score",),
+    "previous_timesteps": ([1, 0], [95, 49, 9]),
+    "final_alpha_cumprod": (0.0, 1.1, NAN),
 }
 
 
 @pytest.mark.parametrize("build", [ddim, vp_sde])
-@pytest.mark.parametrize("name", DIFFUSION_ERRORS)
-def test_bad_diffusion_schedule(build: Callable, name: str) -> None:
-    argument, changed = DIFFUSION_ERRORS[name]
-    arguments = {"alphas_cumprod": ALPHAS, "timesteps": TIMES, "eta": 0.5, **changed}
-    with pytest.raises(ValueError, match=rf"^{argument}: "):
-        build(**arguments)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in DIFFUSION_ERRORS.items() for value in bad])
+def test_bad_diffusion_schedule(build: Callable, name: str, value) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        build(**{"alphas_cumprod": ALPHAS, "timesteps": TIMES, "eta": 0.5, name: value})
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_bad_num_steps(steps: int) -> None:
-    with pytest.raises(ValueError, match=r"^num_steps: "):
-        shifted_sigmas(steps)
-
-
-@pytest.mark.parametrize("shift", [0.0, -1.0, NAN, INF])
-def test_bad_shift(shift: float) -> None:
-    with pytest.raises(ValueError, match=r"^shift: "):
-        shifted_sigmas(4, shift)
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_steps", 0), ("num_steps", -3), *(("shift", value) for value in (0.0, -1.0, NAN, INF))]
+)
+def test_bad_flow_schedule(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        shifted_sigmas(**{"num_steps": 4, name: value})
 
 
 @pytest.mark.parametrize("index", [-1, 2, 100])
@@ -112,67 +97,32 @@ def test_window_out_of_range(index: int) -> None:
 
 
 def test_mixed_of_different_schedules() -> None:
-    with pytest.raises(ValueError, match=r"^deterministic: "):
-        mixed(dance_sde(GOOD, 0.3), ode((1.0, 0.4, 0.0)), [0])
-    with pytest.raises(ValueError, match=r"^deterministic: "):
-        mixed(dance_sde(GOOD, 0.3), ode((1.0, 0.5, 0.2, 0.0)), [0])
+    for other in ((1.0, 0.4, 0.0), (1.0, 0.5, 0.2, 0.0)):
+        with pytest.raises(ValueError, match=r"^deterministic: "):
+            mixed(dance_sde(GOOD, 0.3), ode(other), [0])
 
 
-def flow_scheduler(**config):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    scheduler.set_timesteps(4)
-    return scheduler
+NOT_AFFINE = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
 
 
-def ddim_scheduler(**config):
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(**{"clip_sample": False, **config})
-    scheduler.set_timesteps(4)
-    return scheduler
-
-
-@pytest.mark.parametrize("setting", ["clip_sample", "thresholding", "rescale_betas_zero_snr"])
-def test_scheduler_whose_step_is_not_affine(setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"^scheduler: .*{setting}"):
-        from_scheduler(ddim_scheduler(**{setting: True}))
-
-
-def test_flow_scheduler_that_draws_its_own_noise() -> None:
-    with pytest.raises(ValueError, match=r"^scheduler: .*stochastic_sampling"):
-        from_scheduler(flow_scheduler(stochastic_sampling=True))
-
-
-def test_scheduler_of_another_kind() -> None:
-    with pytest.raises(ValueError, match=r"^scheduler: .*SimpleNamespace"):
-        from_scheduler(SimpleNamespace(num_inference_steps=4))
-
-
-def test_scheduler_without_timesteps() -> None:
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-    for scheduler in (DDIMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()):
-        with pytest.raises(ValueError, match=r"^scheduler: .*set_timesteps"):
-            from_scheduler(scheduler)
-
-
-@pytest.mark.parametrize(("build", "sampler"), [(flow_scheduler, "ddim"), (ddim_scheduler, "flow_sde")])
-def test_sampler_of_the_other_family(build: Callable, sampler: str) -> None:
-    with pytest.raises(ValueError, match=r"^sampler: "):
-        from_scheduler(build(), sampler)
-
-
-def test_scheduler_window_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"^window: "):
-        from_scheduler(flow_scheduler(), "dance_sde", 0.3, window=[4])
-
-
-@pytest.mark.parametrize("build", [flow_scheduler, ddim_scheduler])
-def test_scheduler_noise_level(build: Callable) -> None:
-    with pytest.raises(ValueError, match=r"^(eta|noise_level): "):
-        from_scheduler(build(), noise_level=-1.0)
+@pytest.mark.parametrize(
+    ("make", "arguments", "match"),
+    [
+        *((partial(ddim_scheduler, **{name: True}), {}, f"scheduler: .*{name}") for name in NOT_AFFINE),
+        (partial(flow_scheduler, stochastic_sampling=True), {}, "scheduler: .*stochastic_sampling"),
+        (partial(SimpleNamespace, num_inference_steps=4), {}, "scheduler: .*SimpleNamespace"),
+        (partial(ddim_scheduler, 0), {}, "scheduler: .*set_timesteps"),
+        (partial(flow_scheduler, 0), {}, "scheduler: .*set_timesteps"),
+        (flow_scheduler, {"sampler": "ddim"}, "sampler: "),
+        (ddim_scheduler, {"sampler": "flow_sde"}, "sampler: "),
+        (flow_scheduler, {"sampler": "dance_sde", "noise_level": 0.3, "window": [4]}, "window: "),
+        *((make, {"noise_level": -1.0}, "(eta|noise_level): ") for make in (flow_scheduler, ddim_scheduler)),
+    ],
+)
+def test_schedulers(make: Callable, arguments: dict, match: str) -> None:
+    """Steps that are not affine, noise of their own, another kind or none yet; a sampler of the other family."""
+    with pytest.raises(ValueError, match=f"^{match}"):
+        from_scheduler(make(), **arguments)
 
 
 def columns(**changed) -> dict:

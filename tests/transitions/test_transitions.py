@@ -21,12 +21,8 @@ from dancegrpo_fast.transitions import (
     vp_sde,
 )
 
-from ..tolerances import (
-    assert_as_printed,
-    assert_first_order,
-    assert_same_formula,
-    assert_within_budget,
-)
+from ..tolerances import assert_as_printed, assert_first_order, assert_same_formula, assert_within_budget
+from .schedulers import ddim_scheduler, flow_scheduler
 
 F64 = torch.float64
 BACKENDS = ("cpu", "reference")
@@ -65,14 +61,7 @@ GOLDEN = {
     ),
     "cps .75->.5": (
         cps((0.75, 0.5), 0.8),
-        (
-            "0.654508497187",
-            "-0.336372875703",
-            "0.475528258148",
-            "-0.112909276214",
-            "-0.119155351077",
-            "0.229400627582",
-        ),
+        ("0.654508497187", "-0.336372875703", "0.475528258148", "-0.112909276214", "-0.119155351077", "0.229400627582"),
     ),
     "cps .1->0": (cps((0.1, 0.0), 0.8), ("1", "-0.1", "0", "0", "0", "0.745937335895")),
 }
@@ -130,8 +119,7 @@ def cps_definition(x, v, s, n, eta, eps):
 
 
 @pytest.mark.parametrize(
-    ("build", "definition"),
-    [(dance_sde, dance_definition), (flow_sde, flow_definition), (cps, cps_definition)],
+    ("build", "definition"), [(dance_sde, dance_definition), (flow_sde, flow_definition), (cps, cps_definition)]
 )
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_flow_tables_follow_their_definitions(build: Callable, definition: Callable, eta: float) -> None:
@@ -159,20 +147,13 @@ def test_without_noise_every_flow_sampler_is_the_ode(build: Callable) -> None:
         assert_same_formula(getattr(table, column), getattr(euler, column))
 
 
-def ddim_scheduler(prediction_type: str, steps: int = 10, **config):
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, **config)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 def test_ddim_is_the_schedulers_step(prediction_type: str, eta: float, spacing: str, set_alpha_to_one: bool) -> None:
-    scheduler = ddim_scheduler(prediction_type, timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one)
+    settings = {"timestep_spacing": spacing, "set_alpha_to_one": set_alpha_to_one}
+    scheduler = ddim_scheduler(10, prediction_type=prediction_type, **settings)
     table = from_scheduler(scheduler, noise_level=eta)
     assert table.times.tolist() == scheduler.timesteps.tolist()
     x, v, eps = (t.float() for t in golden_inputs())
@@ -189,10 +170,7 @@ def test_ddim_is_the_schedulers_step(prediction_type: str, eta: float, spacing: 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_ode_is_the_flow_schedulers_step(shift: float) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(6)
+    scheduler = flow_scheduler(6, shift=shift)
     table = from_scheduler(scheduler)
     x, v, _ = (t.float() for t in golden_inputs())
     for i, t in enumerate(scheduler.timesteps):
@@ -207,10 +185,7 @@ def test_ode_is_the_flow_schedulers_step(shift: float) -> None:
     ("sampler", "build"), [("dance_sde", dance_sde), ("flow_sde", flow_sde), ("cps", cps), ("ode", None)]
 )
 def test_from_flow_scheduler(sampler: str, build: Callable | None, shift: float) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(6)
+    scheduler = flow_scheduler(6, shift=shift)
     sigmas = scheduler.sigmas.double()
     wanted = ode(sigmas) if build is None else build(sigmas, 0.6)
     level = 0.0 if build is None else 0.6
@@ -222,7 +197,7 @@ def test_from_flow_scheduler(sampler: str, build: Callable | None, shift: float)
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_vp_sde_from_scheduler_with_window(prediction_type: str) -> None:
-    scheduler = ddim_scheduler(prediction_type)
+    scheduler = ddim_scheduler(10, prediction_type=prediction_type)
     settings = {
         "prediction_type": prediction_type,
         "previous_timesteps": scheduler.timesteps - 100,
@@ -255,20 +230,9 @@ def test_vp_sde_without_noise_converges_to_ddim(prediction_type: str) -> None:
     for steps in REFINED:
         alphas = cosine_alphas(steps)
         times = torch.arange(steps, 0, -1)
-        tables = [
-            build(
-                alphas,
-                times,
-                0.0,
-                prediction_type,
-                final_alpha_cumprod=float(alphas[0]),
-                previous_timesteps=times - 1,
-            )
-            for build in (vp_sde, ddim)
-        ]
-        ends = []
-        for table in tables:
-            x = 1.0
+        ends, settings = [], {"final_alpha_cumprod": float(alphas[0]), "previous_timesteps": times - 1}
+        for build in (vp_sde, ddim):
+            table, x = build(alphas, times, 0.0, prediction_type, **settings), 1.0
             for a, b, t in zip(table.a.tolist(), table.b.tolist(), times.tolist(), strict=True):
                 x = a * x + b * exact_prediction(float(alphas[t]), prediction_type) * x
             ends.append(x)
@@ -308,10 +272,9 @@ def test_flow_sdes_keep_the_marginals(build: Callable, eta: float) -> None:
         table = build(sigmas, eta)
         marginal = ((1 - sigmas).square() * DATA_VARIANCE + sigmas.square()).tolist()
         variance = marginal[0]
-        for i, (s, a, b, tau) in enumerate(
-            zip(sigmas.tolist(), table.a.tolist(), table.b.tolist(), table.tau.tolist(), strict=False)
-        ):
-            velocity = (s - (1 - s) * DATA_VARIANCE) / marginal[i]
+        columns = (sigmas[:-1], table.a, table.b, table.tau)
+        for here, s, a, b, tau in zip(marginal[:-1], *(c.tolist() for c in columns), strict=True):
+            velocity = (s - (1 - s) * DATA_VARIANCE) / here
             variance = (a + b * velocity) ** 2 * variance + tau**2
         errors.append(abs(variance - marginal[-1]))
     assert_first_order(errors)

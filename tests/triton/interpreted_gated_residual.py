@@ -12,6 +12,7 @@ from dancegrpo_fast.ops.gated_residual import gated_residual
 
 from ..ops.cases import BF16, F16, F32, F64, bits, dtype_id
 from ..tolerances import assert_within_budget
+from .guards import assert_filled, assert_same_bits, guarded
 
 MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, BF16, F32), (F32, BF16, BF16), (F16, BF16, F32)]
 LAYOUTS = {"sample": (1, -1), "token": (7, -1), "segments": (2, 3), "one segment": (2, 0), "the other": (2, 7)}
@@ -42,8 +43,7 @@ def assert_matches(tensors: list[Tensor], split: int, mode: str) -> None:
         assert_within_budget(value, want, eager)
     if mode == "lossless":
         elementwise = 4 if tensors[2].shape[1] == tensors[0].shape[1] and split < 0 else 2
-        for value, eager in zip(mine[:elementwise], plain[:elementwise], strict=True):
-            assert bits(value) == bits(eager)
+        assert_same_bits(mine[:elementwise], plain[:elementwise])
 
 
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
@@ -75,26 +75,21 @@ def test_views_and_batches() -> None:
     far.copy_(grad)
     strided = [joint[:, 2:], y.transpose(1, 2).contiguous().transpose(1, 2), six.chunk(6, dim=1)[1].unsqueeze(1), far]
     wanted = run([x, y, gate, grad], -1, "fast", "triton")
-    for value, want in zip(run(strided, -1, "fast", "triton"), wanted, strict=True):
-        assert bits(value) == bits(want)
+    assert_same_bits(run(strided, -1, "fast", "triton"), wanted)
     for sample in range(2):
         alone = run([t[sample : sample + 1] for t in (x, y, gate, grad)], -1, "fast", "triton")
-        for value, want in zip(alone, wanted, strict=True):
-            assert bits(value[0]) == bits(want[sample])
+        assert_same_bits([value[0] for value in alone], [want[sample] for want in wanted])
     ones = grad[:1, :1, :1].expand(2, 7, 72)
-    expanded = run([x, y, gate, ones], -1, "fast", "triton")
-    for value, want in zip(expanded, run([x, y, gate, ones.contiguous()], -1, "fast", "triton"), strict=True):
-        assert bits(value) == bits(want)
+    assert_same_bits(*(run([x, y, gate, given], -1, "fast", "triton") for given in (ones, ones.contiguous())))
 
 
 def test_all_of_an_output_and_nothing_else_is_written() -> None:
     x, y, gate, grad = make((2, 7, 72))
-    wholes = [torch.full((t.numel() + 128,), float("nan"), dtype=BF16) for t in (x, y, gate)]
-    out, grad_y, grad_gate = (w[64:-64].view(t.shape) for w, t in zip(wholes, (x, y, gate), strict=True))
+    rooms = [guarded(t.shape, BF16) for t in (x, y, gate)]
+    out, grad_y, grad_gate = (inside for inside, _ in rooms)
     launcher.forward(x, y, gate, -1, "fast", out)
     launcher.backward(grad, y, gate, -1, "fast", [grad_y, grad_gate])
-    for whole in wholes:
-        assert int(whole.isnan().sum()) == 128 and not bool(whole[64:-64].isnan().any())
+    assert_filled(rooms)
     alone = torch.empty_like(y)
     launcher.backward(grad, None, gate, -1, "fast", [alone, None])
     assert bits(alone) == bits(grad_y)

@@ -13,8 +13,9 @@ from dancegrpo_fast.ops import _triton_gelu_tanh as launcher
 from dancegrpo_fast.ops.gelu_linear import gelu_linear
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
 
-from ..ops.cases import BF16, F16, F32, F64, bits
+from ..ops.cases import BF16, F16, F32, F64
 from ..tolerances import assert_within_budget
+from .guards import assert_filled, assert_same_bits, guarded
 
 DTYPES = (BF16, F16, F32)
 BLOCK = launcher.BLOCK
@@ -38,10 +39,6 @@ def run(x: Tensor, prefix: Tensor | None, backend: str, dtype: torch.dtype | Non
     return [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], grad)]
 
 
-def assert_same_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
-    assert [bits(t.detach()) for t in found] == [bits(t.detach()) for t in wanted]
-
-
 def assert_matches_reference(x: Tensor, prefix: Tensor | None = None) -> None:
     found, plain, truth = run(x, prefix, "triton"), run(x, prefix, "reference"), run(x, prefix, "reference", F64)
     for actual, like, right in zip(found, plain, truth, strict=True):
@@ -59,9 +56,12 @@ def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_matches_reference(x, numbers((*shape[:-1], width), dtype, 2))
 
 
+def views(t: Tensor) -> tuple[Tensor, ...]:
+    return t.chunk(3, -1)[1], t.transpose(0, 2), t[:1].expand_as(t), t[..., ::3], t.mT
+
+
 def test_views() -> None:
-    wide = numbers((2, 3, 2, 3 * 4), BF16)
-    for x in (wide.chunk(3, -1)[1], wide.transpose(0, 2), wide[:1].expand_as(wide), wide[..., ::3], wide.mT):
+    for x in views(numbers((2, 3, 2, 3 * 4), BF16)):
         assert_matches_reference(x)
         prefix = numbers((*x.shape[:-1], 2 * 5), BF16, 3)[..., ::2]
         assert_matches_reference(x, prefix)
@@ -87,14 +87,10 @@ def test_far_from_zero(dtype: torch.dtype) -> None:
 def test_writes_everything_and_nothing_else(width: int) -> None:
     x, grad = numbers((3, 7), BF16), numbers((3, 7), BF16, 1)
     prefix = numbers((3, width), BF16, 2) if width else None
-    for shape in ((3, width + 7), (3, 7)):
-        room = torch.full((shape[0] * shape[1] + 64,), float("nan"), dtype=BF16)
-        inside = room[32:-32].view(shape)
-        if shape[1] == 7 and width:
-            launcher.backward(grad, x, inside)
-        else:
-            launcher.forward(x, prefix, inside)
-        assert bool(room[:32].isnan().all() and room[-32:].isnan().all()) and not bool(inside.isnan().any())
+    rooms = [guarded((3, width + 7), BF16), guarded((3, 7), BF16)]
+    launcher.forward(x, prefix, rooms[0][0])
+    launcher.backward(grad, x, rooms[1][0])
+    assert_filled(rooms)
 
 
 def test_far_rows() -> None:
@@ -137,13 +133,7 @@ def test_gradients_of_longer_chunks(rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_gradients_of_views() -> None:
     wide, grad = numbers((2, 3, 2, 3 * 4), BF16), numbers((2, 3, 2, 3 * 4), BF16, 1)
-    for view in (
-        lambda t: t.chunk(3, -1)[1],
-        lambda t: t.transpose(0, 2),
-        lambda t: t[:1].expand_as(t),
-        lambda t: t[..., ::3],
-    ):
-        x, given = view(wide), view(grad)
+    for x, given in zip(views(wide), views(grad), strict=True):
         prefix = numbers((*x.shape[:-1], 2 * 5), BF16, 3)[..., ::2]
         assert_gradients_match(given, x, prefix)
         whole = gradients(given.contiguous(), x.contiguous(), prefix.contiguous(), True, "triton")
@@ -157,14 +147,9 @@ def test_gradients_of_views() -> None:
 def test_gradients_write_everything_and_nothing_else(width: int) -> None:
     x, grad = numbers((9, 7), BF16), numbers((9, 7), BF16, 1)
     prefix = numbers((9, width), BF16, 2) if width else None
-    rooms, insides = [], []
-    for shape in ((9, width + 7), (9, 7), (7,)):
-        room = torch.full((torch.Size(shape).numel() + 64,), float("nan"), dtype=BF16)
-        rooms.append(room)
-        insides.append(room[32:-32].view(shape))
-    launcher.gradients(grad, x, prefix, *insides)
-    for room, inside in zip(rooms, insides, strict=True):
-        assert bool(room[:32].isnan().all() and room[-32:].isnan().all()) and not bool(inside.isnan().any())
+    rooms = [guarded(shape, BF16) for shape in ((9, width + 7), (9, 7), (7,))]
+    launcher.gradients(grad, x, prefix, *(inside for inside, _ in rooms))
+    assert_filled(rooms)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
@@ -178,11 +163,9 @@ def test_projection_end_to_end(dtype: torch.dtype, mode: str) -> None:
     def run_projection(by: str, kind: torch.dtype) -> list[Tensor]:
         x, prefix, weight, bias, h_bias = leaves = [t.detach().to(kind).requires_grad_() for t in given]
         if by == "eager":
-            h = x + h_bias
-            out = torch.nn.functional.linear(reference.definition(h, prefix), weight, bias)
+            out = torch.nn.functional.linear(reference.definition(x + h_bias, prefix), weight, bias)
         else:
-            h = x + h_bias.detach()
-            out = gelu_linear(h, weight, bias, prefix=prefix, h_bias=h_bias, mode=mode, backend=by)
+            out = gelu_linear(x + h_bias.detach(), weight, bias, prefix=prefix, h_bias=h_bias, mode=mode, backend=by)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))]
 
     found, plain, truth = run_projection("triton", dtype), run_projection("eager", dtype), run_projection("eager", F64)

@@ -12,9 +12,10 @@ from torch import Tensor
 from dancegrpo_fast.ops import _triton_norm_modulate as launcher
 from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
 
-from ..ops.cases import BF16, F16, F32, F64, bits, dtype_id
+from ..ops.cases import BF16, F16, F32, F64, assert_same_bits, bits, dtype_id
 from ..release import release_but
 from ..tolerances import assert_within_budget
+from .guards import assert_filled, guarded
 
 NAMES = ("x", "y", "gate", "scale", "shift", "weight", "bias")
 EPS = 1e-6
@@ -83,31 +84,16 @@ def make_case(
 
 def run(case: Case, mode: str, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The public op and all its gradients; `dtype` replaces that of all tensors."""
-    given = {name: getattr(case, name) for name in NAMES}
-    leaves = {
-        name: value.detach().to(dtype or value.dtype).requires_grad_()
-        for name, value in given.items()
-        if value is not None
-    }
+    given = {name: value for name in NAMES if (value := getattr(case, name)) is not None}
+    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
     grads = [g.to(dtype or g.dtype) for g in case.grads]
-    settings = {
-        "norm": case.norm,
-        "eps": EPS,
-        "split": None if case.split < 0 else case.split,
-        "mode": mode,
-        "norm_dtype": case.norm_dtype,
-        "backend": backend,
-    }
-    gated = case.y is not None
-    outputs = (
-        gated_residual_norm_modulate(**leaves, **settings)
-        if gated
-        else norm_modulate_fanout(**leaves, consumers=1, **settings)
-    )
+    settings = {"norm": case.norm, "eps": EPS, "mode": mode, "norm_dtype": case.norm_dtype, "backend": backend}
+    settings |= {"split": None if case.split < 0 else case.split} | ({"consumers": 1} if case.y is None else {})
+    op = norm_modulate_fanout if case.y is None else gated_residual_norm_modulate
+    outputs = op(**leaves, **settings)
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    return {"h": outputs[0].detach(), "out": outputs[1].detach()} | {
-        f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)
-    }
+    named = {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return {"h": outputs[0].detach(), "out": outputs[1].detach(), **named}
 
 
 def assert_matches(case: Case, mode: str) -> None:
@@ -210,8 +196,7 @@ def test_views() -> None:
     ones = case.grads[0][:1, :1].expand(2, 7, 72)
     for grads in (case.grads, (ones, ones)):
         wanted = run(replace(case, grads=tuple(g.contiguous() for g in grads)), "fast", "triton")
-        for name, value in run(replace(viewed, grads=grads), "fast", "triton").items():
-            assert bits(value) == bits(wanted[name]), name
+        assert_same_bits(run(replace(viewed, grads=grads), "fast", "triton"), wanted)
 
 
 @pytest.mark.parametrize("split", [-1, 3])
@@ -221,12 +206,6 @@ def test_a_sample_does_not_see_its_batch(split: int) -> None:
     for sample in range(3):
         for name, value in run(case.select(sample), "fast", "triton").items():
             assert bits(value[0]) == bits(together[name][sample]), name
-
-
-def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tensor of NaN in the middle of a longer one."""
-    whole = torch.full((torch.Size(shape).numel() + 128,), float("nan"), dtype=dtype)
-    return whole[64:-64].view(shape), whole
 
 
 @pytest.mark.parametrize("rows", release_but((7,), [1, 7]))
@@ -240,15 +219,13 @@ def test_all_of_an_output_and_nothing_else_is_written(rows: int) -> None:
     h, _, mean, rstd = (o for o, _ in outputs)
     grads = [guarded(value.shape, value.dtype) for value in given.values()]
     launcher.backward(case.grads[0], [case.grads[1]], h, mean, rstd, case.y, values, [o for o, _ in grads])
-    for inside, whole in (*outputs, *grads):
-        assert not bool(inside.isnan().any())
-        assert int(whole.isnan().sum()) == 128
+    assert_filled([*outputs, *grads])
 
 
 def test_what_is_not_wanted_is_not_written() -> None:
     case = make_case(affine=True)
     wanted = run(case, "fast", "triton")
-    _, out, mean, rstd = (torch.empty(2, 7, 72, dtype=BF16), wanted["out"], torch.empty(2, 7), torch.empty(2, 7))
+    out, mean, rstd = wanted["out"], torch.empty(2, 7), torch.empty(2, 7)
     given = [getattr(case, name) for name in NAMES]
     values = launcher.Given(*given[2:], -1, "layer", EPS, "fast", None)
     launcher.forward(*given[:2], values, (torch.empty_like(out), torch.empty_like(out), mean, rstd))
@@ -265,8 +242,7 @@ def test_batch_strides_beyond_32_bits() -> None:
     far = torch.empty(2**31 + 4096, dtype=BF16).as_strided((2, 2, 40), (2**31 + 64, 40, 1))
     far.copy_(case.x)
     wanted = run(case, "fast", "triton")
-    for name, value in run(replace(case, x=far), "fast", "triton").items():
-        assert bits(value) == bits(wanted[name]), name
+    assert_same_bits(run(replace(case, x=far), "fast", "triton"), wanted)
 
 
 def test_long_rows_of_float32_take_two_launches() -> None:

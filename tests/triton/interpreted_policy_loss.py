@@ -3,7 +3,9 @@
 Collected by test_interpreted.py only, with TRITON_INTERPRET=1.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from dancegrpo_fast.kernels.transition import reference
 from dancegrpo_fast.ops import _triton
 from dancegrpo_fast.ops._call import GradientTerms, LossOutputs, Objective, Transition
 
-from ..ops import test_policy_loss, test_policy_loss_edges, test_policy_loss_terms
+from ..ops import test_policy_loss
+from ..ops import test_policy_loss_edges as edges
+from ..ops import test_policy_loss_terms as terms
 from ..ops.cases import BF16, DTYPES, F16, F32, F64, TABLES, bits, dtype_id, make_case, train
 from ..release import release_but
 
@@ -69,103 +73,83 @@ def test_decisions_are_those_of_the_cpu_kernel(dtypes: tuple) -> None:
     assert {n: (t.dtype, t.shape) for n, t in mine.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_clipped_samples_have_exactly_no_gradient(dtype: torch.dtype) -> None:
-    test_policy_loss_edges.test_clipped_samples_have_exactly_no_gradient(dtype, "triton")
-
-
 def test_no_weights_are_weights_of_one() -> None:
     case = make_case((3, 50), TABLES["flow"])
-    shared = (case.latents, case.output, case.next_latents, TABLES["flow"], 1, case.old_log_prob, case.advantages)
-    none, ones = (policy_loss(*shared, weight=weight, backend="triton") for weight in (1.0, torch.ones(3)))
+    none, ones = (
+        policy_loss(*case.lost(TABLES["flow"]), weight=weight, backend="triton") for weight in (1.0, torch.ones(3))
+    )
     assert bits(none.loss) == bits(ones.loss) and bits(none.ratio) == bits(ones.ratio)
 
 
-@pytest.mark.parametrize("option", [{}, {"kl": True}, {"ratio_norm": True}], ids=str)
-def test_weight_zero_leaves_a_sample_out(option: dict) -> None:
-    test_policy_loss_edges.test_weight_zero_leaves_a_sample_out(option, "triton")
+# Tests of the other backends that hold as they are.
+SHARED: list[tuple[Callable[..., None], tuple]] = [
+    *((edges.test_clipped_samples_have_exactly_no_gradient, (dtype,)) for dtype in (F32, BF16, F16)),
+    *((edges.test_weight_zero_leaves_a_sample_out, (option,)) for option in ({}, {"kl": True}, {"ratio_norm": True})),
+    *((terms.test_samples_of_weight_zero_may_hold_anything, ("plain", value)) for value in (math.inf, -math.inf)),
+    (edges.test_weight_zero_everywhere, ()),
+    (edges.test_only_the_conditional_output_may_need_a_gradient, ()),
+    (edges.test_only_the_loss_and_the_outputs_are_differentiable, ()),
+    *((terms.test_the_largest_deviation_keeps_nan, (place,)) for place in range(3)),
+    *(
+        (terms.test_an_advantage_of_zero_is_zero_beside_an_overflown_ratio, given)
+        for given in itertools.product((math.inf, 1e5), (0.0, -0.0))
+    ),
+    (terms.test_one_number_is_both_sides, ()),
+]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
-def test_weight_zero_silences_any_values(value: float) -> None:
-    test_policy_loss_edges.test_weight_zero_silences_any_values(value, "triton")
-
-
-def test_edges() -> None:
-    test_policy_loss_edges.test_weight_zero_everywhere("triton")
-    test_policy_loss_edges.test_only_the_conditional_output_may_need_a_gradient("triton")
-    test_policy_loss_edges.test_only_the_loss_and_the_outputs_are_differentiable("triton")
+@pytest.mark.parametrize(("test", "arguments"), SHARED, ids=lambda each: getattr(each, "__name__", None) or str(each))
+def test_as_on_the_cpu(test: Callable[..., None], arguments: tuple) -> None:
+    test(*arguments, "triton")
 
 
 def run(log_ratios: list[float], advantages: list[float], **settings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Loss, ratio, metrics and gradient with given log-ratios, by Triton and by the C++ kernel."""
-    case, old, given = test_policy_loss_edges.ratio_case(log_ratios, advantages, F32)
+    case, old, given = edges.ratio_case(log_ratios, advantages, F32)
     found = []
     for backend in ("triton", "cpu"):
-        result, grad = test_policy_loss_edges.run(case, old, given, backend=backend, **settings)
+        result, grad = edges.run(case, old, given, backend=backend, **settings)
         values = {"loss": result.loss, "ratio": result.ratio, "has_grad": result.has_grad, "grad": grad}
         found.append(values | result.metrics._asdict())
     return found[0], found[1]
 
 
 @pytest.mark.parametrize(
-    ("log_ratios", "advantages"),
+    ("log_ratio", "advantage"),
     [
-        ([math.inf, 0.0], [1.0, 1.0]),
-        ([math.inf, 0.0], [-1.0, 1.0]),
-        ([math.inf, 0.0], [0.0, 1.0]),
-        ([-math.inf, 0.0], [1.0, 1.0]),
-        ([-math.inf, 0.0], [-1.0, 1.0]),
-        ([math.nan, 0.0], [1.0, 1.0]),
-        ([0.0, 0.0], [math.nan, 1.0]),
-        ([200.0, 0.0], [1.0, 1.0]),
-        ([-200.0, 0.0], [-1.0, 1.0]),
+        *((math.inf, advantage) for advantage in (1.0, -1.0, 0.0)),
+        *((-math.inf, advantage) for advantage in (1.0, -1.0)),
+        *((math.nan, 1.0), (0.0, math.nan), (200.0, 1.0), (-200.0, -1.0)),
     ],
-    ids=str,
 )
-def test_values_that_are_not_finite(log_ratios: list[float], advantages: list[float]) -> None:
+def test_values_that_are_not_finite(log_ratio: float, advantage: float) -> None:
     """What overflows or is NaN does so as in the C++ kernel, and stays out of the other sample."""
-    mine, wanted = run(log_ratios, advantages)
+    mine, wanted = run([log_ratio, 0.0], [advantage, 1.0])
     for name, value in mine.items():
         assert torch.equal(value.isnan(), wanted[name].isnan()), name
         assert torch.equal(value.isinf(), wanted[name].isinf()), name
     assert torch.equal(mine["has_grad"], wanted["has_grad"]) and torch.equal(mine["grad"][1], wanted["grad"][1])
 
 
-@pytest.mark.parametrize("place", range(3))
-def test_the_largest_deviation_keeps_nan(place: int) -> None:
-    test_policy_loss_terms.test_the_largest_deviation_keeps_nan(place, "triton")
-
-
-@pytest.mark.parametrize("ratio", [math.inf, 1e5])
-@pytest.mark.parametrize("advantage", [0.0, -0.0])
-def test_an_advantage_of_zero_is_zero_beside_an_overflown_ratio(ratio: float, advantage: float) -> None:
-    test_policy_loss_terms.test_an_advantage_of_zero_is_zero_beside_an_overflown_ratio(ratio, advantage, "triton")
-
-
-@pytest.mark.parametrize("value", release_but((math.nan,), [test_policy_loss_terms.HUGE, math.nan]))
+@pytest.mark.parametrize("value", release_but((math.nan,), [terms.HUGE, math.nan]))
 @pytest.mark.parametrize("option", ["kl", "norm"])
 def test_terms_of_weight_zero_count_nothing(option: str, value: float) -> None:
-    test_policy_loss_terms.test_rows_without_noise_may_hold_anything_with_weight_zero(option, value, "triton")
-    test_policy_loss_terms.test_samples_of_weight_zero_may_hold_anything(option, value, "triton")
-    test_policy_loss_terms.test_a_kl_of_weight_zero_is_a_metric_only(value, "triton")
+    terms.test_rows_without_noise_may_hold_anything_with_weight_zero(option, value, "triton")
+    terms.test_samples_of_weight_zero_may_hold_anything(option, value, "triton")
+    terms.test_a_kl_of_weight_zero_is_a_metric_only(value, "triton")
 
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0])
 def test_rows_without_noise_are_poison_unless_left_out(advantage: float) -> None:
     """As for indices outside the table: a GPU's steps cannot be looked at without waiting."""
-    steps = test_policy_loss_terms.STEPS
+    steps = terms.STEPS
     case = make_case((5, 40), TABLES["mixed"], step=steps)
     case.advantages.fill_(advantage)
-    result, grad = test_policy_loss_terms.run(case, weight=torch.ones(5), backend="triton")
+    result, grad = terms.run(case, weight=torch.ones(5), backend="triton")
     missing = [row in TABLES["mixed"].unscored for row in steps.tolist()]
     assert bool(result.loss.isnan()) and result.ratio.isnan().tolist() == grad.isnan().all(1).tolist() == missing
     with pytest.raises(ValueError, match=r"^step: got 0, a row without noise"):
-        test_policy_loss_terms.run(make_case((5, 40), TABLES["mixed"], step=0), weight=1.0, backend="triton")
-
-
-def test_one_number_is_both_sides() -> None:
-    test_policy_loss_terms.test_one_number_is_both_sides("triton")
+        terms.run(make_case((5, 40), TABLES["mixed"], step=0), weight=1.0, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -196,22 +180,12 @@ def test_outputs_are_filled_and_nothing_around_them(numel: int) -> None:
     shapes = LossOutputs((), (batch,), (batch,), (8,), (batch,), (batch,), (batch,))
     buffers = [guarded(shape, torch.bool if i == 4 else F32) for i, shape in enumerate(shapes)]
     grads = [guarded((batch, numel), BF16) for _ in range(2)]
-    objective = (
-        case.old_log_prob,
-        case.advantages,
-        case.weight,
-        case.reference_output,
-        None,
-        1e-4,
-        2e-4,
-        5.0,
-        0.1,
-        False,
-    )
+    per_sample = (case.old_log_prob, case.advantages, case.weight)
+    objective = Objective(*per_sample, case.reference_output, None, 1e-4, 2e-4, 5.0, 0.1, False)
     out = LossOutputs(*(view for view, _ in buffers))
-    _triton.policy_loss(call, Objective(*objective), out)
-    terms = GradientTerms(torch.ones(()), out.step_scale, out.pull_scale, case.reference_output, None)
-    _triton.policy_loss_gradient(call, terms, *(view for view, _ in grads))
+    _triton.policy_loss(call, objective, out)
+    of = GradientTerms(torch.ones(()), out.step_scale, out.pull_scale, case.reference_output, None)
+    _triton.policy_loss_gradient(call, of, *(view for view, _ in grads))
     for view, whole in [*buffers, *grads]:
         assert view.dtype == torch.bool or not bool((view == 7).any())
         view.fill_(True) if view.dtype == torch.bool else view.fill_(7)
@@ -246,6 +220,6 @@ def test_gradient_of_a_clipped_sample_reads_nothing() -> None:
     scale = torch.tensor([0.0, 0.5])
     grads = [torch.full_like(case.output, math.nan) for _ in range(2)]
     shared = (poisoned.latents, poisoned.output, poisoned.next_latents, poisoned.uncond, case.guidance, table, None)
-    terms = GradientTerms(torch.ones(()), scale, scale, poisoned.reference_output, poisoned.old_output)
-    _triton.policy_loss_gradient(Transition(*shared, 1, False, "triton"), terms, *grads)
+    of = GradientTerms(torch.ones(()), scale, scale, poisoned.reference_output, poisoned.old_output)
+    _triton.policy_loss_gradient(Transition(*shared, 1, False, "triton"), of, *grads)
     assert all(bool((grad[0] == 0).all()) and bool(grad[1].isfinite().all()) for grad in grads)

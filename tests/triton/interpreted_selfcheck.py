@@ -4,7 +4,6 @@ Collected by test_interpreted.py only, with TRITON_INTERPRET=1.
 """
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,21 +11,16 @@ import torch
 from dancegrpo_fast.ops import selfcheck
 
 from ..gpu.test_block_ops import OPS, Draw, results
+from ..ops import conftest
 from ..ops.cases import BF16, F16, F32
 
 NAMES = ("norm", "gated norm in segments", "rms norm with weights", "gate", "gate per token", "rope over tokens")
-CASES = [
-    *((name, (BF16, BF16)) for name in (*NAMES, "rope of two streams", "rope without a norm")),
-    ("norm", (F16, F16)),
-]
-CASES += [("gated norm", (BF16, F32)), ("rope", (F32, F32)), ("rope of halves", (BF16, F32))]
+CASES = [(name, (BF16, BF16)) for name in (*NAMES, "rope of two streams", "rope without a norm")]
+CASES += [("norm", (F16, F16)), ("gated norm", (BF16, F32)), ("rope", (F32, F32)), ("rope of halves", (BF16, F32))]
 
 
-@pytest.fixture(autouse=True)
-def nothing_known() -> Iterator[None]:
-    selfcheck.clear()
-    yield
-    selfcheck.clear()
+nothing_known = conftest.nothing_known
+pytestmark = pytest.mark.usefixtures("nothing_known")
 
 
 @pytest.mark.parametrize(("name", "dtypes"), CASES, ids=str)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,26 @@ def compiling(capability: int, folder: Path) -> Iterator[list[Compiled]]:
         # A plain attribute up to Triton 3.4.
         patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", _Driver(capability))
         yield found
+
+
+def launched(
+    capability: int, folder: Path, run: Callable[..., object], *given: object, **how: object
+) -> list[Compiled]:
+    """What one call compiles."""
+    with compiling(capability, folder) as launches:
+        run(*given, **how)
+    return launches
+
+
+def assert_compiled_once(folder: Path, kernels: Sequence[Any], calls: Iterable[Callable[[], object]]) -> None:
+    """Every call after the first one finds its kernels compiled."""
+    known: list[set] = []
+    with compiling(90, folder):
+        for call in calls:
+            call()
+            keys = [{key for caches in kernel.device_caches.values() for key in caches[0]} for kernel in kernels]
+            known = known or keys
+            assert keys == known and all(keys)
 
 
 def as_is(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,7 @@ DISASSEMBLED = ("sample given", "log_prob", "loss with options", "loss gradient 
 
 
 def compile_one(run: Run, tensors: Tensors, capability: int, folder: Path) -> Compiled:
-    with offline.compiling(capability, folder) as launches:
-        run(tensors)
+    launches = offline.launched(capability, folder, run, tensors)
     assert len(launches) == 1, "want one launch a call"
     return launches[0]
 
@@ -180,16 +180,12 @@ def test_ticket_orders_the_partial_sums(tmp_path: Path) -> None:
 
 def test_lengths_and_settings_do_not_compile_again(tmp_path: Path) -> None:
     """Neither batch, sample length, step, seed nor clip range is part of what is compiled."""
+    table = Tensors().call().table
 
-    def keys() -> set:
-        return {key for caches in kernels.sample_kernel.device_caches.values() for key in caches[0]}
+    def call(batch: int, numel: int, step: int, seed: int) -> None:
+        latents, output, out = (torch.empty(batch, numel, dtype=dtype) for dtype in MIXES[0])
+        given = Transition(latents, output, out, None, 1.0, table, None, step, False, "triton")
+        _triton.sample(given, Noise(None, seed, None), torch.empty(batch), None)
 
-    table, known = Tensors().call().table, set()
-    with offline.compiling(90, tmp_path) as launches:
-        for batch, numel, step, seed in ((3, 4096, 1, 1), (7, 806_400, 0, 2**62), (16, 48, 3, 2**31)):
-            latents, output, out = (torch.empty(batch, numel, dtype=dtype) for dtype in MIXES[0])
-            call = Transition(latents, output, out, None, 1.0, table, None, step, False, "triton")
-            _triton.sample(call, Noise(None, seed, None), torch.empty(batch), None)
-            known = known or keys()
-            assert keys() == known
-    assert len(launches) == 3
+    calls = ((3, 4096, 1, 1), (7, 806_400, 0, 2**62), (16, 48, 3, 2**31))
+    offline.assert_compiled_once(tmp_path, [kernels.sample_kernel], (partial(call, *each) for each in calls))

@@ -2,8 +2,8 @@
 
 import contextlib
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dancegrpo_fast import backends
 from dancegrpo_fast.ops import selfcheck
 
 from ..ops.cases import BF16, F32
+from ..patch import conftest
 from ..patch.models import FAMILIES, TINY, run
 from ..release import release_but
 from . import offline
@@ -26,22 +27,12 @@ from . import offline
 pytestmark = pytest.mark.skipif(backends.interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled")
 
 # Compiled by calls of their own, in test_compiled.py.
-POLICY_OPS = {
-    ("transition", "sample_kernel"),
-    ("transition", "log_prob_kernel"),
-    ("transition", "gradient_kernel"),
-    ("policy_loss", "policy_loss_kernel"),
-}
-EVERY_MODEL = {
-    ("norm_modulate", "forward_kernel"),
-    ("norm_modulate", "backward_kernel"),
-    ("gated_residual", "forward_kernel"),
-    ("gated_residual", "backward_kernel"),
-    ("gelu_tanh", "forward_kernel"),
-    ("qk_norm_rope", "forward_kernel"),
-    ("qk_norm_rope", "backward_kernel"),
-    ("common", "sum_chunks_kernel"),
-}
+POLICY_OPS = {("transition", f"{name}_kernel") for name in ("sample", "log_prob", "gradient")}
+POLICY_OPS |= {("policy_loss", "policy_loss_kernel")}
+BOTH_WAYS = itertools.product(
+    ("norm_modulate", "gated_residual", "qk_norm_rope"), ("forward_kernel", "backward_kernel")
+)
+EVERY_MODEL = {*BOTH_WAYS, ("gelu_tanh", "forward_kernel"), ("common", "sum_chunks_kernel")}
 EVERY_FAMILY = EVERY_MODEL | {
     ("gelu_tanh", "backward_kernel"),
     ("gelu_tanh", "gradients_kernel"),
@@ -67,13 +58,7 @@ def kernels() -> set[tuple[str, str]]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def own_attention_backend() -> Iterator[None]:
-    """diffusers keeps the backend of the last model that was told one for all models."""
-    registry = importlib.import_module("diffusers.models.attention_dispatch")._AttentionBackendRegistry
-    before = registry._active_backend
-    yield
-    registry._active_backend = before
+own_attention_backend = conftest.own_attention_backend
 
 
 def test_every_kernel_is_expected_somewhere() -> None:

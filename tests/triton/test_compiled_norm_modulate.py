@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,57 +40,50 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def forward(
-    channels: int = 3072,
-    dtype: torch.dtype = BF16,
-    *,
-    mode: str = "fast",
-    norm: str = "layer",
-    split: int = -1,
-    gated: bool = True,
-    affine: bool = False,
-    tokens: int = TOKENS,
-    batch: int = BATCH,
-) -> None:
-    x = empty(batch, tokens, channels, dtype=dtype)
-    row = empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
-    weight = empty(channels, dtype=dtype) if affine else None
-    numbers = empty(batch, tokens, dtype=F32)
-    y, gate = (x, row) if gated else (None, None)
-    outputs = (x, x, numbers, numbers)
-    given = norm_modulate.Given(gate, row, row, weight, weight, split, norm, 1e-6, mode, None)
-    norm_modulate.forward(x, y, given, outputs)
+@dataclass(frozen=True)
+class Norm:
+    """Sizes and settings of a call, forward or backward; `frozen`: nothing but the tokens gets a gradient."""
+
+    channels: int = 3072
+    dtype: torch.dtype = BF16
+    mode: str = "fast"
+    norm: str = "layer"
+    split: int = -1
+    gated: bool = True
+    affine: bool = False
+    frozen: bool = False
+    grads: int = 1
+    tokens: int = TOKENS
+    batch: int = BATCH
+
+    def x(self) -> Tensor:
+        return empty(self.batch, self.tokens, self.channels, dtype=self.dtype)
+
+    def numbers(self) -> Tensor:
+        return empty(self.batch, self.tokens, dtype=F32)
+
+    def parameters(self) -> list[Tensor | None]:
+        """Gate, scale, shift, weight and bias."""
+        rows = [empty(self.batch, 1 if self.split < 0 else 2, self.channels, dtype=self.dtype) for _ in range(3)]
+        vectors = [empty(self.channels, dtype=self.dtype) if self.affine else None for _ in range(2)]
+        return [rows[0] if self.gated else None, *rows[1:], *vectors]
+
+    def given(self) -> norm_modulate.Given:
+        return norm_modulate.Given(*self.parameters(), self.split, self.norm, 1e-6, self.mode, None)
 
 
-def backward(
-    channels: int = 3072,
-    dtype: torch.dtype = BF16,
-    *,
-    mode: str = "fast",
-    norm: str = "layer",
-    split: int = -1,
-    gated: bool = True,
-    affine: bool = False,
-    frozen: bool = False,
-    grads: int = 1,
-    tokens: int = TOKENS,
-    batch: int = BATCH,
-) -> None:
-    def x() -> Tensor:
-        return empty(batch, tokens, channels, dtype=dtype)
+def forward(*sizes: object, **how: object) -> None:
+    n = Norm(*sizes, **how)
+    outputs = (n.x(), n.x(), n.numbers(), n.numbers())
+    norm_modulate.forward(n.x(), n.x() if n.gated else None, n.given(), outputs)
 
-    def row() -> Tensor:
-        return empty(batch, 1 if split < 0 else 2, channels, dtype=dtype)
 
-    weight, bias = (empty(channels, dtype=dtype) if affine else None for _ in range(2))
-    numbers = empty(batch, tokens, dtype=F32)
-    y, gate = (x(), row()) if gated else (None, None)
-    scale, shift = row(), row()
-    outputs = [x(), x() if gated else None, row() if gated else None, row(), row(), weight, bias]
-    if frozen:
-        y, outputs = None, [*outputs[:2], *[None] * 5]
-    given = norm_modulate.Given(gate, scale, shift, weight, bias, split, norm, 1e-6, mode, None)
-    norm_modulate.backward(x(), [x() for _ in range(grads)], x(), numbers, numbers, y, given, outputs)
+def backward(*sizes: object, **how: object) -> None:
+    n = Norm(*sizes, **how)
+    y = n.x() if n.gated and not n.frozen else None
+    outputs = [n.x(), n.x() if n.gated else None, *([None] * 5 if n.frozen else n.parameters())]
+    tokens = (n.x(), [n.x() for _ in range(n.grads)], n.x())
+    norm_modulate.backward(*tokens, n.numbers(), n.numbers(), y, n.given(), outputs)
 
 
 def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS) -> None:
@@ -116,14 +111,6 @@ RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "residual": (residual_forward, {}),
     "residual gradient": (residual_backward, {}),
 }
-
-
-def compile_all(
-    capability: int, folder: Path, run: Callable[..., None], *shape: object, **how: object
-) -> list[Compiled]:
-    with offline.compiling(capability, folder) as launches:
-        run(*shape, **how)
-    return launches
 
 
 def registers_for(run: Callable[..., None], found: Compiled, channels: int) -> int:
@@ -156,37 +143,40 @@ def assert_wide_accesses(found: Compiled) -> None:
     assert kinds["st.global.v4.b32"] and (kinds["ld.global.v4.b32"] or ahead["cp.async.cg"])
 
 
+# Channels, dtype and mode: first the two that came close to a spill.
+ROWS = ((5120, BF16, "fast"), (8192, F32, "fast"), (3072, BF16, "lossless"), (3072, F32, "fast"))
+
+
+@pytest.mark.parametrize("row", release_but(ROWS[:2], ROWS), ids=str)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
-    """No spills, narrow accesses or contracted products, from 3072 to 8192 channels."""
+def test_every_architecture(capability: int, name: str, row: tuple, tmp_path: Path) -> None:
+    """No spills, narrow accesses or contracted products."""
     run, how = RUNS[name]
-    cases = ((5120, BF16, "fast"), (8192, F32, "fast"), (3072, BF16, "lossless"), (3072, F32, "fast"))
-    # Elsewhere the two that came close to a spill.
-    for channels, dtype, mode in cases if capability == 90 else cases[:2]:
-        for found in compile_all(capability, tmp_path, run, channels, dtype, mode=mode, **how):
-            assert_lean(run, found, channels)
-            if found.kernel != "sum_chunks_kernel":
-                assert_wide_accesses(found)
+    channels, dtype, mode = row
+    for found in offline.launched(capability, tmp_path, run, channels, dtype, mode=mode, **how):
+        assert_lean(run, found, channels)
+        if found.kernel != "sum_chunks_kernel":
+            assert_wide_accesses(found)
 
 
 @pytest.mark.parametrize("name", release_but(("gated norm", "gated norm gradient", "residual"), RUNS))
 def test_half_precision(name: str, tmp_path: Path) -> None:
     run, how = RUNS[name]
     for channels, mode in ((1536, "lossless"), (8192, "fast")):
-        for found in compile_all(90, tmp_path, run, channels, F16, mode=mode, **how):
+        for found in offline.launched(90, tmp_path, run, channels, F16, mode=mode, **how):
             assert_lean(run, found, channels)
 
 
 def test_lossless_rounds_in_hardware(tmp_path: Path) -> None:
     for run in (forward, backward, residual_forward, residual_backward):
-        assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", compile_all(90, tmp_path, run, mode="lossless")[0].ptx)
+        assert re.search(r"\b(?:cvt|mul)\.rn\.bf16", offline.launched(90, tmp_path, run, mode="lossless")[0].ptx)
 
 
 def test_rows_of_one_channel(tmp_path: Path) -> None:
     """Other small and odd rows are those of the small models."""
     for run, how in RUNS.values():
-        for found in compile_all(90, tmp_path, run, 1, **how):
+        for found in offline.launched(90, tmp_path, run, 1, **how):
             assert found.spilled == 0 and ".f64" not in found.ptx
 
 
@@ -199,34 +189,28 @@ def test_launches(tmp_path: Path) -> None:
         residual_backward: ["backward_kernel", "sum_chunks_kernel"],
     }
     for run, wanted in names.items():
-        assert [found.kernel for found in compile_all(90, tmp_path, run)] == wanted
-    assert [found.kernel for found in compile_all(90, tmp_path, backward, frozen=True)] == ["backward_kernel"]
-    found = compile_all(90, tmp_path, backward, 8192, affine=True)
+        assert [found.kernel for found in offline.launched(90, tmp_path, run)] == wanted
+    assert [found.kernel for found in offline.launched(90, tmp_path, backward, frozen=True)] == ["backward_kernel"]
+    found = offline.launched(90, tmp_path, backward, 8192, affine=True)
     assert [launch.kernel for launch in found] == ["backward_kernel", "backward_kernel", "sum_chunks_kernel"]
 
 
 @pytest.mark.parametrize(("tokens", "programs"), [(512, 128), (4096, 512), (16_900, 498), (75_600, 511)])
 def test_chunks(tokens: int, programs: int, tmp_path: Path) -> None:
     """Enough of them for a GPU from a few hundred tokens on, and never many."""
-    assert compile_all(90, tmp_path, backward, 64, tokens=tokens, batch=1)[0].programs == programs
+    assert offline.launched(90, tmp_path, backward, 64, tokens=tokens, batch=1)[0].programs == programs
 
 
 def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
     """Neither batch, tokens nor split is part of what is compiled."""
-    made = (
-        *(kernels.forward_kernel, kernels.backward_kernel),
-        *(residual_kernels.forward_kernel, residual_kernels.backward_kernel, triton_rows.sum_chunks_kernel),
-    )
+    made = (kernels.forward_kernel, kernels.backward_kernel, triton_rows.sum_chunks_kernel)
+    made += (residual_kernels.forward_kernel, residual_kernels.backward_kernel)
 
-    def keys() -> list[set]:
-        return [{key for caches in kernel.device_caches.values() for key in caches[0]} for kernel in made]
+    def call(batch: int, tokens: int, split: int) -> None:
+        forward(tokens=tokens, batch=batch, split=split)
+        backward(tokens=tokens, batch=batch, split=split)
+        residual_forward(tokens=tokens)
+        residual_backward(tokens=tokens)
 
-    known: list[set] = []
-    with offline.compiling(90, tmp_path):
-        for batch, tokens, split in ((2, 4096, 512), (1, 17, 0), (3, 4099, 4099), (2, 75_600, 16)):
-            forward(tokens=tokens, batch=batch, split=split)
-            backward(tokens=tokens, batch=batch, split=split)
-            residual_forward(tokens=tokens)
-            residual_backward(tokens=tokens)
-            known = known or keys()
-            assert keys() == known
+    calls = ((2, 4096, 512), (1, 17, 0), (3, 4099, 4099), (2, 75_600, 16))
+    offline.assert_compiled_once(tmp_path, made, (partial(call, *each) for each in calls))

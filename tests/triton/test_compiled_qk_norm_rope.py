@@ -1,7 +1,8 @@
 """Queries and keys compiled offline through their launchers for every architecture that matters."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,12 +91,6 @@ MORE = {
 }
 
 
-def compiled(shape: Shape, capability: int, folder: Path) -> list[Compiled]:
-    with offline.compiling(capability, folder) as launches:
-        run(shape)
-    return launches
-
-
 def run(shape: Shape) -> None:
     stream = shape.stream()
     outputs = _forward_outputs([stream], shape.norm)
@@ -124,10 +119,7 @@ def count(pattern: str, found: Compiled) -> int:
 
 def assert_wide_accesses(launches: list[Compiled], shape: Shape) -> None:
     """A thread's 8 numbers of each of queries and keys move by 16 bytes, or by 8 where halves of heads are paired."""
-    if shape.rope == "half":
-        words, each = ("v2", 2)
-    else:
-        words, each = ("v4", 2 if shape.dtype == F32 else 1)
+    words, each = ("v2", 2) if shape.rope == "half" else ("v4", 2 if shape.dtype == F32 else 1)
     assert count(rf"\bst\.global\.{words}\.b32", launches[0]) == 2 * each
     assert count(rf"\bld\.global\.{words}\.b32", launches[0]) >= 2 * each
     assert count(rf"\bst\.global\.{words}\.b32", launches[1]) >= 2 * each
@@ -137,7 +129,7 @@ def assert_wide_accesses(launches: list[Compiled], shape: Shape) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
-    launches = compiled(SHAPES[name], capability, tmp_path)
+    launches = offline.launched(capability, tmp_path, run, SHAPES[name])
     assert [c.kernel for c in launches] == list(REGISTERS)[: 2 if SHAPES[name].norm == "none" else 3]
     for found in launches:
         assert_lean(found, REGISTERS[found.kernel])
@@ -146,7 +138,7 @@ def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", release_but(("float32", "72", "17", "strided"), MORE))
 def test_other_dtypes_sizes_and_strides(name: str, tmp_path: Path) -> None:
-    launches = compiled(MORE[name], 90, tmp_path)
+    launches = offline.launched(90, tmp_path, run, MORE[name])
     aligned = MORE[name].contiguous and name not in ("17", "80 by halves")
     for found in launches:
         assert_lean(found, REGISTERS[found.kernel] if aligned else launcher.UNALIGNED_REGISTERS)
@@ -156,14 +148,8 @@ def test_other_dtypes_sizes_and_strides(name: str, tmp_path: Path) -> None:
 
 def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
     """Neither batch nor tokens, of the joint sequence or rotated, are part of what is compiled."""
-
-    def keys() -> set:
-        used = kernels.forward_kernel, kernels.backward_kernel, kernels.weight_kernel
-        return {(k, key) for k in used for caches in k.device_caches.values() for key in caches[0]}
-
-    known: set = set()
-    with offline.compiling(90, tmp_path):
-        for batch, tokens in ((2, 1000), (1, 1), (3, 17), (16, 64), (1, 32760)):
-            run(Shape("head", "interleaved", True, "fast", batch=batch, tokens=tokens))
-            known = known or keys()
-            assert keys() == known
+    made = kernels.forward_kernel, kernels.backward_kernel, kernels.weight_kernel
+    shape = Shape("head", "interleaved", True, "fast")
+    sizes = ((2, 1000), (1, 1), (3, 17), (16, 64), (1, 32760))
+    calls = (partial(run, replace(shape, batch=batch, tokens=tokens)) for batch, tokens in sizes)
+    offline.assert_compiled_once(tmp_path, made, calls)

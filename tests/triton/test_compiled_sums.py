@@ -93,9 +93,7 @@ CALLS: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {
 
 
 def sums(folder: Path, run: Callable[..., None], *call: object) -> list[str]:
-    with offline.compiling(90, folder) as launches:
-        run(*call)
-    return launches[0].sums
+    return offline.launched(90, folder, run, *call)[0].sums
 
 
 @pytest.mark.parametrize("name", release_but(("gated norm", "norm gradient", "heads", "tokens"), CALLS))

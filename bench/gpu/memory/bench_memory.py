@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.place import PLACES, Place
+from bench.place import Place, place_of
 from bench.rows import Row
 
 from . import kernels, models, vaes
@@ -47,7 +47,7 @@ CASES = (
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """On a CPU `bench.memory` has such rows."""
-    place = PLACES[metafunc.config.getoption("--device")]()
+    place = place_of(metafunc.config.getoption("--device"))
     none = pytest.param(None, marks=pytest.mark.skip(reason="GPU memory is measured on a GPU"), id="none")
     metafunc.parametrize("run", CASES if place.gpu else [none])
 
