@@ -1,6 +1,7 @@
 """Tiny models of every architecture with LoRA and patched blocks, policies for them, and what they keep."""
 
 import contextlib
+import functools
 from typing import Any
 
 import pytest
@@ -13,21 +14,8 @@ from torch.utils._pytree import tree_leaves
 from dancegrpo_fast import accelerate
 from dancegrpo_fast.activations.checkpointing import KEEPABLE, FirstBlocks, Keep, PerBlock, apply, blocks_of
 
-from ..patch.models import FAMILIES, TINY, Tiny, diffusers
-
-
-def _unet(**changes: Any) -> nn.Module:
-    settings = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 12,
-        "attention_head_dim": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return diffusers.UNet2DConditionModel(**settings | changes)
+from ..models import parts
+from ..patch.models import FAMILIES, TINY, Tiny
 
 
 def _unet_inputs(dtype: torch.dtype, batch: int) -> dict[str, Any]:
@@ -38,7 +26,7 @@ def _unet_inputs(dtype: torch.dtype, batch: int) -> dict[str, Any]:
     }
 
 
-MODELS = {name: TINY[name] for name in FAMILIES} | {"unet": Tiny(_unet, _unet_inputs)}
+MODELS = {name: TINY[name] for name in FAMILIES} | {"unet": Tiny(functools.partial(parts.unet, 12), _unet_inputs)}
 POLICIES = {
     "full": "full",
     "attention": "attention",

@@ -184,50 +184,73 @@ def test_bad_input_changes_nothing(call: Callable[[nn.Module], Any], message: st
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("aten::_scaled_dot_product_efficient_attention", "attention"),
-        ("aten._scaled_dot_product_cudnn_attention.default", "attention"),
-        ("aten::_scaled_dot_product_cudnn_attention_backward", "attention"),
-        ("flash_attn::_flash_attn_forward", "attention"),
-        ("flash_attn::_flash_attn_varlen_forward", "attention"),
-        ("flash_attn_3::fwd", "attention"),
-        ("_diffusers_flash_attn_3::_flash_attn_forward", "attention"),
-        ("_flash_attn2_9e27194::mha_varlen_fwd", "attention"),
-        ("xformers::efficient_attention_forward_cutlass", "attention"),
-        ("xformers_flash::flash_fwd", "attention"),
-        ("flex_attention", "attention"),
-        ("aten::mm", "matmul"),
-        ("aten.addmm.default", "matmul"),
-        ("aten::bmm", "matmul"),
-        ("aten::linear", "matmul"),
-        ("aten::_scaled_mm", "matmul"),
-        ("aten::convolution", "matmul"),
-        ("aten::convolution_backward", "matmul"),
-        ("bitsandbytes::gemv_4bit", "matmul"),
-        ("aten::native_layer_norm", "norm"),
-        ("aten::native_group_norm_backward", "norm"),
-        ("aten::_fused_rms_norm", "norm"),
-        ("dgf::norm_modulate", "norm"),
-        ("dgf::gated_residual_norm_modulate", "norm"),
-        ("dgf::qk_norm_rope", "rope"),
-        ("dgf::gelu_tanh", "activation"),
-        ("aten::gelu_backward", "activation"),
-        ("aten::_softmax", "activation"),
-        ("dgf::gated_residual", "elementwise"),
-        ("aten.add.Tensor", "elementwise"),
-        ("add_", "elementwise"),
-        ("aten::_to_copy", "cast"),
-        ("aten::addcmul", "elementwise"),
-        ("aten::expand", "other"),
-        ("aten::view", "other"),
-        ("aten::cat", "copy"),
-        ("aten::upsample_bilinear2d", "other"),
-        ("aten::linalg_vector_norm", "other"),
-        ("dgf::policy_loss", "other"),
-    ],
-)
-def test_groups(name: str, group: str) -> None:
+OPERATORS = {
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention "
+        "aten._scaled_dot_product_cudnn_attention.default aten::_scaled_dot_product_cudnn_attention_backward "
+        "flash_attn::_flash_attn_forward flash_attn::_flash_attn_varlen_forward flash_attn_3::fwd "
+        "_diffusers_flash_attn_3::_flash_attn_forward _flash_attn2_9e27194::mha_varlen_fwd "
+        "xformers::efficient_attention_forward_cutlass xformers_flash::flash_fwd flex_attention"
+    ),
+    "matmul": (
+        "aten::mm aten.addmm.default aten::bmm aten::linear aten::_scaled_mm aten::convolution "
+        "aten::convolution_backward bitsandbytes::gemv_4bit"
+    ),
+    "norm": (
+        "aten::native_layer_norm aten::native_group_norm_backward aten::_fused_rms_norm dgf::norm_modulate "
+        "dgf::gated_residual_norm_modulate"
+    ),
+    "rope": "dgf::qk_norm_rope",
+    "activation": "dgf::gelu_tanh aten::gelu_backward aten::_softmax",
+    "elementwise": "dgf::gated_residual aten.add.Tensor add_ aten::addcmul",
+    "cast": "aten::_to_copy",
+    "other": "aten::expand aten::view aten::upsample_bilinear2d aten::linalg_vector_norm dgf::policy_loss",
+    "copy": "aten::cat",
+}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in OPERATORS for name in OPERATORS[group].split()])
+def test_groups(group: str, name: str) -> None:
     assert operators.group(name) == group
+
+
+def _compiled_blocks(model: Any) -> None:
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="aot_eager")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_compiled_blocks(offload: bool) -> None:
+    model = build("wan")
+    inputs = MODELS["wan"].inputs()
+    _compiled_blocks(model)
+    wanted = run(model, inputs)
+    for policy in ("full", FirstBlocks(1)):
+        undo = apply(model, policy, offload=offload)
+        assert_same_bits(run(model, inputs), wanted)
+        undo()
+    with pytest.raises(ValueError, match="policy: got one that keeps results of single ops, with blocks compiled"):
+        apply(model, "attention", offload=offload)
+
+
+def test_blocks_compiled_after_a_selective_policy() -> None:
+    model = build("wan")
+    apply(model, "matmul")
+    _compiled_blocks(model)
+    with pytest.raises(ValueError, match="policy: got one that keeps results of single ops, with blocks compiled"):
+        model(**MODELS["wan"].inputs())
+
+
+@pytest.mark.parametrize("policy", release_but(("mixed",), ["full", "attention", "mixed"]))
+def test_model_compiled_as_a_whole(policy: str) -> None:
+    model = build("wan")
+    inputs = MODELS["wan"].inputs()
+    wanted = run(model, inputs)
+    apply(model, mixed(model) if policy == "mixed" else policy)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = run(compiled, inputs)
+    assert torch.equal(found[0], wanted[0])
+    for name, grad in wanted[1].items():
+        # Compiled graphs may add the gradients of a tensor's uses in another order.
+        torch.testing.assert_close(found[1][f"_orig_mod.{name}"], grad)

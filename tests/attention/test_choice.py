@@ -12,6 +12,7 @@ from dancegrpo_fast.attention.choice import Shapes
 from dancegrpo_fast.attention.facts import FACTS
 from dancegrpo_fast.patch import accelerate
 
+from ..models import parts
 from ..patch.conftest import own_attention_backend  # noqa: F401  # autouse here too
 from ..patch.models import FAMILIES, TINY, assert_same_bits, diffusers, doubled, hunyuan_inputs, run
 from ..tolerances import assert_as_printed, assert_same_formula
@@ -38,39 +39,28 @@ def real(family: str, **changes: Any) -> nn.Module:
         return getattr(diffusers, CLASSES[family])(**layers | changes)
 
 
-def unet() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-
-
 def trimmed() -> nn.Module:
     model = real("hunyuan")
     accelerate(model, "fast", trim_text=True)
     return model
 
 
+def libraries(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    for name in ("FLASH_ATTN", "FLASH_ATTN_3", "SAGE_ATTN", "XFORMERS_ATTN", "NPU_ATTN", "XLA_ATTN"):
+        monkeypatch.setattr(dispatch, f"_CAN_USE_{name}", there)
+    monkeypatch.setattr(dispatch, "is_kernels_available", lambda: there)
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every library were there."""
-    for name in ("FLASH_ATTN", "FLASH_ATTN_3", "SAGE_ATTN", "XFORMERS_ATTN", "NPU_ATTN", "XLA_ATTN"):
-        monkeypatch.setattr(dispatch, f"_CAN_USE_{name}", True)
-    monkeypatch.setattr(dispatch, "is_kernels_available", lambda: True)
+    libraries(monkeypatch, True)
     monkeypatch.setattr(dispatch, "is_kernels_version", lambda *_: True)
 
 
 def reason(choice: attention.Choice, backend: str) -> str:
     (found,) = [text for text in choice.reasons if text.startswith(f"{backend}: ")]
     return found
-
-
-# The choice
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -141,7 +131,7 @@ def test_reasons_name_every_backend_once(family: str, device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda:sm90"])
 @pytest.mark.usefixtures("installed")
 def test_models_outside_the_dispatcher_keep_native(device: str) -> None:
-    for model in (real("sd3"), unet()):
+    for model in (real("sd3"), parts.unet(16)):
         choice = attention.choose(model, Shapes(2, 64), device, True)
         assert choice.order == ("native",)
         with pytest.raises(ValueError, match="whatever backend is set"):
@@ -154,18 +144,11 @@ def test_unknown_backends_of_a_newer_diffusers_are_named(monkeypatch: pytest.Mon
     assert "not judged" in reason(choice, "flex")
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("family", "backend", "shapes", "device", "training", "message"),
     [
         ("flux", "_flash_3", VIDEO, "cuda:sm90", True, "without an autograd formula"),
-        *(
-            ("flux", name, VIDEO, "cuda:sm120", True, "8-bit.*without a backward")
-            for name in BACKENDS
-            if "sage" in name
-        ),
+        *(("flux", name, VIDEO, "cuda:sm120", True, "8-bit.*without a backward") for name in SAGE),
         ("hunyuan", "xformers", VIDEO, "cuda:sm90", True, "13 GiB a layer.*wrong results"),
         ("hunyuan", "flash", VIDEO, "cuda:sm90", True, "takes no mask.*always builds one"),
         ("hunyuan", "_native_flash", VIDEO, "cuda:sm90", False, "takes no mask"),
@@ -216,9 +199,7 @@ def test_head_sizes(head_dim: int, backend: str, device: str, message: str) -> N
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if FACTS[name].package])
 def test_missing_libraries_are_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FLASH_ATTN", "FLASH_ATTN_3", "SAGE_ATTN", "XFORMERS_ATTN", "NPU_ATTN", "XLA_ATTN"):
-        monkeypatch.setattr(dispatch, f"_CAN_USE_{name}", False)
-    monkeypatch.setattr(dispatch, "is_kernels_available", lambda: False)
+    libraries(monkeypatch, False)
     with pytest.raises(RuntimeError):
         dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(backend))
     choices = [attention.choose(real("flux"), VIDEO, f"cuda:sm{sm}", False) for sm in (80, 90, 100, 120)]
@@ -302,9 +283,6 @@ def test_bad_shapes(arguments: dict[str, Any], message: str) -> None:
 def test_a_gpu_that_is_not_here_has_to_be_described() -> None:
     with pytest.raises(ValueError, match=r"torch sees no CUDA device.*cuda:sm90"):
         attention.choose(real("flux"), VIDEO, torch.device("cuda"), True)
-
-
-# Applying it
 
 
 @pytest.mark.parametrize("family", FAMILIES)

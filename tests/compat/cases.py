@@ -1,5 +1,6 @@
 """Every replaced function and its peer, called alike."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +13,9 @@ from torch import Tensor
 
 from dancegrpo_fast.transitions import shifted_sigmas
 
-from .peers import dancegrpo, ddpo, diffusion_nft, flow_factory, flow_grpo, flow_grpo_wan, mixgrpo, pref_grpo, verl_omni
-
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-PEERS = {m.__name__.rpartition(".")[2]: m for m in (dancegrpo, ddpo, flow_grpo, mixgrpo, pref_grpo, verl_omni)}
-PEERS |= {"flow_factory": flow_factory, "diffusion_nft": diffusion_nft, "flow_grpo_wan": flow_grpo_wan}
+NAMES = "dancegrpo ddpo flow_grpo mixgrpo pref_grpo verl_omni flow_factory diffusion_nft flow_grpo_wan"
+PEERS = {name: importlib.import_module(f"{__package__}.peers.{name}") for name in NAMES.split()}
 SIGMAS = shifted_sigmas(4, 3.0).to(F32)
 TIMES = SIGMAS[:-1] * 1000
 SHAPE = (8, 4, 6, 5)
@@ -101,18 +100,14 @@ FACTORY = ("next", "mean", "noise_pred", "log_prob", "std", "dt")
 UNIPC = ("next", "log_prob", "mean", "std", "dt")
 
 
-def _dance(*rest: Any, step: int = 1) -> Callable[..., Any]:
+def _by_index(level: float, *rest: Any, step: int = 1) -> Callable[..., Any]:
     def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return f(v, x, 0.3, SIGMAS.to(dtype), step, after, *rest, **settings)
+        return f(v, x, level, SIGMAS.to(dtype), step, after, *rest, **settings)
 
     return call
 
 
-def _flow(*rest: Any, step: int = 1) -> Callable[..., Any]:
-    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return f(v, x, 0.7, SIGMAS.to(dtype), step, after, None, *rest, **settings)
-
-    return call
+_dance, _flow = functools.partial(_by_index, 0.3), functools.partial(_by_index, 0.7, None)
 
 
 def _flow_grpo(steps: list[int], **fixed: Any) -> Callable[..., Any]:
@@ -133,17 +128,10 @@ def _flow_grpo_ode(steps: list[int]) -> Callable[..., Any]:
 
 def _verl(kind: str, steps: list[int] | None, normalized: bool = True) -> Callable[..., Any]:
     def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, dtype: torch.dtype, **settings: Any) -> Any:
-        return f(
-            flow_scheduler(dtype),
-            x,
-            v.to(x.dtype),  # float32 is asserted
-            None if steps is None else TIMES[steps],
-            prev_sample=after,
-            sde_type=kind,
-            return_sqrt_dt=True,
-            include_logprob_normalizer=normalized,
-            **settings,
-        )
+        times = None if steps is None else TIMES[steps]
+        fixed = {"sde_type": kind, "return_sqrt_dt": True, "include_logprob_normalizer": normalized}
+        # float32 is asserted
+        return f(flow_scheduler(dtype), x, v.to(x.dtype), times, prev_sample=after, **fixed, **settings)
 
     return call
 
@@ -242,6 +230,12 @@ CASES = {
         UNI, "flow_factory:UniPCMultistepSDEScheduler.step", _factory("Dance-SDE", EACH), UNIPC, {"state": "2026-03-21"}
     ),
 }
+
+
+def seeded(seed: int, call: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """What a call gives that starts from the same random numbers."""
+    torch.manual_seed(seed)
+    return call(*arguments, **settings)
 
 
 def draw(dtype: torch.dtype, seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:

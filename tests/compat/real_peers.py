@@ -93,18 +93,14 @@ def _to_broadcast(value: Any, like: Tensor) -> Tensor:
     return value.expand(len(like)).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _flux(*rest: Any) -> Callable[..., Any]:
+def _by_index(level: float, *rest: Any) -> Callable[..., Any]:
     def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, step: int, **settings: Any) -> Any:
-        return f(v, x, 0.3, SIGMAS, step, after, *rest, **settings)
+        return f(v, x, level, SIGMAS, step, after, *rest, **settings)
 
     return call
 
 
-def _flow(*rest: Any) -> Callable[..., Any]:
-    def call(f: Any, v: Tensor, x: Tensor, after: Tensor | None, step: int, **settings: Any) -> Any:
-        return f(v, x, 0.7, SIGMAS, step, after, None, *rest, **settings)
-
-    return call
+_flux, _flow = functools.partial(_by_index, 0.3), functools.partial(_by_index, 0.7, None)
 
 
 def _scheduled(make: Callable[[], Any], **fixed: Any) -> Callable[..., Any]:

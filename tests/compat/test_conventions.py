@@ -8,21 +8,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dancegrpo_fast import transitions
-from dancegrpo_fast.compat import (
-    _common,
-    _schedule,
-    dancegrpo,
-    ddpo,
-    flow_factory,
-    flow_grpo,
-    mixgrpo,
-    pref_grpo,
-    verl_omni,
-)
+from dancegrpo_fast.compat import _common, dancegrpo, ddpo, flow_factory, flow_grpo, mixgrpo, pref_grpo, verl_omni
+from dancegrpo_fast.compat._schedule import _found_on_device, find_steps
 
 from ..tolerances import assert_as_printed, assert_same_formula, assert_within_budget
 from ..transitions.test_transitions import GOLDEN, golden_inputs
-from .cases import BF16, F32, F64, PEERS, SIGMAS, TIMES, ddim_scheduler, draw, flow_scheduler, ours
+from .cases import BF16, F32, F64, PEERS, SIGMAS, TIMES, ddim_scheduler, draw, flow_scheduler, ours, seeded
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN if not name.startswith("cps")])
@@ -251,27 +242,22 @@ def test_flow_factory_s_window_timesteps_and_fields() -> None:
     window = scheduler.current_sde_steps.tolist()
     assert len(window) == 1 and window[0] < 3
     for i, t in enumerate(times):
-        torch.manual_seed(0)
-        out = scheduler.step(v, t, x)
+        out = seeded(0, scheduler.step, v, t, x)
         drawn = torch.get_rng_state()
-        torch.manual_seed(0)
-        torch.randn(x.shape)
+        seeded(0, torch.randn, x.shape)
         assert torch.equal(torch.get_rng_state(), drawn)
         assert bool(out.std_dev_t.any()) == bool(out.log_prob.any()) == (i in window)
         after = times[i + 1] if i < 3 else torch.tensor(0.0)
         for same in ({"timestep": float(t)}, {"timestep": i}, {"timestep": t, "timestep_next": after}):
-            torch.manual_seed(0)
-            assert torch.equal(scheduler.step(v, same.pop("timestep"), x, **same).next_latents, out.next_latents)
+            again = seeded(0, scheduler.step, v, same.pop("timestep"), x, **same)
+            assert torch.equal(again.next_latents, out.next_latents)
         only = scheduler.step(v, t, x, compute_log_prob=False, return_kwargs=["log_prob", "dt"])
         assert only.log_prob is None and only.next_latents is None and only.dt.shape == (len(x), 1, 1, 1)
     scheduler.eval()
     assert not scheduler.step(v, times[0], x).std_dev_t.any()
     scheduler.train()
-    level = torch.full((len(x),), 0.5)
-    torch.manual_seed(0)
-    given = scheduler.step(v, times[1], x, noise_level=level)
-    torch.manual_seed(0)
-    assert torch.equal(given.next_latents, scheduler.step(v, times[1], x, noise_level=0.5).next_latents)
+    levels = torch.full((len(x),), 0.5), 0.5
+    assert torch.equal(*(seeded(0, scheduler.step, v, times[1], x, noise_level=at).next_latents for at in levels))
 
 
 def test_of_a_timestep_that_is_there_twice_the_second_is_taken_as_in_diffusers() -> None:
@@ -280,11 +266,11 @@ def test_of_a_timestep_that_is_there_twice_the_second_is_taken_as_in_diffusers()
     for time in (999, 750, 500, 250):
         want = scheduler.index_for_timestep(torch.tensor(time))
         for given in (torch.tensor([time]), torch.tensor([time] * 3), torch.tensor(float(time)), time):
-            assert _schedule.find_steps(scheduler, given, torch.device("cpu"))[0] == want
+            assert find_steps(scheduler, given, torch.device("cpu"))[0] == want
         wanted = torch.tensor([time, 750])
-        on_device = _schedule._found_on_device(scheduler.timesteps, wanted, True, torch.device("cpu"))
+        on_device = _found_on_device(scheduler.timesteps, wanted, True, torch.device("cpu"))
         assert on_device.tolist() == [want, 2]
-    mixed, count = _schedule.find_steps(scheduler, torch.tensor([750, 250]), torch.device("cpu"))
+    mixed, count = find_steps(scheduler, torch.tensor([750, 250]), torch.device("cpu"))
     assert mixed.tolist() == [2, 5] and count == 2
 
 

@@ -8,7 +8,7 @@ from diffusers.utils import torch_utils
 from torch import Tensor
 
 from ..tolerances import assert_within_budget
-from .cases import BF16, CASES, F32, F64, Case, draw
+from .cases import BF16, CASES, F32, F64, Case, draw, seeded
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -95,12 +95,10 @@ def test_reference_rounding(name: str, dtype: torch.dtype, noise: Tensor) -> Non
 def test_randomness(name: str, dtype: torch.dtype, layout: torch.memory_format, given: bool) -> None:
     case, (v, x) = CASES[name], [t.contiguous(memory_format=layout) for t in inputs(dtype, CASES[name])]
     after = draw(F32, 6) if given else None
-    torch.manual_seed(7)
-    plain = case.peer(v, x, after)
+    plain = seeded(7, case.peer, v, x, after)
     state = torch.get_rng_state()
     for rounding in ("exact", "reference"):
-        torch.manual_seed(7)
-        found = case.ours(v, x, after, rounding=rounding)
+        found = seeded(7, case.ours, v, x, after, rounding=rounding)
         assert torch.equal(torch.get_rng_state(), state)
     if case.same_bits:
         assert torch.equal(found["next"], plain["next"])

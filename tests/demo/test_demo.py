@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dancegrpo_fast.demo import bases, data, fitting
+from dancegrpo_fast.demo import bases, data, fitting, video
 from dancegrpo_fast.demo.rewards.digits import DigitJudge, DigitProbability
 from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.rewards.ocr import OcrExact, OcrReward, edit_distance, quoted_text
@@ -14,6 +15,8 @@ from dancegrpo_fast.train.loop import Trainer
 
 from ..release import release_but
 from ..train.tiny import EvaluationSettings, make_recipe, reward
+
+PROMPTS = Path(__file__).parents[2] / "recipes" / "prompts"
 
 
 def inputs(images: torch.Tensor, prompts: list[str], **columns: list[int]) -> RewardInput:
@@ -41,10 +44,10 @@ def test_wrong_captions_and_signs() -> None:
         data.load_digits("test")
 
 
-def test_committed_prompts_are_the_scripts(tmp_path: Path) -> None:
-    committed = Path(__file__).parents[2] / "recipes" / "prompts"
-    for path in data.write_prompts(tmp_path):
-        assert path.read_bytes() == (committed / path.name).read_bytes()
+@pytest.mark.parametrize("module", [data, video])
+def test_committed_prompts_are_the_scripts(tmp_path: Path, module: Any) -> None:
+    for path in module.write_prompts(tmp_path):
+        assert path.read_bytes() == (PROMPTS / path.name).read_bytes()
 
 
 def test_judge_reads_digits_it_was_not_trained_on() -> None:
@@ -104,18 +107,9 @@ def test_a_base_is_a_model_the_trainer_runs(name: str, tmp_path: Path, monkeypat
     assert size < 3e6
 
     content = "signs.test" if name == "signs" else "digits"
-    recipe = make_recipe(
-        folder,
-        tmp_path / "run",
-        iterations=1,
-        width=32 if name == "signs" else 16,
-        prompts=str(Path(__file__).parents[2] / "recipes" / "prompts" / f"{content}.jsonl"),
-        evaluation=EvaluationSettings(
-            samples_per_prompt=3, grid_samples=2, grid_prompts=4, rewards=[reward("Brightness")]
-        ),
-    )
-    trainer = Trainer(recipe)
-    trainer.run()
+    judged = EvaluationSettings(samples_per_prompt=3, grid_samples=2, grid_prompts=4, rewards=[reward("Brightness")])
+    given = {"prompts": str(PROMPTS / f"{content}.jsonl"), "width": 32 if name == "signs" else 16}
+    Trainer(make_recipe(folder, tmp_path / "run", iterations=1, evaluation=judged, **given)).run()
 
     from PIL import Image
 

@@ -10,15 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dancegrpo_fast.demo import bases, fitting, video
-from dancegrpo_fast.demo.rewards.motion import (
-    FirstFrame,
-    MotionAlignment,
-    MotionQuality,
-    MovingDigit,
-    MovingDigitJudge,
-    acceleration,
-    centres,
-)
+from dancegrpo_fast.demo.rewards import motion
 from dancegrpo_fast.recipe import load_recipe
 from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.run.pictures import draw
@@ -63,15 +55,15 @@ def test_known_tracks_have_known_scores() -> None:
     still = [(5, 5)] * 5
     kinked = [(2, 5), (3, 5), (4, 5), (4, 6), (4, 7)]  # one turn: (-1, 1) in one of three places
     frames = dots(steady, steady, steady, still, kinked)
-    track, seen = centres(frames)
+    track, seen = motion.centres(frames)
     assert bool(seen.all())
     assert_same_formula(track[0], torch.tensor([[2.0 + t, 5.5] for t in range(5)], dtype=torch.float64))
-    assert_same_formula(acceleration(track), torch.tensor([0, 0, 0, 0, math.sqrt(2) / 3], dtype=torch.float64))
+    assert_same_formula(motion.acceleration(track), torch.tensor([0, 0, 0, 0, math.sqrt(2) / 3], dtype=torch.float64))
 
     given = inputs(frames, direction=["right", "left", "down", "right", "right"])
-    assert MotionAlignment(8.0)(given).tolist() == [0.5, -0.5, 0.0, 0.0, 0.25]
-    assert MotionAlignment(2.0)(given).tolist() == [1.0, -1.0, 0.0, 0.0, 1.0]
-    quality = MotionQuality()(given)
+    assert motion.MotionAlignment(8.0)(given).tolist() == [0.5, -0.5, 0.0, 0.0, 0.25]
+    assert motion.MotionAlignment(2.0)(given).tolist() == [1.0, -1.0, 0.0, 0.0, 1.0]
+    quality = motion.MotionQuality()(given)
     assert quality[:4].tolist() == [1.0] * 4
     assert quality[4] == torch.tensor(-2 * math.sqrt(2) / 3, dtype=torch.float64).exp().float()
 
@@ -80,23 +72,23 @@ def test_blank_frames_get_the_least_score() -> None:
     frames = dots([(2 + t, 5) for t in range(5)])
     frames[0, 2] = 0.04
     given = inputs(frames, direction=["right"], digit=[1])
-    assert centres(frames)[1].tolist() == [[True, True, False, True, True]]
-    assert MotionAlignment(4.0)(given).tolist() == [-1.0]
-    assert MotionQuality()(given).tolist() == [0.0]
+    assert motion.centres(frames)[1].tolist() == [[True, True, False, True, True]]
+    assert motion.MotionAlignment(4.0)(given).tolist() == [-1.0]
+    assert motion.MotionQuality()(given).tolist() == [0.0]
     frames[:] = 0
-    assert MovingDigitJudge()(given).tolist() == [0.0]
+    assert motion.MovingDigitJudge()(given).tolist() == [0.0]
 
 
 def test_real_clips_score_as_they_were_made() -> None:
     smooth, ways = clips("text", 0.0)
     shaken, _ = clips("text", 1.5)
     travel = video.COURSES["text"].travel
-    alignment, quality = MotionAlignment(travel), MotionQuality()
+    alignment, quality = motion.MotionAlignment(travel), motion.MotionQuality()
     assert float(alignment(smooth).min()) > 0.8
     assert float(quality(smooth).mean()) > 2 * float(quality(shaken).mean())
-    assert float(MovingDigitJudge()(smooth).mean()) > 0.9
+    assert float(motion.MovingDigitJudge()(smooth).mean()) > 0.9
     others = [{**row, "digit": (int(row["digit"]) + 1) % 10} for row in smooth.meta]
-    assert float(MovingDigitJudge()(dataclasses.replace(smooth, meta=others)).mean()) < 0.1
+    assert float(motion.MovingDigitJudge()(dataclasses.replace(smooth, meta=others)).mean()) < 0.1
     generator = torch.Generator().manual_seed(0)
     course = video.COURSES["text"]
     places = video.tracks(ways, course, torch.zeros(len(ways)), generator)
@@ -105,53 +97,41 @@ def test_real_clips_score_as_they_were_made() -> None:
 
 
 def test_first_frames_are_of_unseen_digits_and_do_not_tell_the_direction() -> None:
-    parts = {
-        name: {tuple(row.tolist()) for row in images.flatten(1)} for name, (images, _) in video.split_digits().items()
-    }
-    assert [len(parts[name]) for name in ("base", "train", "test")] == [820, 40, 40]
-    assert (
-        not parts["base"] & parts["train"] and not parts["base"] & parts["test"] and not parts["train"] & parts["test"]
-    )
-    assert all(
-        labels.bincount().tolist() == [4] * 10 for name, (_, labels) in video.split_digits().items() if name != "base"
-    )
+    split = video.split_digits()
+    parts = [{tuple(row.tolist()) for row in split[name][0].flatten(1)} for name in ("base", "train", "test")]
+    assert list(map(len, parts)) == [820, 40, 40] and len(set.union(*parts)) == 900
+    assert all(split[name][1].bincount().tolist() == [4] * 10 for name in ("train", "test"))
     generator = torch.Generator().manual_seed(0)
     ways = torch.arange(4).repeat(2000)
     places = video.tracks(ways, video.COURSES["image"], torch.zeros(len(ways)), generator)[:, 0]
     low, high = places.amin(dim=0), places.amax(dim=0)
     for way in range(4):
         mine = places[ways == way]
-        assert (
-            float((mine.amin(dim=0) - low).abs().max()) < 0.01 and float((mine.amax(dim=0) - high).abs().max()) < 0.01
-        )
-
-
-def test_committed_prompts_are_the_scripts(tmp_path: Path) -> None:
-    for path in video.write_prompts(tmp_path):
-        assert path.read_bytes() == (ROOT / "recipes" / "prompts" / path.name).read_bytes()
+        for edge, wanted in ((mine.amin(dim=0), low), (mine.amax(dim=0), high)):
+            assert float((edge - wanted).abs().max()) < 0.01
 
 
 def test_reward_inputs_are_checked(tmp_path: Path) -> None:
     frames = dots([(2, 5)] * 3)
     with pytest.raises(ValueError, match=r'meta\[0\]\["direction"\]: got None'):
-        MotionAlignment(4.0)(inputs(frames, digit=[1]))
+        motion.MotionAlignment(4.0)(inputs(frames, digit=[1]))
     with pytest.raises(ValueError, match="travel: got 0"):
-        MotionAlignment(0)
+        motion.MotionAlignment(0)
     with pytest.raises(ValueError, match="T at least 3"):
-        MotionQuality()(inputs(frames[:, :2], digit=[1]))
+        motion.MotionQuality()(inputs(frames[:, :2], digit=[1]))
     with pytest.raises(ValueError, match="one per sample"):
-        MotionQuality()(RewardInput(frames, ["x"], torch.zeros(1, dtype=torch.int64), []))
+        motion.MotionQuality()(RewardInput(frames, ["x"], torch.zeros(1, dtype=torch.int64), []))
     with pytest.raises(ValueError, match="path: got"):
-        MovingDigit(tmp_path / "none")
+        motion.MovingDigit(tmp_path / "none")
     with pytest.raises(ValueError, match=r'meta\[0\]\["image"\]: got None'):
-        FirstFrame()(inputs(frames, digit=[1]))
+        motion.FirstFrame()(inputs(frames, digit=[1]))
 
 
 def test_first_frame_counts_what_is_kept(tmp_path: Path) -> None:
     frames = dots([(2, 5)] * 3, [(9, 5)] * 3, [(2, 6)] * 3)
     Image.fromarray((frames[0, 0] * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     # The same, nothing in place, and one of two pixels in place.
-    assert FirstFrame()(inputs(frames, image=[str(tmp_path / "a.png")] * 3)).tolist() == [1.0, -1.0, 0.0]
+    assert motion.FirstFrame()(inputs(frames, image=[str(tmp_path / "a.png")] * 3)).tolist() == [1.0, -1.0, 0.0]
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,17 @@ class Script:
                 score = self.step(self.output(now, "replay"), now.to(F32), 0.3, SIGMAS, at, then, True, True)[2]
                 score.sum().backward()
 
-    def run(self) -> dict[str, Any]:
-        self.replay(self.rollout())
+    def update(self, kept: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
+        self.replay(kept)
         self.optimizer.step()
+        return self.found
+
+    def run(self) -> dict[str, Any]:
+        return self.update(self.rollout())
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What is reported of the first update."""
         return self.all.report()["first_update"]
 
     def findings(self) -> list[str]:
@@ -85,12 +93,8 @@ def test_a_script_that_replays_what_it_drew() -> None:
     assert found["text"] == "first update: largest abs(ratio - 1) 0, 16 of 16 replayed samples were drawn"
 
 
-def to_bf16(x: Tensor) -> Tensor:
-    return x.to(BF16)
-
-
 def test_latents_that_are_cast_after_each_step() -> None:
-    script = Script(between=to_bf16)
+    script = Script(between=lambda x: x.to(BF16))
     found = script.run()
     assert found["largest"] > 0 and found["pairs"] == 4 * STEPS
     first, second = script.findings()
@@ -118,11 +122,9 @@ def test_latents_that_go_on_from_a_rounding_of_what_is_stored() -> None:
             after = script.step(script.output(seen, "rollout"), seen.to(F32), 0.3, SIGMAS, i, None, True, True)[0]
             kept.append((x, after, i))
             x = after
-    script.replay(kept)
-    script.optimizer.step()
+    found = script.update(kept)
     first, second = script.findings()
     assert "--latents bfloat16" in first and "16 of 16 replayed samples start from other latents" in second
-    found = script.all.report()["first_update"]
     assert found["largest"] > 0 and found["never_drawn"] == 0
 
 
@@ -137,14 +139,11 @@ def test_latents_that_are_changed_between_the_steps() -> None:
 
 def test_two_trajectories_and_a_change_in_place() -> None:
     script = Script()
-    kept = script.rollout() + script.rollout()
-    script.replay(kept)
-    script.optimizer.step()
-    assert script.findings() == [] and script.all.report()["first_update"]["pairs"] == 8 * STEPS
+    assert script.update(script.rollout() + script.rollout())["pairs"] == 8 * STEPS and script.findings() == []
     script = Script(between=lambda x: x.mul_(1.001))
     script.rollout()
     script.all.finish()
-    assert script.all.report()["first_update"]["pairs"] == 0
+    assert script.found["pairs"] == 0
 
 
 def in_bf16(v: Tensor, phase: str) -> Tensor:
@@ -174,13 +173,9 @@ def test_a_ratio_that_is_not_1_and_why(changes: dict[str, Any], reason: str) -> 
 def test_only_the_first_update_counts() -> None:
     script = Script()
     kept = script.rollout()
-    script.replay(kept)
-    script.optimizer.step()
-    script.replay(kept)
-    script.optimizer.step()
-    assert script.all.report()["first_update"]["largest"] == 0
-    audit = script.all.audit
-    assert audit is not None and not audit.open
+    for _ in range(2):
+        assert script.update(kept)["largest"] == 0
+        assert script.all.audit is not None and not script.all.audit.open
 
 
 def test_other_hooks_of_an_optimizer_are_called() -> None:
@@ -194,25 +189,25 @@ def test_other_hooks_of_an_optimizer_are_called() -> None:
     for handle in handles:
         handle.remove()
     assert steps == [1, 1, 1, 2]
-    assert [script.all.report()["first_update"]["largest"] for script in (first, last)] == [0, 0]
+    assert [script.found["largest"] for script in (first, last)] == [0, 0]
 
 
 def test_what_was_not_seen_is_said() -> None:
     script = Script()
     script.rollout()
-    text = script.all.report()["first_update"]["text"]
+    text = script.found["text"]
     assert text == "the first update was not audited: no replay with a gradient was seen in this process"
     script = Script()
     x = torch.randn(4, 5, 6)
     script.replay([(x, x, 1)])
-    assert "no rollout was seen" in script.all.report()["first_update"]["text"]
+    assert "no rollout was seen" in script.found["text"]
     script = Script()
     script.optimizer.step()
     script.rollout()
     assert script.all.audit is not None and script.all.audit.open
     script.optimizer.step()
     assert not script.all.audit.open  # nothing more is kept, for however long the script goes on
-    assert "an optimiser stepped before any" in script.all.report()["first_update"]["text"]
+    assert "an optimiser stepped before any" in script.found["text"]
 
 
 def test_an_optimizer_that_is_not_torch_s() -> None:
@@ -221,7 +216,7 @@ def test_an_optimizer_that_is_not_torch_s() -> None:
     with torch.no_grad():
         script.net.weight.mul_(1.1)
     script.replay(script.rollout())
-    assert script.all.report()["first_update"]["largest"] == 0
+    assert script.found["largest"] == 0
 
 
 class Reads(TorchDispatchMode):

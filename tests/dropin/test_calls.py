@@ -18,7 +18,7 @@ from dancegrpo_fast.dropin.roles import OUTPUT, STATE, Layout
 
 from ..compat.cases import BF16, F32, PEERS, SIGMAS, draw
 from ..processes import LIMIT
-from .told import AFTER, Told, V, X, fork
+from .told import AFTER, STEP, Told, V, X, doing, fork, replaced
 
 
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
@@ -35,9 +35,8 @@ def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]
 
 
 def test_amounts_are_tried_once_and_choices_each() -> None:
-    original, calls = counted(PEERS["mixgrpo"].flow_grpo_step)
-    told = Told()
-    step = told.stand_in(original)
+    original, calls = counted(STEP)
+    told, step = replaced(original)
     step(V, X, 0.7, SIGMAS, 1, None)
     first = len(calls)
     step(V, X, 0.5, SIGMAS, 2, None)  # the second call is also timed beside the original, after it was called once
@@ -49,24 +48,22 @@ def test_amounts_are_tried_once_and_choices_each() -> None:
 
 def test_a_flag_may_choose_what_ours_does_not() -> None:
     text = ("prev_sample = latents + dt * model_output", "prev_sample = latents - dt * model_output")
-    told = Told()
-    step = told.stand_in(fork(text))
+    told, step = replaced(fork(text))
     step(V, X, 0.7, SIGMAS, 1, None)
     step(V, X, 0.7, SIGMAS, 1, None, determistic=True)
     assert told.calls() == [1, 0, 1] and "not replaced" in told.said[1]
 
 
 def test_too_many_ways_go_to_the_original() -> None:
-    told = Told()
-    step = told.stand_in(fork(("determistic=False)", "determistic=False, mode='')")))
+    told, step = replaced(fork(("determistic=False)", "determistic=False, mode='')")))
     for i in range(40):
         step(V, X, 0.7, SIGMAS, 1, AFTER, mode="" if i % 2 else str(i))
     assert told.calls()[2] >= 20 and told.calls()[1] > 0
 
 
 def test_an_argument_that_ours_lacks_goes_to_the_original_where_it_is_given() -> None:
-    told = Told()
-    step = told.stand_in(fork(("determistic=False):", "determistic=False, scale=1.0):\n    latents = latents * scale")))
+    scaled = ("determistic=False):", "determistic=False, scale=1.0):\n    latents = latents * scale")
+    told, step = replaced(fork(scaled))
     step(V, X, 0.7, SIGMAS, 1, None)
     step(V, X, 0.7, SIGMAS, 1, None, scale=1.0)
     for _ in range(2):
@@ -79,16 +76,13 @@ def test_an_argument_that_ours_lacks_goes_to_the_original_where_it_is_given() ->
 
 
 def test_a_signature_that_does_not_fit_goes_to_the_original() -> None:
-    told = Told()
-    original = fork(("determistic=False):", "determistic=False, **more):"))
-    step = told.stand_in(original)
+    told, step = replaced(fork(("determistic=False):", "determistic=False, **more):")))
     assert len(step(V, X, 0.7, SIGMAS, 1, None)) == 5
     assert told.calls() == [0, 0, 1] and "it takes **more" in told.said[0]
 
 
 def test_parameters_that_are_only_named() -> None:
-    told = Told()
-    step = told.stand_in(fork(("generator=None, determistic", "generator=None, *, determistic")))
+    told, step = replaced(fork(("generator=None, determistic", "generator=None, *, determistic")))
     for _ in range(3):
         step(V, X, 0.7, SIGMAS, 1, None, determistic=True)
     assert told.calls() == [3, 0, 0]
@@ -106,18 +100,17 @@ def test_every_known_function_has_parameters_that_are_told_apart(known: Known) -
 
 def test_what_cannot_stand_in_is_said() -> None:
     told = Told()
-    method = staticmethod(PEERS["mixgrpo"].flow_grpo_step)
+    method = staticmethod(STEP)
     assert told.stand_in(method) is method and told.stand_in(classmethod(len)) is not None
     assert "got a staticmethod, want a function or method" in told.said[0]
     assert told.stand_in(draw) is draw
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
-    assert told.stand_in(step) is step is told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
-    assert step.__wrapped__ is PEERS["mixgrpo"].flow_grpo_step and step.__name__ == "flow_grpo_step"
+    step = told.stand_in(STEP)
+    assert told.stand_in(step) is step is told.stand_in(STEP)
+    assert step.__wrapped__ is STEP and step.__name__ == "flow_grpo_step"
 
 
 def test_an_error_of_ours_becomes_a_call_of_the_original() -> None:
-    told = Told()
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    told, step = replaced()
     for wrong in ((1, 2), (V, X, 0.7, SIGMAS, 99, None)):
         with pytest.raises((TypeError, IndexError)):
             step(*wrong)
@@ -129,15 +122,14 @@ def test_an_error_of_ours_becomes_a_call_of_the_original() -> None:
 
 @pytest.mark.parametrize("kind", ["one output for all", "latents with a gradient", "a sample with a gradient"])
 def test_calls_beyond_ours_are_the_original_s_to_the_bit(kind: str) -> None:
-    told, peer = Told(), PEERS["mixgrpo"].flow_grpo_step
-    step = told.stand_in(peer)
+    told, step = replaced()
     step(V, X, 0.7, SIGMAS, 1, None)
     v, x = V.clone(), X.clone()
     if kind == "one output for all":
         v = v[:1]
     (x if kind == "latents with a gradient" else v).requires_grad_(kind != "one output for all")
     found = []
-    for function in (peer, step):
+    for function in (STEP, step):
         torch.manual_seed(5)
         found.append((function(v, x, 0.7, SIGMAS, 1, None), torch.get_rng_state()))
     assert all(map(torch.equal, found[0][0], found[1][0])) and torch.equal(found[0][1], found[1][1])
@@ -159,12 +151,10 @@ SIDE_EFFECTS = {
 
 @pytest.mark.parametrize("what", SIDE_EFFECTS)
 def test_what_a_step_changes_is_changed_as_without_us(what: str) -> None:
-    head = "    device = model_output.device\n"
-    step = fork((head, f"    {SIDE_EFFECTS[what]}\n{head}"))
-    scope, told = step.__globals__, Told()
+    step = doing(SIDE_EFFECTS[what])
+    scope, x, sigmas = step.__globals__, X.clone(), SIGMAS.clone()
     scope |= {"LOG": [], "COUNTS": {}, "TOTAL": 0}
-    x, sigmas = X.clone(), SIGMAS.clone()
-    stand = told.stand_in(step)
+    told, stand = replaced(step)
     for _ in range(2):
         stand(V, x, 0.7, sigmas, 1, AFTER)
     assert told.calls() == [0, 0, 2]
@@ -178,8 +168,7 @@ def test_what_a_step_changes_is_changed_as_without_us(what: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before", [1, 2, 3])  # a call by which the original is timed is recorded, or repeated, or both
 def test_a_step_within_a_checkpoint(before: int, reentrant: bool) -> None:
-    told = Told()
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    told, step = replaced()
 
     def loss(v: Tensor) -> Tensor:
         return step(v.tanh(), X, 0.7, SIGMAS, 1, AFTER)[2].sum()
@@ -200,8 +189,7 @@ def test_an_error_of_who_watches_a_call_is_not_an_error_of_ours() -> None:
     def stop(tensor: Tensor) -> Tensor:
         raise StopError
 
-    told = Told()
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    told, step = replaced()
     v = V.clone().requires_grad_()
     with pytest.raises(StopError), torch.autograd.graph.saved_tensors_hooks(stop, stop):
         step(v, X, 0.7, SIGMAS, 1, AFTER)
@@ -210,8 +198,7 @@ def test_an_error_of_who_watches_a_call_is_not_an_error_of_ours() -> None:
 
 
 def test_gradients_positions_and_keywords() -> None:
-    told = Told()
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    told, step = replaced()
     wanted = V.clone().requires_grad_()
     (want,) = torch.autograd.grad(mixgrpo.flow_grpo_step(wanted, X, 0.7, SIGMAS, 1, AFTER)[2].sum(), wanted)
     found = V.clone().requires_grad_()
@@ -232,8 +219,7 @@ def test_it_is_pickled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])
 def test_compiled_code_calls_it(first: str) -> None:
-    told = Told()
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    told, step = replaced()
     if first == "eager":
         step(V, X, 0.7, SIGMAS, 1, None)
 
@@ -250,8 +236,7 @@ def test_compiled_code_calls_it(first: str) -> None:
 
 
 def test_latents_are_rounded_before_they_are_scored() -> None:
-    told = Told(latents="bfloat16")
-    step = told.stand_in(PEERS["mixgrpo"].flow_grpo_step)
+    _, step = replaced(latents="bfloat16")
     after, _, sampled = step(V, X, 0.7, SIGMAS, 1, None)[:3]
     assert after.dtype == F32 and torch.equal(after, after.to(BF16).to(F32))
     scored = step(V, X, 0.7, SIGMAS, 1, after.to(BF16).to(F32))[2]

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from dancegrpo_fast.dropin.known import KNOWN, SETTINGS, Known, candidates, misfit
-from dancegrpo_fast.dropin.replaced import Replacements
-from dancegrpo_fast.dropin.settings import Settings
 
-from ..compat.cases import CASES, F32, PEERS, SIGMAS, TIMES, draw, flow_scheduler
+from ..compat.cases import CASES, PEERS, SIGMAS, TIMES, flow_scheduler, seeded
 from ..tolerances import assert_same_sample
+from .told import V, X, replaced
 
-V, X = draw(F32, 1), draw(F32, 2)
 FLUX, SDE = PEERS["dancegrpo"].flux_step, PEERS["flow_grpo"].sde_step_with_logprob
 
 
@@ -69,25 +67,18 @@ def sde_step_with_noise(
     return found if noise is None else (noise, *found[1:])
 
 
+def flux(step: Callable[..., Any], **more: Any) -> Any:
+    return step(V, X, 0.3, SIGMAS, 1, None, True, True, **more)
+
+
+def sde(step: Callable[..., Any], **more: Any) -> Any:
+    return step(flow_scheduler(), V, TIMES[:1], X, **more)
+
+
 FORKS: dict[str, tuple[Any, str, Callable[..., Any], dict[str, Any] | None]] = {
-    "ddpo for grpo": (
-        flux_step_of_a_fork,
-        "flux_step",
-        lambda f, after, **more: f(V, X, 0.3, SIGMAS, 1, after, True, True, **more),
-        None,
-    ),
-    "splits": (
-        flux_step_with_split,
-        "flux_step_with_split",
-        lambda f, after, **more: f(V, X, 0.3, SIGMAS, 1, after, True, True, **more),
-        {"num_splits": 2},
-    ),
-    "a noise given": (
-        sde_step_with_noise,
-        "sde_step_with_logprob",
-        lambda f, after, **more: f(flow_scheduler(), V, TIMES[:1], X, prev_sample=after, **more),
-        {"noise": V},
-    ),
+    "ddpo for grpo": (flux_step_of_a_fork, "flux_step", flux, None),
+    "splits": (flux_step_with_split, "flux_step_with_split", flux, {"num_splits": 2}),
+    "a noise given": (sde_step_with_noise, "sde_step_with_logprob", sde, {"noise": V}),
 }
 
 
@@ -95,20 +86,10 @@ FORKS: dict[str, tuple[Any, str, Callable[..., Any], dict[str, Any] | None]] = {
 def test_a_fork_s_function_is_replaced_but_for_what_it_adds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, known, call, extra = FORKS[name]
     monkeypatch.setattr(function, "__name__", known)
-    said: list[str] = []
-    replacements = Replacements(Settings(), said.append)
-    stand_in = replacements.stand_in(function, None, "fork.py:1")
-    torch.manual_seed(3)
-    want = call(function, None)
-    torch.manual_seed(3)
-    found = call(stand_in, None)
-    for got, expected in zip(found, want, strict=True):
+    told, stand_in = replaced(function)
+    for got, expected in zip(seeded(3, call, stand_in), seeded(3, call, function), strict=True):
         assert_same_sample(got, expected)
-    (dispatch,) = [d.dispatch for d in replacements.definitions]
-    assert list(dispatch.meter.calls) == [1, 0] and not dispatch.kept, said
+    assert told.calls() == [1, 0, 0], told.said
     if extra is not None:
-        torch.manual_seed(3)
-        found = call(stand_in, None, **extra)
-        torch.manual_seed(3)
-        assert all(torch.equal(*pair) for pair in zip(found, call(function, None, **extra), strict=True))
-        assert sum(dispatch.kept.values()) == 1
+        assert all(map(torch.equal, *(seeded(3, call, f, **extra) for f in (stand_in, function))))
+        assert told.calls()[2] == 1

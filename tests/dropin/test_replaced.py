@@ -2,10 +2,6 @@
 
 import random
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +9,9 @@ import torch
 
 from dancegrpo_fast.compat import mixgrpo
 
-from ..compat.cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw
+from ..compat.cases import BF16, CASES, F32, PEERS, SIGMAS, ddim_scheduler, draw, seeded
 from ..compat.real_peers import FOLDER, ROWS, Real
-from .told import AFTER, Told, V, X, fork
+from .told import AFTER, Told, V, X, doing, fork, replaced
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -65,11 +61,8 @@ def test_a_project_s_own_function_is_recognised(row: Real) -> None:
 
 
 LAST = "log_prob.flatten(1).mean(dim=1), mean, tau"
-
-
 SCORE = "log_prob = -((prev_sample.detach() - mean) ** 2)"
-
-
+LEVEL = "    dt = n - s\n    level"
 OTHERS = {
     "no constant": (" - 0.5 * math.log(2 * math.pi)", ""),
     "no root of dt": ("tau = level * torch.sqrt(-dt)", "tau = level"),
@@ -83,10 +76,7 @@ OTHERS = {
     "another dtype": (LAST, LAST.replace("mean,", "mean.double(),")),
     "another shape": (LAST, LAST.replace("tau", "tau[None]")),
     "more noise drawn": ("noise = torch_utils", "torch.randn(1); noise = torch_utils"),
-    "its own last step": (
-        "    dt = n - s\n    level",
-        "    n = n + (0.01 if n == 0 else 0)\n    dt = n - s\n    level",
-    ),
+    "its own last step": (LEVEL, f"    n = n + (0.01 if n == 0 else 0)\n{LEVEL}"),
 }
 
 
@@ -95,10 +85,8 @@ def test_a_function_that_does_something_else_goes_on_as_it_is(name: str) -> None
     original, told = fork(OTHERS[name]), Told()
     step = told.stand_in(original)
     for after in (None, AFTER):
-        torch.manual_seed(5)
-        found = step(V, X, 0.7, SIGMAS, 1, after)
-        torch.manual_seed(5)
-        for got, want in zip(found, original(V, X, 0.7, SIGMAS, 1, after), strict=True):
+        found, wanted = (seeded(5, f, V, X, 0.7, SIGMAS, 1, after) for f in (step, original))
+        for got, want in zip(found, wanted, strict=True):
             assert got is want or torch.equal(got, want)
     assert told.calls() == [0, 0, 2]
     (line,) = told.said
@@ -107,30 +95,25 @@ def test_a_function_that_does_something_else_goes_on_as_it_is(name: str) -> None
 
 
 def test_the_difference_is_named_where_it_is() -> None:
-    told = Told()
-    told.stand_in(fork(("log(2 * math.pi)", "log(2.2 * math.pi)")))(V, X, 0.7, SIGMAS, 1, None)
+    told, step = replaced(fork(("log(2 * math.pi)", "log(2.2 * math.pi)")))
+    step(V, X, 0.7, SIGMAS, 1, None)
     assert "output 2 (log-probability) is off by 0.0477, of which rounding explains" in told.said[0]
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (fork(("device = model_output.device", "raise KeyError('lost')")), "the original raises KeyError: 'lost'"),
-        (fork(("device = model_output.device", "raise SystemExit(3)")), "the original raises SystemExit: 3"),
-    ],
+    ("error", "said"), [("KeyError('lost')", "KeyError: 'lost'"), ("SystemExit(3)", "SystemExit: 3")]
 )
-def test_an_original_that_raises_is_left_to_do_so(function: Callable[..., Any], reason: str) -> None:
-    told = Told()
+def test_an_original_that_raises_is_left_to_do_so(error: str, said: str) -> None:
+    told, step = replaced(doing(f"raise {error}"))
     with pytest.raises((KeyError, SystemExit)):
-        told.stand_in(function)(V, X, 0.7, SIGMAS, 1, None)
-    assert reason in told.said[0]
+        step(V, X, 0.7, SIGMAS, 1, None)
+    assert f"the original raises {said}" in told.said[0]
 
 
 def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     noisy = "import random, warnings, numpy, logging; random.random(); numpy.random.rand(); print('heard'); "
-    noisy += "warnings.warn('heard'); logging.getLogger('x').error('heard'); device = model_output.device"
-    told = Told()
-    step = told.stand_in(fork(("    device = model_output.device", f"    {noisy}")))
+    noisy += "warnings.warn('heard'); logging.getLogger('x').error('heard')"
+    told, step = replaced(doing(noisy))
     torch.manual_seed(3)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs have other random numbers"))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -151,16 +134,11 @@ def test_nothing_is_left_behind(capfd: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_a_scheduler_is_not_touched() -> None:
-    source = Path(PEERS["ddpo"].__file__).read_text()
-    module = ModuleType("fork")
-    exec(
-        source.replace("    shape = (-1", "    self.calls, self.seen[0] = self.calls + 1, 1\n    shape = (-1"),
-        vars(module),
-    )
+    counting = ("    shape = (-1", "    self.calls, self.seen[0] = self.calls + 1, 1\n    shape = (-1")
+    told, step = replaced(fork(counting, name="ddim_step_with_logprob", of="ddpo"))
     scheduler, times = ddim_scheduler(), torch.tensor([901, 701, 501, 401, 301, 201, 101, 801])
     scheduler.calls, scheduler.seen = 0, [0]
-    told = Told()
-    told.stand_in(module.ddim_step_with_logprob)(scheduler, V, times, X, eta=1.0)
+    step(scheduler, V, times, X, eta=1.0)
     # It counts its calls, and ours does not: that is a difference.
     assert (scheduler.calls, scheduler.seen) == (1, [1])
     assert "it leaves other values than ours in self.calls" in told.said[0]
@@ -179,14 +157,8 @@ def test_a_schedule_of_inference_mode() -> None:
 
 def test_an_original_that_calls_another_one() -> None:
     told = Told()
-    inner = fork(name="dance_grpo_step")
-    outer = fork(
-        (
-            "    device = model",
-            "    other(model_output, latents, 0.3, sigmas, index, latents, True, True)\n    device = model",
-        )
-    )
-    outer.__globals__["other"] = told.stand_in(inner)
+    outer = doing("other(model_output, latents, 0.3, sigmas, index, latents, True, True)")
+    outer.__globals__["other"] = told.stand_in(fork(name="dance_grpo_step"))
     step = told.stand_in(outer)
     for _ in range(5):
         step(V, X, 0.7, SIGMAS, 1, AFTER)

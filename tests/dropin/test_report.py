@@ -7,8 +7,6 @@ import random
 import resource
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,40 +18,19 @@ from dancegrpo_fast.dropin.replaced import Replacements
 from dancegrpo_fast.dropin.report import peak_memory, table
 from dancegrpo_fast.dropin.settings import Settings
 
-from ..compat.cases import F32, PEERS, SIGMAS, draw
-
-V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
-
-
-def original() -> Any:
-    return PEERS["mixgrpo"].flow_grpo_step
-
-
-def replacements(**settings: Any) -> tuple[Replacements, list[str]]:
-    said: list[str] = []
-    return Replacements(Settings(**settings), said.append), said
-
-
-def fork(text: str) -> Any:
-    """MixGRPO's step, which does `text` first."""
-    module = ModuleType("fork")
-    source = Path(PEERS["mixgrpo"].__file__).read_text()
-    exec(
-        source.replace("    device = model_output.device\n", f"    {text}\n    device = model_output.device\n"),
-        vars(module),
-    )
-    return module.flow_grpo_step
+from ..compat.cases import SIGMAS
+from .told import AFTER, STEP, Told, V, X, doing, replaced
 
 
 def test_calls_times_and_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "RECORDS", [])
-    found, _ = replacements()
-    step = found.stand_in(original(), None, "train.py:131")
+    told = Told()
+    step = told.stand_in(STEP, where="train.py:131")
     for _ in range(5):
         step(V, X, 0.7, SIGMAS, 1, None)
     for index in (1, 2):
         step(V, X, 0.7, SIGMAS, index, AFTER)
-    (function,) = found.report()["functions"]
+    (function,) = told.all.report()["functions"]
     assert function["function"] == "flow_grpo_step" and function["where"] == "train.py:131"
     assert function["by"] == ["dancegrpo_fast.compat.mixgrpo.flow_grpo_step"]
     rollout, replay = function["rollout"], function["replay"]
@@ -61,20 +38,18 @@ def test_calls_times_and_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rollout["microseconds"] > 0 and rollout["microseconds_of_original"] > 0
     # This double reads nothing; replays were too few to count those of ours.
     assert rollout["host_reads_avoided"] == 0 and replay["host_reads_avoided"] is None
-    json.dumps(found.report())
+    json.dumps(told.all.report())
 
 
 def test_host_reads_of_the_original_are_avoided() -> None:
-    found, _ = replacements()
-    step = found.stand_in(fork("float(sigmas[index]); bool(latents.isnan().any())"), None, "x")
+    told, step = replaced(doing("float(sigmas[index]); bool(latents.isnan().any())"))
     for _ in range(7):
         step(V, X, 0.7, SIGMAS, 1, AFTER)
-    assert found.report()["functions"][0]["replay"]["host_reads_avoided"] == 14
+    assert told.all.report()["functions"][0]["replay"]["host_reads_avoided"] == 14
 
 
 def test_timing_changes_nothing() -> None:
-    found, _ = replacements()
-    step = found.stand_in(original(), None, "x")
+    told, step = replaced()
     generators = [torch.Generator().manual_seed(4) for _ in range(2)]
     states = []
     for call, generator in zip((mixgrpo.flow_grpo_step, step), generators, strict=True):
@@ -82,28 +57,25 @@ def test_timing_changes_nothing() -> None:
         drawn = [call(V, X, 0.7, SIGMAS, index, None) for index in (0, 1, 2, 3, 0, 1)]
         drawn += [call(V, X, 0.7, SIGMAS, index, None, generator) for index in (0, 1, 2)]
         states.append((torch.stack([d[0] for d in drawn]), torch.get_rng_state(), generator.get_state()))
-    for ours, replaced in zip(*states, strict=True):
-        assert torch.equal(ours, replaced)
-    assert found.report()["functions"][0]["rollout"]["calls"] == 9
+    assert all(map(torch.equal, *states))
+    assert told.all.report()["functions"][0]["rollout"]["calls"] == 9
 
 
 def test_timing_draws_none_of_the_script_s_other_random_numbers() -> None:
-    found, _ = replacements()
-    step = found.stand_in(fork("import random, numpy; random.random(); numpy.random.rand()"), None, "x")
+    told, step = replaced(doing("import random, numpy; random.random(); numpy.random.rand()"))
     states = random.getstate(), np.random.get_state()[1].tolist()
     for _ in range(4):
         step(V, X, 0.7, SIGMAS, 1, AFTER)
-    (function,) = found.report()["functions"]
+    (function,) = told.all.report()["functions"]
     assert function["replay"]["calls"] == 4 and function["replay"]["microseconds_of_original"] > 0
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
 
 def test_an_original_that_cannot_be_timed() -> None:
-    found, _ = replacements()
-    step = found.stand_in(fork("if len(latents) == 8: raise MemoryError('full')"), None, "x")
+    told, step = replaced(doing("if len(latents) == 8: raise MemoryError('full')"))
     for _ in range(5):
         assert len(step(V, X, 0.7, SIGMAS, 1, AFTER)) == 5
-    report = found.report()
+    report = told.all.report()
     (function,) = report["functions"]
     assert function["original_not_timed"] == "MemoryError: full"
     assert function["replay"]["microseconds_of_original"] is None and function["replay"]["microseconds"] > 0
@@ -116,16 +88,16 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         {"class": "UNet2DConditionModel", "mode": "lossless", "accepted": False, "reason": "no such blocks"},
     ]
     monkeypatch.setattr(loading, "RECORDS", records)
-    found, said = replacements()
-    step = found.stand_in(original(), None, "train.py:131")
-    other = found.stand_in(fork("latents = latents * 2"), None, "other.py:7")
+    told = Told()
+    step = told.stand_in(STEP, where="train.py:131")
+    other = told.stand_in(doing("latents = latents * 2"), where="other.py:7")
     for _ in range(5):
         step(V, X, 0.7, SIGMAS, 1, None)
     for _ in range(3):
         other(V, X, 0.7, SIGMAS, 1, None)
-    found.stand_in(fork("pass"), None, "imported.py:3")
-    found.finish()
-    lines = [line.strip() for line in said[-1].splitlines()[1:]]
+    told.stand_in(doing("pass"), where="imported.py:3")
+    told.all.finish()
+    lines = [line.strip() for line in told.said[-1].splitlines()[1:]]
     assert lines[0].split("  ")[0] == "function" and "us, original" in lines[0]
     assert lines[1].startswith("train.py:131 flow_grpo_step  rollout      5")
     (kept,) = [line for line in lines if line.startswith("3 calls of the original flow_grpo_step: sampling at the")]
@@ -141,41 +113,41 @@ def test_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "report.json"
-    found, _ = replacements(report=str(file), latents="float32")
-    found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, None)
-    found.finish()
+    told = Told(report=str(file), latents="float32")
+    told.stand_in(STEP)(V, X, 0.7, SIGMAS, 1, None)
+    told.all.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     written = json.loads(file.read_text())
-    assert written["functions"] == found.report()["functions"] and written["settings"]["latents"] == "float32"
+    assert written["functions"] == told.all.report()["functions"] and written["settings"]["latents"] == "float32"
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found.finish()
+    told.all.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.rank3.json"]
 
 
 def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    found, said = replacements(report=str(tmp_path / "missing" / "report.json"))
-    found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, None)
-    found.finish()
-    assert said[-1].startswith("the report is incomplete: FileNotFoundError: ")
+    told = Told(report=str(tmp_path / "missing" / "report.json"))
+    told.stand_in(STEP)(V, X, 0.7, SIGMAS, 1, None)
+    told.all.finish()
+    assert told.said[-1].startswith("the report is incomplete: FileNotFoundError: ")
 
 
 def test_nothing_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "RECORDS", [])
-    found, said = replacements()
-    found.finish()
-    assert said == []
-    found.stand_in(original(), None, "x")
-    found.finish()
-    assert said == ["none of these functions was called in this process: flow_grpo_step"]
+    told = Told()
+    told.all.finish()
+    assert told.said == []
+    told.stand_in(STEP)
+    told.all.finish()
+    assert told.said == ["none of these functions was called in this process: flow_grpo_step"]
     loading.RECORDS.append({"class": "FluxTransformer2DModel", "mode": "fast", "accepted": True, "reason": ""})
-    found.finish()
-    assert "FluxTransformer2DModel: block ops (fast)" in said[-1]
-    found, said = replacements()
-    found.stand_in(original(), None, "x")
+    told.all.finish()
+    assert "FluxTransformer2DModel: block ops (fast)" in told.said[-1]
+    told = Told()
+    told.stand_in(STEP)
     monkeypatch.setattr(multiprocessing, "parent_process", object)
-    found.finish()
-    assert said == []
+    told.all.finish()
+    assert told.said == []
 
 
 class Bare:
@@ -196,7 +168,7 @@ def test_whatever_stderr_is_a_script_goes_on(
     closed.close()
     monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed, "without flush": bare}[kind])
     found = Replacements(Settings())
-    assert found.stand_in(original(), None, "x")(V, X, 0.7, SIGMAS, 1, V)[0] is V
+    assert found.stand_in(STEP, None, "x")(V, X, 0.7, SIGMAS, 1, V)[0] is V
     found.finish()
     assert capsys.readouterr().out == ""
     assert ("x flow_grpo_step -> " in bare.text) == (kind == "without flush")

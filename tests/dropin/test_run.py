@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,13 @@ def python(folder: Path, *words: str, path: Sequence[Path] = ()) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=LIMIT)
 
 
+def write(root: Path, files: Mapping[str, str]) -> None:
+    """Files with these texts, and the folders that they need."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
 def others(text: str) -> str:
     """What is not said by `run`."""
     return "".join(line for line in text.splitlines(True) if not line.startswith(SAID))
@@ -57,11 +64,9 @@ sys.exit(7)
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A script, a package that is a program and has one, a folder and a zip file."""
     root = tmp_path_factory.mktemp("programs")
-    (root / "package" / "deep").mkdir(parents=True)
-    (root / "application").mkdir()
     plain = FACTS.replace("RELATIVE", "None")
     relative = "from . import side" + FACTS.replace("RELATIVE", "side.__name__")
-    for name, text in {
+    files = {
         "train.py": f'"""A script."""{plain}',
         "package/__init__.py": "",
         "package/side.py": "",
@@ -69,8 +74,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Without __init__.py, as most repositories have it.
         "package/deep/train.py": relative.replace("from .", "from .."),
         "application/__main__.py": plain,
-    }.items():
-        (root / name).write_text(text)
+    }
+    write(root, files)
     with zipfile.ZipFile(root / "application.zip", "w") as archive:
         archive.writestr("__main__.py", plain)
     (root / "links").mkdir()

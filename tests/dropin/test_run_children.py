@@ -8,7 +8,7 @@ import pytest
 import dancegrpo_fast
 from dancegrpo_fast.dropin.children import _better, _hint
 
-from .test_run import RUN, SAID, python
+from .test_run import RUN, SAID, python, write
 from .test_run_imports import STEP
 
 # Each worker says whether its own definition, an imported one and one that was handed to it are replaced.
@@ -60,16 +60,11 @@ finally:
 
 
 def test_multiprocessing_s_children_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "steps/deep").mkdir(parents=True)
-    (tmp_path / "steps/deep/flux.py").write_text(STEP)
+    write(tmp_path, {"steps/deep/flux.py": STEP, "train.py": WORKERS, "package/train.py": WORKERS})
     # What the fork server of later Pythons does by itself.
     (tmp_path / "early.py").write_text(EARLY.format(path=str(tmp_path / "train.py")))
-    (tmp_path / "package").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    ours = tmp_path / "elsewhere/dancegrpo_fast"
+    (ours := tmp_path / "elsewhere/dancegrpo_fast").parent.mkdir()
     ours.symlink_to(Path(dancegrpo_fast.__file__).parent)
-    for name in ("train.py", "package/train.py"):
-        (tmp_path / name).write_text(WORKERS)
     for words in (["train.py"], ["-m", "package.train"]):
         # By a path that no child has.
         start = f"import sys; sys.path.insert(1, {str(ours.parent)!r})\nfrom dancegrpo_fast.cli import main\n"
@@ -104,11 +99,8 @@ def test_other_python_processes_are_named_with_the_words_that_would_do_it(tmp_pa
     assert done.returncode == 0, done.stderr
     arguments = (["--name", "a b"], ["--name", "a b"], [], ["forked"], ["replaced"])
     assert done.stdout.splitlines() == [str(["evaluate.py", *own]) for own in arguments]
-    words = (
-        f"-u {' '.join(RUN)} evaluate.py --name 'a b'",
-        *(f"{' '.join(RUN)} evaluate.py{x}" for x in ("", " forked")),
-    )
-    wanted = [*words, f"{' '.join(RUN)} evaluate.py replaced"]
+    run = f"{' '.join(RUN)} evaluate.py"
+    wanted = [f"-u {run} --name 'a b'", run, f"{run} forked", f"{run} replaced"]
     hint = f"{SAID}a Python process is started in which nothing is replaced; to have it replaced: {sys.executable} "
     assert done.stderr.splitlines() == [hint + line for line in wanted]
 

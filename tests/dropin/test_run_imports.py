@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .test_run import RUN, SAID, python
+from .test_run import RUN, SAID, python, write
 
 SIGNATURE = "(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver)"
 STEP = f"def flux_step{SIGNATURE}:\n    return __name__\n"
@@ -232,10 +232,8 @@ def seen(root: Path, *command: str) -> tuple[dict[str, Any], str]:
 def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found under plain Python, under `run`, and what was said."""
     root = tmp_path_factory.mktemp("repository")
-    for name, text in FILES.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        text = text.replace("%s", str(root / "elsewhere/editable"))
-        (root / name).write_text(text, encoding="latin-1" if name == "latin.py" else "utf-8")
+    write(root, {name: text.replace("%s", str(root / "elsewhere/editable")) for name, text in FILES.items()})
+    (root / "latin.py").write_text(FILES["latin.py"], encoding="latin-1")
     with zipfile.ZipFile(root / "zipped.zip", "w") as archive:
         archive.writestr("zipped/__init__.py", "")
         archive.writestr("zipped/steps.py", STEP)
@@ -263,28 +261,15 @@ def test_what_is_not_known_is_left_alone(states: dict[str, Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("one object", "reloaded", "names", "signature", "source", "line", "source of a module", "pickled", "loader"),
-        *(
-            "cached",
-            "package",
-            "path",
-            "latin",
-            "rewritten",
-            "resource",
-            "get_data",
-            "get_source",
-            "meta_path",
-            "torch",
-            "dir",
-        ),
-        "annotations",
-    ],
+FACTS = (
+    "one object, reloaded, names, signature, source, line, source of a module, pickled, loader, cached, package, path, "
+    "latin, rewritten, resource, get_data, get_source, meta_path, torch, dir, annotations"
 )
+
+
+@pytest.mark.parametrize("name", FACTS.split(", "))
 def test_modules_are_as_python_makes_them(name: str, states: dict[str, Any]) -> None:
-    assert states["ours"]["facts"].keys() == states["plain"]["facts"].keys()
+    assert states["ours"]["facts"].keys() == states["plain"]["facts"].keys() == set(FACTS.split(", "))
     assert states["ours"]["facts"][name] == states["plain"]["facts"][name]
 
 
@@ -321,13 +306,8 @@ if __name__ == "__main__":
     child.start()
     child.join()
 """
-    for name, content in {
-        # In place of the real one, whose configurations make models.
-        "diffusers/__init__.py": "",
-        "diffusers/configuration_utils.py": "class ConfigMixin:\n    @classmethod\n    def from_config(cls): ...\n",
-        "train.py": script,
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
+    # In place of the real one, whose configurations make models.
+    mixin = "class ConfigMixin:\n    @classmethod\n    def from_config(cls): ...\n"
+    write(tmp_path, {"diffusers/__init__.py": "", "diffusers/configuration_utils.py": mixin, "train.py": script})
     for options, wanted in ((), False), (("--accelerate", "lossless"), True):
         assert python(tmp_path, *RUN, *options, "train.py").stdout == f"{wanted}\n" * 2

@@ -14,7 +14,7 @@ from dancegrpo_fast.dropin import scan
 from dancegrpo_fast.dropin.known import KNOWN, misfit
 from dancegrpo_fast.dropin.source import parameters
 
-from .test_run import RUN, python
+from .test_run import RUN, python, write
 from .test_run_imports import FILES, STEP
 
 BROKEN = "raise SystemExit('this must not run')\n"
@@ -24,7 +24,7 @@ FIT = "tried at its first call as dancegrpo_fast.compat.dancegrpo.flux_step (Dan
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repository")
-    for name, text in {
+    files = {
         **{name: text for name, text in FILES.items() if name.startswith(("strings/", "relative/", "namespace/"))},
         "train.py": f"{BROKEN}import torch, os.path, strings.registry, unreadable\nfrom installed import steps\n"
         f"from namespace.deep import steps, absent\n\n\ndef f():\n    from relative import exported\n\n\n{STEP}",
@@ -39,9 +39,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "package/beside.py": STEP,
         "nothing.py": f"{BROKEN}def f(): ...",
         "wrong.py": "x = (",
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+    }
+    write(root, files)
     return root
 
 
@@ -113,13 +112,9 @@ def test_nothing_and_errors(listed: Listing, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_editable_finder_and_a_zip_file_are_looked_through(tmp_path: Path) -> None:
-    (tmp_path / "hooks").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/steps.py").write_text(STEP)
+    hooks = {name: text.replace("%s", str(tmp_path / "elsewhere")) for name, text in FILES.items() if "hooks/" in name}
+    write(tmp_path, hooks | {"elsewhere/__init__.py": "", "elsewhere/steps.py": STEP})
     (tmp_path / "train.py").write_text(f"from editable import steps\n{BROKEN}")
-    for name in ("hooks/__editable___editable_0_1_finder.py", "hooks/sitecustomize.py"):
-        (tmp_path / name).write_text(FILES[name].replace("%s", str(tmp_path / "elsewhere")))
-    (tmp_path / "elsewhere/__init__.py").write_text("")
     done = python(tmp_path, *RUN, "--dry-run", "train.py", path=[tmp_path / "hooks"])
     assert done.stdout.startswith(f"{tmp_path}/elsewhere/steps.py:1 flux_step: tried"), done.stderr
 

@@ -10,7 +10,7 @@ import torch
 
 from ..compat.cases import PEERS
 from ..tolerances import assert_within_budget
-from .test_run import RUN, SAID, python
+from .test_run import RUN, SAID, python, write
 
 FOLDER = Path(__file__).parents[1] / "compat"
 # A rollout and a replay of two steps with every kind of definition: in the script, imported, a method of an import.
@@ -73,10 +73,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scripts")
-    (root / "steps").mkdir()
-    (root / "steps/mix.py").write_text((FOLDER / "peers/mixgrpo.py").read_text())
-    (root / "steps/schedulers.py").write_text((FOLDER / "peers/verl_omni.py").read_text())
-    (root / "train.py").write_text(SCRIPT)
+    mix, schedulers = ((FOLDER / "peers" / name).read_text() for name in ("mixgrpo.py", "verl_omni.py"))
+    write(root, {"steps/mix.py": mix, "steps/schedulers.py": schedulers, "train.py": SCRIPT})
     return root
 
 

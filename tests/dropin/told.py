@@ -11,9 +11,8 @@ from dancegrpo_fast.dropin.settings import Settings
 
 from ..compat.cases import F32, PEERS, draw
 
-SOURCE = Path(PEERS["mixgrpo"].__file__).read_text()
-
-
+STEP = PEERS["mixgrpo"].flow_grpo_step
+HEAD = "    device = model_output.device\n"
 V, X, AFTER = draw(F32, 1), draw(F32, 2), draw(F32, 3)
 
 
@@ -24,8 +23,8 @@ class Told:
         self.said: list[str] = []
         self.all = Replacements(Settings(**settings), self.said.append)
 
-    def stand_in(self, function: Any, owner: str | None = None) -> Any:
-        return self.all.stand_in(function, owner, "x.py:1")
+    def stand_in(self, function: Any, owner: str | None = None, where: str = "x.py:1") -> Any:
+        return self.all.stand_in(function, owner, where)
 
     def taken(self) -> list[Known]:
         """Which of ours stand in."""
@@ -37,12 +36,23 @@ class Told:
         return [*dispatch.meter.calls, sum(dispatch.kept.values())]
 
 
-def fork(*edits: tuple[str, str], name: str = "flow_grpo_step") -> Callable[..., Any]:
-    """MixGRPO's step with its source changed."""
-    text = SOURCE
+def replaced(function: Any = STEP, **settings: Any) -> tuple[Told, Any]:
+    """Replacements, and what stands in for a function."""
+    told = Told(**settings)
+    return told, told.stand_in(function)
+
+
+def fork(*edits: tuple[str, str], name: str = "flow_grpo_step", of: str = "mixgrpo") -> Callable[..., Any]:
+    """A project's step, MixGRPO's where none is named, with its source changed."""
+    text = Path(PEERS[of].__file__).read_text()
     for old, new in edits:
         assert old in text
         text = text.replace(old, new)
     module = ModuleType("fork")
     exec(compile(text, "fork.py", "exec"), vars(module))
     return getattr(module, name)
+
+
+def doing(text: str) -> Callable[..., Any]:
+    """MixGRPO's step, which does `text` first."""
+    return fork((HEAD, f"    {text}\n{HEAD}"))

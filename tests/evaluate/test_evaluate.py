@@ -119,10 +119,7 @@ def test_continues_where_it_ended(flux: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.release
 def test_processes_share_out_the_prompts(flux: Path, tmp_path: Path) -> None:
     recipe = recipe_for(flux, tmp_path / "run", micro_batch=3)
-    whole = recipe.as_dict()
-    for one in (*whole["rewards"], *whole["evaluation"]["rewards"]):
-        one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
-    (tmp_path / "recipe.json").write_text(json.dumps(whole))
+    tiny.write_recipe(recipe, tmp_path / "recipe.json")
     worker = Path(__file__).parent / "evaluate_worker.py"
     together([[sys.executable, str(worker), str(rank), str(tmp_path)] for rank in range(2)], tmp_path)
     evaluate(recipe, None, tmp_path / "alone", samplers=["ode"])
@@ -254,13 +251,14 @@ def test_diversity_is_its_formula() -> None:
     assert diversity(frames, 3) == pytest.approx(wanted.item())
 
 
+def scored(prompt: int, value: float, **changes: Any) -> dict[str, Any]:
+    fixed = {"sampler": "ode", "prompt_index": prompt, "prompt": "x", "meta": {}, "diversity": 1.0}
+    return fixed | {"scores": {"s": value}} | changes
+
+
 def test_summary_is_its_formulas() -> None:
     values = [[1.0, 3.0], [2.0, 6.0]]
-    rows = [
-        {"sampler": "ode", "prompt_index": p, "prompt": "x", "meta": {}, "diversity": p + 1.0, "scores": {"s": value}}
-        for p, group in enumerate(values)
-        for value in group
-    ]
+    rows = [scored(p, value, diversity=p + 1.0) for p, group in enumerate(values) for value in group]
     (row,) = summary(rows)
     assert row["mean"] == 3.0
     assert row["error"] == pytest.approx(stdev([2.0, 4.0]) / 2**0.5)
@@ -273,14 +271,7 @@ def test_values_of_a_column_count_once() -> None:
     """Three prompts of one tag and one of another; a tag may be called "all"."""
     tags, scores = ("all", "all", "all", "counting"), (1.0, 1.0, 0.0, 0.5)
     rows = [
-        {
-            "sampler": sampler,
-            "prompt_index": p,
-            "prompt": "x",
-            "meta": {"tag": tag},
-            "diversity": 1.0,
-            "scores": {"s": s},
-        }
+        scored(p, s, sampler=sampler, meta={"tag": tag})
         for sampler in ("ode", "sde")
         for p, (tag, s) in enumerate(zip(tags, scores, strict=True))
         for _ in range(2)
@@ -299,18 +290,7 @@ def test_values_of_a_column_count_once() -> None:
 
 
 def test_command(flux: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        f"""
-name: tiny
-model: {{family: flux, path: {flux}}}
-sampler: {{kind: dance_sde, num_steps: 3, eta: 0.3, height: 16, width: 16}}
-prompts: {trained.parent / "prompts.jsonl"}
-rewards: [{{name: "{tiny.Brightness.__module__}:Brightness"}}]
-train: {{iterations: 1, prompts_per_iteration: 1, group_size: 4, micro_batch: 4}}
-evaluation: {{samples_per_prompt: 2, grid_samples: 1, rewards: [{{name: "{tiny.Brightness.__module__}:Brightness"}}]}}
-"""
-    )
+    recipe = tiny.write_recipe(recipe_for(flux, tmp_path / "run"), tmp_path / "tiny.yaml")
     given = ["evaluate", str(recipe), "--checkpoint", str(trained), "--output", str(tmp_path / "out")]
     assert main([*given, "--samplers", "sde", "--by", "colour", "--threads", "1"]) == 0
     assert "| SDE | blue | Brightness |" in capsys.readouterr().out

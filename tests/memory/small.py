@@ -1,24 +1,25 @@
-"""Small real models with inputs, to be run on the CPU."""
+"""Small real models with inputs, to be run on the CPU, and calls that are planned."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..models import parts
-from ..patch.models import TINY
+from dancegrpo_fast.memory.planning.cases import Case
+
+from ..activations.policies import MODELS
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def _unet(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    model = parts.unet(24, block_out_channels=(16, 32), attention_head_dim=2, norm_num_groups=8)
-    inputs = {
-        "sample": torch.randn(2, 4, 8, 8, dtype=dtype),
-        "timestep": torch.ones(2),
-        "encoder_hidden_states": torch.randn(2, 5, 24, dtype=dtype),
-    }
-    return model.to(dtype), inputs
+def case_of(
+    model: str | Path, size: int = 64, frames: int = 1, lora: int = 0, lora_dtype: str = "bf16", kernel: str = "flash"
+) -> Case:
+    """A call in training of one sample."""
+    targets = TARGETS if lora else ()
+    return Case(str(model), frames, size, size, 1, None, "bf16", lora, targets, lora_dtype, kernel, "off", "gelu", True)
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = _unet(dtype) if family == "unet" else (TINY[family].model(dtype), TINY[family].inputs(dtype))
-    return model.train(), inputs | {"return_dict": False}
+    return MODELS[family].model(dtype).train(), MODELS[family].inputs(dtype) | {"return_dict": False}

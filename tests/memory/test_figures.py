@@ -34,12 +34,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Blocks of one kind, which keep some MiB."""
     folder = tmp_path_factory.mktemp("model")
     TINY["qwen"].model(torch.float32).save_config(folder / "transformer")
-    return plan(
-        Settings(
-            str(folder), height=512, width=512, group_size=4, text_tokens=64, lora=2, lora_dtype="fp32", gpu_gib=24
-        ),
-        advise=False,
-    )
+    sizes = {"height": 512, "width": 512, "group_size": 4, "text_tokens": 64, "gpu_gib": 24}
+    return plan(Settings(str(folder), lora=2, lora_dtype="fp32", **sizes), advise=False)
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +104,8 @@ def test_the_peak_is_marked_and_told(small: Plan) -> None:
 
 
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
-    settings = Settings(
-        "hunyuan-video",
-        frames=53,
-        cfg=6.0,
-        lora=32,
-        base="nf4",
-        vae_tiling=True,
-        offload=("block_inputs", "vae"),
-        optimizer="adamw_8bit",
-    )
-    said = figures._subject(settings)
+    small = {"lora": 32, "base": "nf4", "optimizer": "adamw_8bit", "offload": ("block_inputs", "vae")}
+    said = figures._subject(Settings("hunyuan-video", frames=53, cfg=6.0, vae_tiling=True, **small))
     for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw 8bit", "block inputs + VAE"):
         assert part in said
     shared = figures._subject(Settings("hunyuan-video", fsdp=8, replica=True))

@@ -1,5 +1,7 @@
 """Composed of few blocks, the planner's figures are those of the whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,17 +14,11 @@ from dancegrpo_fast.memory.trace.tracer import trace
 
 from ..release import release_but
 from ..tolerances import COMPOSED
+from .small import case_of
 
 pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.usefixtures("collected_once")
-
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def case_of(model: str, frames: int, height: int, width: int, lora: int = 0, train: bool = True) -> Case:
-    targets = TARGETS if lora else ()
-    return Case(model, frames, height, width, 1, None, "bf16", lora, targets, "fp32", "flash", "off", "gelu", train)
 
 
 def whole_trace(case: Case, policy: checkpointing.Policy) -> dict[str, float]:
@@ -46,21 +42,20 @@ def composed(blocks: Blocks, train: bool = True) -> dict[str, float]:
 
 @pytest.mark.parametrize("model", release_but(("wan21-1.3b",), ["flux-dev", "sd35-medium", "wan21-1.3b"]))
 def test_few_blocks_say_what_all_do(model: str) -> None:
-    frames = 5 if specs.resolve(model).is_video else 1
-    case = case_of(model, frames, 512, 512)
+    case = case_of(model, 512, frames=5 if specs.resolve(model).is_video else 1)
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
 
 
 @pytest.mark.release
 def test_mixed_policies_are_composed_of_their_ladders() -> None:
-    case = case_of("flux-dev", 1, 512, 512, lora=16)
+    case = case_of("flux-dev", 512, lora=16, lora_dtype="fp32")
     policies = ["full"] * 10 + ["none"] * 20 + ["attention"] * 27
     found = composed(compose(case, list(policies)))
     assert found == pytest.approx(whole_trace(case, checkpointing.PerBlock(tuple(policies))), rel=COMPOSED)
 
 
 def test_rollout_is_composed_too() -> None:
-    case = case_of("flux-dev", 1, 512, 512, train=False)
+    case = replace(case_of("flux-dev", 512), train=False)
     assert composed(compose(case, "none"), False) == pytest.approx(whole_trace(case, "none"), rel=COMPOSED)
 
 

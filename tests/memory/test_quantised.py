@@ -5,26 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dancegrpo_fast.lora import add_lora
-from dancegrpo_fast.memory.planning.cases import Case
-from dancegrpo_fast.memory.planning.quantised import kept_casts, nf4_bytes, quantised
+from dancegrpo_fast.memory.planning.quantised import Quantised, kept_casts, nf4_bytes, quantised
 from dancegrpo_fast.memory.trace.tracer import measure
 from dancegrpo_fast.quantization import store_in_fp8
 
 from ..tolerances import PREDICTED_BYTES
-from .small import tiny
+from .small import TARGETS, case_of, tiny
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 RANK = 4
 
 
-def case_of(model: nn.Module, folder: Path) -> Case:
-    model.save_config(folder / "transformer")  # type: ignore[operator]  # diffusers' method
-    return Case(str(folder), 1, 64, 64, 1, None, "bf16", RANK, TARGETS, "bf16", "cpu", "off", "gelu", True)
+def stored(family: str, folder: Path) -> Quantised:
+    prepared(family)[0].save_config(folder / "transformer")
+    return quantised(case_of(folder, lora=RANK, kernel="cpu"), "fp8")
 
 
 def prepared(family: str) -> tuple[Any, dict[str, Any]]:
@@ -38,7 +36,7 @@ def prepared(family: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("family", ["flux", "hunyuan"])
 def test_layerwise_casting_is_what_a_real_run_takes(family: str, tmp_path: Path) -> None:
-    found = quantised(case_of(prepared(family)[0], tmp_path), "fp8")
+    found = stored(family, tmp_path)
     live: dict[tuple[str, bool], int] = {}
     for policy in ("none", "full"):
         for casting in (False, True):
@@ -60,7 +58,7 @@ def test_layerwise_casting_is_what_a_real_run_takes(family: str, tmp_path: Path)
 
 
 def test_policies_of_single_blocks_keep_their_casts(tmp_path: Path) -> None:
-    found = quantised(case_of(prepared("flux")[0], tmp_path), "fp8")
+    found = stored("flux", tmp_path)
     count = len(found.casts)
     each = ["full"] * (count - 1) + ["none"]
     assert kept_casts(found, each) == (found.casts[-1], max(found.casts[:-1]))

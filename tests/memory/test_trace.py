@@ -29,6 +29,13 @@ def assert_same_books(predicted: Trace, measured: Trace) -> None:
         assert predicted.peak_of(phase).by_category == measured.peak_of(phase).by_category
 
 
+def predicted(model: Any, inputs: dict[str, Any], **settings: Any) -> Trace:
+    """The trace, whose books are those of a real run."""
+    found = trace(model, inputs, attention="cpu", **settings)
+    assert_same_books(found, measure(model, inputs, **settings))
+    return found
+
+
 @pytest.mark.parametrize(
     "family", release_but(("flux", "wan", "unet"), ["flux", "hunyuan", "sd3.5", "qwen", "wan", "unet"])
 )
@@ -37,9 +44,7 @@ def test_prediction_is_what_a_real_run_takes(family: str, dtype: torch.dtype, ch
     model, inputs = tiny(family, dtype)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    predicted = trace(model, inputs, attention="cpu", optimizer="foreach")
-    assert_same_books(predicted, measure(model, inputs, optimizer="foreach"))
-    assert bool(predicted.live("forward").get("block_inputs")) == checkpointing
+    assert bool(predicted(model, inputs, optimizer="foreach").live("forward").get("block_inputs")) == checkpointing
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -49,17 +54,15 @@ def test_prediction_with_lora_is_what_a_real_run_takes(checkpointing: bool) -> N
     add_lora(model, 4, 4, ["to_q", "to_k", "to_v", "to_out.0"])
     if checkpointing:
         model.enable_gradient_checkpointing()
-    predicted = trace(model, inputs, attention="cpu", optimizer="fused")
-    assert_same_books(predicted, measure(model, inputs, optimizer="fused"))
-    assert predicted.live("load")["gradients"] < predicted.live("load")["parameters"]
+    load = predicted(model, inputs, optimizer="fused").live("load")
+    assert load["gradients"] < load["parameters"]
 
 
 @pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
 def test_prediction_with_block_ops_is_what_a_real_run_takes(recompute: str) -> None:
     model, inputs = tiny("flux")
     accelerate(model, recompute=recompute)
-    predicted = trace(model, inputs, attention="cpu")
-    assert_same_books(predicted, measure(model, inputs))
+    predicted(model, inputs)
 
 
 @pytest.mark.parametrize("block_ops", [False, True])
@@ -68,29 +71,27 @@ def test_prediction_of_cudas_autocast_is_what_its_casts_take(block_ops: bool) ->
     model, inputs = tiny("hunyuan")
     if block_ops:
         accelerate(model)
-    predicted = trace(model, inputs, attention="math", autocast=torch.bfloat16)
+    traced = trace(model, inputs, attention="math", autocast=torch.bfloat16)
     in_float = mock.patch.object(_pieces, "_norm_dtype", lambda _: torch.float32)
     with CudaOperators("math", fused_norm=False), in_float:
-        assert_same_books(predicted, measure(model, inputs, autocast=torch.bfloat16))
+        assert_same_books(traced, measure(model, inputs, autocast=torch.bfloat16))
 
 
 def test_block_ops_keep_on_cuda_what_they_keep_on_the_cpu() -> None:
     """All but attention, in bfloat16 without autocast."""
     model, inputs = tiny("flux", torch.bfloat16)
     accelerate(model, "fast", recompute="all", gates_from_weights=True)
-    predicted, measured = trace(model, inputs), measure(model, inputs)
+    traced, measured = trace(model, inputs), measure(model, inputs)
     for group in ("matmul", "norm", "activation", "rope", "elementwise"):
-        assert predicted.saved_by_group.get(group) == measured.saved_by_group.get(group)
+        assert traced.saved_by_group.get(group) == measured.saved_by_group.get(group)
     # Products with float32 results there are products of float32 copies here.
-    assert predicted.flops_by_group["backward"]["matmul"] == measured.flops_by_group["backward"]["matmul"]
-    assert predicted.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]
+    assert traced.flops_by_group["backward"]["matmul"] == measured.flops_by_group["backward"]["matmul"]
+    assert traced.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]
 
 
 def test_rollout_keeps_nothing() -> None:
-    model, inputs = tiny("flux")
-    predicted = trace(model, inputs, attention="cpu", train=False)
-    assert_same_books(predicted, measure(model, inputs, train=False))
-    assert predicted.kept == [] and set(predicted.phases) == {"load", "rollout"}
+    found = predicted(*tiny("flux"), train=False)
+    assert found.kept == [] and set(found.phases) == {"load", "rollout"}
 
 
 def _allocator(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
@@ -115,21 +116,16 @@ def _allocator(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3.5", "wan"])
-def test_prediction_is_what_the_allocator_tells(family: str) -> None:
-    model, inputs = tiny(family)
-    predicted = trace(model, inputs, attention="cpu")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prediction_is_what_the_allocator_tells(family: str, checkpointing: bool) -> None:
+    """Peaks without checkpointing in float32, and kept bytes with it in bfloat16, too."""
+    model, inputs = tiny(family, torch.bfloat16 if checkpointing else torch.float32)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    traced = trace(model, inputs, attention="cpu")
     kept, peak = _allocator(model, inputs)
-    assert sum(predicted.live("forward").values()) - sum(predicted.live("load").values()) == kept
-    assert predicted.peak.bytes - sum(predicted.live("load").values()) == peak
-
-
-@pytest.mark.parametrize("family", ["flux", "sd3.5", "wan"])
-def test_kept_bytes_of_bfloat16_under_checkpointing_are_what_the_allocator_tells(family: str) -> None:
-    model, inputs = tiny(family, torch.bfloat16)
-    model.enable_gradient_checkpointing()
-    predicted = trace(model, inputs, attention="cpu")
-    kept, _ = _allocator(model, inputs)
+    load = sum(traced.live("load").values())
     # Each checkpoint also keeps the state of the CPU's random numbers, which is no tensor of the model's.
-    blocks = sum(type(m).__name__.endswith("TransformerBlock") for m in model.modules())
-    states = blocks * torch.get_rng_state().nbytes
-    assert sum(predicted.live("forward").values()) - sum(predicted.live("load").values()) + states == kept
+    blocks = sum(type(m).__name__.endswith("TransformerBlock") for m in model.modules()) if checkpointing else 0
+    assert sum(traced.live("forward").values()) - load + blocks * torch.get_rng_state().nbytes == kept
+    assert checkpointing or traced.peak.bytes - load == peak

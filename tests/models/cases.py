@@ -1,7 +1,7 @@
 """A recipe for each family on its tiny folder, and the same call of its pipeline."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import Prompt, load_prompts
 from dancegrpo_fast.recipe import LoraSettings, Recipe
 
-from ..train.tiny import recipe_of
+from ..train import tiny
 
 # Of different lengths.
 PROMPTS = ("a", "g r e e n", "b c d e f g")
@@ -22,133 +22,77 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """How a family is sampled.
-
-    Attributes:
-        family: as in recipes.
-        kind: of the sampler.
-        size: height, and width where that is not given.
-        guidance: its scale.
-        call: the pipeline's arguments that say the same.
-        width: in pixels.
-        frames: of the video.
-        targets: names of the modules that get LoRA.
-        patched: whether there are block ops for it.
-        image: the prompts have first frames.
-    """
+    """How a family is sampled: height and width, the scale of guidance, and its pipeline's call of the same."""
 
     family: str
-    kind: str
-    size: int
+    size: tuple[int, int]
     guidance: float
     call: dict[str, Any]
-    width: int | None = None
-    frames: int = 1
-    patched: bool = True
-    image: bool = False
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    @property
+    def image(self) -> bool:
+        """The prompts have first frames."""
+        return self.family == "skyreels_i2v"
 
 
+WITHOUT = {"negative_prompt": [NEGATIVE] * 2}
+CLIP = {"num_frames": 5, "max_sequence_length": 24}
 CASES = {
-    "flux": Case("flux", "dance_sde", 16, 3.5, {"guidance_scale": 3.5, "max_sequence_length": 12}),
-    "stable_diffusion": Case(
-        "stable_diffusion", "ddim", 16, 5.0, {"guidance_scale": 5.0, "negative_prompt": [NEGATIVE] * 2}, patched=False
-    ),
-    "hunyuan_video": Case(
-        "hunyuan_video",
-        "dance_sde",
-        32,
-        6.0,
-        {"guidance_scale": 6.0, "num_frames": 5, "max_sequence_length": 24},
-        frames=5,
-    ),
-    "skyreels_i2v": Case(
-        "skyreels_i2v",
-        "dance_sde",
-        32,
-        5.0,
-        {
-            "guidance_scale": 1.0,
-            "true_cfg_scale": 5.0,
-            "negative_prompt": [NEGATIVE] * 2,
-            "num_frames": 5,
-            "max_sequence_length": 24,
-        },
-        frames=5,
-        image=True,
-    ),
-    "sd3": Case(
-        "sd3",
-        "dance_sde",
-        16,
-        4.0,
-        {"guidance_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 12},
-    ),
-    "qwen_image": Case(
-        "qwen_image",
-        "dance_sde",
-        16,
-        4.0,
-        {"true_cfg_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 24},
-    ),
-    "wan": Case(
-        "wan",
-        "dance_sde",
-        16,
-        5.0,
-        {"guidance_scale": 5.0, "negative_prompt": [NEGATIVE] * 2, "num_frames": 5, "max_sequence_length": 12},
-        width=32,
-        frames=5,
-    ),
+    case.family: case
+    for case in (
+        Case("flux", (16, 16), 3.5, {"guidance_scale": 3.5, "max_sequence_length": 12}),
+        Case("stable_diffusion", (16, 16), 5.0, {"guidance_scale": 5.0} | WITHOUT),
+        Case("hunyuan_video", (32, 32), 6.0, {"guidance_scale": 6.0} | CLIP),
+        Case("skyreels_i2v", (32, 32), 5.0, {"guidance_scale": 1.0, "true_cfg_scale": 5.0} | WITHOUT | CLIP),
+        Case("sd3", (16, 16), 4.0, {"guidance_scale": 4.0, "max_sequence_length": 12} | WITHOUT),
+        Case("qwen_image", (16, 16), 4.0, {"true_cfg_scale": 4.0, "max_sequence_length": 24} | WITHOUT),
+        Case("wan", (16, 32), 5.0, {"guidance_scale": 5.0} | WITHOUT | CLIP | {"max_sequence_length": 12}),
+    )
 }
 
 
-def write_prompts(folder: Path, case: Case) -> Path:
-    """The prompt file; pictures of different sizes beside it where the family needs first frames."""
+def write_prompts(file: Path, case: Case) -> None:
+    """Pictures of different sizes beside the file where the family needs first frames."""
     rows = []
     for number, text in enumerate(PROMPTS):
-        row: dict[str, Any] = {"prompt": text}
+        rows.append({"prompt": text})
         if case.image:
-            row["image"] = f"{number}.png"
+            rows[-1]["image"] = f"{number}.png"
             pixels = torch.randint(0, 256, (20 + number, 30, 3), generator=torch.Generator().manual_seed(number))
-            Image.fromarray(pixels.byte().numpy()).save(folder / row["image"])
-        rows.append(row)
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+            Image.fromarray(pixels.byte().numpy()).save(file.with_name(f"{number}.png"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_recipe(case: Case, base: Path, output: Path, **changes: Any) -> Recipe:
     """`changes` are fields of any settings class. The run goes to `output`, prompts and images beside it."""
     output.parent.mkdir(exist_ok=True)
-    prompts = write_prompts(output.parent, case)
-
     if changes.pop("lora", False):
-        changes["lora"] = LoraSettings(rank=2, alpha=6, target_modules=case.targets)
+        changes["lora"] = LoraSettings(rank=2, alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     fixed = {
         "family": case.family,
-        "path": str(base),
+        "kind": "ddim" if case.family == "stable_diffusion" else "dance_sde",
         "prompt_cache": str(base.parent / "cache"),
         "max_text_tokens": case.call.get("max_sequence_length"),
-        "kind": case.kind,
         "num_steps": STEPS,
-        "eta": 0.5,
-        "height": case.size,
-        "width": case.width or case.size,
-        "frames": case.frames,
+        "height": case.size[0],
+        "width": case.size[1],
+        "frames": case.call.get("num_frames", 1),
         "guidance_scale": case.guidance,
         "negative_prompt": NEGATIVE,
         "iterations": 3,
         "prompts_per_iteration": 2,
         "group_size": 3,
-        "micro_batch": 4,
-        "learning_rate": 1e-3,
         "timestep_fraction": 0.5,
         "keep_checkpoints": 9,
-        "prompts": str(prompts),
-        "output_dir": str(output),
     }
-    return recipe_of(**fixed | changes)
+    recipe = tiny.make_recipe(base, output, **fixed | changes)
+    write_prompts(Path(recipe.prompts), case)
+    return recipe
+
+
+def shards(store: Path) -> list[list[str]]:
+    """The texts of each part of a prompt store."""
+    return [json.loads(path.read_text()) for path in store.glob("*.json") if path.stem != "identity"]
 
 
 def load(recipe: Recipe) -> tuple[Any, list[Prompt]]:

@@ -1,4 +1,4 @@
-"""Tiny FLUX, Stable Diffusion, HunyuanVideo and SkyReels folders as their pipelines save them; `BUILDERS`."""
+"""Tiny folders of every family as their pipelines save them, with weights drawn here; `BUILDERS`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,38 +7,35 @@ from typing import Any
 import pytest
 import torch
 
-from . import folders_more
-from .parts import (
-    LETTERS,
-    clip_encoder,
-    clip_tokenizer,
-    flux_transformer,
-    image_vae,
-    randomised,
-    t5_encoder,
-    t5_tokenizer,
-    unet,
-)
+from . import parts
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 WIDTH = 8
+# Of the VAEs of Qwen-Image and Wan.
+CAUSAL: dict[str, Any] = {
+    "z_dim": 4,
+    "dim_mult": [1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": (0.1, -0.2, 0.3, 0.0),
+    "latents_std": (1.5, 0.8, 1.1, 2.0),
+}
 
 
 def save_flux(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
-    transformer = flux_transformer(WIDTH, **{"guidance_embeds": True} | changes)
+    transformer = parts.flux_transformer(WIDTH, **{"guidance_embeds": True} | changes)
     diffusers.FluxPipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
         ),
-        randomised(image_vae(scaling_factor=0.8, shift_factor=0.1)),
-        clip_encoder(WIDTH, 8),
-        clip_tokenizer(8),
-        t5_encoder("T5", WIDTH),
-        t5_tokenizer(),
-        randomised(transformer),
+        parts.randomised(parts.image_vae(scaling_factor=0.8, shift_factor=0.1)),
+        parts.clip_encoder(WIDTH, 8),
+        parts.clip_tokenizer(8),
+        parts.t5_encoder("T5", WIDTH),
+        parts.t5_tokenizer(),
+        parts.randomised(transformer),
     ).save_pretrained(folder)
     return folder
 
@@ -55,10 +52,10 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
         prediction_type=prediction_type,
     )
     diffusers.StableDiffusionPipeline(
-        randomised(image_vae(scaling_factor=0.8)),
-        clip_encoder(WIDTH, 8),
-        clip_tokenizer(8),
-        randomised(unet(WIDTH)),
+        parts.randomised(parts.image_vae(scaling_factor=0.8)),
+        parts.clip_encoder(WIDTH, 8),
+        parts.clip_tokenizer(8),
+        parts.randomised(parts.unet(WIDTH)),
         scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -73,7 +70,7 @@ def _word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(DEFAULT_PROMPT_TEMPLATE["template"])}
-    words |= {"<|", *LETTERS}
+    words |= {"<|", *parts.LETTERS}
     tokens = ["<pad>", "<unk>", *sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -85,17 +82,7 @@ def _word_tokenizer() -> Any:
 def _hunyuan(folder: Path, pipeline: Any, **changes: Any) -> Path:
     torch.manual_seed(0)
     tokenizer = _word_tokenizer()
-    llama = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    llama = transformers.LlamaConfig(**parts.language_model(len(tokenizer), WIDTH, 3, 0))
     transformer = diffusers.HunyuanVideoTransformer3DModel(
         out_channels=4,
         num_attention_heads=2,
@@ -117,13 +104,13 @@ def _hunyuan(folder: Path, pipeline: Any, **changes: Any) -> Path:
         norm_num_groups=2,
     )
     pipeline(
-        randomised(transformers.LlamaModel(llama)),
+        parts.randomised(transformers.LlamaModel(llama)),
         tokenizer,
-        randomised(transformer),
-        randomised(vae),
+        parts.randomised(transformer),
+        parts.randomised(vae),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        clip_encoder(WIDTH, 77),
-        clip_tokenizer(77),
+        parts.clip_encoder(WIDTH, 77),
+        parts.clip_tokenizer(77),
     ).save_pretrained(folder)
     return folder
 
@@ -137,10 +124,106 @@ def save_skyreels(folder: Path, **changes: Any) -> Path:
     return _hunyuan(folder, pipeline, **{"in_channels": 8, "guidance_embeds": True} | changes)
 
 
+def save_sd3(folder: Path, **scheduler: Any) -> Path:
+    """SD3.5's architecture: QK norms, and a second attention in the first block."""
+    torch.manual_seed(0)
+    vae = parts.image_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+    text = {"num_hidden_layers": 2, "projection_dim": 8}
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    diffusers.StableDiffusion3Pipeline(
+        parts.randomised(transformer),
+        diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
+        parts.randomised(vae),
+        parts.clip_encoder(8, **text),
+        parts.clip_tokenizer(),
+        parts.clip_encoder(8, **text),
+        parts.clip_tokenizer(),
+        parts.t5_encoder("T5", 24),
+        parts.t5_tokenizer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_qwen_image(folder: Path) -> Path:
+    """Tokens are bytes, so that the chat template takes two hundred of them."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    torch.manual_seed(0)
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = transformers.Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [])
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = parts.language_model(len(tokens), 16, 1, 256) | {"rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, temperal_downsample=[False], **CAUSAL)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    diffusers.QwenImagePipeline(
+        scheduler,
+        parts.randomised(vae),
+        parts.randomised(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer,
+        parts.randomised(transformer),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, temperal_downsample=[True], scale_factor_temporal=2, scale_factor_spatial=2, **CAUSAL
+    )
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=24,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    diffusers.WanPipeline(
+        parts.t5_tokenizer(),
+        parts.t5_encoder("UMT5", 16),
+        parts.randomised(vae),
+        scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        parts.randomised(transformer),
+        **pipeline,
+    ).save_pretrained(folder)
+    return folder
+
+
 BUILDERS: dict[str, Callable[..., Path]] = {
     "flux": save_flux,
     "stable_diffusion": save_stable_diffusion,
     "hunyuan_video": save_hunyuan_video,
     "skyreels_i2v": save_skyreels,
-    **folders_more.BUILDERS,
+    "sd3": save_sd3,
+    "qwen_image": save_qwen_image,
+    "wan": save_wan,
 }

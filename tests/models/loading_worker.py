@@ -3,14 +3,11 @@
 Usage: loading_worker.py FOLDER RANK, with recipes as `FOLDER/<name>.json`.
 """
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -41,17 +38,12 @@ def run(recipe_file: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, rank: str) -> None:
-    from accelerate.state import AcceleratorState
+    from tests.train.parallel_worker import group
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=100), rank=int(rank), world_size=2)
     for file in sorted(folder.glob("*.json")):
-        torch.save(run(file), folder / f"{file.stem}.{rank}")
-        AcceleratorState._reset_state(reset_partial_state=True)
-    dist.barrier()
-    dist.destroy_process_group()
+        with group(folder, file.stem, True, int(rank)):
+            torch.save(run(file), folder / f"{file.stem}.{rank}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ def clip_encoder(width: int, positions: int = 12, **settings: Any) -> nn.Module:
     return randomised(made(config))
 
 
+def language_model(words: int, width: int, layers: int, end: int) -> dict[str, Any]:
+    """The settings of one whose sequences begin, end and are filled with the token `end`."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"vocab_size": words, "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": layers}
+    return sizes | heads | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), end)
+
+
 def t5_tokenizer() -> Any:
     """A letter is a token."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0)]

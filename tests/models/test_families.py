@@ -20,8 +20,7 @@ from dancegrpo_fast.train.draw import Draw
 
 from ..tolerances import assert_same_frames, assert_same_sample
 from .cases import CASES, NEGATIVE, STEPS, Case, load, make_recipe
-from .folders import diffusers, save_flux, save_hunyuan_video, save_skyreels, save_stable_diffusion
-from .folders_more import save_qwen_image, save_sd3, save_wan
+from .folders import BUILDERS, diffusers
 
 Base = Callable[[str], Path]
 families = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -80,30 +79,26 @@ def test_the_ode_and_its_frames_are_the_pipelines(base: Base, tmp_path: Path, ca
     check_sample(case, base(case.family), tmp_path / "run", case.call)
 
 
-VARIANTS = {
-    "flux without guidance": ("flux", save_flux, {"guidance_embeds": False}, {}, {"guidance_scale": 1.0}),
-    "v prediction": ("stable_diffusion", save_stable_diffusion, {"prediction_type": "v_prediction"}, {}, {}),
-    "no guidance": ("stable_diffusion", save_stable_diffusion, {}, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
-    "image of a video model": ("hunyuan_video", save_hunyuan_video, {}, {"num_frames": 1}, {"frames": 1}),
-    "skyreels without embedding": ("skyreels_i2v", save_skyreels, {"guidance_embeds": False}, {}, {}),
-    "sd3 without guidance, a shift of the size": (
-        "sd3",
-        save_sd3,
-        {"use_dynamic_shifting": True},
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 1.0},
-    ),
-    "qwen without guidance": ("qwen_image", save_qwen_image, {}, {"true_cfg_scale": 1.0}, {"guidance_scale": 1.0}),
-    "wan without guidance": ("wan", save_wan, {}, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
-    "wan with a time for each token": ("wan", save_wan, {"expand_timesteps": True}, {}, {}),
+ONE = {"guidance_scale": 1.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "flux without guidance": ("flux", {"guidance_embeds": False}, {}, ONE),
+    "v prediction": ("stable_diffusion", {"prediction_type": "v_prediction"}, {}, {}),
+    "no guidance": ("stable_diffusion", {}, ONE, ONE),
+    "image of a video model": ("hunyuan_video", {}, {"num_frames": 1}, {"frames": 1}),
+    "skyreels without embedding": ("skyreels_i2v", {"guidance_embeds": False}, {}, {}),
+    "sd3 without guidance, a shift of the size": ("sd3", {"use_dynamic_shifting": True}, ONE, ONE),
+    "qwen without guidance": ("qwen_image", {}, {"true_cfg_scale": 1.0}, ONE),
+    "wan without guidance": ("wan", {}, ONE, ONE),
+    "wan with a time for each token": ("wan", {"expand_timesteps": True}, {}, {}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_are_the_pipelines(tmp_path: Path, variant: str) -> None:
-    family, build, settings, call, changes = VARIANTS[variant]
+    """The folder's settings, the call's, and the recipe's."""
+    family, settings, call, changes = VARIANTS[variant]
     case = CASES[family]
-    check_sample(case, build(tmp_path / "base", **settings), tmp_path / "run", case.call | call, **changes)
+    check_sample(case, BUILDERS[family](tmp_path / "base", **settings), tmp_path / "run", case.call | call, **changes)
 
 
 @families

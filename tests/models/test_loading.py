@@ -27,42 +27,34 @@ from dancegrpo_fast.train.residence import Residence
 
 from ..processes import together
 from ..train.tiny import reward
-from .cases import CASES, PROMPTS, load, make_recipe
+from .cases import CASES, PROMPTS, load, make_recipe, shards
+from .checks import CPU
 from .folders import diffusers
 
 Base = Callable[[str], Path]
-CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("loading_worker.py")
 RECIPES = Path(__file__).parents[2] / "recipes"
-MASKED = [name for name in CASES if name in ("hunyuan_video", "skyreels_i2v", "qwen_image")]
 
 
 def texts_in(store: Any) -> set[str]:
-    files = [path for path in store.folder.glob("*.json") if path.stem != "identity"]
-    return {text for path in files for text in json.loads(path.read_text())}
+    return {text for texts in shards(store.folder) for text in texts}
 
 
 def test_parts_are_on_the_device_when_they_run(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[Any] = []
     last: list[Any] = [None]
 
-    def watch(owner: Any, method: str, before: Callable[[], None]) -> None:
+    def watch(owner: Any, method: str, part: str) -> None:
         original = getattr(owner, method)
 
         def runs(*arguments: Any, **keywords: Any) -> Any:
-            before()
+            # Before there is a residence, all is on the device.
+            assert last[0] in (None, part)
+            if method == "encode":
+                encoded.append(last[0])
             return original(*arguments, **keywords)
 
         monkeypatch.setattr(owner, method, runs)
-
-    def on_device(part: str) -> Callable[[], None]:
-        def check() -> None:
-            if part == "encoder":
-                encoded.append(last[0])
-            # Before there is a residence, all is on the device.
-            assert last[0] in (None, "vae" if part == "encoder" else part)
-
-        return check
 
     use = Residence.use
 
@@ -71,24 +63,17 @@ def test_parts_are_on_the_device_when_they_run(base: Base, tmp_path: Path, monke
         use(self, needed)
 
     monkeypatch.setattr(Residence, "use", used)
-    watch(diffusers.AutoencoderKLHunyuanVideo, "encode", on_device("encoder"))
-    watch(diffusers.AutoencoderKLHunyuanVideo, "decode", on_device("vae"))
-    watch(diffusers.HunyuanVideoTransformer3DModel, "forward", on_device("denoiser"))
-    recipe = make_recipe(
-        CASES["skyreels_i2v"],
-        base("skyreels_i2v"),
-        tmp_path / "run",
-        offload=["denoiser", "vae"],
-        prompts_per_iteration=1,
-        micro_batch=2,
-        group_size=2,
-        evaluation=EvaluationSettings(samples_per_prompt=2, grid_samples=2, rewards=[reward("Brightness")]),
-    )
+    watch(diffusers.AutoencoderKLHunyuanVideo, "encode", "vae")
+    watch(diffusers.AutoencoderKLHunyuanVideo, "decode", "vae")
+    watch(diffusers.HunyuanVideoTransformer3DModel, "forward", "denoiser")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "judged.png")
-    judged = tmp_path / "judged.jsonl"
-    judged.write_text(json.dumps({"prompt": "a", "image": "judged.png"}) + "\n")
-    assert recipe.evaluation is not None
-    Trainer(replace(recipe, evaluation=replace(recipe.evaluation, prompts=str(judged)))).run()
+    (judged := tmp_path / "judged.jsonl").write_text(json.dumps({"prompt": "a", "image": "judged.png"}) + "\n")
+    evaluation = EvaluationSettings(
+        prompts=str(judged), samples_per_prompt=2, grid_samples=2, rewards=[reward("Brightness")]
+    )
+    small = {"offload": ["denoiser", "vae"], "prompts_per_iteration": 1, "micro_batch": 2, "group_size": 2}
+    skyreels = CASES["skyreels_i2v"], base("skyreels_i2v")
+    Trainer(make_recipe(*skyreels, tmp_path / "run", evaluation=evaluation, **small)).run()
     # One while the model is set up, one when its rows are compared, the evaluation's, and the last iteration's.
     assert encoded == [None, "vae", "vae", "vae"]
 
@@ -103,9 +88,7 @@ def test_prompts_of_a_run_are_those_of_its_iterations() -> None:
 
 def test_a_run_encodes_what_it_reaches_and_its_continuation_the_rest(base: Base, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"prompts_per_iteration": 1, "micro_batch": 3, "prompt_cache": str(tmp_path / "cache")}
-    recipe = make_recipe(
-        CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run", **settings | {"iterations": 1}
-    )
+    recipe = make_recipe(CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run", iterations=1, **settings)
     first = Trainer(recipe)
     reached = [prompt.text for prompt in prompts_of_run(first.prompts, 1, 3, recipe.seed)]
     assert texts_in(first.model._store) == {reached[0]}  # type: ignore[attr-defined]
@@ -119,7 +102,7 @@ def test_a_run_encodes_what_it_reaches_and_its_continuation_the_rest(base: Base,
     longer.run()
 
 
-@pytest.mark.parametrize("family", MASKED)
+@pytest.mark.parametrize("family", ["hunyuan_video", "skyreels_i2v", "qwen_image"])
 def test_tokens_are_counted_as_the_pipeline_counts_them(base: Base, tmp_path: Path, family: str) -> None:
     recipe = make_recipe(CASES[family], base(family), tmp_path / "run", max_text_tokens=256)
     prompts = load_prompts(recipe.prompts)
@@ -267,7 +250,6 @@ def test_under_fsdp_one_process_loads_and_all_have_the_weights(base: Base, tmp_p
         recipe = make_recipe(CASES[family], base(family), tmp_path / family, micro_batch=2, **changes)
         plain[family] = load(recipe)[0].denoiser
         recipe.model.prompt_cache = str(tmp_path / "cache")
-        recipe.rewards[0].name = "tests.train.tiny:Brightness"
         (tmp_path / f"{family}.json").write_text(json.dumps(recipe.as_dict()))
     together([[sys.executable, str(WORKER), str(tmp_path), rank] for rank in "01"], tmp_path)
     for family, denoiser in plain.items():

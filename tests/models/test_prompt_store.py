@@ -18,7 +18,7 @@ from dancegrpo_fast.models.prompt_store import PromptStore, given_identity
 from dancegrpo_fast.recipe import Recipe
 
 from ..processes import together
-from .cases import CASES, PROMPTS, load
+from .cases import CASES, PROMPTS, load, shards
 from .cases import make_recipe as plain_recipe
 
 WORKER = Path(__file__).with_name("prompt_store_worker.py")
@@ -67,8 +67,7 @@ def test_only_missing_prompts_are_encoded(tmp_path: Path) -> None:
 def test_a_shard_holds_a_thousand_prompts(tmp_path: Path) -> None:
     texts = [str(number) for number in range(1500)]
     PromptStore(tmp_path / "store", IDENTITY).add(texts, {"embeds": torch.arange(1500.0)[:, None]})
-    lists = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*.json") if path.stem != "identity"]
-    assert sorted(len(part) for part in lists) == [500, 1000]
+    assert sorted(map(len, shards(tmp_path / "store"))) == [500, 1000]
     found = PromptStore(tmp_path / "store", IDENTITY).rows(["1499", "0", "1000"], ["embeds"])["embeds"]
     assert found.flatten().tolist() == [1499.0, 0.0, 1000.0]
 
@@ -82,8 +81,7 @@ def test_a_shard_of_large_rows_holds_fewer(tmp_path: Path, monkeypatch: pytest.M
     every = {name: torch.cat([row(text)[name] for text in texts]) for name in row("a")}
     PromptStore(tmp_path / "added", IDENTITY).add(texts, every)
     for folder in ("encoded", "added"):
-        files = [path for path in (tmp_path / folder).glob("*.json") if path.stem != "identity"]
-        assert sorted(len(json.loads(path.read_text())) for path in files) == [1, 2, 2]
+        assert sorted(map(len, shards(tmp_path / folder))) == [1, 2, 2]
         found = PromptStore(tmp_path / folder, IDENTITY).rows(texts, ["embeds", "mask"])
         assert all(torch.equal(found[name], every[name]) for name in every)
     assert calls == ["load", *texts]
@@ -93,14 +91,11 @@ def test_a_crash_loses_the_shard_in_the_making_and_nothing_else(tmp_path: Path) 
     store = PromptStore(tmp_path / "store", IDENTITY)
     store.add(["a"], row("a"))
 
-    def load_broken() -> Callable[[str], Mapping[str, Tensor]]:
-        def encode(text: str) -> Mapping[str, Tensor]:
-            raise RuntimeError("out of memory")
-
-        return encode
+    def encode(text: str) -> Mapping[str, Tensor]:
+        raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        store.encode(["a", "bb"], load_broken)
+        store.encode(["a", "bb"], lambda: encode)
     # What a crash between the two files of a shard leaves: tensors without their list of texts.
     (orphan,) = (tmp_path / "store").glob("*.safetensors")
     shutil.copy(orphan, tmp_path / "store" / "0123456789abcdef.safetensors")
@@ -135,42 +130,37 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def damage(folder: Path, how: str) -> None:
-    (shard,) = folder.glob("*.safetensors")
-    texts = shard.with_suffix(".json")
-    if how == "cut":
-        shard.write_bytes(shard.read_bytes()[:-4])
-    elif how == "gone":
-        shard.unlink()
-    elif how == "garbled list":
-        texts.write_text('["a"')
-    elif how == "other length":
-        texts.write_text('["a", "b"]')
-    elif how == "no identity":
-        (folder / "identity.json").unlink()
-    elif how == "other tensors":
-        PromptStore(folder, IDENTITY).add(["b"], {"other": torch.zeros(1, 1)})
-    else:
-        (folder / "identity.json").write_text(json.dumps(dict(given_identity("sd3"))))
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("cut", r"damaged file .*safetensors .*want it whole, or .* made again"),
-        ("gone", r"damaged file .*safetensors"),
-        ("garbled list", r"damaged file .*json"),
-        ("other length", r"damaged file .*another number of texts"),
-        ("other tensors", r"damaged file .*tensors"),
-        ("no identity", r"want a folder with identity\.json in it"),
-        ("foreign", r"made from another model or settings \(\['family'\]\)"),
-    ],
-)
-def test_damaged_and_foreign_folders(tmp_path: Path, how: str, message: str) -> None:
-    PromptStore(tmp_path / "store", IDENTITY).add(["a"], row("a"))
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut": (
+        lambda shard: shard.write_bytes(shard.read_bytes()[:-4]),
+        r"damaged file .*safetensors .*want it whole",
+    ),
+    "gone": (Path.unlink, r"damaged file .*safetensors .* made again"),
+    "garbled list": (lambda shard: shard.with_suffix(".json").write_text('["a"'), r"damaged file .*json"),
+    "other length": (lambda shard: shard.with_suffix(".json").write_text('["a", "b"]'), "another number of texts"),
     # Tensors of other names are refused where they are added.
+    "other tensors": (
+        lambda shard: PromptStore(shard.parent, IDENTITY).add(["b"], {"other": torch.zeros(1, 1)}),
+        r"damaged file .*tensors",
+    ),
+    "no identity": (
+        lambda shard: shard.with_name("identity.json").unlink(),
+        r"want a folder with identity\.json",
+    ),
+    "foreign": (
+        lambda shard: shard.with_name("identity.json").write_text(json.dumps(dict(given_identity("sd3")))),
+        r"made from another model or settings \(\['family'\]\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_and_foreign_folders(tmp_path: Path, how: str) -> None:
+    PromptStore(tmp_path / "store", IDENTITY).add(["a"], row("a"))
+    (shard,) = (tmp_path / "store").glob("*.safetensors")
+    damage, message = DAMAGES[how]
     with pytest.raises(ValueError, match=message):
-        damage(tmp_path / "store", how)
+        damage(shard)
         PromptStore(tmp_path / "store", IDENTITY)
 
 

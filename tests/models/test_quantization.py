@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.cases import Case
 from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.base import DiffusersModel
@@ -17,9 +16,9 @@ from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import ModelSettings, load_recipe
 from dancegrpo_fast.train.loop import Trainer
 
+from ..memory.small import case_of
 from ..train.tiny import LoraSettings, make_recipe
-from . import checks_more as checks
-from .planned import least_gib, pieces
+from . import checks
 
 KINDS = ("nf4", "int8", "fp8")
 LORA = LoraSettings(rank=2, alpha=2)
@@ -52,10 +51,7 @@ def test_weights_are_stored_as_the_planner_counts_them(flux: Path, tmp_path: Pat
     assert denoiser.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == expected
     assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.bfloat16}
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(denoiser)}
-    case = Case(
-        str(flux), 1, 64, 64, 1, None, "bf16", 2, tuple(LORA.target_modules), "bf16", "cpu", "off", "gelu", True
-    )
-    assert sum(held.values()) == quantised(case, kind).stored
+    assert sum(held.values()) == quantised(case_of(flux, lora=2, kernel="cpu"), kind).stored
 
 
 def _tensors(denoiser: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -119,9 +115,9 @@ def test_the_recipe_for_a_small_card(flux: Path, tmp_path: Path, capsys: pytest.
         output_dir=str(tmp_path / "plain"),
     )
     Trainer(plain).run()
-    asked = pieces(tiny, cast(DiffusersModel, load_model(tiny, checks.CPU, [Prompt("red", {})])))
+    asked = checks.pieces(tiny, cast(DiffusersModel, load_model(tiny, checks.CPU, [Prompt("red", {})])))
     full = asked.training(compose(asked.replay, "full", host_inputs=True))
-    tight = least_gib(asked, max(phase.bytes for phase in full) + 1)
+    tight = checks.least_gib(asked, max(phase.bytes for phase in full) + 1)
     capsys.readouterr()
     Trainer(replace(tiny, model=replace(model, memory_gib=tight))).run()
     said = capsys.readouterr().out

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from dancegrpo_fast import transitions
+from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided
 from dancegrpo_fast.models.grids import to_frames
-from dancegrpo_fast.prompts import load_prompts
+from dancegrpo_fast.prompts import Prompt, load_prompts
 
 from .cases import CASES, NEGATIVE, PROMPTS, load, make_recipe
-from .folders import diffusers, save_flux, save_skyreels
+from .checks import CPU
+from .folders import diffusers, save_flux, save_skyreels, save_wan
 
 Base = Callable[[str], Path]
 
@@ -28,6 +30,8 @@ Base = Callable[[str], Path]
         ("flux", {"width": 18}, r"sampler: got height 16, width 18, want multiples of 4"),
         ("flux", {"frames": 5}, r"sampler.frames: got 5, want 1 for an image model"),
         ("stable_diffusion", {"width": 18}, r"sampler: got height 16, width 18, want multiples of 4"),
+        ("wan", {"frames": 4}, r"sampler.frames: got 4, want 2 n \+ 1"),
+        ("wan", {"width": 10}, "sampler: got height 16, width 10, want multiples of 4"),
         ("stable_diffusion", {"max_text_tokens": 9}, r"model.max_text_tokens: got 9, want null"),
     ],
 )
@@ -47,7 +51,21 @@ def test_a_shift_replaces_the_pipelines_schedule(base: Base, tmp_path: Path, fam
     assert model.table(recipe.sampler, deterministic=True).is_deterministic
 
 
-def test_guidance_that_a_model_cannot_have(base: Base, tmp_path: Path) -> None:
+def test_the_shift_of_a_multistep_scheduler_is_taken(tmp_path: Path) -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    recipe = make_recipe(CASES["wan"], save_wan(tmp_path / "base", scheduler), tmp_path / "run")
+    assert torch.equal(load(recipe)[0].table(recipe.sampler).times, transitions.shifted_sigmas(3, 5.0)[:-1])
+
+
+def test_a_wan_of_two_transformers_is_refused(tmp_path: Path) -> None:
+    folder = save_wan(tmp_path / "base", boundary_ratio=0.9)
+    with pytest.raises(ValueError, match="a Wan of two transformers, want one of one"):
+        load(make_recipe(CASES["wan"], folder, tmp_path / "run"))
+
+
+def test_guidance_that_a_model_cannot_have(tmp_path: Path) -> None:
     folder = save_flux(tmp_path / "base", guidance_embeds=False)
     model, _ = load(make_recipe(CASES["flux"], folder, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"sampler.guidance_scale: got 3.5, want 1 for a FLUX without"):
@@ -69,6 +87,18 @@ def test_text_is_cut_after_the_longest_prompt_of_the_run(base: Base, tmp_path: P
     recipe = make_recipe(case, base("skyreels_i2v"), tmp_path / "run", negative_prompt=" ".join("abcdefghi"))
     model, prompts = load(recipe)
     assert model.encode(prompts)["prompt_mask"].shape[1] == 7 + 9
+
+
+def test_qwen_images_text_is_as_long_as_the_longest_prompt_of_the_run(base: Base, tmp_path: Path) -> None:
+    unguided: dict[str, Any] = {"guidance_scale": 1.0, "max_text_tokens": None}
+    recipe = make_recipe(CASES["qwen_image"], base("qwen_image"), tmp_path / "run", **unguided)
+    short, longer = Prompt("b", {}), Prompt("a red fox", {})
+    both = load_model(recipe, CPU, [short, longer])
+    lengths = [both.encode([prompt])["prompt_embeds"].shape[1] for prompt in (short, longer)]
+    used = [int(both.encode([prompt])["prompt_embeds_mask"].sum()) for prompt in (short, longer)]
+    assert lengths == [used[1]] * 2 and used[1] - used[0] == len("a red fox") - len("b")
+    embeds = load_model(recipe, CPU, [short]).encode([short])["prompt_embeds"]
+    assert torch.equal(both.encode([short])["prompt_embeds"][:, : used[0]], embeds)
 
 
 def test_tiles(base: Base, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, Recipe, RewardSettings
 
 from ..train.tiny import make_recipe, reward
-from . import checks_more as checks
-from .planned import least_gib, pieces
+from . import checks
 
 # The planner keeps whole bytes of margins.
 SLACK = 64
@@ -50,14 +49,14 @@ def test_policies_change_no_bit(flux: Path, unchanged: Path, tmp_path: Path, cha
 
 def test_auto_takes_what_fits(flux: Path, unchanged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, model = loaded(flux, tmp_path, micro_batch=4, prompts_per_iteration=2, group_size=2, num_steps=3, **BF16)
-    iteration = pieces(recipe, model)
+    iteration = checks.pieces(recipe, model)
     bare, full = (
         max(phase.bytes for phase in iteration.training(compose(iteration.replay, policy)))
         for policy in ("none", "full")
     )
     assert full < bare
     for name, size in (("none", bare), ("mixed", (bare + full) // 2)):
-        gib = least_gib(iteration, size + SLACK)
+        gib = checks.least_gib(iteration, size + SLACK)
         checks.train(flux, tmp_path / name, checkpointing="auto", memory_gib=gib, **BF16)
         said = capsys.readouterr().out.splitlines()[0]
         assert said.startswith("checkpointing ") and "of 0.7" in said
@@ -76,10 +75,9 @@ def test_auto_refuses_what_does_not_fit(flux: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_recomputed_without_training(flux: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(flux, tmp_path / "run", checkpointing="full")
-    prompts = [Prompt("red", {})]
+    recipe, _ = loaded(flux, tmp_path, checkpointing="full")
     for training in (True, False):
-        model: Any = load_model(recipe, checks.CPU, prompts, training=training)
+        model: Any = load_model(recipe, checks.CPU, [Prompt("red", {})], training=training)
         assert model.denoiser.gradient_checkpointing is training
 
 
@@ -99,9 +97,9 @@ def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
 ) -> None:
     recipe, model = loaded(flux, tmp_path, height=64, width=64)
     assert not model.vae.use_tiling
-    iteration = pieces(recipe, model)
+    iteration = checks.pieces(recipe, model)
     whole = iteration.decoding().bytes
-    enough, small = (least_gib(iteration, size) for size in (whole + SLACK, whole - SLACK))
+    enough, small = (checks.least_gib(iteration, size) for size in (whole + SLACK, whole - SLACK))
     assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=enough)[1].vae.use_tiling
     assert capsys.readouterr().out == ""
     assert loaded(flux, tmp_path, height=64, width=64, memory_gib=small)[1].vae.use_tiling

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from dancegrpo_fast.activations import checkpointing
 
+from ..compat.cases import seeded
 from ..models.folders import save_flux
 from ..patch.models import TINY, assert_same_bits, run
 from ..tolerances import assert_same_sample, assert_within_budget, chain_error
@@ -66,8 +67,7 @@ def test_steps(flow_factory, capsys, dynamics: str, dtype: torch.dtype) -> None:
         given = call(ours, index, dtype)
         found = []
         for scheduler in (ours, plain):
-            torch.manual_seed(5)
-            found.append(fields(scheduler.step(**given)) | {"state": torch.get_rng_state()})
+            found.append(fields(seeded(5, scheduler.step, **given)) | {"state": torch.get_rng_state()})
         mine, other = found
         assert torch.equal(mine.pop("state"), other.pop("state"))
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
@@ -79,8 +79,7 @@ def test_steps(flow_factory, capsys, dynamics: str, dtype: torch.dtype) -> None:
         for key in ("std_dev_t", "dt"):
             one, want = mine[key].flatten()[:1], getattr(scored, key).flatten()[:1]
             assert_within_budget(one, want.double(), want, chain_error(want.double(), torch.float32))
-        torch.manual_seed(5)
-        sampled = truth(dynamics, given).next_latents
+        sampled = seeded(5, truth, dynamics, given).next_latents
         rounding = 0.0 if dtype == torch.float32 else chain_error(sampled, dtype)
         assert_within_budget(mine["next_latents"], sampled, other["next_latents"], rounding)
     method = f"{theirs().step.__module__} FlowMatchEulerDiscreteSDEScheduler.step"
@@ -95,10 +94,8 @@ def test_the_scheduler_of_wan(flow_factory) -> None:
     plain = sys.modules["flow_factory.scheduler"].UniPCMultistepSDEScheduler
     assert issubclass(flow_factory.UniPCMultistepSDEScheduler, plain)
     ours, other = (ready(cls, **flow) for cls in (flow_factory.UniPCMultistepSDEScheduler, plain))
-    given, found = call(ours, 2, torch.bfloat16), []
-    for scheduler in (ours, other):
-        torch.manual_seed(5)
-        found.append(fields(scheduler.step(**given)))
+    given = call(ours, 2, torch.bfloat16)
+    found = [fields(seeded(5, scheduler.step, **given)) for scheduler in (ours, other)]
     for key in ("next_latents_mean", "std_dev_t", "dt", "log_prob"):
         assert_same_sample(found[0][key], found[1][key])
     assert_on_policy(ours, given, found[0])
@@ -136,10 +133,7 @@ def test_what_is_not_scored_is_theirs(flow_factory, capsys, way: str) -> None:
         changes |= {"return_kwargs": [name, "next_latents_mean"]}
         ours.eval()
         plain.eval()
-    found = []
-    for scheduler in (ours, plain):
-        torch.manual_seed(5)
-        found.append(scheduler.step(**call(scheduler, 1, torch.bfloat16, **changes)))
+    found = [seeded(5, one.step, **call(one, 1, torch.bfloat16, **changes)) for one in (ours, plain)]
     for key in changes["return_kwargs"]:
         assert torch.equal(*(getattr(result, key) for result in found))
     assert capsys.readouterr().err == ""

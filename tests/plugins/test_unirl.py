@@ -10,6 +10,7 @@ from dancegrpo_fast import transitions
 from dancegrpo_fast.kernels.transition import reference
 from dancegrpo_fast.plugins import _rows
 
+from ..compat.cases import seeded
 from ..tolerances import assert_within_budget
 from . import engines
 
@@ -22,10 +23,8 @@ SHAPE = (6, 4, 6, 5)
 def call(i: int, dtype: torch.dtype, **changes):
     torch.manual_seed(i)
     sample, output = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(torch.bfloat16)
-    settings = {"eta": 0.7, "sigma_max": SIGMAS[1].float(), "step_index": i}
-    return (
-        {"noise_pred": output, "sample": sample, "sigma": SIGMAS[i], "sigma_next": SIGMAS[i + 1]} | settings | changes
-    )
+    tensors = {"noise_pred": output, "sample": sample, "sigma": SIGMAS[i], "sigma_next": SIGMAS[i + 1]}
+    return tensors | {"eta": 0.7, "sigma_max": SIGMAS[1].float(), "step_index": i} | changes
 
 
 def theirs(name: str):
@@ -44,15 +43,12 @@ def truth(name: str, given: dict, prev_sample: torch.Tensor | None = None):
 @pytest.mark.parametrize("i", [0, 3, 6])
 def test_steps(unirl, name: str, dtype: torch.dtype, i: int) -> None:
     ours, given = getattr(unirl, name)(), call(i, dtype)
-    torch.manual_seed(9)
-    after, log_prob, mean = ours.denoise(**given)
+    after, log_prob, mean = seeded(9, ours.denoise, **given)
     state = torch.get_rng_state()
-    torch.manual_seed(9)
-    plain = theirs(name).denoise(**given)
+    plain = seeded(9, theirs(name).denoise, **given)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(after, after.to(dtype).float())
-    torch.manual_seed(9)
-    assert_within_budget(after, truth(name, given)[0], plain[0])
+    assert_within_budget(after, seeded(9, truth, name, given)[0], plain[0])
     exact = truth(name, given, after)
     assert_within_budget(mean, exact[2], plain[2])
     again = theirs(name).denoise(**given, prev_sample=after)
@@ -86,9 +82,7 @@ def test_each_sample_may_be_at_its_own_sigma(unirl) -> None:
     given = call(0, torch.float32, sigma=SIGMAS[rows], sigma_next=SIGMAS[rows + 1])
     after, old, mean = ours.denoise(**given)
     for row in range(len(rows)):
-        one = {
-            k: v[row : row + 1] if k in ("noise_pred", "sample", "sigma", "sigma_next") else v for k, v in given.items()
-        }
+        one = given | {k: given[k][row : row + 1] for k in ("noise_pred", "sample", "sigma", "sigma_next")}
         alone = ours.denoise(**one, prev_sample=after[row : row + 1])
         assert torch.equal(alone[1], old[row : row + 1]) and torch.equal(alone[2], mean[row : row + 1])
 

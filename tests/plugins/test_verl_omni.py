@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ..compat.cases import seeded
 from ..patch.models import TINY
 from ..tolerances import assert_same_sample, assert_within_budget, chain_error
 from . import engines
@@ -49,10 +50,8 @@ def draw(seed: int) -> torch.Tensor:
 def test_steps(kept, verl_omni, kind: str, index: int) -> None:
     made, sample, output = scheduler(index), draw(1), draw(2)
     settings = {"sample": sample, "model_output": output, "sde_type": kind, "noise_level": 0.6, "return_sqrt_dt": True}
-    torch.manual_seed(5)
-    found = made.sample_previous_step(**settings)
-    torch.manual_seed(5)
-    plain = kept["step"](made, **settings)
+    found = seeded(5, made.sample_previous_step, **settings)
+    plain = seeded(5, kept["step"], made, **settings)
     assert [v.shape for v in found] == [v.shape for v in plain]
     times = made.timesteps[[index] * SHAPE[0]]
     output = output.requires_grad_()
@@ -81,19 +80,16 @@ def test_packed_requests_are_ours_too(kept, verl_omni, kind: str) -> None:
     """Samples outside of their windows have level 0; in it they are what one level for all gives, to the bit."""
     made, levels = scheduler(), torch.tensor([0.6, 0.0, 0.6, 0.35]).reshape(-1, 1, 1)
     settings = {"sample": draw(1), "model_output": draw(2), "sde_type": kind, "return_sqrt_dt": True}
-    torch.manual_seed(5)
-    found = made.sample_previous_step(**settings, noise_level=levels)
+    found = seeded(5, made.sample_previous_step, **settings, noise_level=levels)
     state = torch.get_rng_state()
-    torch.manual_seed(5)
-    plain = kept["step"](made, **settings, noise_level=levels)
+    plain = seeded(5, kept["step"], made, **settings, noise_level=levels)
     assert torch.equal(state, torch.get_rng_state())
     assert [(v.shape, v.dtype) for v in found] == [(v.shape, v.dtype) for v in plain]
     assert_same_sample(found[0], plain[0])
     assert_same_sample(found[2], plain[2])
     for row in (0, 2, 3):
-        torch.manual_seed(5)
         level = round(levels[row].item(), 2)
-        alone = made.sample_previous_step(**settings, noise_level=level)
+        alone = seeded(5, made.sample_previous_step, **settings, noise_level=level)
         assert torch.equal(found[0][row], alone[0][row]) and torch.equal(found[1][row], alone[1][row])
         times = made.timesteps[[2] * SHAPE[0]]
         again = made.sample_previous_step(
@@ -116,11 +112,8 @@ def test_another_arithmetic_stays(kept, capsys, monkeypatch, request) -> None:
     request.getfixturevalue("small_verl_omni")
     made, settings = scheduler(), {"sample": draw(1), "model_output": draw(2)}
     for level in (torch.tensor([0.6, 0.0, 0.6, 0.35]).reshape(-1, 1, 1), 0.6):
-        found = []
-        for step in (made.sample_previous_step, functools.partial(louder, made)):
-            torch.manual_seed(5)
-            found.append(step(**settings, noise_level=level))
-        assert torch.equal(found[0][0], found[1][0])
+        steps = (made.sample_previous_step, functools.partial(louder, made))
+        assert torch.equal(*(seeded(5, step, **settings, noise_level=level)[0] for step in steps))
     assert "not replaced: " in capsys.readouterr().err
 
 
@@ -130,11 +123,8 @@ def test_what_is_not_ours_goes_to_theirs(kept, small_verl_omni, capsys) -> None:
     replay = {"timestep": times, "prev_sample": draw(3), "noise_level": level}
     for changes in ({"per_token_timesteps": torch.zeros(1)}, replay):
         for _ in range(2):
-            torch.manual_seed(5)
-            found = made.sample_previous_step(**settings, **changes)
-            torch.manual_seed(5)
-            plain = kept["step"](made, **settings, **changes)
-            assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+            steps = (made.sample_previous_step, functools.partial(kept["step"], made))
+            assert all(map(torch.equal, *(seeded(5, step, **settings, **changes) for step in steps)))
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == [
         "per_token_timesteps go to verl-omni's own",

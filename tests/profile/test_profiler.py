@@ -37,11 +37,7 @@ PREDICTED = ("rollout", "decode", "replay forward", "replay backward", "optimize
 
 def recipe_file(base: Path, folder: Path, **changes: Any) -> Path:
     small = {"prompts_per_iteration": 2, "group_size": 3, "micro_batch": 2, "num_steps": 3}
-    recipe = tiny.make_recipe(base, folder / "run", **small | changes)
-    path = folder / "recipe.yaml"
-    # JSON is YAML.
-    path.write_text(json.dumps(recipe.as_dict()))
-    return path
+    return tiny.write_recipe(tiny.make_recipe(base, folder / "run", **small | changes), folder / "recipe.yaml")
 
 
 def check_sums(report: Report) -> None:
@@ -54,6 +50,18 @@ def check_sums(report: Report) -> None:
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
         assert max(sum(budget.values()) for _, budget in row.timeline) == row.bytes
         assert row.budget in [budget for _, budget in row.timeline]
+
+
+def check_predicted(report: Report) -> None:
+    for name in PREDICTED:
+        assert report.deviation(name) == pytest.approx(0, abs=PREDICTED_BYTES), (name, report.table())
+
+
+def second_iteration(trainer: Trainer) -> Report:
+    trainer.iteration(1)
+    with profile(device="cpu") as report:
+        trainer.iteration(2)
+    return report
 
 
 LORA = tiny.LoraSettings(rank=2)
@@ -82,8 +90,7 @@ def test_rollout_and_replay_are_predicted(flux: Path, tmp_path: Path, name: str)
     report = profile_recipe(path)
     assert set(TRAINED) <= set(report.rows)
     check_sums(report)
-    for phase_name in PREDICTED:
-        assert report.deviation(phase_name) == pytest.approx(0, abs=PREDICTED_BYTES), (phase_name, report.table())
+    check_predicted(report)
     # The recipe's own folder stays as it was.
     assert not (tmp_path / "run").exists()
 
@@ -115,9 +122,7 @@ def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
     changes = {"dtype": "bfloat16", "checkpointing": "full", "memory_gib": 24.0, "shared_noise": False}
     recipe, _ = load_recipe([str(recipe_file(flux, tmp_path, **changes))])
     trainer = Trainer(recipe)
-    trainer.iteration(1)
-    with profile(device="cpu") as report:
-        trainer.iteration(2)
+    report = second_iteration(trainer)
     report.predicted, notes = planned(trainer)
     assert set(PREDICTED) <= set(report.predicted)
     assert "rewards" not in report.predicted and any(recipe.rewards[0].name in note for note in notes)
@@ -143,8 +148,7 @@ def test_without_a_planner_there_is_a_reason(flux: Path, tmp_path: Path) -> None
 
 def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: Path) -> None:
     report = profile_recipe(recipe_file(diffusion, tmp_path))
-    for phase_name in PREDICTED:
-        assert report.deviation(phase_name) == pytest.approx(0, abs=PREDICTED_BYTES), (phase_name, report.table())
+    check_predicted(report)
     # Every float32 operator of this run returns what it allocates, but for attention's and convolution's buffers.
     rollout = report.rows["rollout"]
     assert rollout.allocator == pytest.approx(rollout.bytes, rel=PREDICTED_BYTES)
@@ -152,13 +156,9 @@ def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: 
 
 
 def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
-    recipe = tiny.make_recipe(flux, tmp_path / "run", checkpointing="full", shared_noise=False)
-    trainer = Trainer(recipe)
-    trainer.iteration(1)
-    with profile(device="cpu") as report:
-        trainer.iteration(2)
-    parameters = sum(p.nbytes for p in trainer.model.denoiser.parameters())
-    state = sum(t.nbytes for s in trainer.optimizer.adamw.state.values() for t in s.values())
+    trainer = Trainer(tiny.make_recipe(flux, tmp_path / "run", checkpointing="full", shared_noise=False))
+    report = second_iteration(trainer)
+    parameters, state = _own(trainer, "parameters"), _own(trainer, "optimizer")
     vae: Any = trainer.model
     forward, backward = report.rows["replay forward"].budget, report.rows["replay backward"].budget
     # Models of other tests may still be there.

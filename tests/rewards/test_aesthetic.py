@@ -10,45 +10,34 @@ from dancegrpo_fast.rewards import RewardSet
 from dancegrpo_fast.rewards.aesthetic import Aesthetic
 
 from ..tolerances import assert_within_budget
-from .tiny_clip import SIZES, aesthetic_layers, affine_map, as_pil, make_inputs, pillow_processor, save_clip
+from .tiny_clip import SIZES, aesthetic_layers, affine_map, as_pil, make_inputs, pillow_processor
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    return aesthetic_layers()
-
-
-@pytest.fixture(scope="module")
-def head(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.save(state, path)
+    torch.save(aesthetic_layers(), path)
     return path
 
 
-def ratings(clip: Path, state: dict[str, torch.Tensor], frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def ratings(clip: Path, frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[N, T] in `dtype`: the five layers are one affine map."""
     from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(clip).to(dtype).eval()
-    size = model.config.vision_config.image_size
-    processor = pillow_processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor = pillow_processor(model.config.vision_config.image_size)
     pixels = processor([as_pil(frame) for frame in frames.flatten(0, 1)], return_tensors="pt")["pixel_values"]
     words = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         embeds = model(pixel_values=pixels.to(dtype), input_ids=words).image_embeds
-    matrix, offset = affine_map(state, dtype)
+    matrix, offset = affine_map(aesthetic_layers(), dtype)
     return (embeds @ matrix.T + offset).reshape(frames.shape[:2])
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_ratings(clip: Path, head: Path, state: dict[str, torch.Tensor], height: int, width: int) -> None:
+def test_ratings(clip: Path, head: Path, height: int, width: int) -> None:
     inputs = make_inputs(6, length=2, height=height, width=width)
-    truth, plain = (ratings(clip, state, inputs.frames, dtype).mean(1) for dtype in (torch.float64, torch.float32))
+    truth, plain = (ratings(clip, inputs.frames, dtype).mean(1) for dtype in (torch.float64, torch.float32))
     found = RewardSet([RewardSettings("aesthetic", args={"path": str(clip), "head": str(head)})])(inputs)[0]
     assert_within_budget(found, truth, plain)
     assert len(set(found.tolist())) == len(found)
@@ -82,9 +71,7 @@ def test_moving_takes_the_layers_along(clip: Path, head: Path) -> None:
         ({"layers.8.weight": torch.zeros(1)}, "layers.8.weight"),
     ],
 )
-def test_layers_that_do_not_fit(
-    clip: Path, state: dict[str, torch.Tensor], tmp_path: Path, change: dict[str, torch.Tensor], message: str
-) -> None:
-    torch.save(state | change, tmp_path / "head.pth")
+def test_layers_that_do_not_fit(clip: Path, tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
+    torch.save(aesthetic_layers() | change, tmp_path / "head.pth")
     with pytest.raises(ValueError, match=rf"(?s)head: got .*{message}"):
         Aesthetic(clip, tmp_path / "head.pth")

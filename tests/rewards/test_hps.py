@@ -85,13 +85,8 @@ def test_file_folder_hub_and_converted_model(
 ) -> None:
     import huggingface_hub
 
-    asked: list[tuple[str, str]] = []
-
-    def download(repository: str, filename: str) -> str:
-        asked.append((repository, filename))
-        return str(checkpoint)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(checkpoint))
     inputs = make_inputs(prompts=["x"] * 4)
     wanted = Hps(checkpoint, tokenizer)(inputs).double()
     model_from_open_clip(torch.load(checkpoint, weights_only=True)["state_dict"]).save_pretrained(tmp_path)

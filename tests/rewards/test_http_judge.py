@@ -105,14 +105,8 @@ def shown(body: dict[str, Any]) -> list[int]:
 
 def test_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    judge = HttpJudge(
-        **server.args,
-        template="{low} {high} {prompt} {other}",
-        low=1,
-        high=5,
-        api_key_env="JUDGE_KEY",
-        options={"max_tokens": 8, "temperature": 0.5},
-    )
+    asked = {"template": "{low} {high} {prompt} {other}", "low": 1, "high": 5, "api_key_env": "JUDGE_KEY"}
+    judge = HttpJudge(**server.args, **asked, options={"max_tokens": 8, "temperature": 0.5})
     inputs = samples("a {low} fox {prompt}")
     assert judge(inputs).tolist() == [5.0]
     assert server.paths == [("/v1/chat/completions", "Bearer secret")]
@@ -173,27 +167,15 @@ def test_replies(server: Server, args: dict[str, Any], reply: str, score: float)
     assert HttpJudge(**server.args, **args)(samples("x")).tolist() == [score]
 
 
+NO_JSON = ("7", '{"grade": 7}', '{"score": "7"}', '{"score": true}', '{"score": NaN}', 'Sure: {"score": 7}', "[7]")
+
+
 @pytest.mark.parametrize(
     ("args", "reply"),
     [
-        ({}, ""),
-        ({}, "seven"),
-        ({}, "8/10"),
-        ({}, "The score is 7"),
-        ({}, "10.1"),
-        ({}, "-1"),
-        ({}, "nan"),
-        ({}, "1e1"),
-        ({"pattern": "(.*)"}, "nan"),
-        ({"pattern": "(.*)"}, "7 of 10"),
-        ({"json_key": "score"}, "7"),
-        ({"json_key": "score"}, '{"grade": 7}'),
-        ({"json_key": "score"}, '{"score": "7"}'),
-        ({"json_key": "score"}, '{"score": true}'),
-        ({"json_key": "score"}, '{"score": NaN}'),
-        ({"json_key": "score"}, '{"score": 1' + "0" * 400 + "}"),
-        ({"json_key": "score"}, 'Sure: {"score": 7}'),
-        ({"json_key": "score"}, "[7]"),
+        *(({}, reply) for reply in ("", "seven", "8/10", "The score is 7", "10.1", "-1", "nan", "1e1")),
+        *(({"pattern": "(.*)"}, reply) for reply in ("nan", "7 of 10")),
+        *(({"json_key": "score"}, reply) for reply in (*NO_JSON, '{"score": 1' + "0" * 400 + "}")),
     ],
 )
 def test_replies_that_are_no_scores(server: Server, args: dict[str, Any], reply: str) -> None:

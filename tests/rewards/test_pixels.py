@@ -6,14 +6,7 @@ import torch
 from PIL import Image
 
 from dancegrpo_fast.rewards import pixels as pixels_module
-from dancegrpo_fast.rewards.pixels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    clip_pixels,
-    letterbox_pixels,
-    resize_and_crop,
-    resize_bicubic,
-)
+from dancegrpo_fast.rewards.pixels import CLIP_MEAN, CLIP_STD, clip_pixels, letterbox_pixels, resize_bicubic
 
 from ..tolerances import assert_same_resize
 from .tiny_clip import pillow_processor
@@ -65,7 +58,7 @@ def test_bicubic_at_random_sizes() -> None:
 @pytest.mark.parametrize("source", [(37, 45), (45, 38), (224, 224), (29, 57), (57, 29), (20, 90), (300, 301)], ids=str)
 def test_clip_pixels_are_the_processors_to_the_bit(source: tuple[int, int], size: int) -> None:
     pixels = picture("noise", *source)
-    processor = pillow_processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor = pillow_processor(size)
     wanted = processor(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))["pixel_values"][0]
     found = clip_pixels(pixels, size)
     assert found.dtype == torch.float32
@@ -78,7 +71,7 @@ def test_a_strip_is_only_enlarged_where_it_is_kept(monkeypatch: pytest.MonkeyPat
     original = pixels_module._fixed_point
     monkeypatch.setattr(pixels_module, "_fixed_point", lambda sums: made.append(sums.shape[1]) or original(sums))
     pixels = picture("noise", 2000, 3)
-    found = resize_and_crop(pixels, 28)
+    found = pixels_module.resize_and_crop(pixels, 28)
     assert torch.equal(found, with_pillow(pixels, 18666, 28)[:, 9319:9347])
     assert made == [2000, 28]
 

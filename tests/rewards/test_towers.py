@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dancegrpo_fast.rewards.hps import Hps
 from dancegrpo_fast.rewards.pickscore import PickScore
 
 from ..tolerances import assert_same_cosines
-from .tiny_clip import aesthetic_layers, affine_map, make_inputs, save_clip
+from .tiny_clip import aesthetic_layers, affine_map, make_inputs
 
 # How far a score moves for a cosine.
 SCALES = {
@@ -28,8 +29,7 @@ names = pytest.mark.parametrize("name", SCALES)
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    clip = save_clip(tmp_path_factory.mktemp("clip"))
+def build(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     head = tmp_path_factory.mktemp("head") / "head.pth"
     torch.save(aesthetic_layers(), head)
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .tiny_videoreward import LORA_TARGETS, make_base, trained_model, videos, wr
 
 DIMENSIONS = (VideoQuality, MotionQuality, TextAlignment)
 FRAMES = [0, 3, 5, 8]  # of 9 at 4 a second
+Truth = Callable[[int, int], Tensor]
 PROMPTS = ("a red fox", "two {dogs} that run across a field of snow while the camera follows")
 
 
@@ -87,12 +89,11 @@ SIZES = [(30, 44), (200, 120), (480, 700)]
 
 
 @pytest.fixture(scope="module")
-def truth(base: Path) -> Callable[[int, int], Tensor]:
-    return functools.cache(
-        lambda height, width: z_scores(
-            reference(base, videos(*PROMPTS, height=height, width=width), FRAMES, torch.float64)
-        )
-    )
+def truth(base: Path) -> Truth:
+    def of_size(height: int, width: int) -> Tensor:
+        return z_scores(reference(base, videos(*PROMPTS, height=height, width=width), FRAMES, torch.float64))
+
+    return functools.cache(of_size)
 
 
 def scores(base: Path, checkpoint: Path, inputs: RewardInput, batch: int, dtype: Any) -> Tensor:
@@ -104,9 +105,7 @@ def scores(base: Path, checkpoint: Path, inputs: RewardInput, batch: int, dtype:
     ("dtype", "batch", "size"),
     [*(("float32", batch, size) for batch, size in zip((1, 2, 2), SIZES, strict=True)), ("bfloat16", 2, SIZES[0])],
 )
-def test_scores(
-    base: Path, checkpoint: Path, truth: Callable[[int, int], Tensor], dtype: str, batch: int, size: tuple[int, int]
-) -> None:
+def test_scores(base: Path, checkpoint: Path, truth: Truth, dtype: str, batch: int, size: tuple[int, int]) -> None:
     """Padded or alone, a video scores what transformers and peft say of it alone."""
     inputs = videos(*PROMPTS, height=size[0], width=size[1])
     plain = z_scores(reference(base, inputs, FRAMES, getattr(torch, dtype)))
@@ -114,7 +113,7 @@ def test_scores(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_low_precision(base: Path, checkpoint: Path, truth: Callable[[int, int], Tensor], dtype: str) -> None:
+def test_low_precision(base: Path, checkpoint: Path, truth: Truth, dtype: str) -> None:
     inputs = videos(*PROMPTS, height=200, width=120)
     found, wanted = scores(base, checkpoint, inputs, 2, dtype), truth(200, 120)
     assert_same_cosines(found, wanted, getattr(torch, dtype), float(wanted.abs().max()))
@@ -188,14 +187,8 @@ def test_patches_hold_what_they_should() -> None:
     frames = (videos("x", length=4, height=56, width=84).frames * 255).round().byte()
     actual, grid = patches(frames, (56, 84), 14, 2, 2)
     mean, std = (torch.tensor(v)[:, None, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    places = [
-        (t, 2 * row + i, 2 * column + j)
-        for t in range(2)
-        for row in range(2)
-        for column in range(3)
-        for i in range(2)
-        for j in range(2)
-    ]
+    sizes = (2, 2, 3, 2, 2)
+    places = [(t, 2 * row + i, 2 * column + j) for t, row, column, i, j in itertools.product(*map(range, sizes))]
     assert grid == (2, 4, 6) and len(actual) == len(places)
     for patch, (t, i, j) in zip(actual, places, strict=True):
         pixels = frames[0, 2 * t : 2 * t + 2, :, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14].transpose(0, 1)
@@ -322,9 +315,7 @@ def test_checkpoints_that_do_not_fit(
     write_checkpoint(tmp_path, trained_model(base), "full-old")
     file = tmp_path / "checkpoint-20" / "model.pth"
     weights = torch.load(file)
-    weights = {name: tensor for name, tensor in weights.items() if "rm_head" not in name} | {
-        "rm_head.weight": weights["base_model.model.rm_head.weight"]
-    }
+    weights["rm_head.weight"] = weights.pop("base_model.model.rm_head.weight")
     change(weights)
     torch.save(weights, file)
     with pytest.raises(ValueError, match=message):

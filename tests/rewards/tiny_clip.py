@@ -1,10 +1,12 @@
 """A CLIP of two and three layers with the real classes, in ordinary folders, and images to show it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dancegrpo_fast.rewards import RewardInput
 
@@ -113,10 +115,19 @@ def as_pil(frame: torch.Tensor) -> Any:
     return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def pillow_processor(**settings: Any) -> Any:
-    """transformers' image processor on Pillow, under its name in version 4 or 5."""
+def pillow_processor(size: int) -> Any:
+    """transformers' image processor of CLIP on Pillow, under its name in version 4 or 5."""
     try:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
     except ImportError:
         from transformers import CLIPImageProcessor as Processor
-    return Processor(**settings)
+    return Processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def without(weight: str, folder: Path, copy: Path) -> Path:
+    """A copy of a model's folder that lacks a weight."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights[weight]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy

@@ -53,24 +53,9 @@ def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def recipe(flux: Path, tmp_path: Path) -> Path:
-    rewards = f'[{{name: "{tiny.Brightness.__module__}:Brightness"}}]'
-    (tmp_path / "prompts.txt").write_text("red\ngreen")
-    path = tmp_path / "a recipe.yaml"
-    path.write_text(
-        f"""
-name: tiny
-model: {{family: flux, path: {flux}}}
-sampler: {{kind: dance_sde, num_steps: 3, eta: 0.3, height: 16, width: 16}}
-prompts: {tmp_path / "prompts.txt"}
-rewards: {rewards}
-train: {{iterations: 2, prompts_per_iteration: 1, group_size: 2, micro_batch: 2}}
-evaluation: {{every: 1, samples_per_prompt: 2, grid_samples: 1, rewards: {rewards}}}
-output_dir: {tmp_path / "run"}
-checkpoint_every: 1
-threads: 1
-"""
-    )
-    return path
+    judged = tiny.EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=1, rewards=[tiny.reward("Brightness")])
+    small = {"num_steps": 3, "prompts_per_iteration": 1, "group_size": 2, "micro_batch": 2, "evaluation": judged}
+    return tiny.write_recipe(tiny.make_recipe(flux, tmp_path / "run", **small), tmp_path / "a recipe.yaml")
 
 
 @pytest.mark.parametrize(

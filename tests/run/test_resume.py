@@ -19,7 +19,7 @@ from dancegrpo_fast.run.identity import prompts_digest
 from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import LIMIT
-from ..train.tiny import EvaluationSettings, LoraSettings, make_recipe, reward
+from ..train.tiny import EvaluationSettings, LoraSettings, RewardSettings, make_recipe, reward, write_recipe
 
 RUNNER = """
 from dancegrpo_fast.recipe import load_recipe
@@ -41,18 +41,6 @@ IMPORTED = [
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(IMPORTED)
 
-RECIPE = """
-name: tiny
-model: {{family: {family}, path: {base}}}
-sampler: {{kind: {kind}, num_steps: 4, eta: 0.5, height: 16, width: 16}}
-prompts: {prompts}
-rewards: [{{name: "tiny_rewards:Brightness"}}]
-train: {{iterations: 6, prompts_per_iteration: 3, group_size: 4, micro_batch: 4, updates_per_rollout: 2}}
-evaluation: {{every: 2, samples_per_prompt: 3, grid_samples: 2, rewards: [{{name: "tiny_rewards:Brightness"}}]}}
-checkpoint_every: 2
-threads: 1
-"""
-
 REWARDS = """
 import time
 class Brightness:
@@ -66,11 +54,11 @@ class Brightness:
 def workspace(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tiny_rewards.py").write_text(REWARDS)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red\ngreen\nblue\n")
-    family, kind = ("flux", "dance_sde") if (base / "transformer").is_dir() else ("stable_diffusion", "ddim")
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(family=family, base=base, kind=kind, prompts=prompts))
-    return tmp_path
+    slow = [RewardSettings("tiny_rewards:Brightness")]
+    judged = EvaluationSettings(every=2, samples_per_prompt=3, grid_samples=2, rewards=slow)
+    often = {"iterations": 6, "updates_per_rollout": 2, "checkpoint_every": 2}
+    recipe = make_recipe(base, tmp_path / "run", rewards=slow, evaluation=judged, timestep_fraction=1.0, **often)
+    return write_recipe(recipe, tmp_path / "recipe.yaml").parent
 
 
 def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:

@@ -147,4 +147,10 @@ def make_recipe(base: Path, output: Path, **changes: Any) -> Recipe:
     return recipe_of(**fixed | changes)
 
 
+def write_recipe(recipe: Recipe, file: Path) -> Path:
+    """As YAML, which JSON is."""
+    file.write_text(json.dumps(recipe.as_dict()))
+    return file
+
+
 __all__ = ["EvaluationSettings", "LoraSettings", "make_diffusion", "make_flux", "make_recipe", "reward"]

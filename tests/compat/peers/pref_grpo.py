@@ -3,24 +3,14 @@
 import math
 
 import torch
-from diffusers.utils import torch_utils
+
+from . import mixgrpo
 
 
 def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator=None, return_stats=False):
-    device = model_output.device
-    s, n = sigmas[index].to(device), sigmas[index + 1].to(device)
-    dt = n - s
-    level = torch.sqrt(s / (1 - torch.where(s == 1, sigmas[1].to(device), s))) * eta
-    tau = level * torch.sqrt(-dt)
-    mean = latents * (1 + level**2 / (2 * s) * dt) + model_output * (1 + level**2 * (1 - s) / (2 * s)) * dt
-    if prev_sample is None:
-        noise = torch_utils.randn_tensor(
-            model_output.shape, generator=generator, device=device, dtype=model_output.dtype
-        )
-        prev_sample = mean + tau * noise
-    log_prob = -((prev_sample.detach() - mean) ** 2) / (2 * tau**2) - torch.log(tau) - 0.5 * math.log(2 * math.pi)
-    result = (prev_sample, latents - s * model_output, log_prob.flatten(1).mean(dim=1))
-    return (*result, mean, tau, dt) if return_stats else result
+    found = mixgrpo.flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator)
+    dt = (sigmas[index + 1] - sigmas[index]).to(model_output.device)
+    return (*found, dt) if return_stats else found[:3]
 
 
 def dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver, return_stats=False):

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
+from learning import update
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-STEPS, GROUP, EPOCHS, CLIP, ETA = 4, 4, 2, 1e-4, 0.3
+STEPS, GROUP, EPOCHS, ETA = 4, 4, 2, 0.3
 BLOCKS = {transformer_flux.FluxTransformerBlock, transformer_flux.FluxSingleTransformerBlock}
 
 
@@ -88,21 +89,11 @@ def train() -> list[dict[str, Any]]:
                 x = x.to(torch.bfloat16)
                 latents.append(x)
                 scores.append(score)
-        reward = x.float().flatten(1).std(dim=1)
-        advantages = (reward - reward.mean()) / reward.std()
-        ratios, losses = [], []
-        for i in torch.randperm(STEPS - 1):
+
+        def score_of(i, latents=latents):
             x, after = latents[i].float(), latents[i + 1].float()
-            score = flux_step(called(latents[i], i), x, ETA, sigmas, i, after, True, True)[2]
-            ratio = torch.exp(score - scores[i])
-            clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
-            loss = torch.maximum(-advantages * ratio, clipped).mean()
-            loss.backward()
-            ratios += (ratio.detach() - 1).tolist()
-            losses.append(loss.item())
-        norm = model.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        updates.append({"ratios": ratios, "loss": sum(losses), "norm": norm.item()})
+            return flux_step(called(latents[i], i), x, ETA, sigmas, i, after, True, True)[2]
+
+        updates.append(update(x, torch.randperm(STEPS - 1), score_of, scores, optimizer, model.clip_grad_norm_))
     dist.destroy_process_group()
     return updates

@@ -1,12 +1,14 @@
 """Shaped as DanceGRPO's script for Stable Diffusion: a UNet under bfloat16 autocast, DDIM, an update per rollout."""
 
+import functools
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from learning import update
 from peers.ddpo import ddim_step_with_logprob
 
-STEPS, GROUP, EPOCHS, CLIP = 5, 4, 2, 1e-4
+STEPS, GROUP, EPOCHS = 5, 4, 2
 
 
 def train() -> list[dict[str, Any]]:
@@ -37,21 +39,12 @@ def train() -> list[dict[str, Any]]:
                 x, score = ddim_step_with_logprob(scheduler, unet(x, t, prompts).sample, t, x, eta=1.0)
                 latents.append(x)
                 scores.append(score)
-        reward = x.float().flatten(1).std(dim=1)
-        advantages = (reward - reward.mean()) / reward.std()
-        ratios, losses = [], []
-        for i, t in enumerate(times):
+
+        def score_of(i, latents=latents):
             with torch.autocast("cpu", torch.bfloat16):
-                noise = unet(latents[i], t, prompts).sample
-                _, score = ddim_step_with_logprob(scheduler, noise, t, latents[i], eta=1.0, prev_sample=latents[i + 1])
-            ratio = torch.exp(score - scores[i])
-            clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
-            loss = torch.maximum(-advantages * ratio, clipped).mean()
-            loss.backward()
-            ratios += (ratio.detach() - 1).tolist()
-            losses.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        updates.append({"ratios": ratios, "loss": sum(losses), "norm": norm.item()})
+                noise, after = unet(latents[i], times[i], prompts).sample, latents[i + 1]
+                return ddim_step_with_logprob(scheduler, noise, times[i], latents[i], eta=1.0, prev_sample=after)[1]
+
+        clip_norm = functools.partial(torch.nn.utils.clip_grad_norm_, list(unet.parameters()))
+        updates.append(update(x, range(len(times)), score_of, scores, optimizer, clip_norm))
     return updates

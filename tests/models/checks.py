@@ -2,12 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.memory.planning.settings import GIB
+from dancegrpo_fast.models import setup
+from dancegrpo_fast.models.base import DiffusersModel
 from dancegrpo_fast.recipe import Recipe
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
@@ -54,3 +58,19 @@ def assert_same_weights(first: Path, second: Path, iteration: int | None = None)
     one, other = weights(first, iteration), weights(second, iteration)
     assert one and one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def pieces(recipe: Recipe, model: DiffusersModel) -> Any:
+    """The planner's, for this recipe and its loaded model."""
+    given = replace(recipe, model=replace(recipe.model, memory_gib=1.0))
+    return setup._iteration(model, given, CPU, text_tokens=3)
+
+
+def least_gib(iteration: Any, size: int) -> float:
+    """Of a device that holds so many bytes with its margins, a part of which grows with the device."""
+    margins = []
+    for gib in (1.0, 2.0):
+        iteration.settings = replace(iteration.settings, gpu_gib=gib)
+        margins.append(sum(iteration.margins().values()) / GIB)
+    growth = margins[1] - margins[0]
+    return (size / GIB + margins[0] - growth) / (1 - growth)
