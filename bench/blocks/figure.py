@@ -1,14 +1,14 @@
 """The figure of the counts: `python -m bench.blocks.figure` draws it again from the results."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from dancegrpo_fast.drawing import write
 
 COLOURS = {
     "eager": "#9aa5b1",
@@ -22,11 +22,14 @@ BAR = 0.17
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Saved bytes and traffic of each block, all parameters trained; a backward is the paler end of its bar."""
+    write(out.parent, {out.stem: partial(_bars, rows)}, [out.suffix[1:]])
+
+
+def _bars(rows: list[dict[str, Any]]) -> Figure:
     rows = [r for r in rows if r["parameters"] == "trained"]
     blocks = list(dict.fromkeys((r["model"], r["block"]) for r in rows))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 0.8 * len(blocks) + 1.3), sharey=True, width_ratios=(1, 1.45), layout="constrained"
-    )
+    figure = Figure(figsize=(11, 0.8 * len(blocks) + 1.3))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.45))
     longest = [0.0, 0.0]
     for r in rows:
         place = list(COLOURS).index(r["contender"])
@@ -51,8 +54,6 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         panel.set_xlim(0, width)
         panel.set_xlabel(label)
         panel.grid(axis="x", alpha=0.3)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
         for i in range(1, len(blocks)):
             panel.axhline(i - 0.5, color="#00000018", linewidth=0.8)
@@ -61,7 +62,6 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         handles=[Patch(color=colour, label=names.get(name, name)) for name, colour in COLOURS.items()],
         loc="outside upper center",
         ncols=len(COLOURS),
-        frameon=False,
     )
     where = rows[0]["environment"]
     figure.supxlabel(
@@ -69,8 +69,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         f" torch {where['torch']}, diffusers {where['diffusers']}",
         fontsize=8,
     )
-    figure.savefig(out, dpi=170)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

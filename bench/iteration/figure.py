@@ -5,9 +5,12 @@ the line is the mean of the last `SMOOTH` of them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from dancegrpo_fast.drawing import COLOURS, by_iteration, figure, write
 
 SMOOTH = 5
 
@@ -20,34 +23,23 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the curves of every contender."""
-    import matplotlib
+    write(path.parent, {path.stem: partial(_curves, rows)}, [path.suffix[1:]])
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
+def _curves(rows: Sequence[dict[str, Any]]) -> Any:
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    figure, axes = plt.subplots(
-        len(recipes), 2, figsize=(10, 3.4 * len(recipes)), constrained_layout=True, squeeze=False
-    )
-    styles = {"ours": ("C0", "-", 1.6), "batched": ("C2", "--", 1.6), "plain": ("C1", ":", 2.6)}
-    for line, recipe in enumerate(recipes):
+    drawn, panels = figure(3.0, len(recipes), 2)
+    styles = {"ours": (COLOURS[0], "-"), "batched": (COLOURS[2], "--"), "plain": (COLOURS[1], ":")}
+    for recipe, (samples, cost) in zip(recipes, panels.reshape(-1, 2), strict=True):
         for row in (row for row in rows if row["recipe"] == recipe):
-            color, style, width = styles[row["contender"]]
+            colour, style = styles[row["contender"]]
             label = f"{row['contender']}, {row['seconds_median']:.2f} s an iteration"
-            settings = {"color": color, "linestyle": style, "linewidth": width, "label": label}
-            numbers = range(1, len(row["reward"]) + 1)
             reward = smoothed(row["reward"])
-            axes[line][0].plot(numbers, row["reward"], ".", color=color, markersize=3, alpha=0.4)
-            axes[line][0].plot(numbers, reward, **settings)
-            axes[line][1].plot(list(accumulate(row["seconds"])), reward, **settings)
-        axes[line][0].set(
-            title=f"{recipe}: the same samples", xlabel="iteration", ylabel=f"reward of the rollout, mean of {SMOOTH}"
-        )
-        axes[line][1].set(title="and what they cost", xlabel="seconds of training on this CPU")
-        axes[line][0].legend(frameon=False, fontsize=8)
-        for axis in axes[line]:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            numbers = range(1, len(reward) + 1)
+            samples.plot(numbers, row["reward"], ".", color=colour, alpha=0.4)
+            samples.plot(numbers, reward, style, color=colour, label=label)
+            cost.plot(list(accumulate(row["seconds"])), reward, style, color=colour, label=label)
+        by_iteration(samples, f"{recipe}: the same samples", f"reward of the rollout, mean of {SMOOTH}")
+        cost.set(title="and what they cost", xlabel="seconds of training on this CPU")
+        cost.grid(axis="y")
+    return drawn
