@@ -352,10 +352,7 @@ class Recipe:
 
 
 # Of commands' own options.
-HELP = {
-    "iterations": "how many are measured, after one that is not",
-    "figures": "draws what was measured into this folder",
-}
+HELP = {"iterations": "how many are measured, after one that is not", "figures": "draws them into this folder"}
 
 
 def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
@@ -371,14 +368,15 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False)
+    parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
-        raise ValueError(f"recipe: got {path}, which does not exist; want a YAML file")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"recipe: got {path}, which {what}; want a YAML file")
     given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
     try:
         namespace = parser.parse_args(given)

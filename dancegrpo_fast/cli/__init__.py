@@ -28,8 +28,16 @@ input. With --figures it makes many plans: a minute or more.
 `info` says what is installed, and which backends can run.
 `dancegrpo-fast COMMAND --help` lists a command's settings.
 """
-COMMANDS = ("train", "evaluate", "run", "memory", "profile", "recipes", "info")
-ALONE = ("recipes", "info")
+# What a command cannot go without; None where it can.
+COMMANDS = {
+    "train": "RECIPE.yaml",
+    "evaluate": "RECIPE.yaml --output FOLDER",
+    "run": "SCRIPT.py",
+    "memory": "MODEL or RECIPE.yaml",
+    "profile": "RECIPE.yaml",
+    "recipes": None,
+    "info": None,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"dancegrpo_fast {__version__}")
         return 0
-    if not given or given[0] not in COMMANDS or (given[0] not in ALONE and len(given) == 1):
+    if not given or given[0] not in COMMANDS:
         print(USAGE, end="", file=sys.stderr)
+        if given:
+            print(f'\ncommand: got "{given[0]}", want one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     command, *rest = given
+    if not rest and COMMANDS[command] is not None:
+        print(f"dancegrpo-fast {command}: got nothing, want {COMMANDS[command]}; --help says more", file=sys.stderr)
+        return 2
     try:
         done = importlib.import_module(f".{command}", __name__).main(rest)
     except ImportError as error:

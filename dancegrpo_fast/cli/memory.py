@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog="dancegrpo-fast memory", exit_on_error=False)
+    parser = ArgumentParser(prog="dancegrpo-fast memory", exit_on_error=False, allow_abbrev=False)
     shipped = sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir())
     known = f"one of {', '.join(shipped)}; a diffusers folder, a name on the hub, or RECIPE.yaml"
     parser.add_argument("what", type=str, metavar="MODEL|RECIPE.yaml", help=known)

@@ -22,9 +22,16 @@ def main(arguments: Sequence[str]) -> None:
         lines = [textwrap.fill(about(n), 110, initial_indent=f"{n:26}", subsequent_indent=" " * 26) for n in names()]
         print("\n".join(lines))
         return
-    for path in copy(given.name, given.folder):
+    written = copy(given.name, given.folder)
+    for path in written:
         print(f"wrote {path}")
-    print(f"What it needs is said at its top. Then: dancegrpo-fast train recipes/{given.name}.yaml")
+    if not written:
+        print(f"{given.folder / 'recipes' / given.name}.yaml is there already, with all that it needs beside it")
+    text = (FOLDER / f"{given.name}.yaml").read_text(encoding="utf-8")
+    base = re.search(r"^# The base: (.*)$", text, re.MULTILINE)
+    print(f"in {given.folder.resolve()}:")
+    print(f"  {base[1]}" if base else "  what it needs is said at its top")
+    print(f"  dancegrpo-fast train recipes/{given.name}.yaml")
 
 
 def names() -> list[str]:
@@ -50,6 +57,8 @@ def copy(name: str, folder: Path) -> list[Path]:
     """
     if name not in names():
         raise ValueError(f'name: got "{name}", want one of {", ".join(names())}')
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: got {folder}, which is a file")
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     wanted = {f"{name}.yaml", *re.findall(r"(?:\brecipes/)?\b(prompts/[\w.]+|README\.md)", text)}
     contents = {folder / "recipes" / part: (FOLDER / part).read_bytes() for part in sorted(wanted)}

@@ -1,11 +1,19 @@
 """The directory of a run."""
 
+import errno
+import fcntl
 import json
 import math
 from pathlib import Path
+from typing import TextIO
 
 from .. import files
 from . import checkpoint
+
+# What a lock says that another process has.
+HELD = (errno.EACCES, errno.EAGAIN)
+# A process gives a lock up when it closes any handle of the file; so each is opened once and kept to the end.
+_held: dict[Path, TextIO] = {}
 
 
 class RunDirectory:
@@ -22,6 +30,23 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.metrics = root / "metrics.jsonl"
         self.evaluations = root / "evaluations.jsonl"
+
+    def claim(self) -> str | None:
+        """Makes the folder and keeps other processes out for as long as this one lives; why not, if one is in it."""
+        path = self.root.resolve() / ".lock"
+        if path in _held:
+            return None
+        with files.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("a", encoding="utf-8")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            # A file system without locks keeps nobody out.
+            return f"output_dir: got {self.root}, where a run is going on" if error.errno in HELD else None
+        _held[path] = handle
+        return None
 
     def newest(self) -> Path | None:
         """The newest checkpoint."""

@@ -85,6 +85,9 @@ class Setup:
         self.accelerator.init_trackers("tensorboard")
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
+        for refused in self.processes.collect([self.directory.claim() if self.processes.is_main else None]):
+            if refused is not None:
+                raise ValueError(refused)
         found = self.directory.find_checkpoint(resume)
         everywhere = set(self.processes.collect([str(found)]))
         if len(everywhere) > 1:

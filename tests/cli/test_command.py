@@ -53,10 +53,13 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
     assert all(f"dancegrpo-fast {command}" in usage and f"`{command}`" in usage for command in COMMANDS)
-    for words in ([], ["fly"], ["train"], ["--version", "now"]):
+    for words in ([], ["fly"], ["--version", "now"]):
         assert main(words) == 2
         shown = capsys.readouterr()
-        assert shown.err == usage and not shown.out
+        assert shown.err.startswith(usage) and not shown.out
+        assert not words or f'command: got "{words[0]}", want one of train, ' in shown.err
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "dancegrpo-fast train: got nothing, want RECIPE.yaml; --help says more\n"
 
 
 def test_what_is_missing_comes_with_the_line_that_adds_it(

@@ -45,7 +45,11 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert prompts.read_text() == "mine" and not (tmp_path / "recipes" / "digits.yaml").exists()
     prompts.unlink()
     assert main(copy) == 0 and "wrote" in capsys.readouterr().out
-    assert main(copy) == 0 and "wrote" not in capsys.readouterr().out
+    said = capsys.readouterr().out if main(copy) == 0 else ""
+    assert "wrote" not in said and "digits.yaml is there already" in said
+    assert f"in {tmp_path}:" in said and "  python -m dancegrpo_fast.demo digits\n" in said
+    copy[-1] = str(prompts)
+    assert main(copy) == 1 and f"folder: got {prompts}, which is a file" in capsys.readouterr().err
 
 
 def test_unknown_names_are_told_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,15 @@ IMPORTED = [
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(IMPORTED)
 
+HOLDER = """
+import time
+from pathlib import Path
+from dancegrpo_fast.run.folder import RunDirectory
+RunDirectory(Path(root)).claim()
+Path(root, "claimed").touch()
+time.sleep(600)
+"""
+
 REWARDS = """
 import time
 class Brightness:
@@ -284,3 +293,19 @@ def test_half_written_checkpoints_are_ignored_and_removed(flux: Path, finished: 
     trainer.run()
     assert not stale.exists()
     assert [path.name for path in checkpoint.complete(finished / "checkpoints")] == ["000002", "000003"]
+
+
+def test_a_folder_is_one_runs(workspace: Path) -> None:
+    """Two runs in a folder would drop each other's rows; a killed one keeps nobody out."""
+    root = workspace / "run"
+    holder = FORKED.Process(target=exec, args=(HOLDER, {"root": str(root)}))
+    holder.start()
+    while not (root / "claimed").exists() and holder.is_alive():
+        time.sleep(0.05)
+    for resume in (None, "auto"):
+        with pytest.raises(ValueError, match=r"output_dir: got .*run, where a run is going on"):
+            Trainer(make_recipe(workspace / "base", root), resume)
+    holder.kill()
+    holder.join()
+    assert RunDirectory(root).claim() is None
+    assert RunDirectory(root).claim() is None

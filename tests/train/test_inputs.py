@@ -132,6 +132,7 @@ def test_overrides() -> None:
         ("--train.group_size", "1", "group_size"),
         ("--train.group_size", "many", "group_size"),
         ("--train.no_such", "1", "no_such"),
+        ("--train.iteration", "2", "train.iteration"),
         ("--sampler.eta", "-0.1", "eta"),
         ("--train.micro_batch", "1000", "micro_batch"),
         ("--train.best_of_n", "7", "best_of_n"),
@@ -163,6 +164,8 @@ def test_bad_overrides(option: str, value: str, message: str) -> None:
 def test_cli_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml, which does not exist" in capsys.readouterr().err
+    assert main(["train", str(tmp_path)]) == 1
+    assert "which is a folder" in capsys.readouterr().err
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     assert main(["train", str(tmp_path / "latin.yaml")]) == 1
     assert "recipe: got" in (said := capsys.readouterr().err) and "latin.yaml, want UTF-8" in said

@@ -69,7 +69,10 @@ def load_net(path: str | Path) -> DigitNet:
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise ValueError(f"path: got {str(path)!r}, want an existing digit_cnn.safetensors file")
+        raise ValueError(
+            f"path: got {str(path)!r}, which does not exist, want the digit_cnn.safetensors of a base; "
+            "`python -m dancegrpo_fast.demo NAME` builds the one that the top of the recipe names"
+        )
     net = DigitNet().eval().requires_grad_(False)
     net.load_state_dict(load_file(path))
     return net
