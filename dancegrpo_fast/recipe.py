@@ -308,7 +308,7 @@ class Recipe:
     """A whole run.
 
     Args:
-        name: of the run.
+        name: what the run is called, in its folder and its lines.
         model: the generator.
         sampler: how samples are drawn.
         prompts: `.txt`, `.jsonl` or `.parquet` file, or a folder with `train.*`.
@@ -316,7 +316,7 @@ class Recipe:
         train: the optimisation.
         evaluation: what is measured beside it; null: nothing.
         output_dir: of metrics, checkpoints and pictures; null: `runs/<name>`.
-        seed: of everything random.
+        seed: everything random follows from it.
         checkpoint_every: iterations between checkpoints.
         keep_checkpoints: how many of the newest stay.
         threads: torch's CPU threads; null: the processors this process may use.
@@ -368,7 +368,8 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"dancegrpo-fast {command} RECIPE.yaml", exit_on_error=False, allow_abbrev=False)
+    usage = f"dancegrpo-fast {command} RECIPE.yaml [--FIELD VALUE ...]"
+    parser = ArgumentParser(usage, usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))

@@ -87,6 +87,8 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=drawn)
     left = Trajectory.allocate(batch, len(trainer.table), noise, keep_outputs=train.ratio_norm)
 
+    step = max(step for step in range(len(trainer.table) - 1) if trainer.table.tau[step] > 0)
+
     def terms(trajectory: dict[str, Tensor], conditioning: Conditioning, advantages: Tensor, **_: Tensor) -> Any:
         rows, places = range(train.micro_batch), range(batch)
         index = [place // train.group_size for place in places]
@@ -104,7 +106,6 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             own_advantages=advantages,
             seconds={},
         )
-        step = max(step for step in range(len(trainer.table) - 1) if trainer.table.tau[step] > 0)
         items = {row: Item((row,), step, row) for row in rows}
         (call,) = plan_calls([items], len(rows), index, 1 / batch, advantages.device)
         return trainer.updates.terms(data, call)

@@ -22,7 +22,7 @@ from bench.gpu.process import Runner
 from bench.rows import read
 
 from ..processes import LIMIT
-from .cases import run_pytest
+from .cases import by_itself, run_pytest
 
 ROOT = Path(__file__).parents[2]
 BUILT = sorted((ROOT / "dancegrpo_fast").glob(f"_c*{modules.SUFFIX}"))
@@ -30,7 +30,7 @@ needs_modules = pytest.mark.skipif(not BUILT, reason="no compiled modules in the
 
 
 def started(out: Path, *options: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
+    environment = {**by_itself(), "OUT": str(out), "PYTHON": sys.executable}
     environment.pop("TRITON_INTERPRET", None)
     command = [str(ROOT / "bench" / "gpu_gate.sh"), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
