@@ -51,6 +51,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.pairs
+@pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
@@ -60,6 +61,7 @@ def test_dtypes_guidance_rounding_and_mixed_steps(dtypes: tuple, cfg: bool, roun
     test_transition.assert_matches_reference(case, table, dtypes[2], rounding, backend="triton")
 
 
+@pytest.mark.pairs
 @pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
@@ -238,6 +240,7 @@ def test_steps_outside_the_table_are_poison() -> None:
             assert bool(found[1:3].isnan().all()) and torch.equal(found[[0, 3]], wanted[[0, 3]])
 
 
+@pytest.mark.pairs
 @pytest.mark.pairs
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
