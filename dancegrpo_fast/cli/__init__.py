@@ -28,11 +28,11 @@ input. With --figures it makes many plans: a minute or more.
 `info` says what is installed, and which backends can run.
 `dancegrpo-fast COMMAND --help` lists a command's settings.
 """
-# What a command cannot go without; None where it can.
+# What a command cannot go without; None where it can, or says it itself.
 COMMANDS = {
     "train": "RECIPE.yaml",
     "evaluate": "RECIPE.yaml --output FOLDER",
-    "run": "SCRIPT.py",
+    "run": None,
     "memory": "MODEL or RECIPE.yaml",
     "profile": "RECIPE.yaml",
     "recipes": None,

@@ -214,8 +214,10 @@ def test_code_without_marks_has_its_backward_and_its_step_apart() -> None:
 
 def test_long_runs_forget_what_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
+    # Other tests' tensors are alive too, and books are as long as twice those.
+    monkeypatch.setattr(_books.Books, "census", lambda self: None)
     for limit in (10, 100_000):
-        monkeypatch.setattr("dancegrpo_fast.profile.books.COMPACT", limit)
+        monkeypatch.setattr(_books, "COMPACT", limit)
         gc.collect()
         with profile(device="cpu") as report, report.phase("rollout"):
             x = torch.zeros(1000)
@@ -251,7 +253,7 @@ class FailingStep(torch.optim.SGD):
         raise KeyError("no step")
 
 
-@pytest.mark.parametrize("place", ["body", "phase", "forward", "step"])
+@pytest.mark.parametrize("place", release_but(("phase", "step"), ["body", "phase", "forward", "step"]))
 def test_an_exception_leaves_no_hooks_behind(place: str) -> None:
     model, before = Net(), hooks()
     with pytest.raises((KeyError, RuntimeError)), profile(device="cpu", allocator=True) as report:

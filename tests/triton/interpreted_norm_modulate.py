@@ -105,6 +105,7 @@ def assert_matches(case: Case, mode: str) -> None:
 
 
 @pytest.mark.pairs
+@pytest.mark.pairs
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
 @pytest.mark.parametrize(
