@@ -45,7 +45,7 @@ READS = (
 NOTES = """\
 plain: the published scripts' loop in plain torch: batch 1, a host read and a reduction per micro-step, picture files
 batched: the same plain torch with a prompt's samples in one batch, no reads or reductions per step
-launches: torch operators of one iteration that would start work on a device (ours count once)
+launches: torch operators of an iteration behind the last that would start work on a device (ours count once)
 host reads: calls of one iteration at which a GPU would be waited for, those on numbers that lie on the host included
 peak: live tensor bytes, model and optimiser included"""
 
