@@ -152,6 +152,7 @@ def test_scenarios_are_valid_commands(scenario: Scenario) -> None:
     assert sum(s.name == scenario.name for s in SCENARIOS) == 1
 
 
+@pytest.mark.release
 def test_a_question_that_has_no_answer_is_told() -> None:
     found = choices.row(Scenario("nothing", "flux-dev --height 721"), WHERE)
     assert found["exit_status"] == 2 and "height: got 721" in found["error"]

@@ -59,6 +59,7 @@ def test_will_it_fit(shown: Callable[..., str]) -> None:
     assert fits == [size <= 8 for size in gib]
 
 
+@pytest.mark.release
 def test_an_existing_script(shown: Callable[..., str], tmp_path: Path) -> None:
     script, report = FOLDER / "existing_script" / "train_grpo_flux.py", tmp_path / "report.json"
     alone = shown("existing_script/train_grpo_flux.py", "--iterations=1")

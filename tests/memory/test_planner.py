@@ -19,7 +19,6 @@ from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Rates, Setting
 from dancegrpo_fast.memory.planning.sharding import state_bytes_8bit, weights_of
 
 from ..processes import LIMIT
-from ..release import release_but
 from ..tolerances import COMPOSED
 from .small import case_of, tiny
 
@@ -185,7 +184,8 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert ops == printed(ops.text, plan(advised.settings.changed(block_ops="lossless"), advise=False), advised)
 
 
-@pytest.mark.parametrize("model", release_but(("sd14",), ["sd14", "sd35-medium"]))
+@pytest.mark.release
+@pytest.mark.parametrize("model", ["sd14", "sd35-medium"])
 def test_advice_for_models_of_no_and_two_kinds_of_blocks(model: str) -> None:
     advised = plan(Settings(model, height=256, width=256, attention="flash", policy="none", gpu_gib=40.0))
     assert any(advice.text.startswith("policy full") for advice in advised.advice)

@@ -57,7 +57,7 @@ def test_neither_block_ops_nor_resuming_change_a_bit(
     checks.assert_same_weights(plain, run(family, True, lora=lora, micro_batch=micro_batch, **PATCHED))
 
 
-@pytest.mark.parametrize("family", release_but(("flux", "stable_diffusion"), CASES))
+@pytest.mark.parametrize("family", release_but(("flux",), CASES))
 @parts
 def test_checkpoint_policies_and_attention_change_no_bit_of_the_recipes_precision(
     run: Callable[..., Path], family: str, lora: bool

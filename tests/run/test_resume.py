@@ -19,6 +19,7 @@ from dancegrpo_fast.run.identity import prompts_digest
 from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import LIMIT
+from ..release import release_but
 from ..train.tiny import EvaluationSettings, LoraSettings, RewardSettings, make_recipe, reward, write_recipe
 
 RUNNER = """
@@ -89,6 +90,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+@pytest.mark.parametrize("base", release_but(("flux",), ["flux", "diffusion"]), indirect=True)
 def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
     assert wait(start(workspace, "whole")) == 0
     killed = 0

@@ -137,7 +137,7 @@ def test_one_strided_operand_among_runs(changed: str) -> None:
     assert_same_bits(everything(mixed, TABLES["flow"], backend="triton"), wanted)
 
 
-@pytest.mark.parametrize("dims", [(0,), (3,), (1, 2, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("dims", release_but(((3,), (0, 1, 2, 3)), [(0,), (3,), (1, 2, 3), (0, 1, 2, 3)]), ids=str)
 def test_expanded_inputs(dims: tuple[int, ...]) -> None:
     table, shape = TABLES["flow"], (2, 4, 9, 17)
     kept = tuple(slice(0, 1) if d in dims else slice(None) for d in range(4))
@@ -278,7 +278,7 @@ def surrounded(value: torch.Tensor) -> torch.Tensor:
     return view.copy_(value)
 
 
-@pytest.mark.parametrize("numel", [1, 100, BLOCK, BLOCK + 17])
+@pytest.mark.parametrize("numel", release_but((1, BLOCK + 17), [1, 100, BLOCK, BLOCK + 17]))
 @pytest.mark.parametrize("dtypes", [(F32, BF16, F32), (BF16, F16, BF16)], ids=dtype_id)
 def test_inputs_are_not_read_around(dtypes: tuple, numel: int) -> None:
     """The interpreter lets an access outside pass: one would bring in NaN."""
