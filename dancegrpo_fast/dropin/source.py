@@ -55,7 +55,7 @@ def hooked(source: str | bytes, path: str) -> ast.Module:
         SyntaxError: of the source.
         ValueError: it holds null bytes.
     """
-    tree: ast.Module = compile(source, path, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)  # type: ignore[assignment]
+    tree: ast.Module = compile(source, path, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)  # type: ignore[assignment]  # by its flag
     for _, node in definitions(tree.body):
         at = {"lineno": node.lineno, "col_offset": 0, "end_lineno": node.lineno, "end_col_offset": 0}
         # Innermost: the script's own decorators go around ours.

@@ -98,9 +98,9 @@ def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, device: torch.devi
     from accelerate import PartialState, init_empty_weights
 
     if not is_sharded():
-        return cls.from_pretrained(folder, **loaded_in(dtype), **more).to(device).eval()  # type: ignore[no-any-return]
+        return cls.from_pretrained(folder, **loaded_in(dtype), **more).to(device).eval()  # type: ignore[no-any-return]  # untyped
     if PartialState().is_main_process:
-        return cls.from_pretrained(folder, **loaded_in(dtype), **more).eval()  # type: ignore[no-any-return]
+        return cls.from_pretrained(folder, **loaded_in(dtype), **more).eval()  # type: ignore[no-any-return]  # untyped
     with init_empty_weights(include_buffers=False):
         empty = cls.from_config(cls.load_config(folder))
     return specs.cast(empty, dtype, tuple(cls._keep_in_fp32_modules or ())).eval()

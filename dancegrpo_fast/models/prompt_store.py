@@ -139,7 +139,7 @@ class PromptStore:
             texts, data = self._read(file), file.with_suffix(".safetensors")
             try:
                 handle = safe_open(data, framework="pt")
-                lengths = {name: handle.get_slice(name).get_shape()[0] for name in handle.keys()}  # noqa: SIM118
+                lengths = {name: handle.get_slice(name).get_shape()[0] for name in handle.keys()}  # noqa: SIM118  # not a mapping
             except (SafetensorError, OSError, IndexError) as error:
                 raise self._damaged(data, error) from error
             if not isinstance(texts, list) or not lengths or set(lengths.values()) != {len(texts)}:

@@ -16,8 +16,11 @@ def check_sampling(frames: Sampling) -> Sampling:
     Raises:
         ValueError: it is neither "first", "middle", "all" nor a count of at least 1.
     """
-    counted = isinstance(frames, int) and not isinstance(frames, bool)
-    if (counted and frames < 1) or (not counted and frames not in ("first", "middle", "all")):  # type: ignore[operator]
+    if isinstance(frames, int) and not isinstance(frames, bool):
+        known = frames >= 1
+    else:
+        known = frames in ("first", "middle", "all")
+    if not known:
         raise ValueError(f'frames: got {frames!r}, want "first", "middle", "all" or a count of at least 1')
     return frames
 
