@@ -1,0 +1,39 @@
+"""`evaluation:` of a recipe."""
+
+from dataclasses import dataclass, field
+
+from .checks import at_least
+from .rewards import RewardSettings
+
+
+@dataclass
+class EvaluationSettings:
+    """Samples from fixed prompts and noises, scored but never trained on.
+
+    Args:
+        every: iterations between evaluations; the first and the last are always evaluated.
+        prompts: file of the prompts; null takes the training prompts.
+        samples_per_prompt: fixed noises of each prompt; at least 2 in training, which follows the diversity.
+        rewards: scores to report, at least one, trained on or not.
+        grid_samples: samples of each prompt in the pictures.
+        grid_prompts: prompts in the pictures, the first of the file.
+    """
+
+    every: int = 10
+    prompts: str | None = None
+    samples_per_prompt: int = 4
+    rewards: list[RewardSettings] = field(default_factory=list)
+    grid_samples: int = 3
+    grid_prompts: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.every", self.every, 1)
+        at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 1)
+        at_least("evaluation.grid_prompts", self.grid_prompts, 1)
+        if not self.rewards:
+            raise ValueError("evaluation.rewards: got none, want at least one score")
+        if not 1 <= self.grid_samples <= self.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.grid_samples: got {self.grid_samples}, "
+                f"want 1 to samples_per_prompt, {self.samples_per_prompt}"
+            )

@@ -1,0 +1,96 @@
+"""`model:` of a recipe."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from .checks import positive
+
+
+@dataclass
+class LoraSettings:
+    """peft LoRA on the denoiser.
+
+    Args:
+        rank: of the update matrices.
+        alpha: its scale is `alpha / rank`.
+        target_modules: endings of the module names that get one.
+    """
+
+    rank: int = 32
+    alpha: int = 32
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        positive("model.lora.rank", self.rank)
+        positive("model.lora.alpha", self.alpha)
+
+
+@dataclass
+class ModelSettings:
+    """The generator.
+
+    Args:
+        family: "flux", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image" or "wan".
+        path: a diffusers folder, or a name on the hub.
+        dtype: of the denoiser's weights.
+        denoiser: where the denoiser is instead, a folder or a name on the hub: in its `transformer/` or `unet/`, or
+            directly in it; null: in `path`.
+        frozen_dtype: of the VAE's and the text encoders' weights; null: as `dtype`.
+        lora: train LoRA layers instead of the whole denoiser.
+        checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:K" (the first K
+            blocks), or "auto": as little as `memory_gib` allows.
+        memory_gib: what "auto" may use; null: the device's memory.
+        block_ops: put the block ops into the denoiser, "lossless" or "fast" (`dancegrpo_fast.accelerate`).
+        on_mismatch: "warn", or "eager" to compute by eager torch what "lossless" block ops compute otherwise on this
+            GPU.
+        attention: a diffusers attention backend by name, or "auto" (`dancegrpo_fast.attention.choice.choose`); null
+            leaves the model as it is.
+        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
+        prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
+        max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
+        quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
+            row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
+            blocks that are not checkpointed); null: as they are.
+    """
+
+    family: str
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    denoiser: str | None = None
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    lora: LoraSettings | None = None
+    checkpointing: str = "none"
+    memory_gib: float | None = None
+    block_ops: Literal["off", "lossless", "fast"] = "off"
+    on_mismatch: Literal["warn", "eager"] = "warn"
+    attention: str | None = None
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    prompt_cache: str = "runs/prompt_cache"
+    max_text_tokens: int | None = None
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+
+    def __post_init__(self) -> None:
+        known = ("none", "full", "attention", "matmul", "auto")
+        first, _, count = self.checkpointing.partition(":")
+        if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):
+            raise ValueError(f'model.checkpointing: got "{self.checkpointing}", want one of {known} or "first:K"')
+        for name in ("memory_gib", "max_text_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                positive(f"model.{name}", value)
+        if self.on_mismatch == "eager" and self.block_ops != "lossless":
+            raise ValueError(f'model.on_mismatch: got "eager" with block_ops "{self.block_ops}", want "lossless"')
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(f'model.quantization: got "{self.quantization}" without model.lora, want both, or null')
+        if self.quantization is not None and self.dtype != "bfloat16":
+            raise ValueError(f'model.quantization: got "{self.quantization}" with {self.dtype}, want bfloat16, or null')
+
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def frozen_torch_dtype(self) -> torch.dtype:
+        """`frozen_dtype` as torch names it."""
+        return torch.bfloat16 if (self.frozen_dtype or self.dtype) == "bfloat16" else torch.float32

@@ -1,0 +1,54 @@
+"""Recipes from YAML files and the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .whole import Recipe
+
+# Of commands' own options.
+HELP = {"iterations": "how many are measured, after one that is not", "figures": "draws them into this folder"}
+
+
+def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
+    """A recipe file with overrides, and the command's own options.
+
+    Args:
+        arguments: the recipe's path, then `--field.name value` overrides.
+        command: of this program.
+        options: the command's own, with their defaults.
+
+    Raises:
+        ValueError: a missing file, an unknown field, or a value of the wrong type or range.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    usage = f"dancegrpo-fast {command} RECIPE.yaml [--FIELD VALUE ...]"
+    parser = ArgumentParser(usage, usage=usage, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="the recipe")
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
+    parser.add_class_arguments(Recipe, None)
+    path = Path(arguments[0])
+    if not path.is_file() and arguments[0] not in ("-h", "--help"):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"recipe: got {path}, which {what}; want a YAML file")
+    given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
+    try:
+        namespace = parser.parse_args(given)
+        found = {name: namespace.pop(name) for name in options}
+        namespace.pop("config", None)
+        return Recipe(**vars(parser.instantiate(namespace))), found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe: got {path}, want UTF-8: {error}") from error
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"recipe: {path}: {_reason(error)}") from error
+    except ValueError as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What jsonargparse says, without the types that it tried and the whole of what it was given."""
+    frame = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not line.startswith((*frame, "Expected a <class 'NoneType'>")))

@@ -1,0 +1,59 @@
+"""A run, whole."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checks import at_least
+from .evaluation import EvaluationSettings
+from .model import ModelSettings
+from .rewards import RewardSettings
+from .sampler import SamplerSettings
+from .train import TrainSettings
+
+
+@dataclass
+class Recipe:
+    """A whole run.
+
+    Args:
+        name: what the run is called, in its folder and its lines.
+        model: the generator.
+        sampler: how samples are drawn.
+        prompts: `.txt`, `.jsonl` or `.parquet` file, or a folder with `train.*`.
+        rewards: what is maximised; several rewards sum their advantages.
+        train: the optimisation.
+        evaluation: what is measured beside it; null: nothing.
+        output_dir: of metrics, checkpoints and pictures; null: `runs/<name>`.
+        seed: everything random follows from it.
+        checkpoint_every: iterations between checkpoints.
+        keep_checkpoints: how many of the newest stay.
+        threads: torch's CPU threads; null: the processors this process may use.
+    """
+
+    name: str
+    model: ModelSettings
+    sampler: SamplerSettings
+    prompts: str
+    rewards: list[RewardSettings]
+    train: TrainSettings
+    evaluation: EvaluationSettings | None = None
+    output_dir: str | None = None
+    seed: int = 0
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards: got none, want at least one")
+        if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
+            raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
+        at_least("seed", self.seed, 0)
+        at_least("checkpoint_every", self.checkpoint_every, 1)
+        at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written into checkpoints."""
+        return asdict(self)
