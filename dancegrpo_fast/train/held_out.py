@@ -22,9 +22,13 @@ from .residence import Residence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`.
+
+    `dropped` samples lack a score, and are not in its mean.
+    """
 
     scores: dict[str, float]
+    dropped: int
     diversity: float
     grid: Tensor
 
@@ -37,7 +41,7 @@ class ScoredSet:
         first: place of the first prompt.
         prompts: P of them.
         frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
-        scores: float32 `[K, P * samples_per_prompt]`.
+        scores: float32 `[K, P * samples_per_prompt]`; NaN where a sample has none.
     """
 
     first: int
@@ -133,9 +137,11 @@ class Evaluator:
             fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        scores = torch.cat([scores for _, scores, _, _ in parts], dim=1)
+        self.rewards.check_dropped(scores)
         return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)),
+            dict(zip(self.rewards.names, scores.nanmean(dim=1).tolist(), strict=True)),
+            int(scores.isnan().any(dim=0).sum()),
             sum(spread for _, _, spread, _ in parts) / len(self.prompts),
             torch.cat([grid for *_, grid in parts]),
         )

@@ -91,6 +91,7 @@ class Trainer(Setup):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
                 row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
+                row["dropped"] = result.dropped
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
