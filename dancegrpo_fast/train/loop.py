@@ -9,7 +9,7 @@ from ..marks import phase
 from ..progress import counted
 from ..prompts import prompts_of_iteration
 from ..run.sheets import save_samples
-from ..run.words import progress_line
+from ..run.words import progress_line, spread_text
 from .clock import Clock
 from .metrics import Tally, metrics_row
 from .schedule import learning_rate
@@ -94,13 +94,14 @@ class Trainer(Setup):
             ):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
-                row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
+                row = {"iteration": iteration, "sampler": sampler, **result.spread, **result.scores}
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
                 save_samples(folder, iteration, sampler, result.grid, shown, fps)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
-            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
+            spread = spread_text(result.spread)
+            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  {spread}")
 
     def _save(self, iteration: int) -> None:
         self.state.save(
