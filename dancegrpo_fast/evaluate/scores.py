@@ -16,6 +16,7 @@ from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
 from ..run.identity import FREE, differences, joined, model_identity
+from ..run.sheets import save_pages
 from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity
 from ..train.residence import Residence
@@ -25,7 +26,7 @@ SAMPLERS = ("ode", "sde")
 
 
 def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
-    """Writes one sample without loss: an image as PNG, a video as animated PNG.
+    """Writes one sample without loss: an image as PNG, a video as animated PNG with all its frames.
 
     Args:
         frames: float32 `[T, 3, H, W]` in [0, 1] on the 8-bit grid.
@@ -34,12 +35,10 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
     """
     from PIL import Image
 
-    first, *others = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
-    more = {"save_all": True, "append_images": others, "duration": round(1000 / (fps or 8)), "loop": 0}
+    pages = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(path, **(more if others else {}))
-    return path
+        return save_pages(path, pages, fps)
 
 
 class Scores:

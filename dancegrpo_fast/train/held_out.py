@@ -125,7 +125,7 @@ class Evaluator:
         draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
         trajectory = draw.samples(noise, place // samples, ids)
         self.residence.use("vae")
-        frames = decode(policy.model, trajectory.denoised, policy.rows)
+        frames = decode(policy.model, trajectory.final, policy.rows)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
         scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
