@@ -32,8 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # 9 samples, of which the middle prompt's are split; of the six trained on, any number may be on a process.
     "uneven": {"group_size": 3, "best_of_n": 1, "window": [1, 2], "iterations": 1, "timestep_fraction": 1.0},
-    # Samples are dropped in either process, one of a prompt that they share among them.
-    "dropped": {"rewards": [reward("Refusing", on_error="drop", max_dropped=0.9)], "group_size": 5},
+    # Samples are dropped in either process, of the prompt that they share, too.
+    "dropped": {"rewards": [reward("Refusing", on_error="drop", max_dropped=0.9)], "group_size": 5, "iterations": 1},
     # The second process has no gradient.
     "lonely": {"prompts_per_iteration": 2, "rewards": [reward("FirstGroup")]},
     "lora": {
