@@ -9,7 +9,8 @@ from torch import Tensor
 from .checks import as_column, as_float64, check_bool, check_int, check_level, shown
 
 
-def _grouped(name: str, rewards: Any, group_size: Any) -> Tensor:
+def _grouped(name: str, rewards: Any, group_size: Any, valid: Any) -> tuple[Tensor, Tensor]:
+    """Float64 `[K, groups, group_size]`, 0 where not valid, and bool `[groups, group_size]`."""
     if not isinstance(rewards, Tensor):
         rewards = as_float64(name, rewards)
     floats = rewards.is_floating_point() and rewards.layout == torch.strided
@@ -18,10 +19,15 @@ def _grouped(name: str, rewards: Any, group_size: Any) -> Tensor:
     group_size = check_int("group_size", group_size, 2)
     if rewards.shape[-1] % group_size:
         raise ValueError(f"group_size: got {group_size} for {rewards.shape[-1]} rewards, want a divisor of them")
+    if valid is None:
+        valid = torch.ones(rewards.shape[-1:], dtype=torch.bool, device=rewards.device)
+    elif not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.shape != rewards.shape[-1:]:
+        raise ValueError(f"valid: got {shown(valid)}, want bool ({rewards.shape[-1]},)")
+    rewards = torch.where(valid, rewards, 0.0)
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError(f"{name}: got values that are not finite, want finite numbers only")
     grouped: Tensor = rewards.reshape(-1, rewards.shape[-1] // group_size, group_size).double()
-    return grouped
+    return grouped, valid.reshape(-1, group_size)
 
 
 def group_advantages(
@@ -32,6 +38,7 @@ def group_advantages(
     eps: float = 1e-8,
     unbiased: bool = True,
     divide_by_std: bool = True,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """`(r - mean) / (std + eps)` within each group of consecutive samples; several rewards add their advantages.
 
@@ -43,50 +50,59 @@ def group_advantages(
         eps: added to the standard deviation, at least 0.
         unbiased: divide the variance by G - 1 (as the paper) instead of G.
         divide_by_std: False only subtracts the mean.
+        valid: bool `[B]`, on the device of `rewards`: the others are as if they were not there; default all.
 
     Returns:
-        float32 `[B]`, computed in float64. A group whose rewards are all equal gets exactly 0.
+        float32 `[B]`, computed in float64. A group whose rewards are all equal gets exactly 0, and so does what is not
+        valid.
 
     Raises:
         ValueError: empty, non-finite or wrongly shaped rewards, a group size that does not divide B, or a setting of
             the wrong type or range.
     """
-    grouped = _grouped("rewards", rewards, group_size)
+    grouped, counted = _grouped("rewards", rewards, group_size, valid)
     eps = check_level("eps", eps)
     check_bool("unbiased", unbiased)
     check_bool("divide_by_std", divide_by_std)
     factors = as_column("weights", [1.0] * len(grouped) if weights is None else weights)
     if len(factors) != len(grouped):
         raise ValueError(f"weights: got {len(factors)}, want one for each of the {len(grouped)} rewards")
-    centred = grouped - grouped.mean(dim=-1, keepdim=True)
+    count = counted.sum(dim=-1, keepdim=True)
+    centred = torch.where(counted, grouped - grouped.sum(dim=-1, keepdim=True) / count, 0.0)
     if divide_by_std:
-        centred = centred / (grouped.std(dim=-1, keepdim=True, correction=1 if unbiased else 0) + eps)
+        variance = centred.square().sum(dim=-1, keepdim=True) / (count - (1 if unbiased else 0))
+        centred = centred / (variance.sqrt() + eps)
     # Rounding of the mean would otherwise be blown up by a deviation of zero.
-    constant = grouped.amax(dim=-1, keepdim=True) == grouped.amin(dim=-1, keepdim=True)
+    highest = torch.where(counted, grouped, -torch.inf).amax(dim=-1, keepdim=True)
+    constant = highest <= torch.where(counted, grouped, torch.inf).amin(dim=-1, keepdim=True)
     advantages = torch.where(constant, 0.0, centred)
     summed = (factors.to(advantages.device)[:, None, None] * advantages).sum(dim=0)
     return summed.flatten().float()
 
 
-def best_and_worst(advantages: Tensor | Sequence[float], group_size: int, k: int) -> Tensor:
+def best_and_worst(
+    advantages: Tensor | Sequence[float], group_size: int, k: int, *, valid: Tensor | None = None
+) -> Tensor:
     """The k best and k worst samples of every group, for best-of-N training: int64 `[groups * 2k]`, ascending.
 
     Args:
         advantages: floats `[B]`, as for `group_advantages`; samples of a group are neighbours.
         group_size: samples of one prompt, N.
         k: how many to keep at either end; ties keep the earlier sample.
+        valid: bool `[B]`, on the device of `advantages`: the others are never kept, and of a group with less than 2k
+            valid ones these are; default all.
 
     Raises:
         ValueError: advantages that are not finite floats `[B]`, `2 k` above the group, or a group size that does not
             divide B.
     """
-    found = _grouped("advantages", advantages, group_size)
+    found, counted = _grouped("advantages", advantages, group_size, valid)
     if len(found) != 1:
         raise ValueError(f"advantages: got {shown(advantages)}, want floats [B]")
     grouped = found[0]
     k = check_int("k", k, 1, group_size // 2, " (half of the group)")
-    best = grouped.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    worst = grouped.scatter(1, best, torch.inf).argsort(dim=-1, stable=True)[:, :k]
-    kept = torch.cat([best, worst], dim=1)
-    first = torch.arange(len(grouped), device=kept.device)[:, None] * group_size
-    return (kept + first).flatten().sort().values
+    best = torch.where(counted, grouped, -torch.inf).argsort(dim=-1, descending=True, stable=True)[:, :k]
+    rest = torch.where(counted, grouped, torch.inf).scatter(1, best, torch.inf)
+    worst = rest.argsort(dim=-1, stable=True)[:, :k]
+    kept = torch.zeros_like(counted).scatter(1, torch.cat([best, worst], dim=1), True) & counted
+    return kept.flatten().nonzero().flatten()

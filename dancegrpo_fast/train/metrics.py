@@ -77,12 +77,17 @@ def metrics_row(
     Raises:
         RuntimeError: a gradient norm that is not finite.
     """
-    groups = batch.rewards.reshape(len(names), -1, group_size)
-    constant = (groups.amax(dim=-1) == groups.amin(dim=-1)).all(dim=0)
+    # Of the samples that count; the extremes of a group without any differ.
+    highest, lowest = (
+        torch.where(batch.valid, batch.rewards, none).view(len(names), -1, group_size)
+        for none in (-torch.inf, torch.inf)
+    )
+    constant = (highest.amax(dim=-1) == lowest.amin(dim=-1)).all(dim=0)
     row: dict[str, Any] = {"iteration": iteration}
-    for name, values in zip(names, batch.rewards, strict=True):
+    for name, values in zip(names, batch.rewards[:, batch.valid], strict=True):
         row[f"reward/{name}"] = float(values.mean())
         row[f"reward_std/{name}"] = float(values.std())
+    row["dropped"] = int((~batch.valid).sum())
     row["zero_std_groups"] = int(constant.sum())
     row["advantage_max"] = float(batch.advantages.abs().max())
     norms = torch.stack([torch.as_tensor(norm) for norm in tally.grad_norms]).tolist()
