@@ -19,7 +19,7 @@ class Recipe:
         name: what the run is called, in its folder and its lines.
         model: the generator.
         sampler: how samples are drawn.
-        prompts: `.txt`, `.jsonl` or `.parquet` file, or a folder with `train.*`.
+        prompts: a file of prompts, or a folder of them (`dancegrpo_fast.prompts.load_prompts`).
         rewards: what is maximised; several rewards sum their advantages.
         train: the optimisation.
         evaluation: what is measured beside it; null: nothing.
