@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .checks import at_least
+from .checks import at_least, check_fields
 from .rewards import RewardSettings
 
 
@@ -15,7 +15,7 @@ class EvaluationSettings:
         prompts: file of the prompts; null takes the training prompts.
         samples_per_prompt: fixed noises of each prompt; at least 2 in training, which follows the diversity.
         rewards: scores to report, at least one, trained on or not.
-        grid_samples: samples of each prompt in the pictures.
+        grid_samples: samples of each prompt in the pictures; null: 3, or as many as there are.
         grid_prompts: prompts in the pictures, the first of the file.
     """
 
@@ -23,16 +23,17 @@ class EvaluationSettings:
     prompts: str | None = None
     samples_per_prompt: int = 4
     rewards: list[RewardSettings] = field(default_factory=list)
-    grid_samples: int = 3
+    grid_samples: int | None = None
     grid_prompts: int = 10
 
     def __post_init__(self) -> None:
+        check_fields("evaluation", self, ["prompts"])
         at_least("evaluation.every", self.every, 1)
         at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 1)
         at_least("evaluation.grid_prompts", self.grid_prompts, 1)
         if not self.rewards:
             raise ValueError("evaluation.rewards: got none, want at least one score")
-        if not 1 <= self.grid_samples <= self.samples_per_prompt:
+        if self.grid_samples is not None and not 1 <= self.grid_samples <= self.samples_per_prompt:
             raise ValueError(
                 f"evaluation.grid_samples: got {self.grid_samples}, "
                 f"want 1 to samples_per_prompt, {self.samples_per_prompt}"

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from .checks import check_fields
+
 
 @dataclass
 class RewardSettings:
@@ -29,6 +31,7 @@ class RewardSettings:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields("rewards", self)
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:

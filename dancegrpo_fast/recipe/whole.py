@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checks import at_least
+from .checks import at_least, check_fields
 from .evaluation import EvaluationSettings
 from .model import ModelSettings
 from .rewards import RewardSettings
@@ -44,6 +44,7 @@ class Recipe:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields("", self, ["prompts", "output_dir"])
         if not self.rewards:
             raise ValueError("rewards: got none, want at least one")
         if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
