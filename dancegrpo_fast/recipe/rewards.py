@@ -5,7 +5,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import check_fields
+from .checks import check_fields, expanded
+
+# Arguments in which `~` and variables are replaced, as they are folders, files or names on the hub.
+PATHS = ("path", "base", "clip", "head", "tokenizer")
 
 
 @dataclass
@@ -32,6 +35,8 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         check_fields("rewards", self)
+        places = {name: place for name, place in self.args.items() if name in PATHS and isinstance(place, str)}
+        self.args = self.args | {name: expanded(f"rewards.args.{name}", place) for name, place in places.items()}
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:
@@ -40,3 +45,12 @@ class RewardSettings:
             json.dumps(self.args, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rewards.args: got {self.args}, want plain values: {error}") from error
+
+    def title(self) -> str:
+        """What metrics and tables call it."""
+        if self.label is not None:
+            return self.label
+        name = self.name.rpartition(":")[2]
+        if self.win_rate:
+            return f"{name}_win_rate"
+        return name if self.threshold is None else f"{name}>{self.threshold:g}"

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..drawing import COLOURS, by_iteration, figure, write
-from .sheets import QUANTIZED, SAMPLERS, Panel, Samples, numbers, read_samples, save_pages, sheet
+from .sheets import PAUSE, QUANTIZED, SAMPLERS, Panel, Samples, numbers, read_samples, save_pages, sheet
 from .words import read_rows, score_names
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -63,7 +63,7 @@ def _before_after(root: Path, evaluations: Rows) -> list[Path]:
     pages = [page.quantize(QUANTIZED, dither=0) for page in sheet(moving, prompts, note=SAME)[0]]
     return [
         save_pages(path, sheet(strips, prompts, across="frame", note=SAME)[0], fps),
-        save_pages(path.with_suffix(".gif"), pages, fps),
+        save_pages(path.with_suffix(".gif"), pages, fps, last=PAUSE),
     ]
 
 
@@ -89,7 +89,11 @@ def _curves(metrics: Rows, evaluations: Rows) -> Any:
             # One legend for both samplers.
             label = name if sampler == "ode" else None
             plot(scores, rows, [row[name] for row in rows], label, style, color=COLOURS[i % len(COLOURS)])
-        plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style)
+        plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style, color=COLOURS[0])
+        if "diversity_accepted" in rows[0]:
+            # None, where too few were accepted, leaves a gap.
+            values = np.array([row["diversity_accepted"] for row in rows], dtype=float)
+            plot(diversity, rows, values, f"{SAMPLERS[sampler]}, accepted samples", style, color=COLOURS[1])
     by_iteration(scores, "scores on fixed held-out noises: mean (ODE solid, SDE dotted)", "score")
     by_iteration(diversity, "diversity: std of a pixel within a prompt", "std of values in [0, 1]")
     diversity.set_ylim(bottom=0)

@@ -126,7 +126,7 @@ class Collector:
                 if part is parts[-1] and self.processes.sharded:
                     fill_calls(policy, self.table, conditioning, self._calls(), self.processes.index)
             self.residence.use("vae")
-            frames = phase("decode")(decode)(policy.model, trajectory.denoised, policy.rows)
+            frames = phase("decode")(decode)(policy.model, trajectory.final, policy.rows)
             clock.stop("sample")
             self.residence.use(self.rewards)
             groups = [place // self._group for place in part]
