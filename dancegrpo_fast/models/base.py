@@ -129,6 +129,10 @@ class DiffusersModel:
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
         self._set_up(self.denoiser.config)
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
+
     def _set_up(self, config: Any) -> None:
         """Takes what calls need from the denoiser's configuration; raises ValueError for one that the family lacks."""
 

@@ -155,7 +155,7 @@ class Evaluator:
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
-            grid = grouped[:left, : settings.grid_samples].clone()
+            grid = grouped[:left, : settings.grid_samples or 3].clone()
             whole = diversity(found.frames, samples) * len(found.prompts)
             parts.append((found.first, found.scores, whole, self.accepted(found), grid))
         if processes.sharded:
