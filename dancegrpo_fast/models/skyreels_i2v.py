@@ -22,17 +22,22 @@ class SkyReelsI2V(HunyuanVideo):
     negative = True
 
     def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+        self,
+        settings: ModelSettings,
+        sampler: SamplerSettings,
+        device: torch.device,
+        prompts: Sequence[Prompt],
+        evaluation: SamplerSettings | None = None,
     ) -> None:
         for path in dict.fromkeys(_image_path(prompt) for prompt in prompts):
             _check_image(path)
-        # Of the files' paths, and of their contents: the same picture may lie in several places.
-        self._digests: dict[str, str] = {}
-        self._first_frames: dict[str, Tensor] = {}
-        super().__init__(settings, sampler, device, prompts)
+        super().__init__(settings, sampler, device, prompts, evaluation)
 
     def _set_up(self, config: Any) -> None:
         super()._set_up(config)
+        # Of the files' paths, and of their contents: the same picture may lie in several places.
+        self._digests: dict[str, str] = {}
+        self._first_frames: dict[str, Tensor] = {}
         channels, latent_channels = int(config.in_channels), self.latent_shape[0]
         if channels != 2 * latent_channels:
             raise ValueError(

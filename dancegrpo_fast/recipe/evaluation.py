@@ -1,9 +1,11 @@
 """`evaluation:` of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from .checks import at_least
+from .checks import at_least, positive
 from .rewards import RewardSettings
+from .sampler import SamplerSettings
 
 
 @dataclass
@@ -17,6 +19,12 @@ class EvaluationSettings:
         rewards: scores to report, at least one, trained on or not.
         grid_samples: samples of each prompt in the pictures.
         grid_prompts: prompts in the pictures, the first of the file.
+        samplers: "ode": without noise, as users sample; "sde": as in training.
+        num_steps: of a sample; null: the sampler's, as in the three below.
+        height: in pixels.
+        width: in pixels.
+        guidance_scale: of the model.
+        ema: of a run with `train.ema_decay`, or a checkpoint of one, the average is evaluated, else what is trained.
     """
 
     every: int = 10
@@ -25,6 +33,12 @@ class EvaluationSettings:
     rewards: list[RewardSettings] = field(default_factory=list)
     grid_samples: int = 3
     grid_prompts: int = 10
+    samplers: list[Literal["ode", "sde"]] = field(default_factory=lambda: ["ode", "sde"])
+    num_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    ema: bool = True
 
     def __post_init__(self) -> None:
         at_least("evaluation.every", self.every, 1)
@@ -37,3 +51,17 @@ class EvaluationSettings:
                 f"evaluation.grid_samples: got {self.grid_samples}, "
                 f"want 1 to samples_per_prompt, {self.samples_per_prompt}"
             )
+        known = ("ode", "sde")
+        if not self.samplers or len(set(self.samplers)) < len(self.samplers) or set(self.samplers) - set(known):
+            raise ValueError(f"evaluation.samplers: got {self.samplers}, want one or both of {list(known)}")
+        if self.num_steps is not None:
+            at_least("evaluation.num_steps", self.num_steps, 2)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                positive(f"evaluation.{name}", getattr(self, name))
+
+    def sampling(self, training: SamplerSettings) -> SamplerSettings:
+        """How samples are drawn here: as in training, but for what is set."""
+        fields = ("num_steps", "height", "width", "guidance_scale")
+        own = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return replace(training, **own)
