@@ -107,9 +107,16 @@ def _read(path: Path, line: int, text: bytes, *keys: str) -> dict[str, Any]:
 
 
 def _rows(
-    found: ScoredSet, sampler: str, names: Sequence[str], samples: int, folder: Path, fps: float | None
+    found: ScoredSet,
+    accepted: Sequence[float | None],
+    sampler: str,
+    names: Sequence[str],
+    samples: int,
+    folder: Path,
+    fps: float | None,
 ) -> Iterator[dict[str, Any]]:
     for place, prompt in enumerate(found.prompts):
+        of_accepted = {"diversity_accepted": accepted[place]} if accepted else {}
         mine = slice(place * samples, (place + 1) * samples)
         spread = diversity(found.frames[mine], samples) if samples > 1 else None
         for sample in range(samples):
@@ -125,6 +132,7 @@ def _rows(
                 "meta": prompt.columns(),
                 "file": str(file.relative_to(folder)),
                 "diversity": spread,
+                **of_accepted,
                 "scores": dict(zip(names, values, strict=True)),
             }
         # The official GenEval scorer reads a prompt's folder: metadata.jsonl beside samples/.
@@ -140,7 +148,8 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
 
     `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
     standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation. The last
-    two are None where there is one sample a prompt.
+    two are None where there is one sample a prompt. `diversity_accepted`, where rows have it: over prompts with at
+    least two accepted samples, None where there is none.
 
     Raises:
         ValueError: a prompt lacks the column.
@@ -171,6 +180,7 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
                     "std": stdev(values) if len(values) > 1 else None,
                     "within": fmean([stdev(scores) for scores in prompts.values()]) if several else None,
                     "diversity": fmean([row["diversity"] for row in members]) if several else None,
+                    **_accepted(members),
                     "prompts": len(prompts),
                     "samples": len(members),
                 }
@@ -178,9 +188,17 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
     for whole in [row for row in table if row["group"] is None] if by is not None else ():
         same = [row for row in table if (row["sampler"], row["score"]) == (whole["sampler"], whole["score"])]
         mean = fmean(row["mean"] for row in same if row["group"] is not None)
-        unsaid = dict.fromkeys(("error", "std", "within", "diversity"))
-        table.append(whole | {"group": f"mean over {by}", "mean": mean} | unsaid)
+        unsaid = whole.keys() & {"error", "std", "within", "diversity", "diversity_accepted"}
+        table.append(whole | {"group": f"mean over {by}", "mean": mean} | dict.fromkeys(unsaid))
     return [row | {"group": "all"} if row["group"] is None else row for row in table]
+
+
+def _accepted(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    if "diversity_accepted" not in rows[0]:
+        return {}
+    prompts = {row["prompt_index"]: row["diversity_accepted"] for row in rows}
+    found = [spread for spread in prompts.values() if spread is not None]
+    return {"diversity_accepted": fmean(found) if found else None}
 
 
 def table_text(table: Sequence[Mapping[str, Any]]) -> str:
@@ -240,8 +258,10 @@ def evaluate(
     torch.set_num_threads(recipe.threads or processes.threads())
     model = load_model(recipe, processes.device, prompts, training=False)
     model.denoiser.eval().requires_grad_(False)
-    loaded = "as loaded" if source is None else load_weights(
-        model.denoiser, Path(source), weights or (None if settings.ema else "model")
+    loaded = (
+        "as loaded"
+        if source is None
+        else load_weights(model.denoiser, Path(source), weights or (None if settings.ema else "model"))
     )
     # As the trainer prepares it, so that the same weights give the same samples.
     model.denoiser = processes.prepare(model.denoiser)
@@ -251,6 +271,7 @@ def evaluate(
         "sampler": asdict(settings.sampling(recipe.sampler)),
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
+        "accepted_by": settings.accepted_by,
         "micro_batch": recipe.train.micro_batch,
         "prompts": [{"prompt": prompt.text, **prompt.columns()} for prompt in prompts],
         "seed": recipe.seed,
@@ -272,7 +293,8 @@ def evaluate(
             rows: list[dict[str, Any]] = []
             for part in turn[processes.index : processes.index + 1]:
                 found = evaluator.score(sampler, part)
-                rows += _rows(found, sampler, evaluator.rewards.names, samples, output, recipe.sampler.fps)
+                accepted, names = evaluator.accepted(found), evaluator.rewards.names
+                rows += _rows(found, accepted, sampler, names, samples, output, recipe.sampler.fps)
             rows = processes.collect(rows)
             scores.add(rows)
             if processes.is_main:

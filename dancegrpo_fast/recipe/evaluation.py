@@ -17,6 +17,8 @@ class EvaluationSettings:
         prompts: file of the prompts; null takes the training prompts.
         samples_per_prompt: fixed noises of each prompt; at least 2 in training, which follows the diversity.
         rewards: scores to report, at least one, trained on or not.
+        accepted_by: the one of `rewards`, as tables call it, that accepts a sample by a score above 1/2; the diversity
+            of the accepted samples is reported, too. null: it is not.
         grid_samples: samples of each prompt in the pictures.
         grid_prompts: prompts in the pictures, the first of the file.
         samplers: "ode": without noise, as users sample; "sde": as in training.
@@ -31,6 +33,7 @@ class EvaluationSettings:
     prompts: str | None = None
     samples_per_prompt: int = 4
     rewards: list[RewardSettings] = field(default_factory=list)
+    accepted_by: str | None = None
     grid_samples: int = 3
     grid_prompts: int = 10
     samplers: list[Literal["ode", "sde"]] = field(default_factory=lambda: ["ode", "sde"])
@@ -46,6 +49,9 @@ class EvaluationSettings:
         at_least("evaluation.grid_prompts", self.grid_prompts, 1)
         if not self.rewards:
             raise ValueError("evaluation.rewards: got none, want at least one score")
+        titles = [one.title() for one in self.rewards]
+        if self.accepted_by is not None and self.accepted_by not in titles:
+            raise ValueError(f'evaluation.accepted_by: got "{self.accepted_by}", want one of {titles}, or null')
         if not 1 <= self.grid_samples <= self.samples_per_prompt:
             raise ValueError(
                 f"evaluation.grid_samples: got {self.grid_samples}, "

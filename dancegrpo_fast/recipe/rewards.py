@@ -37,3 +37,12 @@ class RewardSettings:
             json.dumps(self.args, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rewards.args: got {self.args}, want plain values: {error}") from error
+
+    def title(self) -> str:
+        """What metrics and tables call it."""
+        if self.label is not None:
+            return self.label
+        name = self.name.rpartition(":")[2]
+        if self.win_rate:
+            return f"{name}_win_rate"
+        return name if self.threshold is None else f"{name}>{self.threshold:g}"

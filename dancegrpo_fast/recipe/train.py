@@ -19,7 +19,9 @@ class TrainSettings:
         updates_per_rollout: optimiser steps that share out a rollout's samples.
         inner_epochs: passes over a rollout.
         best_of_n: train on the k best and k worst of each group; null: on all.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, at its highest.
+        warmup_updates: that the learning rate takes to rise from `learning_rate / warmup_updates` to `learning_rate`.
+        schedule: "constant", or how the learning rate falls from there to 0 at the run's end: "linear", "cosine".
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
         clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher).
@@ -46,6 +48,8 @@ class TrainSettings:
     inner_epochs: int = 1
     best_of_n: int | None = None
     learning_rate: float = 1e-5
+    warmup_updates: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     clip_range: float | tuple[float, float] = 1e-4
@@ -66,7 +70,7 @@ class TrainSettings:
             positive(f"train.{name}", getattr(self, name))
         for bound in self.clip_range if isinstance(self.clip_range, (tuple, list)) else (self.clip_range,):
             positive("train.clip_range", bound)
-        for name in ("weight_decay", "kl_weight"):
+        for name in ("weight_decay", "kl_weight", "warmup_updates"):
             at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
@@ -82,3 +86,18 @@ class TrainSettings:
         kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
         if self.updates_per_rollout > kept:
             raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
+        if self.schedule != "constant" and self.warmup_updates >= self.updates:
+            raise ValueError(
+                f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates "
+                f'with schedule "{self.schedule}"'
+            )
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Of all passes over a rollout."""
+        return self.updates_per_rollout * self.inner_epochs
+
+    @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.iterations * self.updates_per_iteration

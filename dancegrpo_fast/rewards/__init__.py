@@ -84,7 +84,7 @@ class RewardSet:
     def __init__(self, settings: Sequence[RewardSettings]) -> None:
         self._settings = list(settings)
         self._rewards = [build_reward(one) for one in self._settings]
-        self.names = [_label(one) for one in self._settings]
+        self.names = [one.title() for one in self._settings]
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"rewards: got {self.names}, want each one once, or a label for each")
         self.weights = [one.weight for one in self._settings]
@@ -143,12 +143,3 @@ class RewardSet:
         for reward in self._rewards:
             if isinstance(reward, Movable):
                 reward.to(device)
-
-
-def _label(settings: RewardSettings) -> str:
-    if settings.label is not None:
-        return settings.label
-    name = settings.name.rpartition(":")[2]
-    if settings.win_rate:
-        return f"{name}_win_rate"
-    return name if settings.threshold is None else f"{name}>{settings.threshold:g}"

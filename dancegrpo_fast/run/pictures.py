@@ -94,7 +94,11 @@ def _curves(metrics: Rows, evaluations: Rows) -> Any:
             # One legend for both samplers.
             label = None if place else name
             plot(scores, rows, [row[name] for row in rows], label, style, color=COLOURS[i % len(COLOURS)])
-        plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style)
+        plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style, color=COLOURS[0])
+        if "diversity_accepted" in rows[0]:
+            # None, where too few were accepted, leaves a gap.
+            values = np.array([row["diversity_accepted"] for row in rows], dtype=float)
+            plot(diversity, rows, values, f"{SAMPLERS[sampler]}, accepted samples", style, color=COLOURS[1])
     by_iteration(scores, "scores on fixed held-out noises: mean (ODE solid, SDE dotted)", "score")
     by_iteration(diversity, "diversity: std of a pixel within a prompt", "std of values in [0, 1]")
     diversity.set_ylim(bottom=0)

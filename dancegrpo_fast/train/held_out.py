@@ -22,10 +22,10 @@ from .residence import Residence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
 
     scores: dict[str, float]
-    diversity: float
+    spread: dict[str, float | None]
     grid: Tensor
 
 
@@ -59,6 +59,22 @@ def diversity(frames: Tensor, samples_per_prompt: int) -> float:
     return float(torch.stack(spreads).mean())
 
 
+def accepted_diversity(frames: Tensor, accepted: Tensor) -> float | None:
+    """`diversity` of the accepted ones among the samples of a prompt; None where there are fewer than two.
+
+    How many they are does not bias it: it is `diversity` where all are accepted, and its expectation over few is that
+    over all (of the variance).
+
+    Args:
+        frames: `[S, T, 3, H, W]`.
+        accepted: bool `[S]`.
+    """
+    count, total = int(accepted.sum()), len(frames)
+    if count < 2:
+        return None
+    return diversity(frames[accepted], count) * math.sqrt(count / (count - 1) * (total - 1) / total)
+
+
 @dataclass
 class Evaluator:
     """Samples the same noises at every call and scores them.
@@ -85,14 +101,14 @@ class Evaluator:
         self._seed = derive_seed(self.recipe.seed, "evaluation")
         self.rewards = RewardSet(self.settings.rewards)
         self.residence.add(self.rewards)
+        label = self.settings.accepted_by
+        self._judge = None if label is None else self.rewards.names.index(label)
         sampler, rows, model = self.settings.sampling(self.recipe.sampler), self.policy.rows, self.policy.model
         with of_evaluation():
             if sampler != self.recipe.sampler:
                 model = model.at(sampler)
                 self.policy = Policy(model, rows, sampler.guidance_scale, model.unconditional(sampler.guidance_scale))
-            self._tables = {
-                name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers
-            }
+            self._tables = {name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers}
 
     def sets(self) -> list[slice]:
         """The prompts in sets whose samples fill model calls, as far as whole prompts can."""
@@ -121,6 +137,15 @@ class Evaluator:
         scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
         return ScoredSet(part.start, prompts, frames, scores)
 
+    def accepted(self, found: ScoredSet) -> list[float | None]:
+        """`accepted_diversity` of each prompt of a set; nothing where the settings name no judge."""
+        if self._judge is None:
+            return []
+        samples = self.settings.samples_per_prompt
+        accepted = found.scores[self._judge] > 0.5
+        pairs = zip(found.frames.split(samples), accepted.split(samples), strict=True)
+        return [accepted_diversity(frames, those) for frames, those in pairs]
+
     def __call__(self, sampler: str) -> Evaluation:
         """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
         settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
@@ -133,17 +158,21 @@ class Evaluator:
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
             grid = grouped[:left, : settings.grid_samples].clone()
-            parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
+            whole = diversity(found.frames, samples) * len(found.prompts)
+            parts.append((found.first, found.scores, whole, self.accepted(found), grid))
         if processes.sharded:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
             calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1], self.policy.model), calls, processes.index)
+            one = self.residence.encode(self.prompts[:1], self.policy.model)
+            fill_calls(self.policy, table, one, calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        means = torch.cat([scores for _, scores, *_ in parts], dim=1).mean(dim=1).tolist()
+        spread: dict[str, float | None] = {"diversity": sum(of_set for _, _, of_set, *_ in parts) / len(self.prompts)}
+        if self._judge is not None:
+            kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
+            spread |= {"diversity_accepted": sum(kept) / len(kept) if kept else None, "accepted_prompts": len(kept)}
         return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)),
-            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
-            torch.cat([grid for *_, grid in parts]),
+            dict(zip(self.rewards.names, means, strict=True)), spread, torch.cat([grid for *_, grid in parts])
         )

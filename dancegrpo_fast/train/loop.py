@@ -9,9 +9,10 @@ from ..marks import phase
 from ..progress import counted
 from ..prompts import prompts_of_iteration
 from ..run.sheets import save_samples
-from ..run.words import progress_line
+from ..run.words import progress_line, spread_text
 from .clock import Clock
 from .metrics import Tally, metrics_row
+from .schedule import learning_rate
 from .setup import Setup
 
 
@@ -50,10 +51,12 @@ class Trainer(Setup):
         for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
             changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
             with phase("optimizer"):
-                tally.grad_norms.append(self.optimizer.step(changed))
+                rate = learning_rate(train, (iteration - 1) * train.updates_per_iteration + number)
+                tally.grad_norms.append(self.optimizer.step(changed, rate))
                 if self.average is not None:
                     self.average.update()
         row = metrics_row(iteration, self.rewards.names, train.group_size, batch, tally, self.processes)
+        row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
         return row
@@ -67,7 +70,8 @@ class Trainer(Setup):
             f"{self.processes.name}"
         )
         if self.start == self.recipe.train.iterations:
-            self._say(f"{name}: all {self.start} iterations are done, for more raise train.iterations")
+            more = ", for more raise train.iterations" if self.recipe.train.schedule == "constant" else ""
+            self._say(f"{name}: all {self.start} iterations are done{more}")
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
@@ -91,13 +95,14 @@ class Trainer(Setup):
             ):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
-                row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
+                row = {"iteration": iteration, "sampler": sampler, **result.spread, **result.scores}
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
                 save_samples(folder, iteration, sampler, result.grid, shown, fps)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
-            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
+            spread = spread_text(result.spread)
+            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  {spread}")
 
     def _save(self, iteration: int) -> None:
         self.state.save(

@@ -27,7 +27,9 @@ def documented(start: str, end: str) -> set[str]:
 
 
 def test_every_field_is_documented_and_no_other(flux: Path, tmp_path: Path) -> None:
-    evaluation = EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=2, rewards=[reward("Brightness")])
+    evaluation = EvaluationSettings(
+        every=1, samples_per_prompt=2, accepted_by="Brightness", grid_samples=2, rewards=[reward("Brightness")]
+    )
     Trainer(make_recipe(flux, tmp_path / "run", iterations=1, kl_weight=0.1, evaluation=evaluation)).run()
     row, evaluated = (
         json.loads((tmp_path / "run" / name).read_text().splitlines()[0])

@@ -150,6 +150,7 @@ def test_overrides() -> None:
         ("--train.clip_range", "wide", "clip_range"),
         # Without the list of what was tried, and all that was given.
         ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
+        ("--evaluation.accepted_by", "svm", "^evaluation.accepted_by: got .svm., want one of .*judge'], or null$"),
         ("--evaluation.nothing", "1", "^recipe: [^ ]*digits.yaml: [^\n]*Option 'nothing' is not accepted$"),
         ("--model.lora.rank", "0", "^model.lora.rank: got 0, want more than 0$"),
         ("--sampler.negative_prompt", "\udcff", "^sampler.negative_prompt: got .* with half of a surrogate pair"),
