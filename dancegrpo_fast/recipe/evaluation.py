@@ -1,7 +1,6 @@
 """`evaluation:` of a recipe."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from .checks import at_least, positive
 from .rewards import RewardSettings
@@ -36,7 +35,7 @@ class EvaluationSettings:
     accepted_by: str | None = None
     grid_samples: int = 3
     grid_prompts: int = 10
-    samplers: list[Literal["ode", "sde"]] = field(default_factory=lambda: ["ode", "sde"])
+    samplers: list[str] = field(default_factory=lambda: ["ode", "sde"])
     num_steps: int | None = None
     height: int | None = None
     width: int | None = None

@@ -47,7 +47,12 @@ class Residence:
             part.to(self._device if wanted else "cpu")
 
     def encode(self, prompts: Sequence[Prompt], model: GeneratorModel | None = None) -> Conditioning:
-        """What the model (None: as trained) makes of the prompts; the VAE is there where it has to see their pictures."""
+        """What the model makes of the prompts; the VAE is there where it has to see pictures of theirs.
+
+        Args:
+            prompts: that it was loaded for.
+            model: the same at another size; None: as it is trained.
+        """
         model = model or self._model
         if model.encodes_with_vae(prompts):
             self.use("vae")
