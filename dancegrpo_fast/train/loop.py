@@ -87,9 +87,10 @@ class Trainer(Setup):
     def _evaluate(self, iteration: int) -> None:
         if self.evaluator is None:
             return
-        for sampler in ("ode", "sde"):
+        average = self.average if self.evaluator.settings.ema else None
+        for sampler in self.evaluator.settings.samplers:
             with (
-                nullcontext() if self.average is None else self.average.applied(),
+                nullcontext() if average is None else average.applied(),
                 self.processes.sampling(self.model.denoiser, self.recipe.train.rollout_replica),
             ):
                 result = self.evaluator(sampler)
