@@ -16,7 +16,8 @@ from ..models import load_model
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
-from ..run.identity import FREE, differences, joined, model_identity
+from ..run.changes import FREE, differences, joined
+from ..run.identity import model_identity
 from ..run.sheets import save_pages
 from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity

@@ -1,13 +1,15 @@
 """The loop: prompts, rollout, rewards, advantages, updates, checkpoint."""
 
+import json
 import time
 from contextlib import nullcontext
 from typing import Any
 
-from ..files import append_rows, replacing
+from ..files import append_rows, replacing, write_text
 from ..marks import phase
 from ..progress import counted
 from ..prompts import prompts_of_iteration
+from ..run.folder import SAVED
 from ..run.sheets import save_samples
 from ..run.words import progress_line, spread_text
 from .clock import Clock
@@ -22,12 +24,19 @@ class Trainer(Setup):
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
         recipe, iterations = self.recipe, self.recipe.train.iterations
+        if self.finished:
+            more = ", for more raise train.iterations" if recipe.train.schedule == "constant" else ""
+            self._say(f"{recipe.name}: all {self.start} iterations are done{more}")
+            self.accelerator.end_training()
+            return
         self._greet()
         if self.start == 0:
             self._evaluate(0)
         began = time.perf_counter()
         for iteration in range(self.start + 1, iterations + 1):
             row = self.iteration(iteration)
+            if self.changes and iteration == self.start + 1:
+                row["changes"] = {one.field: [one.then, one.now] for one in self.changes}
             self._log(row, (time.perf_counter() - began) / (iteration - self.start) * (iterations - iteration))
             last = iteration == iterations
             if recipe.evaluation and (last or iteration % recipe.evaluation.every == 0):
@@ -69,9 +78,10 @@ class Trainer(Setup):
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
-        if self.start == self.recipe.train.iterations:
-            more = ", for more raise train.iterations" if self.recipe.train.schedule == "constant" else ""
-            self._say(f"{name}: all {self.start} iterations are done{more}")
+        for change in self.changes:
+            self._say(f"from iteration {self.start + 1} on {change.told()}; bits differ from an unchanged run's")
+        for note in self.notes:
+            self._say(note)
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
@@ -112,6 +122,7 @@ class Trainer(Setup):
             self.recipe.keep_checkpoints,
             prompts_seen=iteration * self.recipe.train.prompts_per_iteration,
             rows_are_equal=self.rows_are_equal,
+            **self.history,
         )
 
     def _save_model(self, name: str) -> None:
@@ -120,3 +131,4 @@ class Trainer(Setup):
                 size = sum(parameter.nbytes for parameter in self.parameters.values())
                 with replacing(self.directory.root / name, size) as folder:
                     self.model.save(denoiser, folder)
+                    write_text(folder / SAVED, json.dumps({"iteration": self.recipe.train.iterations}))

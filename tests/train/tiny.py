@@ -34,6 +34,15 @@ class Brightness:
         return inputs.frames[:, :, self.channel].mean(dim=(1, 2, 3))
 
 
+class Asked(Brightness):
+    """Of a server, wherever it is."""
+
+    free_args = frozenset({"url"})
+
+    def __init__(self, url: str = "", channel: int = 0) -> None:
+        super().__init__(channel)
+
+
 class FirstGroup:
     """Mean red of the first prompt's samples, and equal rewards of the others'."""
 
