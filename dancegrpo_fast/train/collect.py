@@ -165,8 +165,10 @@ class Collector:
 
     def _parts(self) -> list[range]:
         """This process's samples in the sets that are drawn one after the other."""
-        mine, size = self._mine, len(self._mine)
-        if self.recipe.train.best_of_n is not None and mine.start % self._group == 0 and mine.stop % self._group == 0:
+        mine, size, train = self._mine, len(self._mine), self.recipe.train
+        # The deviation of the batch is not known before its last set is scored.
+        apart = train.best_of_n is not None and train.advantages == "group"
+        if apart and mine.start % self._group == 0 and mine.stop % self._group == 0:
             # A set ends where a model call does: its samples have the rows and neighbours that they have undivided.
             size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
@@ -202,7 +204,10 @@ class Collector:
         return [place // self._group - self._mine.start // self._group for place in places]
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        return group_advantages(rewards, self._group, weights=self.rewards.weights)
+        train = self.recipe.train
+        return group_advantages(
+            rewards, self._group, weights=self.rewards.weights, clip=train.advantage_clip, **train.normalisation()
+        )
 
     def _choose(self, advantages: Tensor) -> list[int]:
         """Places of the samples that are trained on; of a group whose rewards are not there yet, of any."""

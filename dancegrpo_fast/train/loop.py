@@ -53,7 +53,7 @@ class Trainer(Setup):
                 tally.grad_norms.append(self.optimizer.step(changed))
                 if self.average is not None:
                     self.average.update()
-        row = metrics_row(iteration, self.rewards.names, train.group_size, batch, tally, self.processes)
+        row = metrics_row(iteration, self.rewards.names, train, batch, tally, self.processes)
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
         return row

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..advantages import group_advantages, without_spread
 from ..processes import Processes
+from ..recipe import TrainSettings
 from .collect import Batch
 from .losses.base import Term
 
@@ -62,14 +64,14 @@ class Tally:
 
 
 def metrics_row(
-    iteration: int, names: Sequence[str], group_size: int, batch: Batch, tally: Tally, processes: Processes
+    iteration: int, names: Sequence[str], train: TrainSettings, batch: Batch, tally: Tally, processes: Processes
 ) -> dict[str, Any]:
     """One read of the device, and one sum and one maximum over the processes.
 
     Args:
         iteration: its number.
         names: of the K rewards.
-        group_size: samples of a prompt.
+        train: how they become advantages.
         batch: the samples.
         tally: of this process's updates.
         processes: of the run.
@@ -77,13 +79,14 @@ def metrics_row(
     Raises:
         RuntimeError: a gradient norm that is not finite.
     """
-    groups = batch.rewards.reshape(len(names), -1, group_size)
-    constant = (groups.amax(dim=-1) == groups.amin(dim=-1)).all(dim=0)
-    row: dict[str, Any] = {"iteration": iteration}
+    size, row = train.group_size, {"iteration": iteration}
     for name, values in zip(names, batch.rewards, strict=True):
         row[f"reward/{name}"] = float(values.mean())
         row[f"reward_std/{name}"] = float(values.std())
-    row["zero_std_groups"] = int(constant.sum())
+        row[f"reward_group_std/{name}"] = float(values.reshape(-1, size).std(dim=1).mean())
+    row["zero_std_groups"] = int(without_spread(batch.rewards, size).all(dim=0).sum())
+    apart = torch.stack([group_advantages(values, size, **train.normalisation()) for values in batch.rewards])
+    row["advantage_clip_fraction"] = float((apart.abs() > train.advantage_clip).float().mean())
     row["advantage_max"] = float(batch.advantages.abs().max())
     norms = torch.stack([torch.as_tensor(norm) for norm in tally.grad_norms]).tolist()
     row["grad_norm"] = sum(norms) / len(norms)

@@ -1,5 +1,6 @@
 """GRPO: the clipped policy loss on steps of the trajectories, and a KL to the model as loaded."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,7 @@ class Grpo:
         self._table, self._times = table, table.times.to(device, torch.float32)
         self._reference = reference
         self.keeps_outputs = recipe.train.ratio_norm
-        hidden = {"samples", "ratio_max_dev", *(("reference_kl",) if reference is None else ())}
+        hidden = {"samples", "ratio_max_dev", "advantage_clip_fraction", *(("reference_kl",) if reference is None else ())}
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
         if not self.trainable_steps:
@@ -99,8 +100,9 @@ class Grpo:
             steps,
             drawn.log_probs[samples, steps],
             batch.own_advantages[samples],
-            clip_range=train.clip_range,
-            advantage_clip=train.advantage_clip,
+            clip_range=train.ratio_clip(),
+            # Each reward's were limited before they were added.
+            advantage_clip=math.inf,
             uncond_output=outputs["uncond_output"],
             guidance_scale=None if outputs["uncond_output"] is None else self._guidance_scale,
             reference_output=outputs.get("reference_output"),
