@@ -19,7 +19,9 @@ class TrainSettings:
         updates_per_rollout: optimiser steps that share out a rollout's samples.
         inner_epochs: passes over a rollout.
         best_of_n: train on the k best and k worst of each group; null: on all.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, at its highest.
+        warmup_updates: that the learning rate takes to rise from `learning_rate / warmup_updates` to `learning_rate`.
+        schedule: "constant", or how the learning rate falls from there to 0 at the run's end: "linear", "cosine".
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
         clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher). null: 1e-4 as
@@ -52,6 +54,8 @@ class TrainSettings:
     inner_epochs: int = 1
     best_of_n: int | None = None
     learning_rate: float = 1e-5
+    warmup_updates: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     clip_range: float | tuple[float, float] | None = None
@@ -76,7 +80,7 @@ class TrainSettings:
         clip = self.ratio_clip()
         for bound in clip if isinstance(clip, (tuple, list)) else (clip,):
             positive("train.clip_range", bound)
-        for name in ("weight_decay", "kl_weight", "advantage_std_floor"):
+        for name in ("weight_decay", "kl_weight", "warmup_updates", "advantage_std_floor"):
             at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
@@ -92,17 +96,4 @@ class TrainSettings:
         kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
         if self.updates_per_rollout > kept:
             raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
-
-    def ratio_clip(self) -> float | tuple[float, float]:
-        """`clip_range`, or what it is where it is null."""
-        if self.clip_range is not None:
-            return self.clip_range
-        return 2e-6 if self.ratio_norm else 1e-4
-
-    def normalisation(self) -> dict[str, Any]:
-        """What `group_advantages` does with the deviations."""
-        return {
-            "std_of": self.advantages,
-            "divide_by_std": self.divide_by_std,
-            "std_floor": self.advantage_std_floor,
-        }
+        for name in ("weight_decay", "kl_weight", "warmup_updates", "advantage_std_floor"):

@@ -29,7 +29,7 @@ FREE = frozenset(
         "model.checkpointing",  # every policy recomputes the same bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
         "model.vae_tiling",  # whether it does is compared
-        "train.iterations",  # nothing is scheduled by it
+        "train.iterations",  # a constant learning rate does not look at it, see `check_run`
         "train.offload",  # copies keep their bits
         "train.rollout_replica",  # parameters are the same, gathered once or at every call
     }
@@ -108,7 +108,8 @@ def model_identity(model: Any) -> dict[str, Any]:
 def check_run(folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises ValueError where the checkpoint in `folder` with this state is of another run than `run_identity` gave."""
     recipe, prompts = identity["recipe"], identity["prompts"]
-    found = differences(recipe, state["recipe"], FREE)
+    falling = recipe["train"]["schedule"] != "constant"
+    found = differences(recipe, state["recipe"], FREE - {"train.iterations"} if falling else FREE)
     if found:
         raise ValueError(f"resume: {folder} was made with another recipe; {joined(found)}")
     done, wanted = int(state["iteration"]), recipe["train"]["iterations"]

@@ -12,6 +12,7 @@ from ..run.sheets import save_samples
 from ..run.words import progress_line, spread_text
 from .clock import Clock
 from .metrics import Tally, metrics_row
+from .schedule import learning_rate
 from .setup import Setup
 
 
@@ -50,10 +51,12 @@ class Trainer(Setup):
         for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
             changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
             with phase("optimizer"):
-                tally.grad_norms.append(self.optimizer.step(changed))
+                rate = learning_rate(train, (iteration - 1) * train.updates_per_iteration + number)
+                tally.grad_norms.append(self.optimizer.step(changed, rate))
                 if self.average is not None:
                     self.average.update()
         row = metrics_row(iteration, self.rewards.names, train, batch, tally, self.processes)
+        row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
         return row
@@ -67,7 +70,8 @@ class Trainer(Setup):
             f"{self.processes.name}"
         )
         if self.start == self.recipe.train.iterations:
-            self._say(f"{name}: all {self.start} iterations are done, for more raise train.iterations")
+            more = ", for more raise train.iterations" if self.recipe.train.schedule == "constant" else ""
+            self._say(f"{name}: all {self.start} iterations are done{more}")
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:

@@ -28,7 +28,7 @@ class Optimizer:
             list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused
         )
 
-    def step(self, changed: bool) -> Tensor:
+    def step(self, changed: bool, learning_rate: float) -> Tensor:
         """Clips the gradients, steps and clears them; returns their norm before that, 0-dimensional.
 
         `changed` is False where no backward ran.
@@ -39,6 +39,8 @@ class Optimizer:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=not self._keep)
         return whole(norm)
