@@ -96,4 +96,32 @@ class TrainSettings:
         kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
         if self.updates_per_rollout > kept:
             raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
-        for name in ("weight_decay", "kl_weight", "warmup_updates", "advantage_std_floor"):
+        if self.schedule != "constant" and self.warmup_updates >= self.updates:
+            raise ValueError(
+                f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates "
+                f'with schedule "{self.schedule}"'
+            )
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Of all passes over a rollout."""
+        return self.updates_per_rollout * self.inner_epochs
+
+    @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.iterations * self.updates_per_iteration
+
+    def ratio_clip(self) -> float | tuple[float, float]:
+        """`clip_range`, or what it is where it is null."""
+        if self.clip_range is not None:
+            return self.clip_range
+        return 2e-6 if self.ratio_norm else 1e-4
+
+    def normalisation(self) -> dict[str, Any]:
+        """What `group_advantages` does with the deviations."""
+        return {
+            "std_of": self.advantages,
+            "divide_by_std": self.divide_by_std,
+            "std_floor": self.advantage_std_floor,
+        }

@@ -40,7 +40,12 @@ class Grpo:
         self._table, self._times = table, table.times.to(device, torch.float32)
         self._reference = reference
         self.keeps_outputs = recipe.train.ratio_norm
-        hidden = {"samples", "ratio_max_dev", "advantage_clip_fraction", *(("reference_kl",) if reference is None else ())}
+        hidden = {
+            "samples",
+            "ratio_max_dev",
+            "advantage_clip_fraction",
+            *(("reference_kl",) if reference is None else ()),
+        }
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
         if not self.trainable_steps:
@@ -90,7 +95,7 @@ class Grpo:
     def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
         """`policy_loss`."""
         train, drawn = self._train, batch.trajectory
-        model_output = outputs["model_output"]
+        model_output, old = outputs["model_output"], drawn.log_probs[samples, steps]
         assert model_output is not None
         found = policy_loss(
             drawn.latents[samples, steps],
@@ -98,7 +103,7 @@ class Grpo:
             drawn.latents[samples, steps + 1],
             self._table,
             steps,
-            drawn.log_probs[samples, steps],
+            old,
             batch.own_advantages[samples],
             clip_range=train.ratio_clip(),
             # Each reward's were limited before they were added.
@@ -112,7 +117,8 @@ class Grpo:
             weight=weight,
         )
         metrics = found.metrics
-        return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad)
+        moved = steps, (found.log_prob - old).abs()
+        return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad, moved)
 
 
 def _without_noise(sampler: SamplerSettings) -> str:
