@@ -157,6 +157,37 @@ def test_the_rewards_stay_as_they_were() -> None:
     assert torch.equal(rewards, before)
 
 
+def test_groups_of_what_is_valid() -> None:
+    """Groups of every size from 4 to 0; what is not valid may be anything."""
+    rewards = torch.stack([rewards_of(5, 4), rewards_of(5, 4, 1)])
+    valid = torch.tensor(
+        [4 * [True], [True, False, True, True], [False, True, True, False], [True] + 3 * [False], 4 * [False]]
+    )
+    spoilt = torch.where(valid.flatten(), rewards, torch.tensor([float("nan"), float("inf")]).repeat(10))
+    found = group_advantages(spoilt, 4, weights=[1.0, -2.0], valid=valid.flatten()).view(5, 4)
+    for group, keep in enumerate(valid):
+        own = rewards.view(2, 5, 4)[:, group, keep]
+        wanted = torch.zeros(4, dtype=F64)
+        if len(own[0]) > 1:
+            rows = [torch.tensor(by_hand(row), dtype=F64) for row in own.double().tolist()]
+            wanted[keep] = rows[0] - 2.0 * rows[1]
+        assert_within_budget(found[group], wanted, wanted.float())
+    assert torch.equal(found[0], group_advantages(rewards, 4, weights=[1.0, -2.0]).view(5, 4)[0])
+    # All, 3 of 3, both, one, none.
+    assert best_and_worst(spoilt[0], 4, 2, valid=valid.flatten()).tolist() == [0, 1, 2, 3, 4, 6, 7, 9, 10, 12]
+    ends = best_and_worst(spoilt[0], 4, 1, valid=valid.flatten()).tolist()
+    three = rewards[0].view(5, 4)[1, [0, 2, 3]]
+    places = torch.tensor([4, 6, 7])[torch.stack([three.argmax(), three.argmin()])]
+    assert ends[2:] == [*sorted(places.tolist()), 9, 10, 12]
+
+
+@pytest.mark.parametrize("valid", [torch.ones(7, dtype=torch.bool), torch.ones(8), [True] * 8, torch.ones(2, 4) > 0])
+def test_bad_valid(valid) -> None:
+    for call in (group_advantages, lambda rewards, size, **options: best_and_worst(rewards, size, 1, **options)):
+        with pytest.raises(ValueError, match=r"^valid: got .*, want bool \(8,\)"):
+            call(rewards_of(2, 4), 4, valid=valid)
+
+
 BAD_REWARDS = (
     torch.zeros(()),
     torch.zeros(2, 2, 4),

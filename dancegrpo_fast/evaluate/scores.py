@@ -1,6 +1,7 @@
 """`dancegrpo-fast evaluate`: samples of fixed prompts from any checkpoint, every score a line, and a table."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
 from ..run.identity import FREE, differences, joined, model_identity
+from ..run.sheets import save_pages
 from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity
 from ..train.residence import Residence
@@ -25,7 +27,7 @@ SAMPLERS = ("ode", "sde")
 
 
 def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
-    """Writes one sample without loss: an image as PNG, a video as animated PNG.
+    """Writes one sample without loss: an image as PNG, a video as animated PNG with all its frames.
 
     Args:
         frames: float32 `[T, 3, H, W]` in [0, 1] on the 8-bit grid.
@@ -34,12 +36,10 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
     """
     from PIL import Image
 
-    first, *others = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
-    more = {"save_all": True, "append_images": others, "duration": round(1000 / (fps or 8)), "loop": 0}
+    pages = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(path, **(more if others else {}))
-    return path
+        return save_pages(path, pages, fps)
 
 
 class Scores:
@@ -78,9 +78,10 @@ class Scores:
             self._whole = not part
 
     def has(self, sampler: str, prompts: range, samples: int) -> bool:
-        """Whether every sample of these prompts is there; a part of them is dropped, to be made again."""
+        """Whether every sample of these prompts is there with its scores; else what is there goes, to be made again."""
         others = [row for row in self.rows if row["sampler"] != sampler or row["prompt_index"] not in prompts]
-        if len(self.rows) - len(others) == len(prompts) * samples:
+        theirs = [row for row in self.rows if row["sampler"] == sampler and row["prompt_index"] in prompts]
+        if len(theirs) == len(prompts) * samples and all(None not in row["scores"].values() for row in theirs):
             return True
         self._whole &= len(others) == len(self.rows)
         self.rows = others
@@ -126,7 +127,7 @@ def _rows(
             index = found.first + place
             file = folder / sampler / f"{index:05d}" / "samples" / f"{sample:04d}.png"
             save_sample(found.frames[mine][sample], file, fps)
-            values = found.scores[:, mine][:, sample].tolist()
+            values = [None if math.isnan(score) else score for score in found.scores[:, mine][:, sample].tolist()]
             yield {
                 "sampler": sampler,
                 "prompt_index": index,
@@ -152,7 +153,7 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
     `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
     standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation. The last
     two are None where there is one sample a prompt. `diversity_accepted`, where rows have it: over prompts with at
-    least two accepted samples, None where there is none.
+    least two accepted samples, None where there is none. A sample without a score is left out of it.
 
     Raises:
         ValueError: a prompt lacks the column.
@@ -169,29 +170,32 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
         for name in members[0]["scores"]:
             prompts: dict[int, list[float]] = {}
             for row in members:
-                prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
+                if row["scores"][name] is not None:
+                    prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
             means = [fmean(scores) for scores in prompts.values()]
-            values = [row["scores"][name] for row in members]
-            several = min(map(len, prompts.values())) > 1
+            values = [score for scores in prompts.values() for score in scores]
+            spreads = [stdev(scores) for scores in prompts.values() if len(scores) > 1]
+            several = members[0]["diversity"] is not None
             table.append(
                 {
                     "sampler": sampler,
                     "group": value,
                     "score": name,
-                    "mean": fmean(means),
+                    "mean": fmean(means) if means else None,
                     "error": stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
                     "std": stdev(values) if len(values) > 1 else None,
-                    "within": fmean([stdev(scores) for scores in prompts.values()]) if several else None,
+                    "within": fmean(spreads) if spreads else None,
                     "diversity": fmean([row["diversity"] for row in members]) if several else None,
                     **_accepted(members),
                     "prompts": len(prompts),
-                    "samples": len(members),
+                    "samples": len(values),
                 }
             )
     for whole in [row for row in table if row["group"] is None] if by is not None else ():
         same = [row for row in table if (row["sampler"], row["score"]) == (whole["sampler"], whole["score"])]
-        mean = fmean(row["mean"] for row in same if row["group"] is not None)
+        means = [row["mean"] for row in same if row["group"] is not None and row["mean"] is not None]
         unsaid = whole.keys() & {"error", "std", "within", "diversity", "diversity_accepted"}
+        mean = fmean(means) if means else None
         table.append(whole | {"group": f"mean over {by}", "mean": mean} | dict.fromkeys(unsaid))
     return [row | {"group": "all"} if row["group"] is None else row for row in table]
 
@@ -243,6 +247,7 @@ def evaluate(
     Raises:
         ValueError: a recipe without `evaluation`, unknown samplers or weights, an `output` that is a file or has
             other scores, prompts that a reward cannot score, or FSDP2.
+        RuntimeError: a reward left out more samples than it may; the other scores are written.
     """
     settings = recipe.evaluation
     if settings is None:
@@ -298,6 +303,8 @@ def evaluate(
             scores.add(rows)
             if processes.is_main:
                 print(f"{sampler.upper()}: {places[turn[-1]].stop} of {len(prompts)} prompts", flush=True)
+        every = [row["scores"].values() for row in scores.rows if row["sampler"] == sampler]
+        evaluator.rewards.check_dropped(torch.tensor([[math.nan if s is None else s for s in one] for one in every]).T)
     table = summary([row for row in scores.rows if row["sampler"] in samplers], by)
     text = f"{recipe.name}, {loaded}\n\n{table_text(table)}\n"
     if processes.is_main:

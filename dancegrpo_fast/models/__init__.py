@@ -53,6 +53,7 @@ def load_model(
         raise ValueError(f'model.family: got "{family}", want one of {", ".join(FAMILIES)}')
     module, _, name = FAMILIES[family].partition(":")
     factory = getattr(importlib.import_module(f".{module}", __name__), name)
+    factory.check_prompts(prompts)
     encoded = prompts if reached is None else reached
     model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded)
     model.cut_text(prompts)

@@ -25,10 +25,12 @@ class GeneratorModel(Protocol):
     Attributes:
         denoiser: the network that is trained.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
+        decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    decodes_x0: ClassVar[bool]
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning tensors, one row per prompt of those the model was loaded for; rows do not depend on others."""
@@ -89,6 +91,7 @@ class DiffusersModel:
         mask: which of them is 1 for tokens of the prompt and 0 for padding; "" where there is none.
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
+        decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
     """
 
     family: ClassVar[str]
@@ -101,6 +104,7 @@ class DiffusersModel:
     mask: ClassVar[str] = ""
     padded: ClassVar[tuple[str, ...]] = ()
     negative: ClassVar[bool] = False
+    decodes_x0: ClassVar[bool] = True
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
@@ -124,6 +128,10 @@ class DiffusersModel:
             lora = settings.lora
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
         self._set_up(self.denoiser.config)
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
 
     def _set_up(self, config: Any) -> None:
         """Takes what calls need from the denoiser's configuration; raises ValueError for one that the family lacks."""

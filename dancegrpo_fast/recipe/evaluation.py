@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .checks import at_least
+from .checks import at_least, check_fields
 from .rewards import RewardSettings
 
 
@@ -17,7 +17,7 @@ class EvaluationSettings:
         rewards: scores to report, at least one, trained on or not.
         accepted_by: the one of `rewards`, as tables call it, that accepts a sample by a score above 1/2; the diversity
             of the accepted samples is reported, too. null: it is not.
-        grid_samples: samples of each prompt in the pictures.
+        grid_samples: samples of each prompt in the pictures; null: 3, or as many as there are.
         grid_prompts: prompts in the pictures, the first of the file.
     """
 
@@ -26,10 +26,11 @@ class EvaluationSettings:
     samples_per_prompt: int = 4
     rewards: list[RewardSettings] = field(default_factory=list)
     accepted_by: str | None = None
-    grid_samples: int = 3
+    grid_samples: int | None = None
     grid_prompts: int = 10
 
     def __post_init__(self) -> None:
+        check_fields("evaluation", self, ["prompts"])
         at_least("evaluation.every", self.every, 1)
         at_least("evaluation.samples_per_prompt", self.samples_per_prompt, 1)
         at_least("evaluation.grid_prompts", self.grid_prompts, 1)
@@ -38,7 +39,7 @@ class EvaluationSettings:
         titles = [one.title() for one in self.rewards]
         if self.accepted_by is not None and self.accepted_by not in titles:
             raise ValueError(f'evaluation.accepted_by: got "{self.accepted_by}", want one of {titles}, or null')
-        if not 1 <= self.grid_samples <= self.samples_per_prompt:
+        if self.grid_samples is not None and not 1 <= self.grid_samples <= self.samples_per_prompt:
             raise ValueError(
                 f"evaluation.grid_samples: got {self.grid_samples}, "
                 f"want 1 to samples_per_prompt, {self.samples_per_prompt}"

@@ -35,6 +35,8 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         raise ValueError(f"recipe: got {path}, which {what}; want a YAML file")
     given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
     try:
+        if path.is_file():
+            _check_keys(path)
         namespace = parser.parse_args(given)
         found = {name: namespace.pop(name) for name in options}
         namespace.pop("config", None)
@@ -45,6 +47,30 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         raise ValueError(f"recipe: {path}: {_reason(error)}") from error
     except ValueError as error:
         raise ValueError(_reason(error)) from error
+
+
+def _check_keys(path: Path) -> None:
+    """Raises ValueError for a key that stands twice in one mapping, of which YAML would take the last."""
+    import yaml
+
+    try:
+        waiting = [yaml.compose(path.read_text(encoding="utf-8-sig"))]
+    except yaml.YAMLError:
+        # The parser says it.
+        return
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                # A key may be a list.
+                if (name := str(key.value)) in lines:
+                    raise ValueError(f"recipe: {path} line {line}: got {name} as in line {lines[name]}, want it once")
+                lines[name] = line
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .checks import at_least, positive
+from .checks import at_least, check_fields, positive
 
 
 @dataclass
@@ -72,6 +72,7 @@ class TrainSettings:
     offload: list[Literal["denoiser", "vae", "rewards", "block_inputs"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_fields("train", self)
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             at_least(f"train.{name}", getattr(self, name), 1)
         at_least("train.group_size", self.group_size, 2)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..drawing import COLOURS, by_iteration, figure, write
-from .sheets import QUANTIZED, SAMPLERS, Panel, Samples, numbers, read_samples, save_pages, sheet
+from .sheets import PAUSE, QUANTIZED, SAMPLERS, Panel, Samples, numbers, read_samples, save_pages, sheet
 from .words import read_rows, score_names
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -63,7 +63,7 @@ def _before_after(root: Path, evaluations: Rows) -> list[Path]:
     pages = [page.quantize(QUANTIZED, dither=0) for page in sheet(moving, prompts, note=SAME)[0]]
     return [
         save_pages(path, sheet(strips, prompts, across="frame", note=SAME)[0], fps),
-        save_pages(path.with_suffix(".gif"), pages, fps),
+        save_pages(path.with_suffix(".gif"), pages, fps, last=PAUSE),
     ]
 
 

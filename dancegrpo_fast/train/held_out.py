@@ -22,9 +22,13 @@ from .residence import Residence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`.
+
+    `dropped` samples lack a score, and are not in its mean.
+    """
 
     scores: dict[str, float]
+    dropped: int
     spread: dict[str, float | None]
     grid: Tensor
 
@@ -37,7 +41,7 @@ class ScoredSet:
         first: place of the first prompt.
         prompts: P of them.
         frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
-        scores: float32 `[K, P * samples_per_prompt]`.
+        scores: float32 `[K, P * samples_per_prompt]`; NaN where a sample has none.
     """
 
     first: int
@@ -125,7 +129,7 @@ class Evaluator:
         draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
         trajectory = draw.samples(noise, place // samples, ids)
         self.residence.use("vae")
-        frames = decode(policy.model, trajectory.denoised, policy.rows)
+        frames = decode(policy.model, trajectory.final, policy.rows)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
         scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
@@ -151,7 +155,7 @@ class Evaluator:
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
-            grid = grouped[:left, : settings.grid_samples].clone()
+            grid = grouped[:left, : settings.grid_samples or 3].clone()
             whole = diversity(found.frames, samples) * len(found.prompts)
             parts.append((found.first, found.scores, whole, self.accepted(found), grid))
         if processes.sharded:
@@ -161,11 +165,15 @@ class Evaluator:
             fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, *_ in parts], dim=1).mean(dim=1).tolist()
+        scores = torch.cat([scores for _, scores, *_ in parts], dim=1)
+        self.rewards.check_dropped(scores)
         spread: dict[str, float | None] = {"diversity": sum(of_set for _, _, of_set, *_ in parts) / len(self.prompts)}
         if self._judge is not None:
             kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
             spread |= {"diversity_accepted": sum(kept) / len(kept) if kept else None, "accepted_prompts": len(kept)}
         return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)), spread, torch.cat([grid for *_, grid in parts])
+            dict(zip(self.rewards.names, scores.nanmean(dim=1).tolist(), strict=True)),
+            int(scores.isnan().any(dim=0).sum()),
+            spread,
+            torch.cat([grid for *_, grid in parts]),
         )

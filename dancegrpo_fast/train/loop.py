@@ -97,7 +97,8 @@ class Trainer(Setup):
             ):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
-                row = {"iteration": iteration, "sampler": sampler, **result.spread, **result.scores}
+                row: dict[str, Any] = {"iteration": iteration, "sampler": sampler, "dropped": result.dropped}
+                row |= result.spread | result.scores
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps

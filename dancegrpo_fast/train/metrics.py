@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class Tally:
         )
 
     def _by_step(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """How many pairs there are of every step, by how much they moved in sum, and at most; float64 `[steps]` each."""
+        """How many pairs there are of every step, how far they moved in sum, and at most; float64 `[steps]` each."""
         if not self.moved:
             nothing = torch.zeros(self.steps, dtype=torch.float64, device=device)
             return nothing, nothing, nothing
@@ -127,14 +128,17 @@ def metrics_row(
     Raises:
         RuntimeError: a gradient norm that is not finite.
     """
-    size, row = train.group_size, {"iteration": iteration}
+    size, valid = train.group_size, batch.valid
+    row: dict[str, Any] = {"iteration": iteration}
     for name, values in zip(names, batch.rewards, strict=True):
-        row[f"reward/{name}"] = float(values.mean())
-        row[f"reward_std/{name}"] = float(values.std())
-        row[f"reward_group_std/{name}"] = float(values.reshape(-1, size).std(dim=1).mean())
-    row["zero_std_groups"] = int(without_spread(batch.rewards, size).all(dim=0).sum())
-    apart = torch.stack([group_advantages(values, size, **train.normalisation()) for values in batch.rewards])
-    row["advantage_clip_fraction"] = float((apart.abs() > train.advantage_clip).float().mean())
+        row[f"reward/{name}"] = float(values[valid].mean())
+        row[f"reward_std/{name}"] = float(values[valid].std())
+        groups = zip(values.view(-1, size), valid.view(-1, size), strict=True)
+        row[f"reward_group_std/{name}"] = fmean(float(group[own].std()) for group, own in groups if bool(own.any()))
+    row["dropped"] = int((~valid).sum())
+    row["zero_std_groups"] = int(without_spread(batch.rewards, size, valid=valid).all(dim=0).sum())
+    apart = [group_advantages(values, size, valid=valid, **train.normalisation())[valid] for values in batch.rewards]
+    row["advantage_clip_fraction"] = float((torch.stack(apart).abs() > train.advantage_clip).float().mean())
     row["advantage_max"] = float(batch.advantages.abs().max())
     norms = torch.stack([torch.as_tensor(norm) for norm in tally.grad_norms]).tolist()
     row["grad_norm"] = sum(norms) / len(norms)

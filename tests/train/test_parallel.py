@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # 9 samples, of which the middle prompt's are split; of the six trained on, any number may be on a process.
     "uneven": {"group_size": 3, "best_of_n": 1, "window": [1, 2], "iterations": 1, "timestep_fraction": 1.0},
+    # Samples are dropped in either process, of the prompt that they share, too.
+    "dropped": {"rewards": [reward("Refusing", on_error="drop", max_dropped=0.9)], "group_size": 5, "iterations": 1},
     # The second process has no gradient.
     "lonely": {"prompts_per_iteration": 2, "rewards": [reward("FirstGroup")]},
     "lora": {
@@ -137,9 +139,9 @@ def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str) -> Non
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
         assert two["ratio_first_update_max_dev"] == 0.0
-        assert one.keys() == two.keys() and one["pairs"] == two["pairs"]
+        assert one.keys() == two.keys() and one["pairs"] == two["pairs"] and one["dropped"] == two["dropped"]
         assert one["skipped"]["zero_advantage_skipped"] == two["skipped"]["zero_advantage_skipped"]
-        for key in {"reward/Brightness", "reward/FirstGroup", "grad_norm"} & one.keys():
+        for key in {"reward/Brightness", "reward/FirstGroup", "reward/Refusing", "grad_norm"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=REORDERED_SUMS)
 
 
@@ -166,6 +168,13 @@ def test_samples_are_divided(runs: Path, kind: str, name: str) -> None:
     for (first, chosen), (second, also) in zip(one, two, strict=True):
         assert chosen == also == [*first, *second]
         assert set(first) <= set(share(batch, 0, WORLD)) and set(second) <= set(share(batch, 1, WORLD))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_is_dropped_is_dropped_everywhere(runs: Path, kind: str) -> None:
+    one, two = (rank["kept"][0][1] for rank in seen(runs, f"{kind}-dropped"))
+    assert one == two and rows(runs / f"{kind}-dropped")[0]["dropped"] == 15 - len(one)
+    assert all(len(set(one) & set(share(15, index, WORLD))) < len(share(15, index, WORLD)) for index in range(WORLD))
 
 
 @pytest.mark.parametrize(("count", "processes"), [(8, 2), (9, 2), (24, 5), (3, 3)])

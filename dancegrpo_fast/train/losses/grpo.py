@@ -40,12 +40,8 @@ class Grpo:
         self._table, self._times = table, table.times.to(device, torch.float32)
         self._reference = reference
         self.keeps_outputs = recipe.train.ratio_norm
-        hidden = {
-            "samples",
-            "ratio_max_dev",
-            "advantage_clip_fraction",
-            *(("reference_kl",) if reference is None else ()),
-        }
+        hidden = {"samples", "ratio_max_dev", "advantage_clip_fraction"}
+        hidden |= {"reference_kl"} if reference is None else set()
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
         if not self.trainable_steps:
