@@ -53,7 +53,7 @@ class Trainer(Setup):
 
     def iteration(self, iteration: int) -> dict[str, Any]:
         """One rollout and its updates; returns the row of `metrics.jsonl`, the same in every process."""
-        train, tally = self.recipe.train, Tally(self.loss.metrics)
+        train, tally = self.recipe.train, Tally(self.loss.metrics, len(self.table))
         prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, self.recipe.seed)
         batch = self.collect(iteration, prompts)
         clock = Clock()
@@ -64,10 +64,12 @@ class Trainer(Setup):
                 tally.grad_norms.append(self.optimizer.step(changed, rate))
                 if self.average is not None:
                     self.average.update()
-        row = metrics_row(iteration, self.rewards.names, train.group_size, batch, tally, self.processes)
+        row = metrics_row(iteration, self.rewards.names, train, batch, tally, self.processes)
         row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
+        drawn = train.prompts_per_iteration * train.group_size
+        row["speed"] = {"samples_per_second": drawn / sum(row["seconds"].values())}
         return row
 
     def _greet(self) -> None:
@@ -90,7 +92,8 @@ class Trainer(Setup):
     def _log(self, row: dict[str, Any], seconds_left: float) -> None:
         if self.processes.is_main:
             append_rows(self.directory.metrics, [row])
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        flat = row | {f"{name}/{part}": row[name][part] for name in ("seconds", "speed") for part in row[name]}
+        numbers = {name: value for name, value in flat.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["iteration"])
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
 
@@ -105,7 +108,7 @@ class Trainer(Setup):
             ):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
-                row = {"iteration": iteration, "sampler": sampler, "dropped": result.dropped}
+                row: dict[str, Any] = {"iteration": iteration, "sampler": sampler, "dropped": result.dropped}
                 row |= result.spread | result.scores
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]

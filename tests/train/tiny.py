@@ -50,6 +50,14 @@ class FirstGroup:
         return torch.where(inputs.group == 0, inputs.frames[:, :, 0].mean(dim=(1, 2, 3)), 0.5)
 
 
+class Steady:
+    """Mean red of the first prompt's samples; .97 and what rounding leaves of the others'."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        red = inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
+        return torch.where(inputs.group == 0, red, 0.97 + 1e-5 * (red - 0.5))
+
+
 class Refusing(Brightness):
     """Does not score every fifth shade of the first pixel."""
 
