@@ -5,6 +5,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .checks import check_fields, expanded
+
+# Arguments in which `~` and variables are replaced, as they are folders, files or names on the hub.
+PATHS = ("path", "base", "clip", "head", "tokenizer")
+
 
 @dataclass
 class RewardSettings:
@@ -36,6 +41,9 @@ class RewardSettings:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields("rewards", self)
+        places = {name: place for name, place in self.args.items() if name in PATHS and isinstance(place, str)}
+        self.args = self.args | {name: expanded(f"rewards.args.{name}", place) for name, place in places.items()}
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:

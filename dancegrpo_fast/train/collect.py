@@ -172,8 +172,10 @@ class Collector:
 
     def _parts(self) -> list[range]:
         """This process's samples in the sets that are drawn one after the other."""
-        mine, size = self._mine, len(self._mine)
-        if self.recipe.train.best_of_n is not None and mine.start % self._group == 0 and mine.stop % self._group == 0:
+        mine, size, train = self._mine, len(self._mine), self.recipe.train
+        # The deviation of the batch is not known before its last set is scored.
+        apart = train.best_of_n is not None and train.advantages == "group"
+        if apart and mine.start % self._group == 0 and mine.stop % self._group == 0:
             # A set ends where a model call does: its samples have the rows and neighbours that they have undivided.
             size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
@@ -216,8 +218,11 @@ class Collector:
         scored = ~rewards.isnan().any(dim=0)
         alone = scored.view(-1, self._group).sum(dim=1) < 2
         valid = scored & ~alone.repeat_interleave(self._group)
-        advantages = group_advantages(rewards, self._group, weights=self.rewards.weights, valid=valid)
-        if self.recipe.train.best_of_n is None:
+        train, weights = self.recipe.train, self.rewards.weights
+        advantages = group_advantages(
+            rewards, self._group, weights=weights, clip=train.advantage_clip, valid=valid, **train.normalisation()
+        )
+        if train.best_of_n is None:
             return valid, advantages, valid.nonzero().flatten().tolist()
-        chosen = best_and_worst(advantages, self._group, self.recipe.train.best_of_n, valid=valid)
+        chosen = best_and_worst(advantages, self._group, train.best_of_n, valid=valid)
         return valid, advantages, chosen.tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import decode
+from ..models import decode, of_evaluation
 from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
@@ -88,6 +88,8 @@ class Evaluator:
 
     Attributes:
         recipe: its sampler and seed count.
+        settings: what it samples otherwise, and what it scores.
+        policy: the model as training calls it; afterwards as evaluation does.
         residence: the rewards are added to it.
         rewards: the scores.
     """
@@ -105,8 +107,12 @@ class Evaluator:
         self.residence.add(self.rewards)
         label = self.settings.accepted_by
         self._judge = None if label is None else self.rewards.names.index(label)
-        model, sampler = self.policy.model, self.recipe.sampler
-        self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
+        sampler, rows, model = self.settings.sampling(self.recipe.sampler), self.policy.rows, self.policy.model
+        with of_evaluation():
+            if sampler != self.recipe.sampler:
+                model = model.at(sampler)
+                self.policy = Policy(model, rows, sampler.guidance_scale, model.unconditional(sampler.guidance_scale))
+            self._tables = {name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers}
 
     def sets(self) -> list[slice]:
         """The prompts in sets whose samples fill model calls, as far as whole prompts can."""
@@ -124,7 +130,7 @@ class Evaluator:
             sample_ids=ids,
             dtype=self.recipe.sampler.torch_dtype(),
         )
-        conditioning = self.residence.encode(prompts)
+        conditioning = self.residence.encode(prompts, policy.model)
         self.residence.use("denoiser")
         draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
         trajectory = draw.samples(noise, place // samples, ids)
@@ -155,14 +161,15 @@ class Evaluator:
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
-            grid = grouped[:left, : settings.grid_samples].clone()
+            grid = grouped[:left, : settings.grid_samples or 3].clone()
             whole = diversity(found.frames, samples) * len(found.prompts)
             parts.append((found.first, found.scores, whole, self.accepted(found), grid))
         if processes.sharded:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
             calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
+            one = self.residence.encode(self.prompts[:1], self.policy.model)
+            fill_calls(self.policy, table, one, calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         scores = torch.cat([scores for _, scores, *_ in parts], dim=1)

@@ -98,6 +98,9 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-bf16", True, **BF16)
+    # Nothing is left to do but to save the model.
+    of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
+    add("fsdp-crossed", True, of_one_file, **SETTINGS["even"] | {"iterations": 1})
     return run_together(folder, cases)
 
 
@@ -218,6 +221,32 @@ def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Pa
     assert trainer.start == 1 and trainer.average is not None
     assert_same_bits({name: p.detach() for name, p in trainer.parameters.items()}, tensors["model"])
     assert_same_bits(trainer.average.values, tensors["ema"])
+
+
+def test_each_process_writes_its_shards(runs: Path) -> None:
+    """As torch.distributed.checkpoint reads them, without a process group."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = runs / "fsdp-even" / "checkpoints" / "000002"
+    for group in ("model", "optimizer", "ema"):
+        wanted = checkpoint.load(folder)[0][group]
+        files = sorted((folder / group).iterdir())
+        assert [path.name for path in files] == ["00000-00000.safetensors", "00001-00000.safetensors"]
+        sizes = [path.stat().st_size for path in files]
+        assert max(sizes) < 0.6 * sum(sizes)
+        found = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
+        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder / group)), no_dist=True)
+        assert_same_bits(found, wanted)
+    assert (runs / "ddp-even" / "checkpoints" / "000002" / "optimizer.safetensors").is_file()
+
+
+def test_shards_are_taken_from_whole_files(runs: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    wanted = checkpoint.load(runs / "ddp-even" / "checkpoints" / "000001")[0]
+    for folder, group in (("model", "model"), ("model_ema", "ema")):
+        loaded = FluxTransformer2DModel.from_pretrained(runs / "fsdp-crossed" / folder, subfolder="transformer")
+        assert_same_bits(dict(loaded.named_parameters()), wanted[group])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

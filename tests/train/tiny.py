@@ -34,11 +34,28 @@ class Brightness:
         return inputs.frames[:, :, self.channel].mean(dim=(1, 2, 3))
 
 
+class Asked(Brightness):
+    """Of a server, wherever it is."""
+
+    free_args = frozenset({"url"})
+
+    def __init__(self, url: str = "", channel: int = 0) -> None:
+        super().__init__(channel)
+
+
 class FirstGroup:
     """Mean red of the first prompt's samples, and equal rewards of the others'."""
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
         return torch.where(inputs.group == 0, inputs.frames[:, :, 0].mean(dim=(1, 2, 3)), 0.5)
+
+
+class Steady:
+    """Mean red of the first prompt's samples; .97 and what rounding leaves of the others'."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        red = inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
+        return torch.where(inputs.group == 0, red, 0.97 + 1e-5 * (red - 0.5))
 
 
 class Refusing(Brightness):
