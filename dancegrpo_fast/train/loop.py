@@ -59,8 +59,7 @@ class Trainer(Setup):
         row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
-        drawn = train.prompts_per_iteration * train.group_size
-        row["speed"] = {"samples_per_second": drawn / sum(row["seconds"].values())}
+        row["speed"] = self.speed.of(row)
         return row
 
     def _greet(self) -> None:

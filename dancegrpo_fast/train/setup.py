@@ -16,13 +16,15 @@ from ..rng import derive_seed
 from ..run import checkpoint
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, model_identity, run_identity
-from .calls import Policy, rows_are_equal
+from .calls import Policy, probe, rows_are_equal
 from .collect import Collector
+from .draw import shared_step
 from .ema import MovingAverage
 from .held_out import Evaluator
 from .losses import make_loss
 from .optimizer import Optimizer
 from .residence import Residence
+from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
 from .update import Updates
 
@@ -44,7 +46,7 @@ class Setup:
         table: of the sampler.
         policy: the model as rollout and replay call it.
         parameters: that are trained, by name.
-        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
+        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence, speed: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
 
@@ -78,6 +80,7 @@ class Setup:
         self.updates = Updates(
             recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
         )
+        self.speed = self._measure()
         if self.processes.is_main:
             self.directory.keep_until(self.start if found else -1)
             self.directory.root.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,19 @@ class Setup:
         self.optimizer = Optimizer(self.parameters, train, keep_gradients=self.denoiser is not self.model.denoiser)
         self.average = None if train.ema_decay is None else MovingAverage(self.parameters, train.ema_decay)
         self.state = State(identity, processes, self.parameters, self.optimizer, self.average)
+
+    def _measure(self) -> Speed:
+        """Counts a model call where that is of use."""
+        peak, row = peak_flops(self.recipe, self.device), None
+        # Of nf4 and int8 weights torch sees some products only.
+        if all(self.processes.collect([peak is not None])) and self.recipe.model.quantization not in ("nf4", "int8"):
+            conditioning = self.residence.encode(self.reached[: self.policy.rows])
+            self.residence.use("denoiser")
+            with self.processes.sampling(self.model.denoiser, resident=False):
+                row = flops_of_a_row(self.policy, probe(self.policy, self.table, conditioning))
+        shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
+        whole = None if peak is None else peak * self.processes.count
+        return Speed(self.recipe, len(self.table), shared, row, whole)
 
     def _probe_rows(self) -> bool:
         conditioning = self.residence.encode(self.reached[: self.policy.rows])
