@@ -12,6 +12,7 @@ from .base import Conditioning as Conditioning
 from .base import DiffusersModel
 from .base import GeneratorModel as GeneratorModel
 from .base import decode as decode
+from .base import of_evaluation as of_evaluation
 from .setup import prepare
 
 FAMILIES = {
@@ -55,7 +56,8 @@ def load_model(
     factory = getattr(importlib.import_module(f".{module}", __name__), name)
     factory.check_prompts(prompts)
     encoded = prompts if reached is None else reached
-    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded)
+    evaluation = None if recipe.evaluation is None else recipe.evaluation.sampling(recipe.sampler)
+    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded, evaluation)
     model.cut_text(prompts)
     prepare(model, recipe, device, encoded, training=training)
     return cast(GeneratorModel, model)

@@ -101,6 +101,7 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             shared_step=None,
             kept=places,
             chosen=places,
+            valid=torch.ones(batch, dtype=torch.bool),
             first=0,
             rewards=advantages[None],
             advantages=advantages,

@@ -8,7 +8,12 @@ from typing import Any
 from .whole import Recipe
 
 # Of commands' own options.
-HELP = {"iterations": "how many are measured, after one that is not", "figures": "draws them into this folder"}
+HELP = {
+    "resume": "auto, or the folder of a checkpoint",
+    "accept_changes": "fields that may differ from the run that is resumed, with commas between them, or all",
+    "iterations": "how many are measured, after one that is not",
+    "figures": "draws them into this folder",
+}
 
 
 def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
@@ -28,7 +33,7 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     parser = ArgumentParser(usage, usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str | None, default=default, help=HELP.get(name))
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):

@@ -56,5 +56,7 @@ class Recipe:
             at_least("threads", self.threads, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written into checkpoints."""
-        return asdict(self)
+        """Plain values, as written into checkpoints, with the number of a clip range that is null."""
+        found = asdict(self)
+        found["train"]["clip_range"] = self.train.ratio_clip()
+        return found

@@ -23,7 +23,7 @@ def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) 
     if "clip_fraction" in row:
         parts.append(f"clipped {row['clip_fraction']:.0%}")
     parts += [
-        f"equal groups {row['zero_std_groups']}",
+        f"equal groups {row['zero_std_groups']}" + (f"  dropped {row['dropped']}" if row["dropped"] else ""),
         f"sample {seconds['sample']:.2f}s reward {seconds['reward']:.2f}s train {seconds['train']:.2f}s",
         f"left {duration(seconds_left)}",
     ]
@@ -54,7 +54,7 @@ def spread_text(row: Mapping[str, Any]) -> str:
 
 def score_names(row: Mapping[str, Any]) -> list[str]:
     """Of a row of `evaluations.jsonl`."""
-    return [key for key in row if key not in ("iteration", "sampler", *SPREAD)]
+    return [key for key in row if key not in ("iteration", "sampler", "dropped", *SPREAD)]
 
 
 def closing_line(root: Path, name: str) -> str:
@@ -65,7 +65,8 @@ def closing_line(root: Path, name: str) -> str:
     deviation = f"{max(measured):g}" if measured else "not measured"
     parts = []
     if (root / "evaluations.jsonl").is_file():
-        rows = [row for row in read_rows(root / "evaluations.jsonl") if row["sampler"] == "ode"]
+        rows = read_rows(root / "evaluations.jsonl")
+        rows = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
         parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in score_names(rows[0])]
         for key, label in (("diversity", "diversity"), ("diversity_accepted", "of accepted samples")):
             first, last = (row.get(key) for row in (rows[0], rows[-1]))

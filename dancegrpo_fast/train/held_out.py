@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import decode
+from ..models import decode, of_evaluation
 from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
@@ -22,9 +22,13 @@ from .residence import Residence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`.
+
+    `dropped` samples lack a score, and are not in its mean.
+    """
 
     scores: dict[str, float]
+    dropped: int
     spread: dict[str, float | None]
     grid: Tensor
 
@@ -37,7 +41,7 @@ class ScoredSet:
         first: place of the first prompt.
         prompts: P of them.
         frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
-        scores: float32 `[K, P * samples_per_prompt]`.
+        scores: float32 `[K, P * samples_per_prompt]`; NaN where a sample has none.
     """
 
     first: int
@@ -84,6 +88,8 @@ class Evaluator:
 
     Attributes:
         recipe: its sampler and seed count.
+        settings: what it samples otherwise, and what it scores.
+        policy: the model as training calls it; afterwards as evaluation does.
         residence: the rewards are added to it.
         rewards: the scores.
     """
@@ -101,8 +107,12 @@ class Evaluator:
         self.residence.add(self.rewards)
         label = self.settings.accepted_by
         self._judge = None if label is None else self.rewards.names.index(label)
-        model, sampler = self.policy.model, self.recipe.sampler
-        self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
+        sampler, rows, model = self.settings.sampling(self.recipe.sampler), self.policy.rows, self.policy.model
+        with of_evaluation():
+            if sampler != self.recipe.sampler:
+                model = model.at(sampler)
+                self.policy = Policy(model, rows, sampler.guidance_scale, model.unconditional(sampler.guidance_scale))
+            self._tables = {name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers}
 
     def sets(self) -> list[slice]:
         """The prompts in sets whose samples fill model calls, as far as whole prompts can."""
@@ -120,7 +130,7 @@ class Evaluator:
             sample_ids=ids,
             dtype=self.recipe.sampler.torch_dtype(),
         )
-        conditioning = self.residence.encode(prompts)
+        conditioning = self.residence.encode(prompts, policy.model)
         self.residence.use("denoiser")
         draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
         trajectory = draw.samples(noise, place // samples, ids)
@@ -158,14 +168,19 @@ class Evaluator:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
             calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
+            one = self.residence.encode(self.prompts[:1], self.policy.model)
+            fill_calls(self.policy, table, one, calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, *_ in parts], dim=1).mean(dim=1).tolist()
+        scores = torch.cat([scores for _, scores, *_ in parts], dim=1)
+        self.rewards.check_dropped(scores)
         spread: dict[str, float | None] = {"diversity": sum(of_set for _, _, of_set, *_ in parts) / len(self.prompts)}
         if self._judge is not None:
             kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
             spread |= {"diversity_accepted": sum(kept) / len(kept) if kept else None, "accepted_prompts": len(kept)}
         return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)), spread, torch.cat([grid for *_, grid in parts])
+            dict(zip(self.rewards.names, scores.nanmean(dim=1).tolist(), strict=True)),
+            int(scores.isnan().any(dim=0).sum()),
+            spread,
+            torch.cat([grid for *_, grid in parts]),
         )

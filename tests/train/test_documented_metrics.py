@@ -16,7 +16,7 @@ def fields(row: dict[str, Any]) -> set[str]:
     """Names of a row, those within it too, with NAME for a reward's."""
     inner = [name for value in row.values() if isinstance(value, dict) for name in value]
     outer = [name for name, value in row.items() if not isinstance(value, dict)]
-    return {re.sub("(reward|reward_std)/.*", r"\1/NAME", name) for name in (*inner, *outer)}
+    return {re.sub("(reward|reward_std|reward_group_std)/.*", r"\1/NAME", name) for name in (*inner, *outer)}
 
 
 def documented(start: str, end: str) -> set[str]:

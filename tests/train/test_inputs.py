@@ -41,6 +41,22 @@ def test_overrides() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], 1e-4),
+        (["--train.ratio_norm", "true"], 2e-6),
+        (["--train.ratio_norm", "true", "--train.clip_range", "4e-6"], 4e-6),
+        (["--train.clip_range", "null"], 1e-4),
+        (["--train.clip_range", "[1e-4, 2e-4]"], (1e-4, 2e-4)),
+    ],
+)
+def test_the_clip_range_is_written_down_as_a_number(given: list[str], wanted: Any) -> None:
+    """What stands for it in a recipe may be null; a run that was made with the number is the same run."""
+    recipe = load_recipe([str(RECIPES / "digits.yaml"), *given])[0]
+    assert recipe.as_dict()["train"]["clip_range"] == recipe.train.ratio_clip() == wanted
+
+
+@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--train.group_size", "1", "group_size"),
@@ -62,6 +78,8 @@ def test_overrides() -> None:
         ("--train.clip_range", "[1e-4]", "clip_range"),
         ("--train.clip_range", "[1e-4, 1e-4, 1e-4]", "clip_range"),
         ("--train.clip_range", "wide", "clip_range"),
+        ("--train.advantages", "prompt", "advantages"),
+        ("--train.advantage_std_floor", "-1", "^train.advantage_std_floor: got -1.0, want at least 0$"),
         # Without the list of what was tried, and all that was given.
         ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
         ("--evaluation.accepted_by", "svm", "^evaluation.accepted_by: got .svm., want one of .*judge'], or null$"),
