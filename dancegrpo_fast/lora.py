@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 
@@ -12,17 +11,17 @@ def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
 
 
-def add_lora(
-    denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], dtype: torch.dtype | None = None
-) -> None:
+def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
     """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
+
+    They are float32 whatever their modules are: peft casts a layer's input to float32 and its sum back, so that hidden
+    states keep their dtype, and no step of the optimiser is rounded away.
 
     Args:
         denoiser: a diffusers model.
         rank: of the update matrices.
         alpha: its scale is `alpha / rank`.
         target_modules: endings of module names.
-        dtype: of the layers; None: peft's choice, each its module's, and float32 for some quantised ones.
 
     Raises:
         ValueError: no module has such a name.
@@ -37,7 +36,6 @@ def add_lora(
         denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     except ValueError as error:
         raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
-    if dtype is not None:
-        for parameter in denoiser.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -141,7 +141,7 @@ class DiffusersModel:
         self.denoiser = self._load_denoiser()
         if settings.lora is not None:
             lora = settings.lora
-            add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
+            add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules)
         self._set_up(self.denoiser.config)
 
     def at(self, sampler: SamplerSettings) -> "DiffusersModel":
