@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import replacing, write_text
+from ..files import leftovers, replacing, write_text
 
 FORMAT = 1
 
@@ -53,12 +53,13 @@ def complete(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what interrupted writes left behind."""
+    """Removes all but the newest `keep` checkpoints, and what interrupted writes of some left behind; nothing else."""
     for path in complete(root)[:-keep]:
-        shutil.rmtree(path)
-    for path in root.iterdir():
-        if path.name.startswith(".") and path.is_dir():
+        # A link is somebody's who keeps it elsewhere.
+        if not path.is_symlink():
             shutil.rmtree(path)
+    for path in leftovers(root, r"\d+"):
+        shutil.rmtree(path)
 
 
 def _others(folder: Path) -> str:

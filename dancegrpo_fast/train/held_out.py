@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ from ..prompts import Prompt
 from ..recipe import EvaluationSettings, Recipe
 from ..rewards import RewardSet
 from ..rng import derive_seed
+from ..stopping import Stop
 from .calls import Policy, chunks, fill_calls, model_calls
 from .collect import reward_input
 from .draw import Draw
 from .residence import Residence
+
+
+class RewardFailedError(RuntimeError):
+    """A reward of the evaluation raised, or returned what is no score."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ def diversity(frames: Tensor, samples_per_prompt: int) -> float:
     return float(torch.stack(spreads).mean())
 
 
+# Place of the first prompt, scores, diversity times prompts, and frames of the pictures.
+Part: TypeAlias = tuple[int, Tensor, float, Tensor]
+
+
 @dataclass
 class Evaluator:
     """Samples the same noises at every call and scores them.
@@ -69,6 +79,7 @@ class Evaluator:
     Attributes:
         recipe: its sampler and seed count.
         residence: the rewards are added to it.
+        stop: a signal ends a call, with Stopped.
         rewards: the scores.
     """
 
@@ -78,6 +89,7 @@ class Evaluator:
     policy: Policy
     processes: Processes
     residence: Residence
+    stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         self._seed = derive_seed(self.recipe.seed, "evaluation")
@@ -92,7 +104,11 @@ class Evaluator:
         return list(chunks(len(self.prompts), math.lcm(self.policy.rows, samples) // samples))
 
     def score(self, sampler: str, part: slice) -> ScoredSet:
-        """Samples ("ode" or "sde") and scores the prompts of one set."""
+        """Samples ("ode" or "sde") and scores the prompts of one set.
+
+        Raises:
+            RewardFailedError: there are no scores.
+        """
         policy, prompts, samples = self.policy, self.prompts[part], self.settings.samples_per_prompt
         place = torch.arange(len(prompts) * samples, device=self.processes.device)
         ids = place + part.start * samples
@@ -110,17 +126,46 @@ class Evaluator:
         frames = decode(policy.model, trajectory.denoised, policy.rows)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
-        scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
+        try:
+            scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
+        except RuntimeError as error:
+            raise RewardFailedError(str(error)) from error.__cause__
         return ScoredSet(part.start, prompts, frames, scores)
 
     def __call__(self, sampler: str) -> Evaluation:
-        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
-        settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
-        sets = self.sets()
+        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result.
+
+        Raises:
+            RewardFailedError: in every process, where a reward failed in one of them.
+            Stopped: in every process.
+        """
+        sets, processes = self.sets(), self.processes
         shares = [sets[index :: processes.count] for index in range(processes.count)]
-        parts = []
+        parts, failed = self.stop.leave_when_asked(lambda: self._parts(sampler, shares))
+        self.residence.use("denoiser")
+        for reason in processes.collect([failed and str(failed)]):
+            if reason is not None:
+                raise failed or RewardFailedError(reason)
+        parts = sorted(processes.collect(parts), key=lambda part: part[0])
+        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        return Evaluation(
+            dict(zip(self.rewards.names, means, strict=True)),
+            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
+            torch.cat([grid for *_, grid in parts]),
+        )
+
+    def _parts(self, sampler: str, shares: Sequence[Sequence[slice]]) -> tuple[list[Part], RewardFailedError | None]:
+        """What this process makes of its share, up to where a reward fails."""
+        settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
+        parts: list[Part] = []
+        done, failed = 0, None
         for part in shares[processes.index]:
-            found = self.score(sampler, part)
+            done += 1
+            try:
+                found = self.score(sampler, part)
+            except RewardFailedError as error:
+                failed = error
+                break
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
@@ -129,13 +174,7 @@ class Evaluator:
         if processes.sharded:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
-            calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
-        self.residence.use("denoiser")
-        parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
-        return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)),
-            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
-            torch.cat([grid for *_, grid in parts]),
-        )
+            calls = [[model_calls(rows, len(table), 0, size) for size in each] for each in sizes]
+            made, most = sum(calls[processes.index][:done]), max(map(sum, calls))
+            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), [made, most], 0)
+        return parts, failed

@@ -14,6 +14,7 @@ from ..run import checkpoint
 from ..run.folder import RunDirectory
 from ..run.identity import check_model
 from .ema import MovingAverage
+from .finite import check_finite
 from .optimizer import Optimizer
 
 
@@ -33,16 +34,21 @@ class State:
     average: MovingAverage | None
 
     def save(self, directory: RunDirectory, iteration: int, keep: int, **facts: Any) -> None:
-        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process."""
+        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process.
+
+        Raises:
+            RuntimeError: a value is not finite; nothing is written.
+        """
         groups: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "optimizer": self.optimizer.tensors()}
         if self.average is not None:
             groups["ema"] = self.average.values
+        check_finite(groups, self.processes, iteration, directory.newest())
         tensors: dict[str, dict[str, Tensor]] = {}
         for group, values in groups.items():
             wholes = {name: self.processes.full(value) for name, value in values.items()}
             tensors[group] = {name: value for name, value in wholes.items() if value is not None}
         if self.processes.is_main:
-            tensors["rng"] = _rng_tensors()
+            tensors["rng"] = rng_tensors()
             checkpoint.save(
                 directory.checkpoints, iteration, tensors, {**self.identity, **self._surroundings(), **facts}
             )
@@ -64,10 +70,7 @@ class State:
         if self.average is not None:
             self.average.load(tensors.get("ema", {}))
         self.optimizer.load(tensors.get("optimizer", {}))
-        torch.set_rng_state(tensors["rng"]["cpu"])
-        for name, value in tensors["rng"].items():
-            if name.startswith("cuda:") and torch.cuda.is_available():
-                torch.cuda.set_rng_state(value, name)
+        set_rng_tensors(tensors["rng"])
         for name, now in self._surroundings().items():
             if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
@@ -88,8 +91,17 @@ class State:
         }
 
 
-def _rng_tensors() -> dict[str, Tensor]:
+def rng_tensors() -> dict[str, Tensor]:
+    """States of torch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `rng_tensors` returned."""
+    torch.set_rng_state(states["cpu"])
+    for name, value in states.items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(value, name)

@@ -1,9 +1,12 @@
 """A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import socket
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -304,10 +307,58 @@ def test_a_folder_is_one_runs(workspace: Path) -> None:
     holder.start()
     while not (root / "claimed").exists() and holder.is_alive():
         time.sleep(0.05)
+    who = rf"process {holder.pid} on {socket.gethostname()}, since 20..-..-.. ..:..:..\+00:00"
     for resume in (None, "auto"):
-        with pytest.raises(ValueError, match=r"output_dir: got .*run, where a run is going on"):
+        with pytest.raises(ValueError, match=rf"output_dir: got .*run, where a run is going on: {who}$"):
             Trainer(make_recipe(workspace / "base", root), resume)
     holder.kill()
     holder.join()
     assert RunDirectory(root).claim() is None
     assert RunDirectory(root).claim() is None
+
+
+def test_without_locks_the_file_says_whose_a_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    here, child = socket.gethostname(), os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    for number, (host, pid, free) in enumerate(
+        [(here, child, True), (here, os.getpid(), True), (here, os.getppid(), False), ("elsewhere", child, False)]
+    ):
+        (root := tmp_path / str(number)).mkdir()
+        lock = root / ".lock"
+        lock.write_text(json.dumps({"host": host, "pid": pid, "since": "noon"}))
+        refused = RunDirectory(root).claim()
+        if free:
+            assert refused is None and json.loads(lock.read_text())["pid"] == os.getpid()
+        else:
+            assert refused == (
+                f"output_dir: got {root}, where a run is going on: process {pid} on {host}, since noon; "
+                f"if that has ended, remove {lock}"
+            )
+    (root := tmp_path / "torn").mkdir()
+    (root / ".lock").write_text('{"host')
+    assert RunDirectory(root).claim() is None
+
+
+def test_what_is_not_of_this_library_stays(flux: Path, finished: Path, tmp_path: Path) -> None:
+    elsewhere, checkpoints = tmp_path / "elsewhere", finished / "checkpoints"
+    shutil.copytree(checkpoints / "000001", elsewhere / "000001")
+    shutil.rmtree(checkpoints / "000001")
+    (checkpoints / "000001").symlink_to(elsewhere / "000001")
+    (checkpoints / ".000000.1").symlink_to(elsewhere)
+    for name in ("checkpoints/.git", "checkpoints/.best.2", ".model.backup", ".models.7"):
+        (finished / name).mkdir()
+    for name in ("checkpoints/.000001.old", "checkpoints/.000009.77", ".model.77"):
+        (finished / name).mkdir()
+    (checkpoints / ".latest").touch()
+    Trainer(make_recipe(flux, finished, iterations=3, keep_checkpoints=1), resume="auto").run()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        *(".000000.1", ".best.2", ".git", ".latest", "000001", "000003")
+    ]
+    assert sorted(path.name for path in finished.glob(".model*")) == [".model.backup", ".models.7"]
+    assert (elsewhere / "000001" / "state.json").is_file()
