@@ -9,7 +9,7 @@ from ._recipe import load
 
 def main(arguments: Sequence[str]) -> int:
     """Trains; after an error of the disk, or a signal, says what is left and how the run goes on."""
-    recipe, options = load(arguments, resume=None)
+    recipe, options = load(arguments, resume=None, accept_changes=None)
     from ..files import writing
     from ..progress import say
     from ..run.pictures import draw
@@ -17,13 +17,13 @@ def main(arguments: Sequence[str]) -> int:
     from ..stopping import Stopped
     from ..train import Trainer
 
-    trainer = Trainer(recipe, options["resume"])
+    trainer = Trainer(recipe, options["resume"], options["accept_changes"])
     root = trainer.directory.root
     try:
         trainer.run()
         if not trainer.processes.is_main:
             return 0
-        if recipe.evaluation is not None:
+        if recipe.evaluation is not None and not trainer.finished:
             with writing(root):
                 pictures, refused = draw(root)
             for picture in pictures:

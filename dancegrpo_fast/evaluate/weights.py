@@ -12,14 +12,14 @@ from ..run import checkpoint
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_weights(denoiser: nn.Module, source: Path, weights: str = "model") -> str:
+def load_weights(denoiser: nn.Module, source: Path, weights: str | None = "model") -> str:
     """Puts trained weights into a denoiser and says which.
 
     Args:
         denoiser: as the recipe makes it.
         source: a run's directory (its newest checkpoint), a checkpoint, or a saved model: a folder with
             `transformer/`, `unet/` or LoRA weights.
-        weights: "model", or "ema" of a checkpoint that holds an average.
+        weights: "model", or "ema" of a checkpoint that holds an average; None: the average where there is one.
 
     Raises:
         ValueError: none of these, or weights of another model.
@@ -28,11 +28,12 @@ def load_weights(denoiser: nn.Module, source: Path, weights: str = "model") -> s
     folder = found[-1] if found else source
     if (folder / "state.json").is_file():
         tensors, state = checkpoint.load(folder)
+        weights = weights or ("ema" if "ema" in tensors else "model")
         if weights not in tensors:
             raise ValueError(f'weights: got "{weights}", want one of {sorted(tensors.keys() & {"model", "ema"})}')
         _copy(denoiser, tensors[weights], folder)
         return f"iteration {state['iteration']} ({folder}, {weights})"
-    if weights != "model":
+    if weights not in (None, "model"):
         raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
     target: Any = denoiser
     subfolder = next((name for name in ("transformer", "unet") if (source / name / "config.json").is_file()), None)

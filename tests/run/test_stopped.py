@@ -1,6 +1,5 @@
 """A run that a signal ends loses no whole iteration, and the resumed run has the bits of an uninterrupted one."""
 
-import json
 import os
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.optimizer import Optimizer
 
 from ..train import tiny
+from .bits import assert_same_run, rows
 
 # What happens at which call of a kind; calls are counted from 1.
 PLANNED: dict[tuple[str, int], Callable[[], None]] = {}
@@ -79,23 +79,6 @@ def write(flux: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     recipe = tiny.make_recipe(flux, folder / "run", rewards=[noisy("reward")], **small | often | changes)
     return tiny.write_recipe(recipe, folder / "recipe.yaml")
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Rows, samples, weights and the last checkpoint, bit for bit."""
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        assert rows(ours / name) == rows(theirs / name)
-    last = checkpoint.complete(theirs / "checkpoints")[-1].name
-    for folder in ("samples", "model", "model_ema", f"checkpoints/{last}"):
-        files = {path.relative_to(theirs) for path in (theirs / folder).rglob("*") if path.is_file()}
-        assert files == {path.relative_to(ours) for path in (ours / folder).rglob("*") if path.is_file()}
-        for file in files:
-            # The state has the folder's own name in it.
-            assert file.name == "state.json" or (ours / file).read_bytes() == (theirs / file).read_bytes(), file
 
 
 @pytest.fixture(scope="module")
