@@ -144,6 +144,10 @@ class Processes:
             dist.all_reduce(there, op)
         return there
 
+    def largest(self, number: int) -> int:
+        """Of a number that each process has; every process has to call it."""
+        return int(self.max(torch.tensor(number))) if self.distributed else number
+
     def collect(self, values: list[T]) -> list[T]:
         """The lists of all processes, in order, on each of them."""
         from accelerate.utils import gather_object

@@ -17,6 +17,7 @@ from ..run import checkpoint
 from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
+from ..stopping import Stop
 from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .ema import MovingAverage
@@ -26,6 +27,8 @@ from .optimizer import Optimizer
 from .residence import Residence
 from .state import State
 from .update import Updates
+
+NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
 
 
 class Setup:
@@ -47,6 +50,7 @@ class Setup:
         table: of the sampler.
         policy: the model as rollout and replay call it.
         parameters: that are trained, by name.
+        stop: the signals that end it.
         rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
@@ -65,6 +69,11 @@ class Setup:
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
         self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        self.stop = Stop(
+            largest=self.processes.largest,
+            leaves=not self.processes.sharded,
+            notice=NOTICE if self.processes.is_main else None,
+        )
         torch.set_num_threads(recipe.threads or self.processes.threads())
         found = self._find_checkpoint(resume)
         self._check()
@@ -175,12 +184,14 @@ class Setup:
         self.residence.add(self.rewards)
         self.evaluator = None
         if recipe.evaluation is not None:
-            self.evaluator = Evaluator(recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence)
+            self.evaluator = Evaluator(
+                recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence, self.stop
+            )
             self.evaluator.rewards.check(evaluated)
         self.residence.use("denoiser")
         self.loss = make_loss(recipe, self.model.denoiser, self.table, processes)
         self.collect = Collector(
-            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs
+            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
         self.denoiser = processes.wrap(self.model.denoiser)

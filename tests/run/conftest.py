@@ -1,4 +1,4 @@
-"""A finished run, and copies of it."""
+"""A finished run, to be continued or damaged."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from dancegrpo_fast.train.loop import Trainer
 from ..train.tiny import make_recipe
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def once(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     Trainer(make_recipe(flux, run, keep_checkpoints=3)).run()

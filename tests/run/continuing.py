@@ -10,11 +10,6 @@ from dancegrpo_fast.run import checkpoint
 from ..train.tiny import make_recipe
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{key: value for key, value in row.items() if key not in ("seconds", "speed")} for row in rows]
-
-
 def longer(base: Path, run: Path, **changes: Any) -> Recipe:
     """The finished run's recipe with an iteration more."""
     return make_recipe(base, run, **{"iterations": 3, "keep_checkpoints": 3} | changes)

@@ -12,7 +12,8 @@ from dancegrpo_fast.run.identity import prompts_digest
 from dancegrpo_fast.train.loop import Trainer
 
 from ..train.tiny import EvaluationSettings, LoraSettings, make_recipe, reward
-from .continuing import lines, longer, rewrite
+from .bits import rows
+from .continuing import longer, rewrite
 
 
 def test_other_surroundings_are_warned_about(flux: Path, finished: Path) -> None:
@@ -128,7 +129,7 @@ def test_changes_are_taken_when_asked_for(flux: Path, finished: Path, capsys: py
     said = capsys.readouterr().out
     assert "from iteration 3 on train.learning_rate is 0.01, was 0.001; bits differ" in said
     assert "accept-changes: sampler.eta did not change" in said
-    row = lines(finished / "metrics.jsonl")[2]
+    row = rows(finished / "metrics.jsonl")[2]
     assert row["changes"].keys() == {
         "train.learning_rate",
         "train.micro_batch",
@@ -140,7 +141,7 @@ def test_changes_are_taken_when_asked_for(flux: Path, finished: Path, capsys: py
     # The next continuation knows the new recipe, and keeps what was changed before.
     recipe.train.iterations = 4
     Trainer(recipe, "auto").run()
-    assert "changes" not in lines(finished / "metrics.jsonl")[3]
+    assert "changes" not in rows(finished / "metrics.jsonl")[3]
     changes = checkpoint.load_state(finished / "checkpoints" / "000004")["changes"]
     assert {"iteration": 2, "field": "train.learning_rate", "from": 1e-3, "to": 1e-2} in changes and len(changes) == 5
     for settings in ({"family": "sd3"}, {"lora": LoraSettings(rank=2)}):

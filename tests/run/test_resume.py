@@ -1,114 +1,18 @@
-"""A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
+"""A run that is resumed ends with the bits of one that was not interrupted; damaged checkpoints are named."""
 
-import multiprocessing
 import shutil
-import signal
-import time
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.train.loop import Trainer
 
-from ..processes import LIMIT
-from ..release import release_but
-from ..train.tiny import EvaluationSettings, LoraSettings, RewardSettings, make_recipe, write_recipe
-from .continuing import lines, longer
-
-RUNNER = """
-from dancegrpo_fast.recipe import load_recipe
-from dancegrpo_fast.train.loop import Trainer
-recipe, options = load_recipe(arguments, resume=None)
-Trainer(recipe, options["resume"]).run()
-"""
-# What every run imports, imported once: processes are forked from one that has it.
-IMPORTED = [
-    "accelerate",
-    "dancegrpo_fast.train.loop",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.transformers.transformer_flux",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers",
-    "jsonargparse",
-    "torch.utils.tensorboard",
-]
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(IMPORTED)
-
-HOLDER = """
-import time
-from pathlib import Path
-from dancegrpo_fast.run.folder import RunDirectory
-RunDirectory(Path(root)).claim()
-Path(root, "claimed").touch()
-time.sleep(600)
-"""
-
-REWARDS = """
-import time
-class Brightness:
-    def __call__(self, inputs):
-        time.sleep(0.05)
-        return inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
-"""
-
-
-@pytest.fixture
-def workspace(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
-    slow = [RewardSettings("tiny_rewards:Brightness")]
-    judged = EvaluationSettings(every=2, samples_per_prompt=3, grid_samples=2, rewards=slow)
-    often = {"iterations": 6, "updates_per_rollout": 2, "checkpoint_every": 2}
-    recipe = make_recipe(base, tmp_path / "run", rewards=slow, evaluation=judged, timestep_fraction=1.0, **often)
-    return write_recipe(recipe, tmp_path / "recipe.yaml").parent
-
-
-def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:
-    arguments = [str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
-    process = FORKED.Process(target=exec, args=(RUNNER, {"arguments": arguments}))
-    process.start()
-    return process
-
-
-def wait(process: ForkServerProcess) -> int | None:
-    process.join(LIMIT)
-    process.kill()
-    process.join()
-    return process.exitcode
-
-
-@pytest.mark.parametrize("base", release_but(("flux",), ["flux", "diffusion"]), indirect=True)
-def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
-    assert wait(start(workspace, "whole")) == 0
-    killed = 0
-    # Killed before the first checkpoint, between an evaluation and the checkpoint after it, and after a checkpoint.
-    for name, rows in (("metrics", 1), ("evaluations", 3), ("metrics", 5)):
-        process = start(workspace, "cut", "--resume", "auto")
-        while len(lines(workspace / "cut" / f"{name}.jsonl")) < rows and process.is_alive():
-            time.sleep(0.005)
-        process.kill()
-        killed += wait(process) == -signal.SIGKILL
-    assert killed == 3
-    assert wait(start(workspace, "cut", "--resume", "auto")) == 0
-
-    whole, cut = workspace / "whole", workspace / "cut"
-    assert lines(whole / "metrics.jsonl") == lines(cut / "metrics.jsonl")
-    assert len(lines(cut / "metrics.jsonl")) == 6
-    assert lines(whole / "evaluations.jsonl") == lines(cut / "evaluations.jsonl")
-    for ours, theirs in zip(
-        checkpoint.complete(whole / "checkpoints"), checkpoint.complete(cut / "checkpoints"), strict=True
-    ):
-        for name in ("model", "optimizer", "rng"):
-            left, right = checkpoint.load(ours)[0][name], checkpoint.load(theirs)[0][name]
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[key], right[key]) for key in left)
+from ..train.tiny import LoraSettings, make_recipe, write_recipe
+from .bits import rows
+from .continuing import longer
 
 
 def test_resume_with_lora_kl_and_momentum(base: Path, tmp_path: Path) -> None:
@@ -116,7 +20,7 @@ def test_resume_with_lora_kl_and_momentum(base: Path, tmp_path: Path) -> None:
     Trainer(make_recipe(base, tmp_path / "whole", iterations=4, **changes)).run()
     Trainer(make_recipe(base, tmp_path / "cut", iterations=2, **changes)).run()
     Trainer(make_recipe(base, tmp_path / "cut", iterations=4, **changes), resume="auto").run()
-    assert lines(tmp_path / "whole" / "metrics.jsonl") == lines(tmp_path / "cut" / "metrics.jsonl")
+    assert rows(tmp_path / "whole" / "metrics.jsonl") == rows(tmp_path / "cut" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
@@ -214,33 +118,6 @@ def test_a_finished_run_is_left_alone(flux: Path, finished: Path, capsys: pytest
         Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto").run()
         assert (finished / "model" / "transformer" / "config.json").is_file()
         assert RunDirectory(finished).saved("model") == 2
-    assert lines(finished / "metrics.jsonl")[1]["iteration"] == 2
+    assert rows(finished / "metrics.jsonl")[1]["iteration"] == 2
     with pytest.raises(ValueError, match=r"train\.iterations: got 1, want at least the 2 of .*000002"):
         Trainer(make_recipe(flux, finished, iterations=1), resume="auto")
-
-
-def test_half_written_checkpoints_are_ignored_and_removed(flux: Path, finished: Path) -> None:
-    stale = finished / "checkpoints" / ".000009.1"
-    stale.mkdir()
-    (stale / "model.safetensors").write_bytes(b"half")
-    trainer = Trainer(make_recipe(flux, finished, iterations=3), resume="auto")
-    assert trainer.start == 2
-    trainer.run()
-    assert not stale.exists()
-    assert [path.name for path in checkpoint.complete(finished / "checkpoints")] == ["000002", "000003"]
-
-
-def test_a_folder_is_one_runs(workspace: Path) -> None:
-    """Two runs in a folder would drop each other's rows; a killed one keeps nobody out."""
-    root = workspace / "run"
-    holder = FORKED.Process(target=exec, args=(HOLDER, {"root": str(root)}))
-    holder.start()
-    while not (root / "claimed").exists() and holder.is_alive():
-        time.sleep(0.05)
-    for resume in (None, "auto"):
-        with pytest.raises(ValueError, match=r"output_dir: got .*run, where a run is going on"):
-            Trainer(make_recipe(workspace / "base", root), resume)
-    holder.kill()
-    holder.join()
-    assert RunDirectory(root).claim() is None
-    assert RunDirectory(root).claim() is None
