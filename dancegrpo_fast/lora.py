@@ -11,6 +11,12 @@ def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
 
 
+def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
+    """Raises ValueError where a target is the end of no module's name."""
+    if lost := unmatched(denoiser, targets):
+        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
+
+
 def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
     """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
 
@@ -28,8 +34,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequenc
     """
     from peft import LoraConfig
 
-    if lost := unmatched(denoiser, target_modules):
-        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
+    check_targets(denoiser, target_modules)
     denoiser.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
     try:

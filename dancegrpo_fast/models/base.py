@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantization
-from ..lora import add_lora
+from ..lora import add_lora, check_targets
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
 from .grids import to_frames
-from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as
+from .guided import Conditioning as Conditioning
+from .guided import guided_batch, split_guided
+from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, without_weights
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
-
-Conditioning = Mapping[str, Tensor]
 
 
 class GeneratorModel(Protocol):
@@ -136,6 +136,10 @@ class DiffusersModel:
             with of_evaluation():
                 self._shape(evaluation)
         self.latent_shape = self._shape(sampler)
+        # What the family cannot sample or train is said before text is encoded and the denoiser is loaded.
+        self.table(sampler)
+        if settings.lora is not None:
+            check_targets(without_weights(self.denoiser_class, self.denoiser_folder), settings.lora.target_modules)
         self._store = self._open_store(self._texts(prompts))
         self._text_length: int | None = None
         self.denoiser = self._load_denoiser()
@@ -165,6 +169,10 @@ class DiffusersModel:
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         """`latent_shape` from the VAE's configuration; raises ValueError for a size that cannot be made."""
+        raise NotImplementedError
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        """As in `GeneratorModel`, from `latent_shape` and the folder's scheduler."""
         raise NotImplementedError
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
@@ -374,30 +382,6 @@ def of_evaluation() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"evaluation: {error}") from error
-
-
-def guided_batch(
-    latents: Tensor, times: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
-) -> tuple[Tensor, Tensor, Conditioning]:
-    """The 2B rows of a guided call: the prompts', then as many of the unconditional row; B rows where that is None.
-
-    What `unconditional` lacks (an image that both halves see) is the same in both halves.
-    """
-    if unconditional is None:
-        return latents, times, conditioning
-    both = {
-        name: torch.cat([value, unconditional[name].expand_as(value) if name in unconditional else value])
-        for name, value in conditioning.items()
-    }
-    return torch.cat([latents, latents]), torch.cat([times, times]), both
-
-
-def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Tensor, Tensor | None]:
-    """The halves of what `guided_batch` was made for."""
-    if unconditional is None:
-        return output, None
-    conditional, uncond_output = output.chunk(2)
-    return conditional, uncond_output
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:

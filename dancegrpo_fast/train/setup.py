@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..files import write_text
-from ..models import load_model
+from ..models import family_of, load_model
 from ..processes import Processes
 from ..prompts import Prompt, load_prompts, prompts_of_run
 from ..recipe import Recipe
-from ..rewards import RewardSet
+from ..rewards import RewardSet, check_reward
 from ..rng import derive_seed
 from ..run import checkpoint
 from ..run.changes import ALL, read_accepted, within
@@ -22,7 +22,7 @@ from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .ema import MovingAverage
 from .held_out import Evaluator
-from .losses import make_loss
+from .losses import check_steps, make_loss
 from .optimizer import Optimizer
 from .residence import Residence
 from .state import State
@@ -160,6 +160,10 @@ class Setup:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
+        check_steps(recipe)
+        family_of(recipe.model)
+        for reward in recipe.evaluation.rewards if recipe.evaluation is not None else ():
+            check_reward(reward)
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Of training, and of evaluation."""
