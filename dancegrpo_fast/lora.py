@@ -1,9 +1,15 @@
 """peft LoRA layers on a denoiser."""
 
-from collections.abc import Sequence
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+ADAPTER = "default"  # peft's name of the layers that are trained
+START = "start"  # of a frozen copy of them
 
 
 def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -41,3 +47,43 @@ def add_lora(
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+
+
+def layers(denoiser: nn.Module) -> dict[str, Any]:
+    """The modules with LoRA layers that are trained, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    named = ((name, module) for name, module in denoiser.named_modules() if isinstance(module, LoraLayer))
+    return {name: layer for name, layer in named if ADAPTER in layer.r}
+
+
+def targeted(denoiser: nn.Module, target_modules: Sequence[str]) -> set[str]:
+    """Names of the modules that `add_lora` gives layers."""
+    endings = tuple(f".{target}" for target in target_modules)
+    return {name for name, _ in denoiser.named_modules() if f".{name}".endswith(endings)}
+
+
+def endings(names: Iterable[str]) -> list[str]:
+    """The last parts of module names, as `target_modules` has them."""
+    parts = [name.split(".") for name in names]
+    return sorted({".".join(part[-2:] if part[-1].isdigit() else part[-1:]) for part in parts})
+
+
+def trained_in_float32(denoiser: nn.Module) -> None:
+    """Freezes all but the LoRA layers, and has these in float32."""
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def keep_start(denoiser: Any) -> None:
+    """Adds a frozen copy of the LoRA layers, which `denoiser.set_adapter(START)` puts in their place."""
+    with warnings.catch_warnings():
+        # Two sets of layers are what is wanted here.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        denoiser.add_adapter(copy.deepcopy(denoiser.peft_config[ADAPTER]), START)
+    for layer in layers(denoiser).values():
+        for part in (layer.lora_A, layer.lora_B):
+            part[START] = copy.deepcopy(part[ADAPTER])
+    denoiser.set_adapter(ADAPTER)

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..files import append_rows, write_text, writing
 from ..models import load_model
+from ..models.base import DiffusersModel
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
@@ -243,7 +244,7 @@ def evaluate(
     torch.set_num_threads(recipe.threads or processes.threads())
     model = load_model(recipe, processes.device, prompts, training=False)
     model.denoiser.eval().requires_grad_(False)
-    loaded = "as loaded" if source is None else load_weights(model.denoiser, Path(source), weights)
+    loaded = "as loaded" if source is None else load_weights(cast(DiffusersModel, model), Path(source), weights)
     # As the trainer prepares it, so that the same weights give the same samples.
     model.denoiser = processes.prepare(model.denoiser)
     described = {

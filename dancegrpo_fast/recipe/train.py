@@ -24,7 +24,7 @@ class TrainSettings:
         max_grad_norm: gradients are scaled down to it.
         clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher).
         advantage_clip: largest absolute advantage.
-        kl_weight: of the KL to the model as loaded.
+        kl_weight: of the KL to the model as it starts.
         ratio_norm: GRPO-Guard's RatioNorm.
         mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.
         gradient_sync: when processes reduce gradients: once an "update", or after every model "call", which under FSDP2

@@ -25,6 +25,7 @@ FREE = frozenset(
         "evaluation.prompts",  # likewise
         "model.path",  # the files that lie there are compared
         "model.denoiser",  # likewise
+        "model.start_from",  # likewise
         "model.prompt_cache",  # a store of other rows is not used
         "model.checkpointing",  # every policy recomputes the same bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
@@ -96,9 +97,12 @@ def model_identity(model: Any) -> dict[str, Any]:
     parts = ("vae", "scheduler", *model.text_parts, "prompt_embeds")
     files = {file.relative_to(folder).as_posix(): file for part in parts for file in sorted((folder / part).rglob("*"))}
     # A denoiser may lie at the root of a repository, beside much else.
-    for file in sorted(model.denoiser_folder.iterdir()):
+    found: Path = model.denoiser_path
+    for file in [found] if found.is_file() else sorted(found.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin"):
             files[f"{model.denoiser_part}/{file.name}"] = file
+    for file in model.start.files() if model.start is not None and model.start.kind != "denoiser" else ():
+        files[f"start_from/{file.name}"] = file
     return {
         "files": {name: fingerprint(file) for name, file in files.items() if file.is_file()},
         "vae_in_tiles": bool(getattr(model.vae, "use_tiling", False)),
