@@ -8,18 +8,24 @@ import pytest
 import torch
 
 from dancegrpo_fast import group_advantages
-from dancegrpo_fast.advantages import best_and_worst
+from dancegrpo_fast.advantages import best_and_worst, without_spread
 
 from .tolerances import assert_same_formula, assert_within_budget
 
 F64 = torch.float64
 
 
-def by_hand(rewards: list[float], *, eps: float = 1e-8, unbiased: bool = True, divide: bool = True) -> list[float]:
-    """One group."""
+def deviation(rewards: list[float], *, unbiased: bool = True) -> float:
     mean = sum(rewards) / len(rewards)
-    squares = sum((r - mean) ** 2 for r in rewards)
-    std = math.sqrt(squares / (len(rewards) - (1 if unbiased else 0)))
+    return math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - (1 if unbiased else 0)))
+
+
+def by_hand(
+    rewards: list[float], *, eps: float = 1e-8, unbiased: bool = True, divide: bool = True, std: float | None = None
+) -> list[float]:
+    """One group, with a standard deviation of its own where none is given."""
+    mean = sum(rewards) / len(rewards)
+    std = deviation(rewards, unbiased=unbiased) if std is None else std
     return [(r - mean) / (std + eps if divide else 1.0) for r in rewards]
 
 
@@ -40,6 +46,56 @@ def test_formula(size: int, eps: float, divide: bool, unbiased: bool) -> None:
     ]
     truth = torch.tensor(wanted, dtype=F64).flatten()
     assert_within_budget(found, truth, truth.float())
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_deviation_of_the_batch(unbiased: bool) -> None:
+    """The mean stays the group's; the deviation mixes the groups, whose means differ."""
+    rewards = rewards_of(5, 4) + torch.arange(5).repeat_interleave(4)
+    std = deviation(rewards.double().tolist(), unbiased=unbiased)
+    truth = torch.tensor([by_hand(g, std=std) for g in rewards.double().reshape(5, 4).tolist()], dtype=F64).flatten()
+    found = group_advantages(rewards, 4, unbiased=unbiased, std_of="batch")
+    assert_within_budget(found, truth, truth.float())
+
+
+def test_floor_of_the_deviation() -> None:
+    rewards = rewards_of(3, 4) * torch.tensor([1.0, 0.1, 0.01]).repeat_interleave(4)
+    groups = rewards.double().reshape(3, 4).tolist()
+    floor = deviation(groups[1])
+    truth = torch.tensor([by_hand(g, std=max(deviation(g), floor)) for g in groups], dtype=F64).flatten()
+    assert_within_budget(group_advantages(rewards, 4, std_floor=floor), truth, truth.float())
+    above = torch.tensor([by_hand(g, std=1e3) for g in groups], dtype=F64).flatten()
+    assert_within_budget(group_advantages(rewards, 4, std_of="batch", std_floor=1e3), above, above.float())
+
+
+def test_each_reward_is_limited_before_it_is_weighted() -> None:
+    """As the published HunyuanVideo script limits them; the sum may exceed the limit."""
+    rewards = torch.stack([rewards_of(2, 30, seed) ** 5 for seed in (0, 1)])
+    apart = [group_advantages(one, 30) for one in rewards]
+    assert all(one.abs().amax() > 3 for one in apart)
+    limited = [one.clamp(-3, 3) for one in apart]
+    found = group_advantages(rewards, 30, weights=(0.5, -2.0), clip=3.0)
+    truth = 0.5 * limited[0].double() - 2.0 * limited[1].double()
+    assert_within_budget(found, truth, 0.5 * limited[0] - 2.0 * limited[1])
+    assert found.abs().amax() > 3
+    # One reward: limited before or after the sum are the same bits.
+    assert torch.equal(group_advantages(rewards[0], 30, clip=3.0), limited[0])
+
+
+def test_rounding_is_no_spread() -> None:
+    """A reward of .97 that differs by 1e-7 teaches nothing; one that differs by 1e-4 does, wherever it lies."""
+    noise = rewards_of(2, 12)
+    for value in (0.97, -0.97, 0.0, 970.0, 9.7e-7):
+        for share, silent in ((1e-7, True), (1e-4, False)):
+            if value == 0 and silent:
+                continue
+            rewards = value + noise * share * (abs(value) or 1.0)
+            assert without_spread(rewards, 12).tolist() == [[silent, silent]], (value, share)
+            assert bool(group_advantages(rewards, 12).any()) is not silent
+            assert bool(group_advantages(rewards.double(), 12, std_of="batch").any()) is not silent
+    several = torch.stack([0.97 + noise * 1e-7, noise])
+    assert without_spread(several, 12).tolist() == [[True, True], [False, False]]
+    assert torch.equal(group_advantages(several, 12), group_advantages(noise, 12))
 
 
 def test_defaults_are_the_paper_s() -> None:
@@ -101,6 +157,37 @@ def test_the_rewards_stay_as_they_were() -> None:
     assert torch.equal(rewards, before)
 
 
+def test_groups_of_what_is_valid() -> None:
+    """Groups of every size from 4 to 0; what is not valid may be anything."""
+    rewards = torch.stack([rewards_of(5, 4), rewards_of(5, 4, 1)])
+    valid = torch.tensor(
+        [4 * [True], [True, False, True, True], [False, True, True, False], [True] + 3 * [False], 4 * [False]]
+    )
+    spoilt = torch.where(valid.flatten(), rewards, torch.tensor([float("nan"), float("inf")]).repeat(10))
+    found = group_advantages(spoilt, 4, weights=[1.0, -2.0], valid=valid.flatten()).view(5, 4)
+    for group, keep in enumerate(valid):
+        own = rewards.view(2, 5, 4)[:, group, keep]
+        wanted = torch.zeros(4, dtype=F64)
+        if len(own[0]) > 1:
+            rows = [torch.tensor(by_hand(row), dtype=F64) for row in own.double().tolist()]
+            wanted[keep] = rows[0] - 2.0 * rows[1]
+        assert_within_budget(found[group], wanted, wanted.float())
+    assert torch.equal(found[0], group_advantages(rewards, 4, weights=[1.0, -2.0]).view(5, 4)[0])
+    # All, 3 of 3, both, one, none.
+    assert best_and_worst(spoilt[0], 4, 2, valid=valid.flatten()).tolist() == [0, 1, 2, 3, 4, 6, 7, 9, 10, 12]
+    ends = best_and_worst(spoilt[0], 4, 1, valid=valid.flatten()).tolist()
+    three = rewards[0].view(5, 4)[1, [0, 2, 3]]
+    places = torch.tensor([4, 6, 7])[torch.stack([three.argmax(), three.argmin()])]
+    assert ends[2:] == [*sorted(places.tolist()), 9, 10, 12]
+
+
+@pytest.mark.parametrize("valid", [torch.ones(7, dtype=torch.bool), torch.ones(8), [True] * 8, torch.ones(2, 4) > 0])
+def test_bad_valid(valid) -> None:
+    for call in (group_advantages, lambda rewards, size, **options: best_and_worst(rewards, size, 1, **options)):
+        with pytest.raises(ValueError, match=r"^valid: got .*, want bool \(8,\)"):
+            call(rewards_of(2, 4), 4, valid=valid)
+
+
 BAD_REWARDS = (
     torch.zeros(()),
     torch.zeros(2, 2, 4),
@@ -145,6 +232,9 @@ def test_lists_and_arrays_become_tensors(as_given: Callable) -> None:
         ("weights", ([float("nan")], [float("inf")], ["a"], [None], 1.0, "1", {}, [[1.0]])),
         ("unbiased", (None, 1, "no", 0.0)),
         ("divide_by_std", (None, 1, "no", torch.tensor(True))),
+        ("std_of", (None, "rewards", 1)),
+        ("std_floor", (float("nan"), -1.0, float("inf"), None, "1")),
+        ("clip", (float("nan"), -1.0, None, "1")),
     ],
 )
 def test_bad_options(name: str, values: tuple) -> None:

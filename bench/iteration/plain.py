@@ -171,7 +171,8 @@ class PlainLoop:
                 ]
                 adv = advantages[part].clamp(-train.advantage_clip, train.advantage_clip)
                 ratio = torch.exp(torch.cat(scored) - log_probs[rows, at])
-                low, high = train.clip_range if isinstance(train.clip_range, tuple) else (train.clip_range,) * 2
+                clip = train.ratio_clip()
+                low, high = clip if isinstance(clip, tuple) else (clip, clip)
                 clipped = torch.clamp(ratio, 1 - low, 1 + high)
                 loss = torch.maximum(-adv * ratio, -adv * clipped).sum() / (batch * count)
                 loss.backward()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 
-USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--train.iterations 10 ...]
+USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--accept-changes all|FIELD,FIELD]
+                            [--train.iterations 10 ...]
        dancegrpo-fast evaluate RECIPE.yaml --output FOLDER [--checkpoint RUN|CHECKPOINT|MODEL] [--samplers ode,sde]
                                [--by COLUMN] [--weights model|ema] [--evaluation.prompts FILE ...]
        dancegrpo-fast run [--accelerate lossless|fast] [--latents DTYPE] [--dry-run ...] SCRIPT.py [ARGUMENTS]

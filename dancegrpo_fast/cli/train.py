@@ -9,19 +9,19 @@ from ._recipe import load
 
 def main(arguments: Sequence[str]) -> None:
     """Trains; an error of the disk says what is left and how the run goes on."""
-    recipe, options = load(arguments, resume=None)
+    recipe, options = load(arguments, resume=None, accept_changes=None)
     from ..files import writing
     from ..run.pictures import draw
     from ..run.words import closing_line
     from ..train import Trainer
 
-    trainer = Trainer(recipe, options["resume"])
+    trainer = Trainer(recipe, options["resume"], options["accept_changes"])
     root = trainer.directory.root
     try:
         trainer.run()
         if not trainer.processes.is_main:
             return
-        if recipe.evaluation is not None:
+        if recipe.evaluation is not None and not trainer.finished:
             with writing(root):
                 pictures, refused = draw(root)
             for picture in pictures:

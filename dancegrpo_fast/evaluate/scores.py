@@ -1,8 +1,9 @@
 """`dancegrpo-fast evaluate`: samples of fixed prompts from any checkpoint, every score a line, and a table."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -16,17 +17,17 @@ from ..models.base import DiffusersModel
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
-from ..run.identity import FREE, differences, joined, model_identity
+from ..run.changes import FREE, differences, joined
+from ..run.identity import model_identity
+from ..run.sheets import save_pages
 from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity
 from ..train.residence import Residence
 from .weights import load_weights
 
-SAMPLERS = ("ode", "sde")
-
 
 def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
-    """Writes one sample without loss: an image as PNG, a video as animated PNG.
+    """Writes one sample without loss: an image as PNG, a video as animated PNG with all its frames.
 
     Args:
         frames: float32 `[T, 3, H, W]` in [0, 1] on the 8-bit grid.
@@ -35,12 +36,10 @@ def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
     """
     from PIL import Image
 
-    first, *others = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
-    more = {"save_all": True, "append_images": others, "duration": round(1000 / (fps or 8)), "loop": 0}
+    pages = [Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()) for one in frames]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(path, **(more if others else {}))
-    return path
+        return save_pages(path, pages, fps)
 
 
 class Scores:
@@ -79,9 +78,10 @@ class Scores:
             self._whole = not part
 
     def has(self, sampler: str, prompts: range, samples: int) -> bool:
-        """Whether every sample of these prompts is there; a part of them is dropped, to be made again."""
+        """Whether every sample of these prompts is there with its scores; else what is there goes, to be made again."""
         others = [row for row in self.rows if row["sampler"] != sampler or row["prompt_index"] not in prompts]
-        if len(self.rows) - len(others) == len(prompts) * samples:
+        theirs = [row for row in self.rows if row["sampler"] == sampler and row["prompt_index"] in prompts]
+        if len(theirs) == len(prompts) * samples and all(None not in row["scores"].values() for row in theirs):
             return True
         self._whole &= len(others) == len(self.rows)
         self.rows = others
@@ -111,16 +111,23 @@ def _read(path: Path, line: int, text: bytes, *keys: str) -> dict[str, Any]:
 
 
 def _rows(
-    found: ScoredSet, sampler: str, names: Sequence[str], samples: int, folder: Path, fps: float | None
+    found: ScoredSet,
+    accepted: Sequence[float | None],
+    sampler: str,
+    names: Sequence[str],
+    samples: int,
+    folder: Path,
+    fps: float | None,
 ) -> Iterator[dict[str, Any]]:
     for place, prompt in enumerate(found.prompts):
+        of_accepted = {"diversity_accepted": accepted[place]} if accepted else {}
         mine = slice(place * samples, (place + 1) * samples)
         spread = diversity(found.frames[mine], samples) if samples > 1 else None
         for sample in range(samples):
             index = found.first + place
             file = folder / sampler / f"{index:05d}" / "samples" / f"{sample:04d}.png"
             save_sample(found.frames[mine][sample], file, fps)
-            values = found.scores[:, mine][:, sample].tolist()
+            values = [None if math.isnan(score) else score for score in found.scores[:, mine][:, sample].tolist()]
             yield {
                 "sampler": sampler,
                 "prompt_index": index,
@@ -129,6 +136,7 @@ def _rows(
                 "meta": prompt.columns(),
                 "file": str(file.relative_to(folder)),
                 "diversity": spread,
+                **of_accepted,
                 "scores": dict(zip(names, values, strict=True)),
             }
         # The official GenEval scorer reads a prompt's folder: metadata.jsonl beside samples/.
@@ -144,7 +152,8 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
 
     `mean` with `error`, the standard error over prompts; `std` over all samples, `within` the mean over prompts of the
     standard deviation of a prompt's samples; `diversity` the mean over prompts of pixels' standard deviation. The last
-    two are None where there is one sample a prompt.
+    two are None where there is one sample a prompt. `diversity_accepted`, where rows have it: over prompts with at
+    least two accepted samples, None where there is none. A sample without a score is left out of it.
 
     Raises:
         ValueError: a prompt lacks the column.
@@ -161,30 +170,42 @@ def summary(rows: Sequence[Mapping[str, Any]], by: str | None = None) -> list[di
         for name in members[0]["scores"]:
             prompts: dict[int, list[float]] = {}
             for row in members:
-                prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
+                if row["scores"][name] is not None:
+                    prompts.setdefault(row["prompt_index"], []).append(row["scores"][name])
             means = [fmean(scores) for scores in prompts.values()]
-            values = [row["scores"][name] for row in members]
-            several = min(map(len, prompts.values())) > 1
+            values = [score for scores in prompts.values() for score in scores]
+            spreads = [stdev(scores) for scores in prompts.values() if len(scores) > 1]
+            several = members[0]["diversity"] is not None
             table.append(
                 {
                     "sampler": sampler,
                     "group": value,
                     "score": name,
-                    "mean": fmean(means),
+                    "mean": fmean(means) if means else None,
                     "error": stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
                     "std": stdev(values) if len(values) > 1 else None,
-                    "within": fmean([stdev(scores) for scores in prompts.values()]) if several else None,
+                    "within": fmean(spreads) if spreads else None,
                     "diversity": fmean([row["diversity"] for row in members]) if several else None,
+                    **_accepted(members),
                     "prompts": len(prompts),
-                    "samples": len(members),
+                    "samples": len(values),
                 }
             )
     for whole in [row for row in table if row["group"] is None] if by is not None else ():
         same = [row for row in table if (row["sampler"], row["score"]) == (whole["sampler"], whole["score"])]
-        mean = fmean(row["mean"] for row in same if row["group"] is not None)
-        unsaid = dict.fromkeys(("error", "std", "within", "diversity"))
-        table.append(whole | {"group": f"mean over {by}", "mean": mean} | unsaid)
+        means = [row["mean"] for row in same if row["group"] is not None and row["mean"] is not None]
+        unsaid = whole.keys() & {"error", "std", "within", "diversity", "diversity_accepted"}
+        mean = fmean(means) if means else None
+        table.append(whole | {"group": f"mean over {by}", "mean": mean} | dict.fromkeys(unsaid))
     return [row | {"group": "all"} if row["group"] is None else row for row in table]
+
+
+def _accepted(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    if "diversity_accepted" not in rows[0]:
+        return {}
+    prompts = {row["prompt_index"]: row["diversity_accepted"] for row in rows}
+    found = [spread for spread in prompts.values() if spread is not None]
+    return {"diversity_accepted": fmean(found) if found else None}
 
 
 def table_text(table: Sequence[Mapping[str, Any]]) -> str:
@@ -205,9 +226,9 @@ def evaluate(
     recipe: Recipe,
     source: str | None,
     output: Path,
-    samplers: Sequence[str] = SAMPLERS,
+    samplers: Sequence[str] | None = None,
     by: str | None = None,
-    weights: str = "model",
+    weights: str | None = None,
 ) -> str | None:
     """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table in the first process.
 
@@ -219,21 +240,22 @@ def evaluate(
         recipe: the model, sampler, `evaluation` and its prompts.
         source: see `load_weights`; None evaluates the model as the recipe loads it.
         output: a folder.
-        samplers: "ode", "sde" or both.
+        samplers: "ode", "sde" or both; None: as `evaluation.samplers` says.
         by: a column of the prompts file; the table then has a row for each of its values and for the mean over these.
-        weights: "model" or "ema".
+        weights: "model" or "ema"; None: as `evaluation.ema` says.
 
     Raises:
         ValueError: a recipe without `evaluation`, unknown samplers or weights, an `output` that is a file or has
             other scores, prompts that a reward cannot score, or FSDP2.
+        RuntimeError: a reward left out more samples than it may; the other scores are written.
     """
     settings = recipe.evaluation
     if settings is None:
         raise ValueError("evaluation: got none in the recipe, want evaluation.rewards at least")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: got {output}, which is a file, want a folder")
-    if not samplers or set(samplers) - set(SAMPLERS):
-        raise ValueError(f"samplers: got {list(samplers)}, want some of {list(SAMPLERS)}")
+    if samplers is not None:
+        settings = replace(settings, samplers=list(samplers))
     prompts = load_prompts(settings.prompts or recipe.prompts, "test" if settings.prompts else "train")
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
@@ -244,15 +266,20 @@ def evaluate(
     torch.set_num_threads(recipe.threads or processes.threads())
     model = load_model(recipe, processes.device, prompts, training=False)
     model.denoiser.eval().requires_grad_(False)
-    loaded = "as loaded" if source is None else load_weights(cast(DiffusersModel, model), Path(source), weights)
+    loaded = (
+        "as loaded"
+        if source is None
+        else load_weights(cast(DiffusersModel, model), Path(source), weights or (None if settings.ema else "model"))
+    )
     # As the trainer prepares it, so that the same weights give the same samples.
     model.denoiser = processes.prepare(model.denoiser)
     described = {
         "model": asdict(recipe.model),
         "loaded": model_identity(model),
-        "sampler": asdict(recipe.sampler),
+        "sampler": asdict(settings.sampling(recipe.sampler)),
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
+        "accepted_by": settings.accepted_by,
         "micro_batch": recipe.train.micro_batch,
         "prompts": [{"prompt": prompt.text, **prompt.columns()} for prompt in prompts],
         "seed": recipe.seed,
@@ -266,7 +293,7 @@ def evaluate(
     if evaluator.rewards.compares_groups and settings.samples_per_prompt < 2:
         raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2, which a reward compares")
     samples, places = settings.samples_per_prompt, range(len(prompts))
-    for sampler in samplers:
+    for sampler in settings.samplers:
         sets = evaluator.sets()
         missing = [part for part in sets if not scores.has(sampler, places[part], samples)]
         for first in range(0, len(missing), processes.count):
@@ -274,12 +301,15 @@ def evaluate(
             rows: list[dict[str, Any]] = []
             for part in turn[processes.index : processes.index + 1]:
                 found = evaluator.score(sampler, part)
-                rows += _rows(found, sampler, evaluator.rewards.names, samples, output, recipe.sampler.fps)
+                accepted, names = evaluator.accepted(found), evaluator.rewards.names
+                rows += _rows(found, accepted, sampler, names, samples, output, recipe.sampler.fps)
             rows = processes.collect(rows)
             scores.add(rows)
             if processes.is_main:
                 print(f"{sampler.upper()}: {places[turn[-1]].stop} of {len(prompts)} prompts", flush=True)
-    table = summary([row for row in scores.rows if row["sampler"] in samplers], by)
+        every = [row["scores"].values() for row in scores.rows if row["sampler"] == sampler]
+        evaluator.rewards.check_dropped(torch.tensor([[math.nan if s is None else s for s in one] for one in every]).T)
+    table = summary([row for row in scores.rows if row["sampler"] in settings.samplers], by)
     text = f"{recipe.name}, {loaded}\n\n{table_text(table)}\n"
     if processes.is_main:
         write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))

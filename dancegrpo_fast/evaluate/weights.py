@@ -9,7 +9,7 @@ from ..run import checkpoint
 from ..run.identity import model_identity
 
 
-def load_weights(model: DiffusersModel, source: Path, weights: str = "model") -> str:
+def load_weights(model: DiffusersModel, source: Path, weights: str | None = "model") -> str:
     """Puts trained weights into a model's denoiser and says which.
 
     Args:
@@ -17,16 +17,16 @@ def load_weights(model: DiffusersModel, source: Path, weights: str = "model") ->
             has none, LoRA layers come as they are.
         source: as `find_source` takes it. The base of a run's folder, a checkpoint or a saved model beside the run's
             checkpoints must be the model's; that of a file is not looked for.
-        weights: "model", or "ema" of a checkpoint that holds an average.
+        weights: "model", or "ema" of a checkpoint that holds an average; None: the average where there is one.
 
     Raises:
         ValueError: none of these, or weights of another model.
     """
     denoiser: Any = model.denoiser
     found = find_source(str(source), model.denoiser_part, "checkpoint")
-    if weights != "model" and found.kind != "checkpoint":
+    if weights not in (None, "model") and found.kind != "checkpoint":
         raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
-    trained = read_weights(model, found, weights)
+    trained, taken = read_weights(model, found, weights)
     _check_base(model, source, found, whole=not isinstance(trained, Adapter))
     if isinstance(trained, Adapter):
         if getattr(denoiser, "peft_config", None):
@@ -39,7 +39,7 @@ def load_weights(model: DiffusersModel, source: Path, weights: str = "model") ->
         copy_parameters(denoiser, trained, found.path)
     if found.kind != "checkpoint":
         return str(found.path)
-    return f"iteration {checkpoint.load_state(found.path)['iteration']} ({found.path}, {weights})"
+    return f"iteration {checkpoint.load_state(found.path)['iteration']} ({found.path}, {taken})"
 
 
 def _check_base(model: DiffusersModel, source: Path, found: Source, whole: bool) -> None:

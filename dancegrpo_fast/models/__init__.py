@@ -12,6 +12,7 @@ from .base import Conditioning as Conditioning
 from .base import DiffusersModel
 from .base import GeneratorModel as GeneratorModel
 from .base import decode as decode
+from .base import of_evaluation as of_evaluation
 from .setup import prepare
 
 FAMILIES = {
@@ -53,8 +54,10 @@ def load_model(
         raise ValueError(f'model.family: got "{family}", want one of {", ".join(FAMILIES)}')
     module, _, name = FAMILIES[family].partition(":")
     factory = getattr(importlib.import_module(f".{module}", __name__), name)
+    factory.check_prompts(prompts)
     encoded = prompts if reached is None else reached
-    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded)
+    evaluation = None if recipe.evaluation is None else recipe.evaluation.sampling(recipe.sampler)
+    model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded, evaluation)
     model.cut_text(prompts)
     prepare(model, recipe, device, encoded, training=training)
     return cast(GeneratorModel, model)

@@ -1,6 +1,8 @@
 """What the trainer needs of a model family, and what the families share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -26,10 +28,16 @@ class GeneratorModel(Protocol):
     Attributes:
         denoiser: the network that is trained.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
+        decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    decodes_x0: ClassVar[bool]
+
+    def at(self, sampler: SamplerSettings) -> "GeneratorModel":
+        """The same model for samples of other settings."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning tensors, one row per prompt of those the model was loaded for; rows do not depend on others."""
@@ -90,6 +98,7 @@ class DiffusersModel:
         mask: which of them is 1 for tokens of the prompt and 0 for padding; "" where there is none.
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
+        decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
     """
 
     family: ClassVar[str]
@@ -102,14 +111,21 @@ class DiffusersModel:
     mask: ClassVar[str] = ""
     padded: ClassVar[tuple[str, ...]] = ()
     negative: ClassVar[bool] = False
+    decodes_x0: ClassVar[bool] = True
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
 
     def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
+        self,
+        settings: ModelSettings,
+        sampler: SamplerSettings,
+        device: torch.device,
+        prompts: Sequence[Prompt],
+        evaluation: SamplerSettings | None = None,
     ) -> None:
         self.settings, self.sampler, self.device = settings, sampler, device
+        self._scales = {one.guidance_scale for one in (sampler, evaluation or sampler)}
         self.dtype, self.frozen_dtype = settings.torch_dtype(), settings.frozen_torch_dtype()
         whole = settings.denoiser is not None and not Path(settings.denoiser).is_file()
         elsewhere = (self.denoiser_part,) if whole else ()
@@ -120,6 +136,9 @@ class DiffusersModel:
         self.vae = self._load_vae()
         if settings.vae_tiling == "on":
             self.tile_vae(True)
+        if evaluation is not None:
+            with of_evaluation():
+                self._shape(evaluation)
         self.latent_shape = self._shape(sampler)
         self._store = self._open_store(self._texts(prompts))
         self._text_length: int | None = None
@@ -127,6 +146,22 @@ class DiffusersModel:
         if not start_with(self) and (lora := settings.lora) is not None:
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules, self.dtype)
         self._set_up(self.denoiser.config)
+
+    def at(self, sampler: SamplerSettings) -> "DiffusersModel":
+        """The same model for samples of another size, number of steps or guidance; weights and text are shared.
+
+        Raises:
+            ValueError: a size that cannot be made.
+        """
+        other = copy.copy(self)
+        other.sampler = sampler
+        other.latent_shape = other._shape(sampler)
+        other._set_up(self.denoiser.config)
+        return other
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
 
     def _set_up(self, config: Any) -> None:
         """Takes what calls need from the denoiser's configuration; raises ValueError for one that the family lacks."""
@@ -266,7 +301,7 @@ class DiffusersModel:
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Of the prompts and the negative one, each once."""
         texts = [prompt.text for prompt in prompts]
-        if self._guided_by_batch(self.sampler.guidance_scale):
+        if any(map(self._guided_by_batch, self._scales)):
             texts.append(self.sampler.negative_prompt)
         return list(dict.fromkeys(texts))
 
@@ -345,6 +380,15 @@ class DiffusersModel:
         layers = {f"{self.denoiser_part}_lora_layers": get_peft_model_state_dict(denoiser)}
         metadata = _collate_lora_metadata({self.denoiser_part: denoiser})
         getattr(diffusers, self.pipeline).save_lora_weights(folder, **layers, **metadata)
+
+
+@contextmanager
+def of_evaluation() -> Iterator[None]:
+    """A ValueError about a sampler's settings says that they are evaluation's."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"evaluation: {error}") from error
 
 
 def guided_batch(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..prompts import Prompt
-from ..recipe import ModelSettings, SamplerSettings
+from ..prompts.images import check_images, key_of, read_image
 from ..rng import generator
 from .base import Conditioning
 from .hunyuan_video import HunyuanVideo
@@ -21,18 +21,15 @@ class SkyReelsI2V(HunyuanVideo):
     pipeline = "HunyuanSkyreelsImageToVideoPipeline"
     negative = True
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        for path in dict.fromkeys(_image_path(prompt) for prompt in prompts):
-            _check_image(path)
-        # Of the files' paths, and of their contents: the same picture may lie in several places.
-        self._digests: dict[str, str] = {}
-        self._first_frames: dict[str, Tensor] = {}
-        super().__init__(settings, sampler, device, prompts)
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        check_images(map(_image, prompts))
 
     def _set_up(self, config: Any) -> None:
         super()._set_up(config)
+        # By `key_of`, and of their contents: the same picture may lie in several places.
+        self._digests: dict[str, str] = {}
+        self._first_frames: dict[str, Tensor] = {}
         channels, latent_channels = int(config.in_channels), self.latent_shape[0]
         if channels != 2 * latent_channels:
             raise ValueError(
@@ -41,26 +38,22 @@ class SkyReelsI2V(HunyuanVideo):
             )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        first_frames = torch.stack([self._first_frame(_image_path(prompt)) for prompt in prompts])
+        first_frames = torch.stack([self._first_frame(prompt) for prompt in prompts])
         return {**super().encode(prompts), "first_frame": first_frames}
 
     def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
-        return any(_image_path(prompt) not in self._digests for prompt in prompts)
+        return any(key_of(*_image(prompt)) not in self._digests for prompt in prompts)
 
-    def _first_frame(self, path: str) -> Tensor:
-        """Latents `[C, H', W']` of a file, drawn from the VAE's posterior with noise that its content seeds."""
-        if path not in self._digests:
-            from diffusers.utils import load_image
-
-            try:
-                image = load_image(path)
-            except (OSError, ValueError) as error:
-                raise _unreadable(path, error) from error
+    def _first_frame(self, prompt: Prompt) -> Tensor:
+        """Latents `[C, H', W']` of a picture, drawn from the VAE's posterior with noise that its content seeds."""
+        key = key_of(*_image(prompt))
+        if key not in self._digests:
+            image = read_image(key, prompt.meta["image"])
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
             if digest not in self._first_frames:
                 self._first_frames[digest] = self._encode_image(image, generator("first frame", digest))
-            self._digests[path] = digest
-        return self._first_frames[self._digests[path]]
+            self._digests[key] = digest
+        return self._first_frames[self._digests[key]]
 
     @torch.no_grad()
     def _encode_image(self, image: object, noise: torch.Generator) -> Tensor:
@@ -84,25 +77,5 @@ class SkyReelsI2V(HunyuanVideo):
         return 1.0
 
 
-def _image_path(prompt: Prompt) -> str:
-    path = prompt.meta.get("image")
-    if not isinstance(path, str):
-        raise ValueError(
-            f'prompts: got "{prompt.text}" with image {str(path)[:40]}, want an `image` column with a path'
-        )
-    return path
-
-
-def _unreadable(path: str, error: Exception) -> ValueError:
-    return ValueError(f"prompts: got the image {path}, want a picture that can be read ({error})")
-
-
-def _check_image(path: str) -> None:
-    """Of the header alone: a whole file is read when its prompt comes up."""
-    from PIL import Image
-
-    try:
-        with Image.open(path):
-            pass
-    except OSError as error:
-        raise _unreadable(path, error) from error
+def _image(prompt: Prompt) -> tuple[str, Any]:
+    return prompt.text, prompt.meta.get("image")

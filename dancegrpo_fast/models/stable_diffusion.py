@@ -21,6 +21,8 @@ class StableDiffusion(DiffusersModel):
     text_parts = ("text_encoder", "tokenizer")
     text_tensors = ("prompt_embeds",)
     negative = True
+    # As the pipeline: its last step ends at the schedule's first alpha, which is not 1.
+    decodes_x0 = False
 
     def _set_up(self, config: Any) -> None:
         image_grid(self.sampler, self._scale * 2 ** (len(config.block_out_channels) - 1), self._scale)

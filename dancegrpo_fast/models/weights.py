@@ -195,37 +195,42 @@ def _converted(
     return mine, alphas, others
 
 
-def read_checkpoint(folder: Path, weights: str, part: str) -> Adapter | dict[str, Tensor]:
-    """The trained weights of a checkpoint: LoRA layers, or all parameters by name.
+def read_checkpoint(folder: Path, weights: str | None, part: str) -> tuple[Adapter | dict[str, Tensor], str]:
+    """The trained weights of a checkpoint, LoRA layers or all parameters by name; and which these are.
 
     Args:
         folder: of the checkpoint.
-        weights: "model", or "ema" of one that holds an average.
+        weights: "model", or "ema" of one that holds an average; None: the average where there is one.
         part: "transformer" or "unet".
 
     Raises:
         ValueError: it is damaged, or lacks these weights.
     """
-    tensors, state = checkpoint.load(folder)
-    if weights not in tensors:
-        raise ValueError(f'weights: got "{weights}", want one of {sorted(tensors.keys() & {"model", "ema"})}')
+    groups, state = checkpoint.stored(folder)
+    weights = weights or ("ema" if "ema" in groups else "model")
+    if weights not in groups:
+        raise ValueError(f'weights: got "{weights}", want one of {sorted(groups.keys() & {"model", "ema"})}')
+    tensors = {name: value[...] for name, value in groups[weights].items()}
     settings = state["recipe"]["model"]["lora"]
     if settings is None:
-        return tensors[weights]
+        return tensors, weights
     config = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
-    named = {f"{part}.{_plain(name)}": value for name, value in tensors[weights].items()}
-    return Adapter(folder, named, {}, {f"{part}.{name}": value for name, value in config.items()})
+    named = {f"{part}.{_plain(name)}": value for name, value in tensors.items()}
+    return Adapter(folder, named, {}, {f"{part}.{name}": value for name, value in config.items()}), weights
 
 
-def read_weights(model: "DiffusersModel", source: Source, weights: str = "model") -> Adapter | Mapping[str, Tensor]:
-    """LoRA layers for the model's denoiser, or whole parameters by name; `weights` as `read_checkpoint` has it."""
+def read_weights(
+    model: "DiffusersModel", source: Source, weights: str | None = "model"
+) -> tuple[Adapter | Mapping[str, Tensor], str]:
+    """LoRA layers for the model's denoiser, or whole parameters by name; and of a checkpoint, `weights` or which."""
     import diffusers
 
     if source.kind == "checkpoint":
         return read_checkpoint(source.path, weights, model.denoiser_part)
     if source.kind == "lora":
-        return read_adapter(source.path, model.denoiser, model.denoiser_part, getattr(diffusers, model.pipeline))
-    return model.load_from(source.path).state_dict()
+        pipeline = getattr(diffusers, model.pipeline)
+        return read_adapter(source.path, model.denoiser, model.denoiser_part, pipeline), "model"
+    return model.load_from(source.path).state_dict(), "model"
 
 
 def start_with(model: "DiffusersModel") -> bool:
@@ -239,7 +244,7 @@ def start_with(model: "DiffusersModel") -> bool:
     if start is None:
         return False
     # A whole denoiser is what was loaded.
-    found = None if start.kind == "denoiser" else read_weights(model, start)
+    found = None if start.kind == "denoiser" else read_weights(model, start)[0]
     if not isinstance(found, Adapter):
         if merged:
             raise ValueError(f'model.start_as: got "merged" of all weights in {settings.start_from}, want "adapter"')
@@ -249,6 +254,10 @@ def start_with(model: "DiffusersModel") -> bool:
     if found.passed_over:
         names = f"{len(found.passed_over)} tensors ({found.passed_over[0]}, ...)"
         print(f"{start.path}: {names} are of text encoders, which are not trained here: passed over", flush=True)
+    if start.kind == "checkpoint" and (below := _merged_below(start.path)) is not None:
+        raise ValueError(
+            f"model.start_from: got LoRA layers of {start.path} on a base with {below} merged, want that base"
+        )
     if merged:
         merge_adapter(model.denoiser, found, model.denoiser_part)
         return False
@@ -257,6 +266,12 @@ def start_with(model: "DiffusersModel") -> bool:
     add_adapter(model.denoiser, found, model.denoiser_part)
     check_adapter(model.denoiser, settings.lora, start.path, ', or model.start_as "merged"')
     return True
+
+
+def _merged_below(folder: Path) -> str | None:
+    """What was merged into the base of a checkpoint's LoRA layers."""
+    settings = checkpoint.load_state(folder)["recipe"]["model"]
+    return settings["start_from"] if settings.get("start_as") == "merged" else None
 
 
 def add_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:

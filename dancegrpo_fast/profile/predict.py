@@ -85,7 +85,8 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
 
     inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
     sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=drawn)
-    left = Trajectory.allocate(batch, len(trainer.table), noise, keep_outputs=train.ratio_norm)
+    keeps = {"keep_denoised": trainer.model.decodes_x0, "keep_outputs": train.ratio_norm}
+    left = Trajectory.allocate(batch, len(trainer.table), noise, **keeps)
 
     step = max(step for step in range(len(trainer.table) - 1) if trainer.table.tau[step] > 0)
 
@@ -100,6 +101,7 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             shared_step=None,
             kept=places,
             chosen=places,
+            valid=torch.ones(batch, dtype=torch.bool),
             first=0,
             rewards=advantages[None],
             advantages=advantages,
@@ -129,21 +131,21 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     after = {**before, "trajectories": rollout.get("trajectories", 0)}
     return {
         "rollout": rollout,
-        "decode": sums([*after.items(), *_decoded(trainer, left.denoised)]),
+        "decode": sums([*after.items(), *_decoded(trainer, left.final)]),
         "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
         "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),
         "optimizer": _stepped(trainer, before, replay.live("load").get("inputs", 0)),
     }
 
 
-def _decoded(trainer: "Trainer", denoised: Tensor) -> list[tuple[str, int]]:
+def _decoded(trainer: "Trainer", latents: Tensor) -> list[tuple[str, int]]:
     """Of the decode's peak, what is not there before it."""
     model: Any = trainer.model
 
     def call(latents: Tensor) -> Tensor:
         return decode(model, latents, trainer.policy.rows)
 
-    found = trace(model.vae, {"latents": denoised}, train=False, attention="cpu", call=call)
+    found = trace(model.vae, {"latents": latents}, train=False, attention="cpu", call=call)
     names = {"temporaries": "temporaries", "workspace": "workspace", "outputs": "trajectories"}
     peak = found.peak_of("rollout").by_category
     return [(name, peak.get(category, 0)) for category, name in names.items()]

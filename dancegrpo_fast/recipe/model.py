@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from .checks import positive
+from .checks import check_fields, positive
 
 
 @dataclass
@@ -23,6 +23,7 @@ class LoraSettings:
     target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
     def __post_init__(self) -> None:
+        check_fields("model.lora", self)
         positive("model.lora.rank", self.rank)
         positive("model.lora.alpha", self.alpha)
 
@@ -80,6 +81,7 @@ class ModelSettings:
     quantization: Literal["nf4", "int8", "fp8"] | None = None
 
     def __post_init__(self) -> None:
+        check_fields("model", self, ["path", "denoiser", "prompt_cache"])
         known = ("none", "full", "attention", "matmul", "auto")
         first, _, count = self.checkpointing.partition(":")
         if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):

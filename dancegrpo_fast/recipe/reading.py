@@ -7,7 +7,12 @@ from typing import Any
 from .whole import Recipe
 
 # Of commands' own options.
-HELP = {"iterations": "how many are measured, after one that is not", "figures": "draws them into this folder"}
+HELP = {
+    "resume": "auto, or the folder of a checkpoint",
+    "accept_changes": "fields that may differ from the run that is resumed, with commas between them, or all",
+    "iterations": "how many are measured, after one that is not",
+    "figures": "draws them into this folder",
+}
 
 
 def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
@@ -27,7 +32,7 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     parser = ArgumentParser(usage, usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str | None, default=default, help=HELP.get(name))
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
@@ -35,6 +40,8 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         raise ValueError(f"recipe: got {path}, which {what}; want a YAML file")
     given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
     try:
+        if path.is_file():
+            _check_keys(path)
         namespace = parser.parse_args(given)
         found = {name: namespace.pop(name) for name in options}
         namespace.pop("config", None)
@@ -45,6 +52,30 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         raise ValueError(f"recipe: {path}: {_reason(error)}") from error
     except ValueError as error:
         raise ValueError(_reason(error)) from error
+
+
+def _check_keys(path: Path) -> None:
+    """Raises ValueError for a key that stands twice in one mapping, of which YAML would take the last."""
+    import yaml
+
+    try:
+        waiting = [yaml.compose(path.read_text(encoding="utf-8-sig"))]
+    except yaml.YAMLError:
+        # The parser says it.
+        return
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                # A key may be a list.
+                if (name := str(key.value)) in lines:
+                    raise ValueError(f"recipe: {path} line {line}: got {name} as in line {lines[name]}, want it once")
+                lines[name] = line
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from ..prompts import check_text
-from .checks import at_least, positive
+from .checks import at_least, check_fields, positive
 
 
 @dataclass
@@ -29,7 +29,7 @@ class SamplerSettings:
         latents_dtype: in which trajectories are stored.
     """
 
-    kind: str
+    kind: Literal["dance_sde", "flow_sde", "cps", "ode", "ddim", "vp_sde"]
     num_steps: int
     eta: float
     height: int
@@ -44,6 +44,7 @@ class SamplerSettings:
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_fields("sampler", self)
         at_least("sampler.num_steps", self.num_steps, 2)
         at_least("sampler.eta", self.eta, 0)
         positive("sampler.height", self.height)
@@ -51,6 +52,9 @@ class SamplerSettings:
         at_least("sampler.frames", self.frames, 1)
         if self.fps is not None:
             positive("sampler.fps", self.fps)
+        for step in self.window or ():
+            if not 0 <= step < self.num_steps:
+                raise ValueError(f"sampler.window: got {step}, want steps from 0 to {self.num_steps - 1}")
         check_text("sampler.negative_prompt", self.negative_prompt)
 
     def torch_dtype(self) -> torch.dtype:

@@ -1,9 +1,9 @@
 """`train:` of a recipe."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from .checks import at_least, positive
+from .checks import at_least, check_fields, positive
 
 
 @dataclass
@@ -19,12 +19,20 @@ class TrainSettings:
         updates_per_rollout: optimiser steps that share out a rollout's samples.
         inner_epochs: passes over a rollout.
         best_of_n: train on the k best and k worst of each group; null: on all.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, at its highest.
+        warmup_updates: that the learning rate takes to rise from `learning_rate / warmup_updates` to `learning_rate`.
+        schedule: "constant", or how the learning rate falls from there to 0 at the run's end: "linear", "cosine".
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
-        clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher).
-        advantage_clip: largest absolute advantage.
-        kl_weight: of the KL to the model as it starts.
+        clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher). null: 1e-4 as
+            published, with `ratio_norm`, whose ratios lie closer to 1, GRPO-Guard's 2e-6.
+        advantages: rewards less the mean of their group, divided by the standard deviation of the "group", or of all
+            samples of the iteration, the "batch" (Flow-GRPO's `global_std`).
+        divide_by_std: false only subtracts the mean (Dr. GRPO).
+        advantage_std_floor: a smaller standard deviation counts as this: what differences of a reward mean nothing.
+        advantage_clip: largest absolute advantage of each reward, before its weight.
+        kl_weight: of the KL to the model as it starts, that of a step. Flow-GRPO's `beta`, whose KL lacks the step size
+            -dt in the variance, is `kl_weight = beta (-dt)` here.
         ratio_norm: GRPO-Guard's RatioNorm.
         mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.
         gradient_sync: when processes reduce gradients: once an "update", or after every model "call", which under FSDP2
@@ -46,9 +54,14 @@ class TrainSettings:
     inner_epochs: int = 1
     best_of_n: int | None = None
     learning_rate: float = 1e-5
+    warmup_updates: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    clip_range: float | tuple[float, float] = 1e-4
+    clip_range: float | tuple[float, float] | None = None
+    advantages: Literal["group", "batch"] = "group"
+    divide_by_std: bool = True
+    advantage_std_floor: float = 0.0
     advantage_clip: float = 5.0
     kl_weight: float = 0.0
     ratio_norm: bool = False
@@ -59,14 +72,16 @@ class TrainSettings:
     offload: list[Literal["denoiser", "vae", "rewards", "block_inputs"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_fields("train", self)
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             at_least(f"train.{name}", getattr(self, name), 1)
         at_least("train.group_size", self.group_size, 2)
         for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
             positive(f"train.{name}", getattr(self, name))
-        for bound in self.clip_range if isinstance(self.clip_range, (tuple, list)) else (self.clip_range,):
+        clip = self.ratio_clip()
+        for bound in clip if isinstance(clip, (tuple, list)) else (clip,):
             positive("train.clip_range", bound)
-        for name in ("weight_decay", "kl_weight"):
+        for name in ("weight_decay", "kl_weight", "warmup_updates", "advantage_std_floor"):
             at_least(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
@@ -82,3 +97,32 @@ class TrainSettings:
         kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
         if self.updates_per_rollout > kept:
             raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
+        if self.schedule != "constant" and self.warmup_updates >= self.updates:
+            raise ValueError(
+                f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates "
+                f'with schedule "{self.schedule}"'
+            )
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Of all passes over a rollout."""
+        return self.updates_per_rollout * self.inner_epochs
+
+    @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.iterations * self.updates_per_iteration
+
+    def ratio_clip(self) -> float | tuple[float, float]:
+        """`clip_range`, or what it is where it is null."""
+        if self.clip_range is not None:
+            return self.clip_range
+        return 2e-6 if self.ratio_norm else 1e-4
+
+    def normalisation(self) -> dict[str, Any]:
+        """What `group_advantages` does with the deviations."""
+        return {
+            "std_of": self.advantages,
+            "divide_by_std": self.divide_by_std,
+            "std_floor": self.advantage_std_floor,
+        }

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checks import at_least
+from .checks import at_least, check_fields
 from .evaluation import EvaluationSettings
 from .model import ModelSettings
 from .rewards import RewardSettings
@@ -19,7 +19,7 @@ class Recipe:
         name: what the run is called, in its folder and its lines.
         model: the generator.
         sampler: how samples are drawn.
-        prompts: `.txt`, `.jsonl` or `.parquet` file, or a folder with `train.*`.
+        prompts: a file of prompts, or a folder of them (`dancegrpo_fast.prompts.load_prompts`).
         rewards: what is maximised; several rewards sum their advantages.
         train: the optimisation.
         evaluation: what is measured beside it; null: nothing.
@@ -44,6 +44,7 @@ class Recipe:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields("", self, ["prompts", "output_dir"])
         if not self.rewards:
             raise ValueError("rewards: got none, want at least one")
         if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
@@ -55,5 +56,7 @@ class Recipe:
             at_least("threads", self.threads, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written into checkpoints."""
-        return asdict(self)
+        """Plain values, as written into checkpoints, with the number of a clip range that is null."""
+        found = asdict(self)
+        found["train"]["clip_range"] = self.train.ratio_clip()
+        return found

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from ..install import missing
 from ..progress import counted
 from ..prompts import Prompt
 from ..recipe import RewardSettings
+from .asking import ask
 from .base import Checking as Checking
 from .base import Movable as Movable
 from .base import Reward as Reward
 from .base import RewardInput as RewardInput
+from .base import UnscoredError as UnscoredError
 from .win_rate import win_rates
 
 BY_NAME = {
@@ -41,23 +43,33 @@ BY_NAME = {
 }
 
 
+def find_reward(name: str) -> Any:
+    """The class or function of a reward of this package, or of `module:callable`.
+
+    Raises:
+        ValueError: no such reward or module.
+    """
+    target = BY_NAME.get(name, name)
+    module_name, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f'rewards: got "{name}", want one of {sorted(BY_NAME)} or "module:callable"')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f'rewards: got "{name}", which does not import: {missing(error)}') from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ValueError(f'rewards: got "{name}", which {module.__file__} does not have')
+    return factory
+
+
 def build_reward(settings: RewardSettings) -> Reward:
     """The reward that the settings name, constructed with their arguments.
 
     Raises:
         ValueError: no such reward or module, or arguments its constructor does not take.
     """
-    target = BY_NAME.get(settings.name, settings.name)
-    module_name, _, attribute = target.partition(":")
-    if not attribute:
-        raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "module:callable"')
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f'rewards: got "{settings.name}", which does not import: {missing(error)}') from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        raise ValueError(f'rewards: got "{settings.name}", which {module.__file__} does not have')
+    factory = find_reward(settings.name)
     if not isinstance(factory, type):
         if settings.args:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
@@ -84,7 +96,7 @@ class RewardSet:
     def __init__(self, settings: Sequence[RewardSettings]) -> None:
         self._settings = list(settings)
         self._rewards = [build_reward(one) for one in self._settings]
-        self.names = [_label(one) for one in self._settings]
+        self.names = [one.title() for one in self._settings]
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"rewards: got {self.names}, want each one once, or a label for each")
         self.weights = [one.weight for one in self._settings]
@@ -94,35 +106,32 @@ class RewardSet:
         )
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Scores float32 `[K, B]` on the CPU.
+        """Scores float32 `[K, B]` on the CPU; NaN where a reward drops a sample.
 
         Raises:
-            RuntimeError: a reward raised, or returned something other than B finite numbers.
+            RuntimeError: a reward returned something other than B floats, or did not score a sample that its `on_error`
+                does not drop.
             ValueError: a win rate is wanted in a group of one.
         """
-        count = len(inputs.prompts)
         rows = []
         for settings, reward in counted(list(zip(self._settings, self._rewards, strict=True)), "rewards"):
-            try:
-                scores = reward(inputs)
-            except Exception as error:
-                raise RuntimeError(f'reward "{settings.name}" failed: {type(error).__name__}: {error}') from error
-            if not isinstance(scores, Tensor) or scores.shape != (count,) or not scores.is_floating_point():
-                got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-                raise RuntimeError(f'reward "{settings.name}" returned {got}, want floats of shape ({count},)')
-            row = scores.detach().to("cpu", torch.float32)
-            bad = (~torch.isfinite(row)).nonzero().flatten().tolist()
-            if bad:
-                raise RuntimeError(
-                    f'reward "{settings.name}" returned {row[bad[0]].item()} for sample {bad[0]} '
-                    f'("{inputs.prompts[bad[0]]}") and {len(bad) - 1} others, want finite numbers'
-                )
+            row = ask(reward, settings, inputs)
             if settings.threshold is not None:
-                row = (row > settings.threshold).float()
+                row = torch.where(row.isnan(), row, (row > settings.threshold).float())
             elif settings.win_rate:
                 row = win_rates(row, inputs.group.cpu())
             rows.append(row)
         return torch.stack(rows)
+
+    def check_dropped(self, scores: Tensor) -> None:
+        """Raises RuntimeError where a reward left out more of all samples `[K, B]` than its `max_dropped`."""
+        for settings, name, row in zip(self._settings, self.names, scores, strict=True):
+            missing, count = int(row.isnan().sum()), len(row)
+            if missing > settings.max_dropped * count:
+                raise RuntimeError(
+                    f"rewards.max_dropped: {name} left out {missing} of {count} samples, want at most "
+                    f"{settings.max_dropped:g} of them"
+                )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Asks every reward that can tell whether it can score these prompts.
@@ -143,12 +152,3 @@ class RewardSet:
         for reward in self._rewards:
             if isinstance(reward, Movable):
                 reward.to(device)
-
-
-def _label(settings: RewardSettings) -> str:
-    if settings.label is not None:
-        return settings.label
-    name = settings.name.rpartition(":")[2]
-    if settings.win_rate:
-        return f"{name}_win_rate"
-    return name if settings.threshold is None else f"{name}>{settings.threshold:g}"

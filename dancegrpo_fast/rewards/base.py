@@ -26,12 +26,39 @@ class RewardInput:
     meta: Sequence[Mapping[str, Any]]
     fps: float | None = None
 
+    def of(self, samples: Sequence[int]) -> "RewardInput":
+        """The same of some samples."""
+        rows = torch.tensor(samples, dtype=torch.int64)
+        return RewardInput(
+            self.frames[rows.to(self.frames.device)],
+            [self.prompts[sample] for sample in samples],
+            self.group[rows.to(self.group.device)],
+            [self.meta[sample] for sample in samples],
+            self.fps,
+        )
+
+
+class UnscoredError(Exception):
+    """Raised by a reward that can score some samples and not others; `rewards[].on_error` says what follows.
+
+    A score that is not finite says the same without a reason.
+
+    Args:
+        scores: floats [B]; those of the samples in `reasons` are not looked at.
+        reasons: why a sample has none, by its place in the input.
+    """
+
+    def __init__(self, scores: Tensor, reasons: Mapping[int, str]) -> None:
+        shown = [f"sample {sample}: {reasons[sample]}" for sample in sorted(reasons)[:3]]
+        super().__init__("; ".join(shown) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""))
+        self.scores, self.reasons = scores, dict(reasons)
+
 
 class Reward(Protocol):
     """A function from samples to scores; higher is better."""
 
     def __call__(self, inputs: RewardInput) -> Tensor:
-        """Return one score per sample, float32 [B], or raise; there is no default score."""
+        """Return one score per sample, float32 [B], or raise, `UnscoredError` for some; there is no default score."""
         ...
 
 

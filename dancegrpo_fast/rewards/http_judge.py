@@ -1,6 +1,7 @@
 """Rewards asked of a vision-language model behind any OpenAI-compatible chat server."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ._chat import ChatServer, NumberIn, picture_part, text_part
-from .base import RewardInput
+from .base import RewardInput, UnscoredError
 from .frames import Sampling, check_sampling, sampled_bytes
 
-_NUMBER = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
 _RATE = """A generator was given this prompt:
 {prompt}
 Rate its result, the picture above (several pictures are frames of one video, in order), from {low} to {high}: {high} \
@@ -21,6 +21,9 @@ _PREFER = """A generator was given this prompt twice:
 {prompt}
 Which of its two results above is better (several pictures are frames of one video, in order): the one that shows more \
 of what the prompt asks for and has fewer flaws? Answer with 1 or 2 alone."""
+
+# Arguments that say where and how is asked, not what.
+HOW = frozenset({"url", "api_key_env", "workers", "timeout", "retries", "backoff"})
 
 
 class HttpJudge:
@@ -33,18 +36,25 @@ class HttpJudge:
         low: the least number that is accepted.
         high: the largest.
         pattern: regular expression with one group, the number; the whole reply must match (a dot matches newlines too).
+            None: a number alone, or as in "8/10" for `high` 10, or after "Score:" or "Rating:". What comes before
+            `</think>` is no part of a reply.
         json_key: the reply must be a JSON object that holds the number under this key; `pattern` is not used.
         frames: of a video: "first", "middle", "all", or a count, evenly spaced; an image has one.
         api_key_env: name of the environment variable that holds the key; None: no key.
         workers: questions at a time.
         timeout: seconds for connecting, and for each pause of the server.
-        retries: further attempts after a connection error, a timeout or the status 429 or 5xx.
-        backoff: seconds before the first of them; doubled before each other.
+        total_timeout: seconds for all attempts at one question; a server that cannot be reached is tried until then.
+        retries: further attempts after a timeout, a broken connection or the status 408, 425, 429 or 5xx.
+        backoff: seconds before the first of them; doubled before each other, up to half a minute. `Retry-After` of the
+            server may say more.
+        max_side: pixels; a picture whose longer side has more is shrunk to it. None: pictures are sent as they are.
         options: further fields of every request, for example `{"max_tokens": 64}`.
 
     Raises:
         ValueError: an argument is out of range, or the environment variable is not set.
     """
+
+    free_args = HOW
 
     def __init__(
         self,
@@ -53,34 +63,40 @@ class HttpJudge:
         template: str = _RATE,
         low: float = 0.0,
         high: float = 10.0,
-        pattern: str = _NUMBER,
+        pattern: str | None = None,
         json_key: str | None = None,
         frames: Sampling = "middle",
         api_key_env: str | None = None,
         workers: int = 8,
         timeout: float = 60.0,
+        total_timeout: float = 180.0,
         retries: int = 3,
         backoff: float = 1.0,
+        max_side: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._number = NumberIn(low, high, pattern, json_key)
         self._template = _checked(template).replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
-        self._frames = check_sampling(frames)
-        self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
+        self._shown = _Pictures(frames, max_side)
+        self._server = ChatServer(url, model, api_key_env, workers, timeout, total_timeout, retries, backoff, options)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return the numbers, float32 [B].
 
         Raises:
-            ValueError: bad frames, or a reply that is not a number within the bounds in the stated form.
-            RuntimeError: no reply.
+            ValueError: bad frames.
+            UnscoredError: of some samples no reply came, a refusal, or no number within the bounds in the stated form.
+            RuntimeError: the server cannot be reached, or refuses the key, the address or the model.
         """
         questions = [
             [*pictures, text_part(self._template.replace("{prompt}", prompt))]
-            for pictures, prompt in zip(_pictures(inputs, self._frames), inputs.prompts, strict=True)
+            for pictures, prompt in zip(self._shown(inputs), inputs.prompts, strict=True)
         ]
-        numbers = [self._number(reply) for reply in self._server.ask_all(questions)]
-        return torch.tensor(numbers, dtype=torch.float32)
+        numbers, reasons = self._server.ask_all(questions, self._number)
+        scores = torch.tensor(numbers, dtype=torch.float32)
+        if reasons:
+            raise UnscoredError(scores, reasons)
+        return scores
 
 
 class HttpPreference:
@@ -96,13 +112,15 @@ class HttpPreference:
         both_orders: ask about every pair in both orders, and share a win that depends on the order.
         pattern: regular expression with one group, 1 or 2; the whole reply must match (a dot matches newlines too).
         json_key: the reply must be a JSON object that holds 1 or 2 under this key; `pattern` is not used.
-        frames, api_key_env, workers, timeout, retries, backoff, options: as for `HttpJudge`.
+        frames, api_key_env, workers, timeout, total_timeout, retries, backoff, max_side, options: as for `HttpJudge`.
 
     Raises:
         ValueError: an argument is out of range, or the environment variable is not set.
     """
 
     compares_groups = True
+
+    free_args = HOW
 
     def __init__(
         self,
@@ -116,24 +134,30 @@ class HttpPreference:
         api_key_env: str | None = None,
         workers: int = 8,
         timeout: float = 60.0,
+        total_timeout: float = 180.0,
         retries: int = 3,
         backoff: float = 1.0,
+        max_side: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._winner = NumberIn(1, 2, pattern, json_key)
         self._template = _checked(template)
         self._both_orders = both_orders
-        self._frames = check_sampling(frames)
-        self._server = ChatServer(url, model, api_key_env, workers, timeout, retries, backoff, options)
+        self._shown = _Pictures(frames, max_side)
+        self._server = ChatServer(url, model, api_key_env, workers, timeout, total_timeout, retries, backoff, options)
 
     def __call__(self, inputs: RewardInput) -> Tensor:
         """Return win rates in [0, 1], float32 [B].
 
+        Where questions have no answer, the samples with most of them are left out, then those with most among the
+        others, until every pair of a group is answered; the shares are over these.
+
         Raises:
-            ValueError: bad frames, a group of one sample or of several prompts, or a reply that is neither 1 nor 2.
-            RuntimeError: no reply.
+            ValueError: bad frames, or a group of one sample or of several prompts.
+            UnscoredError: samples are left out, or alone in their group.
+            RuntimeError: the server cannot be reached, or refuses the key, the address or the model.
         """
-        pictures = _pictures(inputs, self._frames)
+        pictures = self._shown(inputs)
         pairs = self._pairs(inputs)
         questions = [
             [
@@ -143,14 +167,24 @@ class HttpPreference:
             ]
             for first, second in pairs
         ]
+        numbers, unanswered = self._server.ask_all(questions, self._winner_of)
+        reasons = _left_out(pairs, unanswered)
         wins, asked = torch.zeros(len(pictures)), torch.zeros(len(pictures))
-        for (first, second), reply in zip(pairs, self._server.ask_all(questions), strict=True):
-            number = self._winner(reply)
-            if number not in (1.0, 2.0):
-                raise ValueError(f"reply: got {reply[:80]!r}, want 1 or 2")
-            wins[first if number == 1.0 else second] += 1
-            asked[[first, second]] += 1
+        for (first, second), number in zip(pairs, numbers, strict=True):
+            if first not in reasons and second not in reasons:
+                wins[first if number == 1.0 else second] += 1
+                asked[[first, second]] += 1
+        for sample in (asked == 0).nonzero().flatten().tolist():
+            reasons.setdefault(sample, "got no other sample of its group to compare with, want one")
+        if reasons:
+            raise UnscoredError(wins / asked, reasons)
         return wins / asked
+
+    def _winner_of(self, reply: str) -> float:
+        number = self._winner(reply)
+        if number not in (1.0, 2.0):
+            raise ValueError(f"reply: got {reply[:80]!r}, want 1 or 2")
+        return number
 
     def _pairs(self, inputs: RewardInput) -> list[tuple[int, int]]:
         if inputs.group.shape != (len(inputs.prompts),):
@@ -174,9 +208,29 @@ def _checked(template: str) -> str:
     return template
 
 
-def _pictures(inputs: RewardInput, frames: Sampling) -> list[list[dict[str, Any]]]:
-    sampled = sampled_bytes(inputs, frames).cpu()
-    with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(picture_part, sampled.flatten(0, 1)))
-    count = sampled.shape[1]
-    return [parts[start : start + count] for start in range(0, len(parts), count)]
+def _left_out(pairs: Sequence[tuple[int, int]], unanswered: Mapping[int, str]) -> dict[int, str]:
+    """Samples without which every pair is answered, each with why one of its pairs is not."""
+    rest, found = {pairs[number]: reason for number, reason in unanswered.items()}, dict[int, str]()
+    while rest:
+        counts = Counter(sample for pair in rest for sample in pair)
+        most = {sample for sample, count in counts.items() if count == max(counts.values())}
+        for pair, reason in rest.items():
+            found |= {sample: reason for sample in pair if sample in most and sample not in found}
+        rest = {pair: reason for pair, reason in rest.items() if not most & set(pair)}
+    return found
+
+
+class _Pictures:
+    """The pictures of every sample, as parts of a question."""
+
+    def __init__(self, frames: Sampling, max_side: int | None) -> None:
+        if max_side is not None and max_side < 1:
+            raise ValueError(f"max_side: got {max_side}, want at least 1, or null")
+        self._frames, self._max_side = check_sampling(frames), max_side
+
+    def __call__(self, inputs: RewardInput) -> list[list[dict[str, Any]]]:
+        sampled = sampled_bytes(inputs, self._frames).cpu()
+        with ThreadPoolExecutor() as pool:
+            parts = list(pool.map(lambda pixels: picture_part(pixels, self._max_side), sampled.flatten(0, 1)))
+        count = sampled.shape[1]
+        return [parts[start : start + count] for start in range(0, len(parts), count)]

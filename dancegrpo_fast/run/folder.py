@@ -16,6 +16,10 @@ HELD = (errno.EACCES, errno.EAGAIN)
 _held: dict[Path, TextIO] = {}
 
 
+# In a saved model: after which iteration.
+SAVED = "saved.json"
+
+
 class RunDirectory:
     """Where a run writes: `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, `samples/`, `model/`.
 
@@ -48,29 +52,40 @@ class RunDirectory:
         _held[path] = handle
         return None
 
+    def saved(self, name: str) -> int | None:
+        """The iteration after which the model of this name was saved; None where it was not, or that is unknown."""
+        try:
+            return int(json.loads((self.root / name / SAVED).read_text(encoding="utf-8"))["iteration"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def newest(self) -> Path | None:
         """The newest checkpoint."""
         found = checkpoint.complete(self.checkpoints)
         return found[-1] if found else None
 
-    def keep_until(self, iteration: int) -> None:
+    def keep_until(self, iteration: int, first: int = 1) -> list[int]:
         """Drops the rows of iterations that the resumed run will do again.
+
+        Returns:
+            The iterations from `first` to `iteration` that have no row in `metrics.jsonl`, as where it was cut.
 
         Raises:
             ValueError: a row is damaged, and not by the crash that ended the file.
         """
+        done: set[float] = set()
         for path in (self.metrics, self.evaluations):
             if path.is_file():
                 try:
                     lines = path.read_text(encoding="utf-8").splitlines()
                 except UnicodeDecodeError as error:
                     raise ValueError(f"output_dir: {path} is damaged ({error}), want rows of metrics") from error
-                kept = [
-                    line
-                    for number, line in enumerate(lines, start=1)
-                    if self._iteration(path, number, line, number == len(lines)) <= iteration
-                ]
+                numbers = [self._iteration(path, n, line, n == len(lines)) for n, line in enumerate(lines, start=1)]
+                kept = [line for number, line in zip(numbers, lines, strict=True) if number <= iteration]
                 files.write_text(path, "".join(line + "\n" for line in kept))
+                if path == self.metrics:
+                    done.update(numbers)
+        return [number for number in range(first, iteration + 1) if number not in done]
 
     def find_checkpoint(self, resume: str | None) -> Path | None:
         """The checkpoint to continue from.

@@ -3,6 +3,7 @@
 import json
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -149,15 +150,31 @@ def save_samples(
     path = folder / f"{iteration:06d}-{sampler}.png"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        save_pages(path, pages, fps, pnginfo=info)
+        save_pages(path, pages, fps, last=PAUSE, pnginfo=info)
     return path
 
 
-def save_pages(path: Path, pages: Sequence[Any], fps: float | None, **options: Any) -> Path:
-    """Writes a picture, or a moving one that rests on its last page."""
+def save_pages(
+    path: Path, pages: Sequence[Any], fps: float | None, *, last: float | None = None, **options: Any
+) -> Path:
+    """Writes a picture, or a moving one, which as PNG has every page, equal neighbours too.
+
+    Args:
+        path: `.png` or `.gif`.
+        pages: opaque pictures of PIL.
+        fps: pages a second; None: 8.
+        last: milliseconds that the last page stays; None: as the others.
+        options: of Pillow's writer.
+    """
     if len(pages) > 1:
-        durations = [round(1000 / (fps or 8))] * (len(pages) - 1) + [PAUSE]
+        each = 1000 / (fps or 8)
+        durations = [each] * (len(pages) - 1) + [last or each]
         options |= {"save_all": True, "append_images": pages[1:], "duration": durations, "loop": 0}
+        if path.suffix == ".png":
+            # Pillow joins equal neighbours that are blended alike; opaque pages look the same either way.
+            options["blend"] = blend = [0]
+            for before, page in pairwise(pages):
+                blend.append(int(page == before and not blend[-1]))
     pages[0].save(path, optimize=path.suffix == ".gif", **options)
     return path
 

@@ -23,7 +23,7 @@ def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) 
     if "clip_fraction" in row:
         parts.append(f"clipped {row['clip_fraction']:.0%}")
     parts += [
-        f"equal groups {row['zero_std_groups']}",
+        f"equal groups {row['zero_std_groups']}" + (f"  dropped {row['dropped']}" if row["dropped"] else ""),
         f"sample {seconds['sample']:.2f}s reward {seconds['reward']:.2f}s train {seconds['train']:.2f}s",
         f"left {duration(seconds_left)}",
     ]
@@ -41,9 +41,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+# Fields of a row of `evaluations.jsonl` that are no scores.
+SPREAD = ("diversity", "diversity_accepted", "accepted_prompts")
+
+
+def spread_text(row: Mapping[str, Any]) -> str:
+    """The diversities of an evaluation, in a line."""
+    if row.get("diversity_accepted") is None:
+        return f"diversity {row['diversity']:.3f}"
+    return f"diversity {row['diversity']:.3f}, of accepted samples {row['diversity_accepted']:.3f}"
+
+
 def score_names(row: Mapping[str, Any]) -> list[str]:
     """Of a row of `evaluations.jsonl`."""
-    return [key for key in row if key not in ("iteration", "sampler", "diversity")]
+    return [key for key in row if key not in ("iteration", "sampler", "dropped", *SPREAD)]
 
 
 def closing_line(root: Path, name: str) -> str:
@@ -54,11 +65,15 @@ def closing_line(root: Path, name: str) -> str:
     deviation = f"{max(measured):g}" if measured else "not measured"
     parts = []
     if (root / "evaluations.jsonl").is_file():
-        rows = [row for row in read_rows(root / "evaluations.jsonl") if row["sampler"] == "ode"]
+        rows = read_rows(root / "evaluations.jsonl")
+        rows = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
         parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in score_names(rows[0])]
-        first, last = rows[0]["diversity"], rows[-1]["diversity"]
-        # A single sample of a prompt has none.
-        parts.append(f"diversity {first:.3f} -> {last:.3f}" + (f" ({last / first:.0%} left)" if first else ""))
+        for key, label in (("diversity", "diversity"), ("diversity_accepted", "of accepted samples")):
+            first, last = (row.get(key) for row in (rows[0], rows[-1]))
+            if first is not None and last is not None:
+                # A single sample of a prompt has none.
+                left = f" ({last / first:.0%} left)" if first else ""
+                parts.append(f"{label} {first:.3f} -> {last:.3f}{left}")
     parts.append(f"ratio_first_update_max_dev {deviation}")
     parts.append(f"{len(metrics)} iterations in {duration(seconds)}")
     return f"{name}: {', '.join(parts)}; everything is in {root}"

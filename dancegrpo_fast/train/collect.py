@@ -35,9 +35,10 @@ class Batch:
         rows: n rows of model calls, in which the samples were drawn.
         shared_step: the step whose model call was made once per prompt, in row `prompt % rows`; None: none was.
         kept: n places among the B samples, ascending.
-        chosen: places of all processes' samples that are trained on, ascending.
+        chosen: places of all processes' samples that are trained on, ascending; no others are looked at.
+        valid: bool `[B]`, False for samples that a reward dropped, and for what is left of their group if it is one.
         first: the number in the run of the sample at place 0.
-        rewards: float32 `[K, B]`.
+        rewards: float32 `[K, B]`; NaN where one has no score.
         advantages: float32 `[B]`.
         own_advantages: float32 `[n]`, those of `kept`, on the device.
         seconds: that this process spent on "sample" and "reward".
@@ -50,6 +51,7 @@ class Batch:
     shared_step: int | None
     kept: Sequence[int]
     chosen: Sequence[int]
+    valid: Tensor
     first: int
     rewards: Tensor
     advantages: Tensor
@@ -126,7 +128,7 @@ class Collector:
                 if part is parts[-1] and self.processes.sharded:
                     fill_calls(policy, self.table, conditioning, self._calls(), self.processes.index)
             self.residence.use("vae")
-            frames = phase("decode")(decode)(policy.model, trajectory.denoised, policy.rows)
+            frames = phase("decode")(decode)(policy.model, trajectory.final, policy.rows)
             clock.stop("sample")
             self.residence.use(self.rewards)
             groups = [place // self._group for place in part]
@@ -134,28 +136,33 @@ class Collector:
             rewards[:, part.start : part.stop] = phase("rewards")(self.rewards)(scored)
             clock.stop("reward")
             if len(parts) > 1:
-                found = [place for place in self._choose(self._advantages(rewards)) if place in part]
+                found = [place for place in self._choose(rewards)[2] if place in part]
                 if buffer is None:
-                    buffer = trajectory.like(len(found) * len(mine) // len(part))
+                    # Where nothing is dropped, it is filled.
+                    buffer = trajectory.like(2 * (self.recipe.train.best_of_n or 0) * len(mine) // self._group)
                 buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
                 kept += found
         self.residence.use("denoiser")
         rewards = self.processes.sum(rewards).cpu()
-        advantages = self._advantages(rewards)
-        chosen = self._choose(advantages)
+        self.rewards.check_dropped(rewards)
+        valid, advantages, chosen = self._choose(rewards)
+        if not chosen:
+            raise RuntimeError(f"rewards: left no group of iteration {iteration} with two samples, want one at least")
         if buffer is None:
-            buffer, kept = trajectory, [place for place in chosen if place in mine]
-            if len(kept) < len(mine):
+            buffer, kept = trajectory, list(mine)
+            if self.recipe.train.best_of_n is not None:
+                kept = [place for place in chosen if place in mine]
                 buffer = trajectory.like(len(kept))
                 buffer.put(0, trajectory, self._on_device(kept) - mine.start)
         return Batch(
-            trajectory=buffer,
+            trajectory=buffer.rows(0, len(kept)),
             conditioning=conditioning,
             prompts=self._prompt_rows(kept),
             rows=[(place - mine.start) % policy.rows for place in kept],
             shared_step=self._shared_step,
             kept=kept,
             chosen=chosen,
+            valid=valid,
             first=first,
             rewards=rewards,
             advantages=advantages,
@@ -165,8 +172,10 @@ class Collector:
 
     def _parts(self) -> list[range]:
         """This process's samples in the sets that are drawn one after the other."""
-        mine, size = self._mine, len(self._mine)
-        if self.recipe.train.best_of_n is not None and mine.start % self._group == 0 and mine.stop % self._group == 0:
+        mine, size, train = self._mine, len(self._mine), self.recipe.train
+        # The deviation of the batch is not known before its last set is scored.
+        apart = train.best_of_n is not None and train.advantages == "group"
+        if apart and mine.start % self._group == 0 and mine.stop % self._group == 0:
             # A set ends where a model call does: its samples have the rows and neighbours that they have undivided.
             size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
@@ -201,11 +210,19 @@ class Collector:
         """Rows of this process's conditioning."""
         return [place // self._group - self._mine.start // self._group for place in places]
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        return group_advantages(rewards, self._group, weights=self.rewards.weights)
+    def _choose(self, rewards: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Which samples count, bool `[B]`; advantages `[B]`; and the places of those that are trained on.
 
-    def _choose(self, advantages: Tensor) -> list[int]:
-        """Places of the samples that are trained on; of a group whose rewards are not there yet, of any."""
-        if self.recipe.train.best_of_n is None:
-            return list(range(self.batch))
-        return list(best_and_worst(advantages, self._group, self.recipe.train.best_of_n).tolist())
+        Of a group whose rewards are not there yet, any are.
+        """
+        scored = ~rewards.isnan().any(dim=0)
+        alone = scored.view(-1, self._group).sum(dim=1) < 2
+        valid = scored & ~alone.repeat_interleave(self._group)
+        train, weights = self.recipe.train, self.rewards.weights
+        advantages = group_advantages(
+            rewards, self._group, weights=weights, clip=train.advantage_clip, valid=valid, **train.normalisation()
+        )
+        if train.best_of_n is None:
+            return valid, advantages, valid.nonzero().flatten().tolist()
+        chosen = best_and_worst(advantages, self._group, train.best_of_n, valid=valid)
+        return valid, advantages, chosen.tolist()

@@ -91,7 +91,13 @@ class Draw:
             ids: int64 `[B]`, of the samples.
         """
         initial = start if isinstance(start, Tensor) else start.shared.latents[:, 0]
-        drawn = Trajectory.allocate(len(ids), len(self.table), initial, keep_outputs=self.keep_outputs)
+        drawn = Trajectory.allocate(
+            len(ids),
+            len(self.table),
+            initial,
+            keep_denoised=self.policy.model.decodes_x0,
+            keep_outputs=self.keep_outputs,
+        )
         parts, first = list(chunks(len(ids), self.policy.rows)), 0
         if isinstance(start, Tensor):
             drawn.latents[:, 0].copy_(start)
@@ -129,7 +135,7 @@ class Draw:
 
     def _advance(self, step: int, rows: Trajectory, output: Tensor, uncond: Tensor | None, ids: Tensor) -> None:
         """One transition of the samples in `rows`, written into their buffer."""
-        last = step == len(self.table) - 1
+        denoised = rows.denoised if step == len(self.table) - 1 else None
         out = transition_step(
             rows.latents[:, step],
             output,
@@ -140,10 +146,10 @@ class Draw:
             uncond_output=uncond,
             guidance_scale=None if uncond is None else self.policy.guidance_scale,
             out=rows.latents[:, step + 1],
-            return_denoised=last,
+            return_denoised=denoised is not None,
         )
         rows.log_probs[:, step] = out.log_prob
-        if last and out.denoised is not None:
-            rows.denoised.copy_(out.denoised)
+        if denoised is not None and out.denoised is not None:
+            denoised.copy_(out.denoised)
         if rows.outputs is not None:
             rows.outputs[:, step] = self.policy.guided(output, uncond)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class MovingAverage:
             local(self.values[name]).lerp_(local(parameter.detach()).float(), 1 - self._decay)
 
     @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Puts back whole averages.
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Puts back whole averages, or what gives parts of them when sliced.
 
         Raises:
             ValueError: they are of other parameters.

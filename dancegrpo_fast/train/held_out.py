@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import decode
+from ..models import decode, of_evaluation
 from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
@@ -22,10 +22,14 @@ from .residence import Residence
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores by name, diversity, and the frames of the pictures `[prompts, samples, T, 3, H, W]`."""
+    """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`.
+
+    `dropped` samples lack a score, and are not in its mean.
+    """
 
     scores: dict[str, float]
-    diversity: float
+    dropped: int
+    spread: dict[str, float | None]
     grid: Tensor
 
 
@@ -37,7 +41,7 @@ class ScoredSet:
         first: place of the first prompt.
         prompts: P of them.
         frames: float32 `[P * samples_per_prompt, T, 3, H, W]` on the CPU, samples of a prompt are neighbours.
-        scores: float32 `[K, P * samples_per_prompt]`.
+        scores: float32 `[K, P * samples_per_prompt]`; NaN where a sample has none.
     """
 
     first: int
@@ -59,6 +63,22 @@ def diversity(frames: Tensor, samples_per_prompt: int) -> float:
     return float(torch.stack(spreads).mean())
 
 
+def accepted_diversity(frames: Tensor, accepted: Tensor) -> float | None:
+    """`diversity` of the accepted ones among the samples of a prompt; None where there are fewer than two.
+
+    How many they are does not bias it: it is `diversity` where all are accepted, and its expectation over few is that
+    over all (of the variance).
+
+    Args:
+        frames: `[S, T, 3, H, W]`.
+        accepted: bool `[S]`.
+    """
+    count, total = int(accepted.sum()), len(frames)
+    if count < 2:
+        return None
+    return diversity(frames[accepted], count) * math.sqrt(count / (count - 1) * (total - 1) / total)
+
+
 @dataclass
 class Evaluator:
     """Samples the same noises at every call and scores them.
@@ -68,6 +88,8 @@ class Evaluator:
 
     Attributes:
         recipe: its sampler and seed count.
+        settings: what it samples otherwise, and what it scores.
+        policy: the model as training calls it; afterwards as evaluation does.
         residence: the rewards are added to it.
         rewards: the scores.
     """
@@ -83,8 +105,14 @@ class Evaluator:
         self._seed = derive_seed(self.recipe.seed, "evaluation")
         self.rewards = RewardSet(self.settings.rewards)
         self.residence.add(self.rewards)
-        model, sampler = self.policy.model, self.recipe.sampler
-        self._tables = {"ode": model.table(sampler, deterministic=True), "sde": model.table(sampler)}
+        label = self.settings.accepted_by
+        self._judge = None if label is None else self.rewards.names.index(label)
+        sampler, rows, model = self.settings.sampling(self.recipe.sampler), self.policy.rows, self.policy.model
+        with of_evaluation():
+            if sampler != self.recipe.sampler:
+                model = model.at(sampler)
+                self.policy = Policy(model, rows, sampler.guidance_scale, model.unconditional(sampler.guidance_scale))
+            self._tables = {name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers}
 
     def sets(self) -> list[slice]:
         """The prompts in sets whose samples fill model calls, as far as whole prompts can."""
@@ -102,16 +130,25 @@ class Evaluator:
             sample_ids=ids,
             dtype=self.recipe.sampler.torch_dtype(),
         )
-        conditioning = self.residence.encode(prompts)
+        conditioning = self.residence.encode(prompts, policy.model)
         self.residence.use("denoiser")
         draw = Draw(policy, self._tables[sampler], conditioning, derive_seed(self._seed, "steps"))
         trajectory = draw.samples(noise, place // samples, ids)
         self.residence.use("vae")
-        frames = decode(policy.model, trajectory.denoised, policy.rows)
+        frames = decode(policy.model, trajectory.final, policy.rows)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
         scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
         return ScoredSet(part.start, prompts, frames, scores)
+
+    def accepted(self, found: ScoredSet) -> list[float | None]:
+        """`accepted_diversity` of each prompt of a set; nothing where the settings name no judge."""
+        if self._judge is None:
+            return []
+        samples = self.settings.samples_per_prompt
+        accepted = found.scores[self._judge] > 0.5
+        pairs = zip(found.frames.split(samples), accepted.split(samples), strict=True)
+        return [accepted_diversity(frames, those) for frames, those in pairs]
 
     def __call__(self, sampler: str) -> Evaluation:
         """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
@@ -124,18 +161,26 @@ class Evaluator:
             left = max(0, settings.grid_prompts - found.first)
             grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
             # A picture of its own, not the memory of all frames.
-            grid = grouped[:left, : settings.grid_samples].clone()
-            parts.append((found.first, found.scores, diversity(found.frames, samples) * len(found.prompts), grid))
+            grid = grouped[:left, : settings.grid_samples or 3].clone()
+            whole = diversity(found.frames, samples) * len(found.prompts)
+            parts.append((found.first, found.scores, whole, self.accepted(found), grid))
         if processes.sharded:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
             calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            fill_calls(self.policy, table, self.residence.encode(self.prompts[:1]), calls, processes.index)
+            one = self.residence.encode(self.prompts[:1], self.policy.model)
+            fill_calls(self.policy, table, one, calls, processes.index)
         self.residence.use("denoiser")
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
-        means = torch.cat([scores for _, scores, _, _ in parts], dim=1).mean(dim=1).tolist()
+        scores = torch.cat([scores for _, scores, *_ in parts], dim=1)
+        self.rewards.check_dropped(scores)
+        spread: dict[str, float | None] = {"diversity": sum(of_set for _, _, of_set, *_ in parts) / len(self.prompts)}
+        if self._judge is not None:
+            kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
+            spread |= {"diversity_accepted": sum(kept) / len(kept) if kept else None, "accepted_prompts": len(kept)}
         return Evaluation(
-            dict(zip(self.rewards.names, means, strict=True)),
-            sum(spread for _, _, spread, _ in parts) / len(self.prompts),
+            dict(zip(self.rewards.names, scores.nanmean(dim=1).tolist(), strict=True)),
+            int(scores.isnan().any(dim=0).sum()),
+            spread,
             torch.cat([grid for *_, grid in parts]),
         )

@@ -1,17 +1,20 @@
 """The loop: prompts, rollout, rewards, advantages, updates, checkpoint."""
 
+import json
 import time
 from contextlib import nullcontext
 from typing import Any
 
-from ..files import append_rows, replacing
+from ..files import append_rows, replacing, write_text
 from ..marks import phase
 from ..progress import counted
 from ..prompts import prompts_of_iteration
+from ..run.folder import SAVED
 from ..run.sheets import save_samples
-from ..run.words import progress_line
+from ..run.words import progress_line, spread_text
 from .clock import Clock
 from .metrics import Tally, metrics_row
+from .schedule import learning_rate
 from .setup import Setup
 
 
@@ -21,12 +24,19 @@ class Trainer(Setup):
     def run(self) -> None:
         """Trains to the last iteration, evaluating and saving on the way."""
         recipe, iterations = self.recipe, self.recipe.train.iterations
+        if self.finished:
+            more = ", for more raise train.iterations" if recipe.train.schedule == "constant" else ""
+            self._say(f"{recipe.name}: all {self.start} iterations are done{more}")
+            self.accelerator.end_training()
+            return
         self._greet()
         if self.start == 0:
             self._evaluate(0)
         began = time.perf_counter()
         for iteration in range(self.start + 1, iterations + 1):
             row = self.iteration(iteration)
+            if self.changes and iteration == self.start + 1:
+                row["changes"] = {one.field: [one.then, one.now] for one in self.changes}
             self._log(row, (time.perf_counter() - began) / (iteration - self.start) * (iterations - iteration))
             last = iteration == iterations
             if recipe.evaluation and (last or iteration % recipe.evaluation.every == 0):
@@ -43,19 +53,23 @@ class Trainer(Setup):
 
     def iteration(self, iteration: int) -> dict[str, Any]:
         """One rollout and its updates; returns the row of `metrics.jsonl`, the same in every process."""
-        train, tally = self.recipe.train, Tally(self.loss.metrics)
+        train, tally = self.recipe.train, Tally(self.loss.metrics, len(self.table))
         prompts = prompts_of_iteration(self.prompts, train.prompts_per_iteration, iteration - 1, self.recipe.seed)
         batch = self.collect(iteration, prompts)
         clock = Clock()
         for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
             changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
             with phase("optimizer"):
-                tally.grad_norms.append(self.optimizer.step(changed))
+                rate = learning_rate(train, (iteration - 1) * train.updates_per_iteration + number)
+                tally.grad_norms.append(self.optimizer.step(changed, rate))
                 if self.average is not None:
                     self.average.update()
-        row = metrics_row(iteration, self.rewards.names, train.group_size, batch, tally, self.processes)
+        row = metrics_row(iteration, self.rewards.names, train, batch, tally, self.processes)
+        row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
+        drawn = train.prompts_per_iteration * train.group_size
+        row["speed"] = {"samples_per_second": drawn / sum(row["seconds"].values())}
         return row
 
     def _greet(self) -> None:
@@ -66,8 +80,10 @@ class Trainer(Setup):
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
-        if self.start == self.recipe.train.iterations:
-            self._say(f"{name}: all {self.start} iterations are done, for more raise train.iterations")
+        for change in self.changes:
+            self._say(f"from iteration {self.start + 1} on {change.told()}; bits differ from an unchanged run's")
+        for note in self.notes:
+            self._say(note)
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
@@ -76,27 +92,31 @@ class Trainer(Setup):
     def _log(self, row: dict[str, Any], seconds_left: float) -> None:
         if self.processes.is_main:
             append_rows(self.directory.metrics, [row])
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        flat = row | {f"{name}/{part}": row[name][part] for name in ("seconds", "speed") for part in row[name]}
+        numbers = {name: value for name, value in flat.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["iteration"])
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
 
     def _evaluate(self, iteration: int) -> None:
         if self.evaluator is None:
             return
-        for sampler in ("ode", "sde"):
+        average = self.average if self.evaluator.settings.ema else None
+        for sampler in self.evaluator.settings.samplers:
             with (
-                nullcontext() if self.average is None else self.average.applied(),
+                nullcontext() if average is None else average.applied(),
                 self.processes.sampling(self.model.denoiser, self.recipe.train.rollout_replica),
             ):
                 result = self.evaluator(sampler)
             if self.processes.is_main:
-                row = {"iteration": iteration, "sampler": sampler, "diversity": result.diversity, **result.scores}
+                row: dict[str, Any] = {"iteration": iteration, "sampler": sampler, "dropped": result.dropped}
+                row |= result.spread | result.scores
                 append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
                 save_samples(folder, iteration, sampler, result.grid, shown, fps)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
-            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  diversity {result.diversity:.3f}")
+            spread = spread_text(result.spread)
+            self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  {spread}")
 
     def _save(self, iteration: int) -> None:
         self.state.save(
@@ -105,6 +125,7 @@ class Trainer(Setup):
             self.recipe.keep_checkpoints,
             prompts_seen=iteration * self.recipe.train.prompts_per_iteration,
             rows_are_equal=self.rows_are_equal,
+            **self.history,
         )
 
     def _save_model(self, name: str) -> None:
@@ -113,3 +134,4 @@ class Trainer(Setup):
                 size = sum(parameter.nbytes for parameter in self.parameters.values())
                 with replacing(self.directory.root / name, size) as folder:
                     self.model.save(denoiser, folder)
+                    write_text(folder / SAVED, json.dumps({"iteration": self.recipe.train.iterations}))

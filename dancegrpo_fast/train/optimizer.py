@@ -1,6 +1,7 @@
 """The optimiser's step: gradients that were not made, clipping, AdamW; and its state by name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Optimizer:
             list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused
         )
 
-    def step(self, changed: bool) -> Tensor:
+    def step(self, changed: bool, learning_rate: float) -> Tensor:
         """Clips the gradients, steps and clears them; returns their norm before that, 0-dimensional.
 
         `changed` is False where no backward ran.
@@ -39,6 +40,8 @@ class Optimizer:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=not self._keep)
         return whole(norm)
@@ -51,21 +54,23 @@ class Optimizer:
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back whole `tensors()`.
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Puts back whole `tensors()`, or what gives parts of them when sliced.
 
         Raises:
             ValueError: they are of other parameters.
         """
-        for key, value in tensors.items():
+        for key, stored in tensors.items():
             name, _, entry = key.rpartition("/")
             if name not in self._parameters:
                 raise ValueError(
                     f"resume: the checkpoint holds optimiser state of {name}, which this model does not train"
                 )
             parameter = self._parameters[name]
-            if value.ndim > 0:
-                value = like(value, parameter)
+            value = like(stored, parameter) if stored.shape else stored[...]
+            if stored.shape and value.is_floating_point():
+                # An earlier version had LoRA layers and their states in bfloat16.
+                value = value.to(torch.promote_types(value.dtype, parameter.dtype))
             elif self.adamw.defaults.get("fused"):
                 # Its step counter is on the CPU otherwise.
                 value = value.to(parameter.device)

@@ -14,8 +14,9 @@ from ..recipe import Recipe
 from ..rewards import RewardSet
 from ..rng import derive_seed
 from ..run import checkpoint
+from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
-from ..run.identity import check_run, model_identity, run_identity
+from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
 from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .ema import MovingAverage
@@ -34,6 +35,8 @@ class Setup:
         recipe: the run.
         resume: "auto" continues from the newest checkpoint of the output directory (or starts, where there is none), a
             path continues from that one, None starts anew and refuses a directory that already holds a run.
+        accept_changes: fields of the recipe, with commas between them, that may differ from those of the run that is
+            continued, although its bits then differ from here on; "all"; or None.
 
     Attributes:
         directory: of its files.
@@ -47,13 +50,18 @@ class Setup:
         rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
+        finished: nothing is left to do: all iterations are done and their model is saved. The rest was not built.
+        changes: what was accepted and does differ.
+        notes: lines about how the run is continued.
 
     Raises:
         ValueError: a recipe that cannot be run, a damaged or foreign checkpoint, an output directory in use.
     """
 
-    def __init__(self, recipe: Recipe, resume: str | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, resume: str | None = None, accept_changes: str | None = None) -> None:
+        self.recipe, self.notes = recipe, list[str]()
+        if accept_changes is not None and resume is None:
+            raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
         self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
@@ -62,8 +70,13 @@ class Setup:
         self._check()
         self.prompts, evaluated = self._read_prompts()
         identity = run_identity(recipe, self.prompts, evaluated)
-        if found is not None:
-            check_run(found, checkpoint.load_state(found), identity)
+        state = {} if found is None else checkpoint.load_state(found)
+        accepted = read_accepted(accept_changes, identity["recipe"], state.get("recipe"))
+        self.changes = [] if found is None else check_run(found, state, identity, accepted)
+        self.start = int(state.get("iteration", 0))
+        self.finished = self._is_finished()
+        if self.finished:
+            return
         self.rewards = RewardSet(recipe.rewards)
         self.rewards.check(self.prompts)
         if "rewards" in recipe.train.offload:
@@ -72,14 +85,15 @@ class Setup:
         self._load_model(evaluated)
         identity["model"] = model_identity(self.model)
         self._build(evaluated, identity)
-        state = {} if found is None else self.state.restore(found)
-        self.start = int(state.get("iteration", 0))
-        self.rows_are_equal = self._probe_rows() if "rows_are_equal" not in state else state["rows_are_equal"]
+        if found is not None:
+            self._restore(found, accepted)
+        known = "rows_are_equal" in state and not self.changes
+        self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
         self.updates = Updates(
             recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
         )
+        self._continue(found, state, identity)
         if self.processes.is_main:
-            self.directory.keep_until(self.start if found else -1)
             self.directory.root.mkdir(parents=True, exist_ok=True)
             write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
         self.accelerator.init_trackers("tensorboard")
@@ -93,6 +107,38 @@ class Setup:
         if len(everywhere) > 1:
             raise ValueError(f"resume: processes found {sorted(everywhere)}, want one, in an output_dir that all share")
         return found
+
+    def _is_finished(self) -> bool:
+        names = ["model", *([] if self.recipe.train.ema_decay is None else ["model_ema"])]
+        saved = [self.directory.saved(name) for name in names]
+        done = self.start == self.recipe.train.iterations and all(number == self.start for number in saved)
+        return all(self.processes.collect([done]))
+
+    def _restore(self, found: Path, accepted: list[str]) -> None:
+        self.changes += self.state.restore(found, accepted, [change.field for change in self.changes])
+        idle = [name for name in accepted if name != ALL and not any(within(one.field, name) for one in self.changes)]
+        if idle:
+            self.notes.append(f"accept-changes: {', '.join(idle)} did not change")
+
+    def _continue(self, found: Path | None, state: dict[str, Any], identity: dict[str, Any]) -> None:
+        """What is kept of the directory, and what the next checkpoints say of how the run came about."""
+        own = found is not None and found.resolve().parent == self.directory.checkpoints.resolve()
+        first = state.get("first_row", 1) if own else self.start + 1
+        if self.processes.is_main:
+            missing = self.directory.keep_until(self.start if found else -1, first)
+            if missing:
+                self.notes.append(
+                    f"{self.directory.metrics} lacks the rows of {len(missing)} iterations, from {missing[0]} to "
+                    f"{missing[-1]}; they are lost, the weights are as they were"
+                )
+        if found is not None and evaluation_differs(state, identity):
+            self.notes.append(
+                f"evaluation has other settings or prompts: rows up to iteration {self.start} are not comparable"
+            )
+        changes = [
+            {"iteration": self.start, "field": one.field, "from": one.then, "to": one.now} for one in self.changes
+        ]
+        self.history = {"first_row": first, "changes": [*state.get("changes", []), *changes]}
 
     def _check(self) -> None:
         """Settings that these processes, or training, cannot have."""

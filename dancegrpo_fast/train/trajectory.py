@@ -14,29 +14,36 @@ class Trajectory:
     Attributes:
         latents: `[B, T + 1, ...]`; entry `t` is the input of step `t` and entry `t + 1` what it drew.
         log_probs: float32 `[B, T]`, as scored when sampled.
-        denoised: `[B, ...]`, the estimate of x0 at the last step.
+        denoised: `[B, ...]`, the estimate of x0 at the last step, where that is what is decoded.
         outputs: float32 `[B, T, ...]`, the (guided) model outputs, where a loss needs them.
     """
 
     latents: Tensor
     log_probs: Tensor
-    denoised: Tensor
+    denoised: Tensor | None = None
     outputs: Tensor | None = None
 
     @classmethod
-    def allocate(cls, batch: int, steps: int, initial: Tensor, *, keep_outputs: bool = False) -> "Trajectory":
+    def allocate(
+        cls, batch: int, steps: int, initial: Tensor, *, keep_denoised: bool = False, keep_outputs: bool = False
+    ) -> "Trajectory":
         """Buffers for samples of the shape, dtype and device of initial latents `[n, ...]`."""
         shape = initial.shape[1:]
         return cls(
             initial.new_empty(batch, steps + 1, *shape),
             initial.new_zeros(batch, steps, dtype=torch.float32),
-            initial.new_empty(batch, *shape),
+            initial.new_empty(batch, *shape) if keep_denoised else None,
             initial.new_empty(batch, steps, *shape, dtype=torch.float32) if keep_outputs else None,
         )
 
+    @property
+    def final(self) -> Tensor:
+        """What is decoded, `[B, ...]`."""
+        return self.latents[:, -1] if self.denoised is None else self.denoised
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Trajectory":
-        outputs = None if self.outputs is None else change(self.outputs)
-        return Trajectory(change(self.latents), change(self.log_probs), change(self.denoised), outputs)
+        others = (None if values is None else change(values) for values in (self.denoised, self.outputs))
+        return Trajectory(change(self.latents), change(self.log_probs), *others)
 
     def rows(self, start: int, stop: int) -> "Trajectory":
         """Samples `start` to `stop` as views of the same memory."""

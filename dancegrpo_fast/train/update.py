@@ -76,7 +76,7 @@ class Updates:
         tally.counts["zero_advantage_skipped"] += len(samples) * each - pairs
         tally.counts["shared_rows_saved"] += pairs - len(items)
         # Reductions average over processes, the loss is a sum over them.
-        weight = 1.0 / (total * each) * self.processes.count
+        weight = 1.0 / (max(total, 1) * each) * self.processes.count
         packed = pack(items, self.policy.rows, equal=self.rows_are_equal)
         return plan_calls(packed, self.policy.rows, batch.prompts, weight, batch.own_advantages.device)
 

@@ -22,7 +22,8 @@ from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import Scores, evaluate, summary, table_text
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
-from dancegrpo_fast.train.held_out import Evaluator, diversity
+from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.train.held_out import Evaluator, accepted_diversity, diversity
 from dancegrpo_fast.train.loop import Trainer
 
 from ..processes import together
@@ -30,7 +31,9 @@ from ..train import tiny
 
 
 def recipe_for(flux: Path, output: Path, **changes: Any) -> Recipe:
-    settings = EvaluationSettings(every=1, samples_per_prompt=3, rewards=[tiny.reward("Brightness")])
+    # About half of the samples are bright.
+    scores = [tiny.reward("Brightness"), tiny.reward("Brightness", threshold=0.465, label="bright")]
+    settings = EvaluationSettings(every=1, samples_per_prompt=3, accepted_by="bright", rewards=scores)
     return tiny.make_recipe(flux, output, iterations=1, evaluation=settings, **changes)
 
 
@@ -43,6 +46,10 @@ def trained(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def rows_mean(folder: Path) -> float:
+    return torch.tensor([row["scores"]["Brightness"] for row in rows_of(folder)]).mean().item()
 
 
 def test_scores_are_those_of_the_run(flux: Path, trained: Path, tmp_path: Path) -> None:
@@ -62,6 +69,63 @@ def test_scores_are_those_of_the_run(flux: Path, trained: Path, tmp_path: Path) 
             mean = torch.tensor([row["scores"]["Brightness"] for row in ours]).mean().item()
             assert mean == wanted["Brightness"]
             assert fmean(row["diversity"] for row in ours) == pytest.approx(wanted["diversity"])
+            accepted = {row["prompt_index"]: row["diversity_accepted"] for row in ours}
+            kept = [spread for spread in accepted.values() if spread is not None]
+            assert 0 < len(kept) == wanted["accepted_prompts"]
+            assert fmean(kept) == pytest.approx(wanted["diversity_accepted"]) != wanted["diversity"]
+
+
+def test_evaluation_samples_as_its_own_settings_say(
+    flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a recipe with that sampler, in the run and in the command; what is trained stays the same."""
+    own = {"num_steps": 6, "height": 32}
+    plain = recipe_for(flux, tmp_path / "plain", ema_decay=0.5)
+    recipe = recipe_for(flux, tmp_path / "run", ema_decay=0.5)
+    recipe.evaluation = replace(plain.evaluation, samplers=["sde"], **own)
+    Trainer(plain).run()
+    assert main(["train", str(tiny.write_recipe(recipe, tmp_path / "recipe.yaml"))]) == 0
+    assert "Brightness 0." in capsys.readouterr().out.splitlines()[-1]
+    weights = [checkpoint.load(tmp_path / name / "checkpoints" / "000001")[0] for name in ("plain", "run")]
+    for name, value in weights[0]["model"].items():
+        assert torch.equal(value, weights[1]["model"][name])
+    before, after = map(json.loads, (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert [before["sampler"], after["sampler"]] == ["sde", "sde"]
+
+    same = replace(
+        recipe, sampler=replace(recipe.sampler, **own), evaluation=replace(plain.evaluation, samplers=["sde"])
+    )
+    for name, settings, source in (("base", same, None), ("average", same, "run"), ("own", recipe, "run")):
+        evaluate(settings, source and str(tmp_path / source), tmp_path / name)
+    means = {name: rows_mean(tmp_path / name) for name in ("base", "average", "own")}
+    assert means == {"base": before["Brightness"], "average": after["Brightness"], "own": after["Brightness"]}
+    trained = replace(recipe, evaluation=replace(recipe.evaluation, ema=False))
+    evaluate(trained, str(tmp_path / "run"), tmp_path / "trained")
+    evaluate(recipe, str(tmp_path / "run"), tmp_path / "asked", weights="model")
+    assert rows_mean(tmp_path / "trained") == rows_mean(tmp_path / "asked") != after["Brightness"]
+    row = rows_of(tmp_path / "own")[0]
+    assert Image.open(tmp_path / "own" / row["file"]).size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("samplers", ["ode", "heun"], r"evaluation\.samplers: got \['ode', 'heun'\], want one or both"),
+        ("samplers", [], r"evaluation\.samplers: got \[\]"),
+        ("samplers", ["ode", "ode"], r"evaluation\.samplers: got"),
+        ("num_steps", 1, r"evaluation\.num_steps: got 1, want at least 2"),
+        ("height", 0, r"evaluation\.height: got 0, want more than 0"),
+        ("width", 21, r"evaluation: sampler: got height 16, width 21, want multiples of"),
+        ("guidance_scale", 2.0, r"evaluation: sampler\.guidance_scale: got 2\.0, want 1"),
+        ("num_steps", 2, r"evaluation: window: got 2"),
+    ],
+)
+def test_settings_that_evaluation_cannot_have_are_refused(
+    flux: Path, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    recipe = recipe_for(flux, tmp_path / "run", window=[2])
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(recipe, evaluation=replace(recipe.evaluation, **{field: value})), None, tmp_path / "out")
 
 
 def test_samples_are_what_was_scored(flux: Path, tmp_path: Path) -> None:
@@ -73,7 +137,8 @@ def test_samples_are_what_was_scored(flux: Path, tmp_path: Path) -> None:
         metadata = json.loads((folder / "metadata.jsonl").read_text())
         assert metadata == {"prompt": row["prompt"], "colour": row["prompt"]}
     table = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]
-    assert [row["group"] for row in table] == ["all", "red", "green", "blue", "mean over colour"]
+    groups = [row["group"] for row in table if row["score"] == "bright"]
+    assert groups == ["all", "red", "green", "blue", "mean over colour"]
     assert "| ODE | red | Brightness |" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -251,6 +316,18 @@ def test_diversity_is_its_formula() -> None:
     assert diversity(frames, 3) == pytest.approx(wanted.item())
 
 
+def test_diversity_of_accepted_samples_does_not_depend_on_how_many() -> None:
+    """Its square is the unbiased variance of the accepted ones, at the scale of `diversity` over all."""
+    frames = torch.rand(6, 2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    pixels, every = frames.double().reshape(6, -1), torch.ones(6, dtype=torch.bool)
+    assert accepted_diversity(frames, every) == pytest.approx(diversity(frames, 6))
+    for kept in ([0, 1, 2, 4], [3, 5]):
+        accepted = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor(kept), value=True)
+        wanted = (pixels[kept].var(dim=0, correction=1) * 5 / 6).sqrt().mean()
+        assert accepted_diversity(frames, accepted) == pytest.approx(wanted.item())
+    assert accepted_diversity(frames, torch.arange(6) == 2) is accepted_diversity(frames, ~every) is None
+
+
 def scored(prompt: int, value: float, **changes: Any) -> dict[str, Any]:
     fixed = {"sampler": "ode", "prompt_index": prompt, "prompt": "x", "meta": {}, "diversity": 1.0}
     return fixed | {"scores": {"s": value}} | changes
@@ -265,6 +342,16 @@ def test_summary_is_its_formulas() -> None:
     assert row["std"] == pytest.approx(stdev([1.0, 3.0, 2.0, 6.0]))
     assert row["within"] == pytest.approx((stdev(values[0]) + stdev(values[1])) / 2)
     assert (row["diversity"], row["prompts"], row["samples"]) == (1.5, 2, 4)
+
+
+def test_summary_of_accepted_samples() -> None:
+    """A prompt without two of them is left out, as it has no spread of them."""
+    spreads = [0.25, None, 0.75]
+    rows = [scored(p, 1.0, diversity_accepted=one, meta={"tag": p}) for p, one in enumerate(spreads) for _ in range(2)]
+    assert summary(rows)[0]["diversity_accepted"] == 0.5
+    table = summary(rows, "tag")
+    assert [row["diversity_accepted"] for row in table] == [0.5, 0.25, None, 0.75, None]
+    assert "| diversity_accepted |" in table_text(table)
 
 
 def test_values_of_a_column_count_once() -> None:

@@ -1,106 +1,16 @@
-"""Judges over HTTP against a server in a thread."""
+"""Judges over HTTP: what is asked, and what replies are scores."""
 
-import base64
-import io
 import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
-from dancegrpo_fast.rewards import RewardInput
+from dancegrpo_fast.rewards import UnscoredError
 from dancegrpo_fast.rewards.http_judge import HttpJudge, HttpPreference
 
-Answer = Callable[[dict[str, Any]], tuple[int, str] | str | None]
-
-
-class Server:
-    """Answers each request by `answer(body)`: a reply, or a status with a body, or None to hang up."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.paths: list[tuple[str, str | None]] = []
-        self.answer: Answer = lambda body: "5"
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                owner.requests.append(body)
-                owner.paths.append((self.path, self.headers["Authorization"]))
-                answer = owner.answer(body)
-                if answer is None:
-                    self.close_connection = True
-                    return
-                status, text = answer if isinstance(answer, tuple) else (200, completion(answer))
-                data = text.encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
-        self.args = {"url": f"http://127.0.0.1:{self._http.server_port}/v1", "model": "judge", "backoff": 0.0}
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
-def completion(content: Any) -> str:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Server()
-    yield server
-    server.close()
-
-
-def samples(*prompts: str, group: list[int] | None = None, length: int = 1) -> RewardInput:
-    """Random pictures of 5 x 4 pixels; the red of the first pixel of sample i is i."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (len(prompts), length, 3, 5, 4), generator=generator)
-    pixels[:, :, 0, 0, 0] = torch.arange(len(prompts))[:, None]
-    groups = torch.tensor(group if group is not None else [0] * len(prompts))
-    return RewardInput(pixels.float() / 255, prompts, groups, [{} for _ in prompts])
-
-
-def content(body: dict[str, Any]) -> list[dict[str, Any]]:
-    (message,) = body["messages"]
-    assert message["role"] == "user"
-    parts: list[dict[str, Any]] = message["content"]
-    return parts
-
-
-def pictures(body: dict[str, Any]) -> list[Tensor]:
-    """The pictures of a request, uint8 [3, H, W]."""
-    found = []
-    for part in content(body):
-        if part["type"] == "image_url":
-            head, _, data = part["image_url"]["url"].partition(",")
-            assert head == "data:image/png;base64"
-            picture = Image.open(io.BytesIO(base64.b64decode(data)))
-            found.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    return found
-
-
-def shown(body: dict[str, Any]) -> list[int]:
-    return [int(picture[0, 0, 0]) for picture in pictures(body)]
+from .judge_server import Server, content, pictures, samples, shown
 
 
 def test_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +66,14 @@ def test_questions_at_a_time_keep_their_order(server: Server) -> None:
     [
         ({}, "7", 7.0),
         ({}, " 2.25\n", 2.25),
+        ({}, "8/10", 8.0),
+        ({}, "8 / 10.0.", 8.0),
+        ({"high": 5}, "**Final Score:** 4/5", 4.0),
+        ({}, "Score: 8", 8.0),
+        ({}, "rating = 6.5", 6.5),
+        ({}, "<think>At most 3? No: 9.</think>\n8", 8.0),
+        ({}, "It is not a 3.</think>8", 8.0),
+        ({"json_key": "score"}, '<think>{"score": 1}</think>{"score": 2}', 2.0),
         ({"low": -1.0}, "-0.5", -0.5),
         ({"pattern": r".*<score>(\d+)</score>.*"}, "First,\nsecond. <score>3</score>\n", 3.0),
         ({"json_key": "score"}, '{"why": "good", "score": 4.5}', 4.5),
@@ -173,84 +91,19 @@ NO_JSON = ("7", '{"grade": 7}', '{"score": "7"}', '{"score": true}', '{"score": 
 @pytest.mark.parametrize(
     ("args", "reply"),
     [
-        *(({}, reply) for reply in ("", "seven", "8/10", "The score is 7", "10.1", "-1", "nan", "1e1")),
+        *(({}, reply) for reply in ("", "seven", "8/100", "4/5", "The score is 7", "10.1", "-1", "nan", "1e1")),
+        *(({}, reply) for reply in ("Score: 7 or 8", "<think>8", "<think>8</think>", "8</think>good", "1/2/10")),
         *(({"pattern": "(.*)"}, reply) for reply in ("nan", "7 of 10")),
+        ({"pattern": r".*(\d)"}, "<think>first a 3"),
         *(({"json_key": "score"}, reply) for reply in (*NO_JSON, '{"score": 1' + "0" * 400 + "}")),
     ],
 )
 def test_replies_that_are_no_scores(server: Server, args: dict[str, Any], reply: str) -> None:
     server.answer = lambda body: reply
-    with pytest.raises(ValueError, match="want") as caught:
+    with pytest.raises(UnscoredError) as caught:
         HttpJudge(**server.args, **args)(samples("x"))
-    assert str(caught.value).startswith(f"reply: got {reply[:120]!r}, want")
+    assert caught.value.reasons[0].startswith(f"reply: got {reply[:120]!r}, want")
     assert len(server.requests) == 1
-
-
-def scripted(server: Server, *answers: tuple[int, str] | str | None) -> None:
-    rest = iter(answers)
-    server.answer = lambda body: next(rest)
-
-
-@pytest.mark.parametrize("failure", [(429, "slow down"), (500, "oops"), (503, ""), None])
-def test_passing_failures_are_tried_again(server: Server, failure: Any) -> None:
-    scripted(server, failure, failure, "6")
-    assert HttpJudge(**server.args, retries=2)(samples("x")).tolist() == [6.0]
-    assert len(server.requests) == 3 and server.requests[0] == server.requests[2]
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"), [((429, "slow down"), "status 429: 'slow down'"), (None, "(RemoteProtocolError|ReadError)")]
-)
-def test_retries_end(server: Server, failure: Any, message: str) -> None:
-    scripted(server, failure, failure, "6")
-    with pytest.raises(RuntimeError, match=rf"{message}.* at attempt 2, want a reply"):
-        HttpJudge(**server.args, retries=1)(samples("x"))
-    assert len(server.requests) == 2
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_other_failures_are_not_tried_again(server: Server, status: int) -> None:
-    server.answer = lambda body: (status, "no such model")
-    with pytest.raises(RuntimeError, match=f"got status {status}: 'no such model' at attempt 1"):
-        HttpJudge(**server.args)(samples("x"))
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"choices": []}', completion(None), completion(["7"])])
-def test_answers_that_are_no_completions(server: Server, text: str) -> None:
-    server.answer = lambda body: (200, text)
-    with pytest.raises(RuntimeError, match=r"want choices\[0\]\.message\.content"):
-        HttpJudge(**server.args)(samples("x"))
-    assert len(server.requests) == 1
-
-
-def test_timeout(server: Server) -> None:
-    release = threading.Event()
-
-    def answer(body: dict[str, Any]) -> str:
-        release.wait(30)
-        return "5"
-
-    server.answer = answer
-    try:
-        with pytest.raises(RuntimeError, match=r"ReadTimeout.* at attempt 2"):
-            HttpJudge(**server.args, timeout=0.1, retries=1)(samples("x"))
-    finally:
-        release.set()
-
-
-def test_no_server() -> None:
-    server = Server()
-    server.close()
-    with pytest.raises(RuntimeError, match=r"ConnectError.* at attempt 2"):
-        HttpJudge(**server.args, retries=1)(samples("x"))
-
-
-def test_a_failure_stops_the_rest(server: Server) -> None:
-    server.answer = lambda body: (400, "no")
-    with pytest.raises(RuntimeError, match="status 400"):
-        HttpJudge(**server.args, workers=1)(samples(*"x" * 50))
-    assert len(server.requests) < 50
 
 
 @pytest.mark.parametrize("both_orders", [False, True])
@@ -287,7 +140,7 @@ def test_a_judge_that_only_sees_positions(server: Server) -> None:
 @pytest.mark.parametrize("reply", ["3", "1.5", "first", "", "1 or 2"])
 def test_replies_that_are_no_preferences(server: Server, reply: str) -> None:
     server.answer = lambda body: reply
-    with pytest.raises(ValueError, match="reply: got"):
+    with pytest.raises(UnscoredError, match="reply: got"):
         HttpPreference(**server.args, pattern=r"([\d.]+)")(samples("x", "x"))
 
 
@@ -323,6 +176,8 @@ def test_bad_groups(server: Server, group: list[int], prompts: str, message: str
         ({"retries": -1}, "retries: got -1"),
         ({"backoff": -1.0}, "backoff: got -1"),
         ({"timeout": 0.0}, "timeout: got 0"),
+        ({"total_timeout": -1.0}, "total_timeout: got -1"),
+        ({"max_side": 0}, "max_side: got 0"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, 'api_key_env: got "NOT_SET_ANYWHERE"'),
     ],
 )

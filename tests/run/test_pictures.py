@@ -136,5 +136,15 @@ def test_lines_of_a_run(tmp_path: Path) -> None:
     # One sample of each prompt has no diversity, and nothing is divided by it.
     assert "score 0.000 -> 0.500, diversity 0.000 -> 0.000, ratio_first" in closing_line(root, "name")
     assert "1 iterations in 0:01:31" in closing_line(root, "name")
+    # Of samples that a judge accepts, where it accepted some in both.
+    rows = read_rows(root / "evaluations.jsonl")
+    for before, wanted in ((0.25, "of accepted samples 0.250 -> 0.125 (50% left)"), (None, "0.000 -> 0.000, ratio")):
+        for row, spread in zip(rows, (before, before, 0.125, 0.125), strict=True):
+            row |= {"diversity_accepted": spread, "accepted_prompts": 1}
+        (root / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert wanted in closing_line(root, "name")
+        assert "score 0.000 -> 0.500, diversity 0.000" in closing_line(root, "name")
+    figure: Any = pictures._curves(read_rows(root / "metrics.jsonl"), rows)
+    assert "ODE, accepted samples" in figure.axes[2].get_legend_handles_labels()[1]
     with pytest.raises(ValueError, match=r"want the directory of a run \(metrics\.jsonl is missing\)"):
         closing_line(tmp_path / "none", "name")

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
 
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from dancegrpo_fast import files
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.prompts import load_prompts
+from dancegrpo_fast.recipe import Recipe
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.run.identity import prompts_digest
@@ -87,7 +91,7 @@ def wait(process: ForkServerProcess) -> int | None:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "speed")} for row in rows]
 
 
 @pytest.mark.parametrize("base", release_but(("flux",), ["flux", "diffusion"]), indirect=True)
@@ -137,6 +141,18 @@ def finished(once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(once, tmp_path / "run")
 
 
+def longer(base: Path, run: Path, **changes: Any) -> Recipe:
+    """The finished run's recipe with an iteration more."""
+    return make_recipe(base, run, **{"iterations": 3, "keep_checkpoints": 3} | changes)
+
+
+def rewrite(state: Path, **changes: Any) -> None:
+    """Another `state.json`, as it would have been written."""
+    document = json.loads(state.read_text()) | changes
+    del document["digest"]
+    state.write_text(json.dumps(document | {"digest": checkpoint.digest(document)}))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damaged_checkpoints_are_named(flux: Path, finished: Path, name: str, damage: str) -> None:
@@ -148,7 +164,7 @@ def test_damaged_checkpoints_are_named(flux: Path, finished: Path, name: str, da
         path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
     rows = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=rf"resume: .*{name} is (damaged|missing); other checkpoints there: 000001"):
-        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto")
+        Trainer(longer(flux, finished), resume="auto")
     assert (finished / "metrics.jsonl").read_bytes() == rows
     # The one before it still works, in a directory of its own or once the damaged one is out of the way.
     older = finished / "checkpoints" / "000001"
@@ -172,9 +188,18 @@ def test_what_is_no_checkpoint_is_named(flux: Path, finished: Path) -> None:
 
 def test_damaged_state_is_named(flux: Path, finished: Path) -> None:
     state = finished / "checkpoints" / "000002" / "state.json"
-    state.write_text(state.read_text()[:-20])
+    text = state.read_text()
+    state.write_text(text[:-20])
     with pytest.raises(ValueError, match=r"resume: .*state\.json is damaged"):
         Trainer(make_recipe(flux, finished), resume="auto")
+    state.write_text(text.replace('"iteration": 2', '"iteration": 1'))
+    with pytest.raises(ValueError, match=r"resume: .*state\.json is damaged: .*; other checkpoints there: 000001$"):
+        Trainer(make_recipe(flux, finished), resume="auto")
+    state.write_text(text)
+    (finished / "checkpoints" / "000002").rename(finished / "checkpoints" / "000005")
+    with pytest.raises(ValueError, match=r"resume: .*000005 holds iteration 2, want the one of its name"):
+        Trainer(make_recipe(flux, finished, iterations=6), resume="auto")
+    state = finished / "checkpoints" / "000005" / "state.json"
     state.unlink()
     with pytest.raises(ValueError, match=r"resume: .*state\.json is missing"):
         Trainer(make_recipe(flux, finished), resume="auto")
@@ -184,7 +209,7 @@ def test_a_torn_last_row_is_dropped_and_another_is_not(flux: Path, finished: Pat
     metrics = finished / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole + whole.splitlines()[-1][: -len(', "seconds": {}}')])
-    Trainer(make_recipe(flux, finished), resume="auto")
+    Trainer(longer(flux, finished), resume="auto")
     assert metrics.read_text() == whole
     for damage in (b"{", b"[]\n", b"\xff\n"):
         metrics.write_bytes(damage + whole.encode())
@@ -195,22 +220,23 @@ def test_a_torn_last_row_is_dropped_and_another_is_not(flux: Path, finished: Pat
 
 def test_other_surroundings_are_warned_about(flux: Path, finished: Path) -> None:
     state = finished / "checkpoints" / "000002" / "state.json"
-    state.write_text(state.read_text().replace('"device": "cpu"', '"device": "another"'))
+    rewrite(state, device="another")
     with (
         pytest.warns(UserWarning, match="threads 1, this is 2"),
         pytest.warns(UserWarning, match="device another, this is cpu"),
     ):
-        Trainer(make_recipe(flux, finished, threads=2), resume="auto")
+        Trainer(longer(flux, finished, threads=2), resume="auto")
 
 
 def test_another_recipe_is_refused(flux: Path, finished: Path) -> None:
     more = [*make_recipe(flux, finished).rewards, reward("Constant", weight=2.0)]
-    with pytest.raises(ValueError, match=r"resume: .*another recipe; .*seed: got 5, want 0$") as refused:
+    with pytest.raises(ValueError, match=r"resume: .*another recipe; .*seed: got 5, want 0; ") as refused:
         Trainer(make_recipe(flux, finished, seed=5, learning_rate=1.0, rewards=more, dtype="bfloat16"), resume="auto")
     for part in (
         "train.learning_rate: got 1.0, want 0.001",
         'rewards[1]: got {"name": "tests.train.tiny:Constant", "weight": 2.0, ',
         'model.dtype: got "bfloat16", want "float32"',
+        " --accept-changes model.dtype,rewards[1],train.learning_rate,seed",
     ):
         assert part in str(refused.value)
 
@@ -236,22 +262,34 @@ def test_other_prompts_are_refused(flux: Path, finished: Path) -> None:
     lines = prompts.read_text().splitlines()
     for changed in (lines[::-1], lines[:2], [line.replace('"colour": "red"', '"colour": "rot"') for line in lines]):
         prompts.write_text("\n".join(changed))
-        with pytest.raises(ValueError, match=rf"prompts: got {len(changed)} for training from .*, want the 3 that"):
+        with pytest.raises(ValueError, match=rf'prompts: got "{len(changed)} prompts .*, want "3 prompts .* prompts$'):
             Trainer(recipe, resume="auto")
     prompts.write_text("\n".join(lines))
     assert Trainer(recipe, resume="auto").start == 2
 
 
-def test_other_evaluation_prompts_are_refused(flux: Path, tmp_path: Path) -> None:
+def test_what_says_how_may_differ_and_another_evaluation_is_told(flux: Path, tmp_path: Path) -> None:
+    """A reward's class says which of its arguments do; evaluations touch nothing of the training."""
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"prompt": "red"}\n')
     evaluation = EvaluationSettings(
         prompts=str(held_out), samples_per_prompt=2, grid_samples=1, rewards=[reward("Brightness")]
     )
-    Trainer(make_recipe(flux, tmp_path / "run", iterations=1, evaluation=evaluation)).run()
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    asked = {"rewards": [reward("Asked", args={"url": "http://a"})]}
+    Trainer(make_recipe(flux, run, iterations=1, evaluation=evaluation, **asked)).run()
     held_out.write_text('{"prompt": "green"}\n')
-    with pytest.raises(ValueError, match=r"prompts: got 1 for evaluation from .*held_out"):
-        Trainer(make_recipe(flux, tmp_path / "run", evaluation=evaluation), resume="auto")
+    assert "evaluation has other" in Trainer(make_recipe(flux, run, evaluation=evaluation, **asked), "auto").notes[0]
+    moved = {"rewards": [reward("Asked", args={"url": "http://b"})]}
+    Trainer(make_recipe(flux, run, **moved), "auto").run()
+    Trainer(make_recipe(flux, whole, **asked)).run()
+    ours, wanted = (checkpoint.load(one / "checkpoints" / "000002") for one in (run, whole))
+    assert all(torch.equal(ours[0]["model"][name], value) for name, value in wanted[0]["model"].items())
+    assert ours[1]["changes"] == []
+    with pytest.raises(
+        ValueError, match=r"rewards\[0\]\.args\.channel: got 1, want null; .*--accept-changes rewards\["
+    ):
+        Trainer(make_recipe(flux, run, iterations=3, rewards=[reward("Asked", args={"channel": 1})]), "auto")
 
 
 def test_pictures_count_by_their_file(tmp_path: Path) -> None:
@@ -268,20 +306,127 @@ def test_another_model_is_refused(flux: Path, finished: Path, tmp_path: Path) ->
     other = shutil.copytree(flux, tmp_path / "other")
     config = other / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"shift": 2.0', '"shift": 1.0'))
-    with pytest.raises(ValueError, match=r"model\.path: got .*other, want .*; 1 of its files .*scheduler_config\.json"):
-        Trainer(make_recipe(other, finished), resume="auto")
-    with pytest.raises(ValueError, match=r"model\.vae_tiling: got a VAE that decodes in tiles"):
-        Trainer(make_recipe(flux, finished, vae_tiling="on"), resume="auto")
+    with pytest.raises(ValueError, match=r'model\.path: got "another .*scheduler_config\.json", want'):
+        Trainer(longer(other, finished), resume="auto")
+    with pytest.raises(ValueError, match=r'model\.vae_tiling: got "a VAE that decodes in tiles"'):
+        Trainer(longer(flux, finished, vae_tiling="on"), resume="auto")
 
 
-def test_a_finished_run_says_so(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = (finished / "metrics.jsonl").read_bytes()
-    shutil.rmtree(finished / "model")
-    Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto").run()
-    assert "tiny: all 2 iterations are done, for more raise train.iterations" in capsys.readouterr().out
-    # A crash may have come between the last checkpoint and the model.
-    assert (finished / "model" / "transformer" / "config.json").is_file()
-    assert (finished / "metrics.jsonl").read_bytes() == rows
+def test_changes_are_taken_when_asked_for(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = Path((recipe := longer(flux, finished, learning_rate=1e-2, micro_batch=2, ema_decay=0.5)).prompts)
+    prompts.write_text(prompts.read_text() + prompts.read_text().splitlines()[0])
+    recipe.rewards.append(reward("Constant"))
+    for asked in (None, "train", "train.learning_rate,train.ema_decay,prompts,rewards[1]"):
+        with pytest.raises(ValueError, match=r"resume: .*another recipe"):
+            Trainer(recipe, "auto", asked)
+    with pytest.raises(ValueError, match=r'accept-changes: got "learning_rate", want "all" or fields'):
+        Trainer(recipe, "auto", "learning_rate")
+    with pytest.raises(ValueError, match=r"accept-changes: got all without --resume"):
+        Trainer(recipe, None, "all")
+    trainer = Trainer(recipe, "auto", "train, prompts,rewards,sampler.eta")
+    weights = checkpoint.load(finished / "checkpoints" / "000002")[0]["model"]
+    assert trainer.average is not None
+    assert all(torch.equal(trainer.average.values[name], value) for name, value in weights.items())
+    trainer.run()
+    said = capsys.readouterr().out
+    assert "from iteration 3 on train.learning_rate is 0.01, was 0.001; bits differ" in said
+    assert "accept-changes: sampler.eta did not change" in said
+    row = lines(finished / "metrics.jsonl")[2]
+    assert row["changes"].keys() == {
+        "train.learning_rate",
+        "train.micro_batch",
+        "train.ema_decay",
+        "prompts",
+        "rewards[1]",
+    }
+    assert row["changes"]["train.micro_batch"] == [4, 2]
+    # The next continuation knows the new recipe, and keeps what was changed before.
+    recipe.train.iterations = 4
+    Trainer(recipe, "auto").run()
+    assert "changes" not in lines(finished / "metrics.jsonl")[3]
+    changes = checkpoint.load_state(finished / "checkpoints" / "000004")["changes"]
+    assert {"iteration": 2, "field": "train.learning_rate", "from": 1e-3, "to": 1e-2} in changes and len(changes) == 5
+    for settings in ({"family": "sd3"}, {"lora": LoraSettings(rank=2)}):
+        with pytest.raises(ValueError, match=r"resume: .* holds weights that do not fit; model\.(family|lora): "):
+            Trainer(longer(flux, finished, iterations=5, **settings), "auto", "all")
+
+
+def test_lost_rows_are_named(flux: Path, finished: Path, tmp_path: Path) -> None:
+    metrics = finished / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[1] + "\n")
+    trainer = Trainer(longer(flux, finished, iterations=4), resume="auto")
+    assert trainer.notes == [
+        f"{metrics} lacks the rows of 1 iterations, from 1 to 1; they are lost, the weights are as they were"
+    ]
+    # Rows of a run that continues elsewhere begin there.
+    first = finished / "checkpoints" / "000001"
+    Trainer(make_recipe(flux, tmp_path / "other"), resume=str(first)).run()
+    assert Trainer(longer(flux, tmp_path / "other"), resume="auto").notes == []
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(flux: Path, finished: Path, tmp_path: Path) -> None:
+    """With SHA-256 of whole files, none of `state.json`, and fewer fields."""
+    folder = finished / "checkpoints" / "000002"
+    state = json.loads((folder / "state.json").read_text())
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    for name in ("crc32", "digest", "first_row", "changes"):
+        del state[name]
+    del state["recipe"]["model"]["max_text_tokens"], state["recipe"]["rewards"][0]["win_rate"]
+    (folder / "state.json").write_text(json.dumps(state | {"format": 1, "sha256": hashes}))
+    Trainer(longer(flux, finished), resume="auto").run()
+    Trainer(make_recipe(flux, tmp_path / "whole", iterations=3)).run()
+    ours, wanted = (checkpoint.load(run / "checkpoints" / "000003")[0] for run in (finished, tmp_path / "whole"))
+    assert all(torch.equal(ours[group][name], one) for group in wanted for name, one in wanted[group].items())
+    data = (path := folder / "model.safetensors").read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        checkpoint.load(folder)
+
+
+def test_large_groups_are_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE", 100)
+    monkeypatch.setattr(checkpoint, "CHUNK", 64)
+    monkeypatch.setattr(files, "CHUNK", 64)
+    group = {
+        "a": torch.rand(20),
+        "b": torch.rand(3, 4),
+        "c": torch.tensor(1),
+        "d": torch.rand(0, 2),
+        "e": torch.rand(99),
+    }
+    folder = checkpoint.save(tmp_path, 7, {"model": group}, {})
+    assert [path.name for path in sorted((folder / "model").iterdir())] == [
+        f"00000-0000{n}.safetensors" for n in range(3)
+    ]
+    found = checkpoint.load(folder)[0]["model"]
+    assert found.keys() == group.keys() and all(torch.equal(found[name], value) for name, value in group.items())
+    part = checkpoint.stored(folder)[0]["model"]["b"]
+    assert part.shape == (3, 4) and torch.equal(part[1:3, slice(None)], group["b"][1:3])
+    data = bytearray((last := folder / "model" / "00000-00002.safetensors").read_bytes())
+    for place in range(0, len(data), 50):
+        last.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"model/00000-00002\.safetensors is damaged"):
+            checkpoint.load(folder)
+
+
+def test_a_finished_run_is_left_alone(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+
+    before = written()
+    command = ["train", str(write_recipe(make_recipe(flux, finished), finished.parent / "recipe.yaml"))]
+    assert main([*command, "--resume", "auto"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny: all 2 iterations are done, for more raise train.iterations" in said
+    assert f"everything is in {finished}" in said
+    assert written() == before
+    # A crash may have come between the last checkpoint and the model, or left an earlier one.
+    for damage in (lambda: shutil.rmtree(finished / "model"), lambda: (finished / "model" / "saved.json").unlink()):
+        damage()
+        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto").run()
+        assert (finished / "model" / "transformer" / "config.json").is_file()
+        assert RunDirectory(finished).saved("model") == 2
+    assert lines(finished / "metrics.jsonl")[1]["iteration"] == 2
     with pytest.raises(ValueError, match=r"train\.iterations: got 1, want at least the 2 of .*000002"):
         Trainer(make_recipe(flux, finished, iterations=1), resume="auto")
 

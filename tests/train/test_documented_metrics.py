@@ -16,7 +16,7 @@ def fields(row: dict[str, Any]) -> set[str]:
     """Names of a row, those within it too, with NAME for a reward's."""
     inner = [name for value in row.values() if isinstance(value, dict) for name in value]
     outer = [name for name, value in row.items() if not isinstance(value, dict)]
-    return {re.sub("(reward|reward_std)/.*", r"\1/NAME", name) for name in (*inner, *outer)}
+    return {re.sub("(reward|reward_std|reward_group_std)/.*", r"\1/NAME", name) for name in (*inner, *outer)}
 
 
 def documented(start: str, end: str) -> set[str]:
@@ -27,7 +27,9 @@ def documented(start: str, end: str) -> set[str]:
 
 
 def test_every_field_is_documented_and_no_other(flux: Path, tmp_path: Path) -> None:
-    evaluation = EvaluationSettings(every=1, samples_per_prompt=2, grid_samples=2, rewards=[reward("Brightness")])
+    evaluation = EvaluationSettings(
+        every=1, samples_per_prompt=2, accepted_by="Brightness", grid_samples=2, rewards=[reward("Brightness")]
+    )
     Trainer(make_recipe(flux, tmp_path / "run", iterations=1, kl_weight=0.1, evaluation=evaluation)).run()
     row, evaluated = (
         json.loads((tmp_path / "run" / name).read_text().splitlines()[0])

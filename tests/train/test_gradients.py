@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.train import Trainer
 
-from ..tolerances import REORDERED_SUMS, assert_same_gradient
+from ..tolerances import REORDERED_SUMS, assert_same_gradient, assert_within_budget
 from .tiny import LoraSettings, make_recipe, reward
 
+TWO = [
+    reward("Brightness", weight=0.3),
+    reward("Brightness", weight=2.0, label="blue", args={"channel": 2}),
+]
 KL: dict[str, Any] = {"kl_weight": 0.05, "updates_per_rollout": 3}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,12 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"window": [1, 2]},
     # Six samples that are kept in four updates.
     "best of n": {"best_of_n": 1, "updates_per_rollout": 4},
-    "two rewards": {
-        "rewards": [
-            reward("Brightness", weight=0.3),
-            reward("Brightness", weight=2.0, label="blue", args={"channel": 2}),
-        ]
-    },
+    "two rewards": {"rewards": TWO},
+    # Which samples are the best is not known before the last group is scored.
+    "batch": {"rewards": TWO, "advantages": "batch", "advantage_clip": 0.9, "best_of_n": 1},
+    "floor": {"rewards": TWO, "advantage_std_floor": 0.008, "advantage_clip": 0.7},
+    "mean only": {"divide_by_std": False},
     "inner epochs": {"inner_epochs": 2},
     "ddim": {"guidance_scale": 4.0},
 }
@@ -74,15 +77,33 @@ def watched(trainer: Trainer) -> Seen:
 
 
 def advantages_of(trainer: Trainer, rewards: Tensor) -> Tensor:
-    """`[B]`: of each reward within its group, and then their weighted sum."""
-    groups = rewards.double().reshape(len(rewards), -1, trainer.recipe.train.group_size)
-    apart = (groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-8)
+    """`[B]`: of each reward within its group, limited, and then their weighted sum."""
+    train = trainer.recipe.train
+    groups = rewards.double().reshape(len(rewards), -1, train.group_size)
+    std = groups.std(-1, keepdim=True)
+    if train.advantages == "batch":
+        std = rewards.double().std(-1)[:, None, None].expand_as(std)
+    if not train.divide_by_std:
+        std = torch.ones_like(std)
+    std = std.maximum(torch.tensor(train.advantage_std_floor))
+    apart = (groups - groups.mean(-1, keepdim=True)) / (std + 1e-8)
+    apart = torch.minimum(apart, torch.tensor(train.advantage_clip)).maximum(torch.tensor(-train.advantage_clip))
     weights = torch.tensor([one.weight for one in trainer.recipe.rewards], dtype=torch.float64)
     return torch.einsum("k,kpg->pg", weights, apart).flatten()
 
 
-def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
-    """The objective's gradient in `dtype`, of all pairs of sample and step at once, and which of them are clipped."""
+@dataclass
+class Wanted:
+    """The objective's gradient, which pairs of sample and step are clipped, their steps, and how far they moved."""
+
+    gradient: Tensor
+    clipped: list[bool]
+    steps: Tensor
+    moved: Tensor
+
+
+def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -> Wanted:
+    """Of an update in `dtype`, of all pairs at once."""
     recipe, table, data = trainer.recipe, trainer.table, seen.batch
     kept = [data.kept.index(sample) for sample in seen.samples[update]]
     # In the first iteration a sample's place is its number.
@@ -112,17 +133,24 @@ def gradient_of(trainer: Trainer, seen: Seen, update: int, dtype: torch.dtype) -
     log_ratio = mean((then - a * x - b * old) ** 2) - mean((then - a * x - b * new) ** 2)
     if recipe.sampler.kind != "cps":
         log_ratio = log_ratio / (2 * spread**2)
-    weight = torch.ones_like(log_ratio)
+    weight, moved = torch.ones_like(log_ratio), log_ratio.detach().abs()
     if recipe.train.ratio_norm:
         log_ratio = (log_ratio + mean((b * (new - old)) ** 2) / (2 * spread**2)) * spread
         weight = 1 / (table.times[step] - table.times[step + 1]).to(dtype)
-    ratio, clip = log_ratio.exp(), recipe.train.clip_range
+    ratio, clip = log_ratio.exp(), 2e-6 if recipe.train.ratio_norm else 1e-4
     advantage = advantages_of(trainer, data.rewards)[[data.kept[row] for row in index]].to(dtype)
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     loss = (weight * torch.maximum(free, bounded)).mean()
     loss = loss + recipe.train.kl_weight * mean((b * (new - old)) ** 2 / (2 * tau**2)).mean()
     grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-    return torch.cat([grad.flatten() for grad in grads]), (bounded > free).tolist()
+    return Wanted(torch.cat([grad.flatten() for grad in grads]), (bounded > free).tolist(), step, moved)
+
+
+def by_step(wanted: Sequence[Wanted], steps: Sequence[int]) -> Tensor:
+    """`[2, steps]`: the mean and the largest of how far the log-probabilities of a step's pairs moved."""
+    step, moved = (torch.cat(values) for values in zip(*((one.steps, one.moved) for one in wanted), strict=True))
+    apart = [moved[step == here] for here in steps]
+    return torch.stack([torch.stack([one.mean() for one in apart]), torch.stack([one.max() for one in apart])])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,16 +162,22 @@ def test_every_update(flux: Path, diffusion: Path, tmp_path: Path, monkeypatch: 
     seen = watched(trainer)
     updates = changes["updates_per_rollout"] * changes.get("inner_epochs", 1)
     assert len(seen.gradients) == len(seen.samples) == updates
-    counted: list[bool] = []
+    every: list[tuple[Wanted, Wanted]] = []
     for update, actual in enumerate(seen.gradients):
         monkeypatch.setattr(trainer.model, "dtype", torch.float64)
-        truth, clipped = gradient_of(trainer, seen, update, torch.float64)
+        truth = gradient_of(trainer, seen, update, torch.float64)
         monkeypatch.setattr(trainer.model, "dtype", torch.float32)
-        plain, _ = gradient_of(trainer, seen, update, torch.float32)
-        assert_same_gradient(actual, truth, plain)
-        counted += clipped
+        plain = gradient_of(trainer, seen, update, torch.float32)
+        assert_same_gradient(actual, truth.gradient, plain.gradient)
+        every.append((truth, plain))
     # On policy nothing is clipped, later about half is.
+    counted = [one for truth, _ in every for one in truth.clipped]
     assert True in counted and False in counted
+    told, trained = seen.row["log_prob_change"], trainer.loss.trainable_steps
+    assert {t for t, mean in enumerate(told["mean"]) if mean is not None} == set(trained)
+    found = torch.tensor([[told[kind][t] for t in trained] for kind in ("mean", "max")])
+    truth, plain = (by_step(one, trained) for one in zip(*every, strict=True))
+    assert_within_budget(found, truth, plain)
 
 
 def test_long_gradients_are_made_shorter(flux: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Prompt files, recipes, rewards: what comes in, and the errors that name it."""
+"""Recipes and rewards: what comes in, and the errors that name it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -12,7 +11,6 @@ import torch
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import evaluate
-from dancegrpo_fast.prompts import load_prompts, prompts_of_iteration
 from dancegrpo_fast.recipe import EvaluationSettings, RewardSettings, load_recipe
 from dancegrpo_fast.rewards import RewardInput, RewardSet, build_reward
 from dancegrpo_fast.train.loop import Trainer
@@ -25,90 +23,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    from pyarrow import Table, parquet
-
-    assert [p.text for p in load_prompts(write(tmp_path / "a.txt", "one\n\n two \n"))] == ["one", "two"]
-    rows = [{"prompt": "one", "digit": 1}, {"caption": "two", "digit": 2}]
-    jsonl = load_prompts(write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
-    assert [(p.text, p.meta["digit"]) for p in jsonl] == [("one", 1), ("two", 2)]
-    parquet.write_table(Table.from_pylist([{"caption": "x", "tag": "t"}]), tmp_path / "a.parquet")
-    assert load_prompts(tmp_path / "a.parquet")[0].text == "x"
-    assert load_prompts(tmp_path / "a.parquet")[0].meta["tag"] == "t"
-
-
-HALF, NULL = "half of a surrogate pair at character 2", "a null character at character 3"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a \\ud83d cat"}', rf"jsonl row 2: got 'a \\ud83d cat' with {HALF}"),
-        ("b.jsonl", '{"caption": "a \\udc00"}', rf"jsonl row 1: got .* with {HALF}"),
-        ("c.txt", "cat\0", rf"txt row 1: got 'cat\\x00' with {NULL}"),
-        ("d.jsonl", '{"prompt": "cat\\u0000"}', rf"jsonl row 1: got .* with {NULL}"),
-        ("e.txt", f"{'x' * 999}\0", r"txt row 1: got 'x{40}\\x00' with a null character at character 999"),
-        ("f.jsonl", f'{{"prompt": "a", "n": {"9" * 5000}}}', "jsonl line 1 is not JSON"),
-        ("g.jsonl", "[" * 100_000, "jsonl line 1 is not JSON"),
-    ],
-)
-def test_text_that_no_tokenizer_takes_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^prompts: .*{message}"):
-        load_prompts(write(tmp_path / name, text))
-
-
-def test_whole_pairs_and_byte_order_marks_are_read(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "\\ud83d\\ude00"}')
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcat")
-    assert [load_prompts(tmp_path / name)[0].text for name in ("a.jsonl", "a.txt")] == ["\U0001f600", "cat"]
-
-
-def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('{"prompt": "one\u2028two"}\r\n{"prompt": "three"}'.encode())
-    assert [p.text for p in load_prompts(path)] == ["one\u2028two", "three"]
-
-
-def test_prompt_folders(tmp_path: Path) -> None:
-    write(tmp_path / "train.txt", "one\n")
-    write(tmp_path / "test.txt", "two\n")
-    assert load_prompts(tmp_path, "test")[0].text == "two"
-    write(tmp_path / "train.jsonl", '{"prompt": "x"}\n')
-    with pytest.raises(ValueError, match=r"prompts: got 2 files train"):
-        load_prompts(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("missing.txt", None, "does not exist"),
-        ("empty.txt", "\n\n", "holds no prompts"),
-        ("a.csv", "x", "csv"),
-        ("a.jsonl", "{", "line 1 is not JSON"),
-        ("b.jsonl", "[1]", "line 1 is list"),
-        ("c.jsonl", '{"text": "x"}', "row 1 has"),
-        ("d.jsonl", '{"prompt": ""}', "row 1 has"),
-        ("latin.txt", "caf\udce9", "latin.txt, want UTF-8"),
-        ("a.parquet", "PAR1", "a.parquet, want a parquet file that can be read"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    path = tmp_path / name
-    if text is not None:
-        path.write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match=rf"prompts: .*{message}"):
-        load_prompts(path)
-
-
-def test_every_epoch_is_a_permutation(tmp_path: Path) -> None:
-    prompts = load_prompts(write(tmp_path / "a.txt", "\n".join("abcdefg")))
-    order = [p.text for iteration in range(7) for p in prompts_of_iteration(prompts, 3, iteration, seed=1)]
-    epochs = [order[start : start + 7] for start in range(0, 21, 7)]
-    assert all(sorted(epoch) == list("abcdefg") for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert order != [p.text for iteration in range(7) for p in prompts_of_iteration(prompts, 3, iteration, seed=2)]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -124,6 +38,22 @@ def test_overrides() -> None:
     assert (recipe.train.group_size, options["resume"]) == (6, "auto")
     lora = load_recipe([str(RECIPES / "digits.yaml"), "--model.lora.rank", "4"])[0].model.lora
     assert lora is not None and lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], 1e-4),
+        (["--train.ratio_norm", "true"], 2e-6),
+        (["--train.ratio_norm", "true", "--train.clip_range", "4e-6"], 4e-6),
+        (["--train.clip_range", "null"], 1e-4),
+        (["--train.clip_range", "[1e-4, 2e-4]"], (1e-4, 2e-4)),
+    ],
+)
+def test_the_clip_range_is_written_down_as_a_number(given: list[str], wanted: Any) -> None:
+    """What stands for it in a recipe may be null; a run that was made with the number is the same run."""
+    recipe = load_recipe([str(RECIPES / "digits.yaml"), *given])[0]
+    assert recipe.as_dict()["train"]["clip_range"] == recipe.train.ratio_clip() == wanted
 
 
 @pytest.mark.parametrize(
@@ -148,8 +78,11 @@ def test_overrides() -> None:
         ("--train.clip_range", "[1e-4]", "clip_range"),
         ("--train.clip_range", "[1e-4, 1e-4, 1e-4]", "clip_range"),
         ("--train.clip_range", "wide", "clip_range"),
+        ("--train.advantages", "prompt", "advantages"),
+        ("--train.advantage_std_floor", "-1", "^train.advantage_std_floor: got -1.0, want at least 0$"),
         # Without the list of what was tried, and all that was given.
         ("--evaluation.every", "0", "^evaluation.every: got 0, want at least 1$"),
+        ("--evaluation.accepted_by", "svm", "^evaluation.accepted_by: got .svm., want one of .*judge'], or null$"),
         ("--evaluation.nothing", "1", "^recipe: [^ ]*digits.yaml: [^\n]*Option 'nothing' is not accepted$"),
         ("--model.lora.rank", "0", "^model.lora.rank: got 0, want more than 0$"),
         ("--sampler.negative_prompt", "\udcff", "^sampler.negative_prompt: got .* with half of a surrogate pair"),

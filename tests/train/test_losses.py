@@ -29,7 +29,7 @@ class Matching:
 
     def noised(self, batch: Batch, samples: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, times and targets."""
-        clean = batch.trajectory.denoised[samples]
+        clean = batch.trajectory.final[samples]
         noise = gaussian_noise(clean.shape[1:], seed=3, sample_ids=samples * DRAWS + draws)
         time = (draws + 1.0) / (DRAWS + 1)
         wide = time.reshape(-1, *(1,) * (clean.ndim - 1))

@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # 9 samples, of which the middle prompt's are split; of the six trained on, any number may be on a process.
     "uneven": {"group_size": 3, "best_of_n": 1, "window": [1, 2], "iterations": 1, "timestep_fraction": 1.0},
+    # Samples are dropped in either process, of the prompt that they share, too.
+    "dropped": {"rewards": [reward("Refusing", on_error="drop", max_dropped=0.9)], "group_size": 5, "iterations": 1},
     # The second process has no gradient.
     "lonely": {"prompts_per_iteration": 2, "rewards": [reward("FirstGroup")]},
     "lora": {
@@ -106,6 +108,9 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-bf16", True, **BF16)
+    # Nothing is left to do but to save the model.
+    of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
+    add("fsdp-crossed", True, of_one_file, **SETTINGS["even"] | {"iterations": 1})
     return run_together(folder, cases)
 
 
@@ -151,9 +156,9 @@ def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str) -> Non
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
         assert two["ratio_first_update_max_dev"] == 0.0
-        assert one.keys() == two.keys() and one["pairs"] == two["pairs"]
+        assert one.keys() == two.keys() and one["pairs"] == two["pairs"] and one["dropped"] == two["dropped"]
         assert one["skipped"]["zero_advantage_skipped"] == two["skipped"]["zero_advantage_skipped"]
-        for key in {"reward/Brightness", "reward/FirstGroup", "grad_norm"} & one.keys():
+        for key in {"reward/Brightness", "reward/FirstGroup", "reward/Refusing", "grad_norm"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=REORDERED_SUMS)
 
 
@@ -180,6 +185,13 @@ def test_samples_are_divided(runs: Path, kind: str, name: str) -> None:
     for (first, chosen), (second, also) in zip(one, two, strict=True):
         assert chosen == also == [*first, *second]
         assert set(first) <= set(share(batch, 0, WORLD)) and set(second) <= set(share(batch, 1, WORLD))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_is_dropped_is_dropped_everywhere(runs: Path, kind: str) -> None:
+    one, two = (rank["kept"][0][1] for rank in seen(runs, f"{kind}-dropped"))
+    assert one == two and rows(runs / f"{kind}-dropped")[0]["dropped"] == 15 - len(one)
+    assert all(len(set(one) & set(share(15, index, WORLD))) < len(share(15, index, WORLD)) for index in range(WORLD))
 
 
 @pytest.mark.parametrize(("count", "processes"), [(8, 2), (9, 2), (24, 5), (3, 3)])
@@ -223,6 +235,32 @@ def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Pa
     assert trainer.start == 1 and trainer.average is not None
     assert_same_bits({name: p.detach() for name, p in trainer.parameters.items()}, tensors["model"])
     assert_same_bits(trainer.average.values, tensors["ema"])
+
+
+def test_each_process_writes_its_shards(runs: Path) -> None:
+    """As torch.distributed.checkpoint reads them, without a process group."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = runs / "fsdp-even" / "checkpoints" / "000002"
+    for group in ("model", "optimizer", "ema"):
+        wanted = checkpoint.load(folder)[0][group]
+        files = sorted((folder / group).iterdir())
+        assert [path.name for path in files] == ["00000-00000.safetensors", "00001-00000.safetensors"]
+        sizes = [path.stat().st_size for path in files]
+        assert max(sizes) < 0.6 * sum(sizes)
+        found = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
+        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder / group)), no_dist=True)
+        assert_same_bits(found, wanted)
+    assert (runs / "ddp-even" / "checkpoints" / "000002" / "optimizer.safetensors").is_file()
+
+
+def test_shards_are_taken_from_whole_files(runs: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    wanted = checkpoint.load(runs / "ddp-even" / "checkpoints" / "000001")[0]
+    for folder, group in (("model", "model"), ("model_ema", "ema")):
+        loaded = FluxTransformer2DModel.from_pretrained(runs / "fsdp-crossed" / folder, subfolder="transformer")
+        assert_same_bits(dict(loaded.named_parameters()), wanted[group])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -169,6 +169,24 @@ def test_threshold_makes_rewards_binary(flux: Path, tmp_path: Path) -> None:
     assert row["reward/Brightness>0.5"] * 12 == pytest.approx(round(row["reward/Brightness>0.5"] * 12))
 
 
+def test_groups_that_differ_by_rounding_are_left_out(flux: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_recipe(flux, tmp_path / "run", rewards=[reward("Steady")]))
+    row, seen = trainer.iteration(1), trainer.collect(1, trainer.prompts)
+    groups = seen.rewards.reshape(3, 4)
+    assert bool((groups.std(dim=1) > 0).all()) and not seen.advantages[4:].any() and bool(seen.advantages[:4].all())
+    assert (row["zero_std_groups"], row["pairs"], row["skipped"]["zero_advantage_skipped"]) == (2, 4 * 2, 8 * 2)
+    assert row["reward_group_std/Steady"] == pytest.approx(float(groups.std(dim=1).mean()))
+    assert row["reward_group_std/Steady"] < row["reward_std/Steady"]
+
+
+def test_each_reward_is_limited_alone(flux: Path, tmp_path: Path) -> None:
+    """Not their sum, which the loss would see otherwise."""
+    both = [reward("Brightness", weight=3.0), reward("Brightness", weight=3.0, label="again")]
+    row = train(flux, tmp_path / "run", iterations=1, rewards=both, advantage_clip=1.0)[0]
+    assert 0 < row["advantage_clip_fraction"] < 1
+    assert row["advantage_max"] == 6.0
+
+
 def test_a_first_update_without_samples_is_not_called_exact(flux: Path, tmp_path: Path) -> None:
     # One sample an update; with a binary reward some updates have none to train on.
     recipe = make_recipe(
@@ -179,8 +197,8 @@ def test_a_first_update_without_samples_is_not_called_exact(flux: Path, tmp_path
     for row in rows:
         if row["skipped"]["zero_advantage_skipped"] == 0:
             assert row["ratio_first_update_max_dev"] == 0.0
-    tally = Tally(trainer.loss.metrics, grad_norms=[torch.zeros(())])
-    quiet = metrics_row(1, ["Brightness"], 4, trainer.collect(1, trainer.prompts), tally, trainer.processes)
+    tally = Tally(trainer.loss.metrics, len(trainer.table), grad_norms=[torch.zeros(())])
+    quiet = metrics_row(1, ["Brightness"], recipe.train, trainer.collect(1, trainer.prompts), tally, trainer.processes)
     assert "ratio_first_update_max_dev" not in quiet
 
 

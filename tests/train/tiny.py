@@ -17,7 +17,7 @@ from dancegrpo_fast.recipe import (
     SamplerSettings,
     TrainSettings,
 )
-from dancegrpo_fast.rewards import RewardInput
+from dancegrpo_fast.rewards import RewardInput, UnscoredError
 
 from ..models import parts
 
@@ -34,11 +34,39 @@ class Brightness:
         return inputs.frames[:, :, self.channel].mean(dim=(1, 2, 3))
 
 
+class Asked(Brightness):
+    """Of a server, wherever it is."""
+
+    free_args = frozenset({"url"})
+
+    def __init__(self, url: str = "", channel: int = 0) -> None:
+        super().__init__(channel)
+
+
 class FirstGroup:
     """Mean red of the first prompt's samples, and equal rewards of the others'."""
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
         return torch.where(inputs.group == 0, inputs.frames[:, :, 0].mean(dim=(1, 2, 3)), 0.5)
+
+
+class Steady:
+    """Mean red of the first prompt's samples; .97 and what rounding leaves of the others'."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        red = inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
+        return torch.where(inputs.group == 0, red, 0.97 + 1e-5 * (red - 0.5))
+
+
+class Refusing(Brightness):
+    """Does not score every fifth shade of the first pixel."""
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 5
+        refused = (shades == 4).nonzero().flatten().tolist()
+        if refused:
+            raise UnscoredError(super().__call__(inputs), dict.fromkeys(refused, "no such shade"))
+        return super().__call__(inputs)
 
 
 class Carried(Brightness):

@@ -21,6 +21,8 @@ class Term(NamedTuple):
         metrics: 0-dimensional means over these, by the names in `Loss.metrics`.
         ratio_max_dev: 0-dimensional, the largest `|ratio - 1|`; None for a loss without a ratio.
         has_grad: bool `[n]`, False where the gradient is known to be zero.
+        moved: int64 `[n]` steps, and float32 `[n]` how far their log-probabilities are from those when sampled; None
+            for a loss without.
     """
 
     loss: Tensor
@@ -28,6 +30,7 @@ class Term(NamedTuple):
     metrics: Mapping[str, Tensor]
     ratio_max_dev: Tensor | None
     has_grad: Tensor
+    moved: tuple[Tensor, Tensor] | None = None
 
 
 class Loss(Protocol):

@@ -1,5 +1,6 @@
 """GRPO: the clipped policy loss on steps of the trajectories, and a KL to the model as loaded."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,8 @@ class Grpo:
         self._table, self._times = table, table.times.to(device, torch.float32)
         self._reference = reference
         self.keeps_outputs = recipe.train.ratio_norm
-        hidden = {"samples", "ratio_max_dev", *(("reference_kl",) if reference is None else ())}
+        hidden = {"samples", "ratio_max_dev", "advantage_clip_fraction"}
+        hidden |= {"reference_kl"} if reference is None else set()
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
         if not self.trainable_steps:
@@ -89,7 +91,7 @@ class Grpo:
     def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
         """`policy_loss`."""
         train, drawn = self._train, batch.trajectory
-        model_output = outputs["model_output"]
+        model_output, old = outputs["model_output"], drawn.log_probs[samples, steps]
         assert model_output is not None
         found = policy_loss(
             drawn.latents[samples, steps],
@@ -97,10 +99,11 @@ class Grpo:
             drawn.latents[samples, steps + 1],
             self._table,
             steps,
-            drawn.log_probs[samples, steps],
+            old,
             batch.own_advantages[samples],
-            clip_range=train.clip_range,
-            advantage_clip=train.advantage_clip,
+            clip_range=train.ratio_clip(),
+            # Each reward's were limited before they were added.
+            advantage_clip=math.inf,
             uncond_output=outputs["uncond_output"],
             guidance_scale=None if outputs["uncond_output"] is None else self._guidance_scale,
             reference_output=outputs.get("reference_output"),
@@ -110,7 +113,8 @@ class Grpo:
             weight=weight,
         )
         metrics = found.metrics
-        return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad)
+        moved = steps, (found.log_prob - old).abs()
+        return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad, moved)
 
 
 def _without_noise(sampler: SamplerSettings) -> str:
