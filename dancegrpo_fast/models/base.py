@@ -17,8 +17,9 @@ from ..transitions import TransitionTable
 from .grids import to_frames
 from .guided import Conditioning as Conditioning
 from .guided import guided_batch, split_guided
-from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, without_weights
+from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, variant_of, without_weights
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
+from .weights import find_source, start_with
 
 
 class GeneratorModel(Protocol):
@@ -126,9 +127,12 @@ class DiffusersModel:
         self.settings, self.sampler, self.device = settings, sampler, device
         self._scales = {one.guidance_scale for one in (sampler, evaluation or sampler)}
         self.dtype, self.frozen_dtype = settings.torch_dtype(), settings.frozen_torch_dtype()
-        elsewhere = () if settings.denoiser is None else (self.denoiser_part,)
+        whole = settings.denoiser is not None and not Path(settings.denoiser).is_file()
+        elsewhere = (self.denoiser_part,) if whole else ()
         self.folder = find_folder(settings.path, *elsewhere)
-        self.denoiser_folder = self._find_denoiser()
+        given = settings.start_from
+        self.start = None if given is None else find_source(given, self.denoiser_part, "model.start_from")
+        self.denoiser_path = self._find_denoiser()
         self.vae = self._load_vae()
         if settings.vae_tiling == "on":
             self.tile_vae(True)
@@ -139,12 +143,14 @@ class DiffusersModel:
         # What the family cannot sample or train is said before text is encoded and the denoiser is loaded.
         self.table(sampler)
         if settings.lora is not None:
-            check_targets(without_weights(self.denoiser_class, self.denoiser_folder), settings.lora.target_modules)
+            check_targets(
+                without_weights(self.denoiser_class, self._config_folder(self.denoiser_path)),
+                settings.lora.target_modules,
+            )
         self._store = self._open_store(self._texts(prompts))
         self._text_length: int | None = None
-        self.denoiser = self._load_denoiser()
-        if settings.lora is not None:
-            lora = settings.lora
+        self.denoiser = self.load_from(self.denoiser_path)
+        if not start_with(self) and (lora := settings.lora) is not None:
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules)
         self._set_up(self.denoiser.config)
 
@@ -220,30 +226,44 @@ class DiffusersModel:
         return self.folder / name
 
     def _find_denoiser(self) -> Path:
-        given = self.settings.denoiser
+        given, start = self.settings.denoiser, self.start
+        if start is not None and start.kind == "denoiser":
+            if given is not None:
+                raise ValueError(f"model.denoiser: got {given} beside a whole denoiser in model.start_from, want null")
+            return start.path
         return self._part(self.denoiser_part) if given is None else find_denoiser(given, self.denoiser_part)
 
     @property
     def planned_as(self) -> str:
         """What the memory planner takes for this model: a name or a folder."""
         given = self.settings.denoiser
-        return str(self.folder) if given is None else published_as(given, self.denoiser_folder)
+        if given is None or self.denoiser_path.is_file():
+            return str(self.folder)
+        return published_as(given, self.denoiser_path)
+
+    def _config_folder(self, path: Path) -> Path:
+        """Where the configuration of the denoiser in `path` lies; of a file alone, in the model's folder."""
+        return self._part(self.denoiser_part) if path.is_file() else path
 
     def _load_vae(self) -> Any:
         import diffusers
 
-        vae = getattr(diffusers, self.vae_class).from_pretrained(self._part("vae"), **loaded_in(self.frozen_dtype))
+        folder = self._part("vae")
+        options = loaded_in(self.frozen_dtype) | variant_of(folder)
+        vae = getattr(diffusers, self.vae_class).from_pretrained(folder, **options)
         return vae.to(self.device).eval().requires_grad_(False)
 
-    def _load_denoiser(self) -> nn.Module:
+    def load_from(self, path: Path) -> nn.Module:
+        """A whole denoiser of this family, from a folder or a file."""
         import diffusers
 
         cls, kind = getattr(diffusers, self.denoiser_class), self.settings.quantization
         more = quantization.loading(kind, self.device)
+        config = self._config_folder(path)
         if not more:
-            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device)
+            return load_denoiser(cls, path, config, self.dtype, self.device)
         try:
-            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device, **more)
+            return load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:
             raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
 
@@ -279,7 +299,8 @@ class DiffusersModel:
         cls = getattr(diffusers, self.pipeline)
         parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
         absent = dict.fromkeys(parts - set(wanted))
-        return cls.from_pretrained(self.folder, **loaded_in(self.frozen_dtype), **absent)
+        options = loaded_in(self.frozen_dtype) | variant_of(*(self.folder / part for part in wanted))
+        return cls.from_pretrained(self.folder, **options, **absent)
 
     def _load_text_encoders(self) -> Any:
         pipeline = self._load_pipeline(self.text_parts).to(self.device)
