@@ -17,7 +17,7 @@ ORDER = (
     "kernels lazy install progress stopping checks files marks rng drawing lora quantization",
     "transitions advantages prompts",
     "backends recipe",
-    "ops",
+    "ops optimizers",
     "patch",
     "activations dropin",
     "attention processes compat",

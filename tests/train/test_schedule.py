@@ -44,7 +44,7 @@ def test_a_run_in_two_parts_has_the_rates_of_one(flux: Path, tmp_path: Path, mon
     }
     recipe = make_recipe(flux, tmp_path / "whole", **options)
     whole, rates = Trainer(recipe), []
-    whole.optimizer.adamw.register_step_pre_hook(lambda adamw, *_: rates.append(adamw.param_groups[0]["lr"]))
+    whole.optimizer.torch.register_step_pre_hook(lambda adamw, *_: rates.append(adamw.param_groups[0]["lr"]))
     whole.run()
     assert rates == [learning_rate(recipe.train, update) for update in range(24)]
 
