@@ -7,13 +7,13 @@ import torch
 
 from ..prompts import Prompt
 from ..recipe import Recipe
-from .base import Conditioning as Conditioning
 from .base import DiffusersModel
-from .base import GeneratorModel as GeneratorModel
 from .base import decode as decode
 from .base import of_evaluation as of_evaluation
 from .family import FAMILIES as FAMILIES
 from .family import family_of as family_of
+from .generator import GeneratorModel as GeneratorModel
+from .guided import Conditioning as Conditioning
 from .setup import prepare
 
 
