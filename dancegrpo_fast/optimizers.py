@@ -66,7 +66,8 @@ def make_optimizer(train: TrainSettings, parameters: Iterable[nn.Parameter], **m
     Raises:
         ValueError: no such optimiser, or arguments or parameters that it does not take.
     """
-    kind, given = find_optimizer(train.optimizer), {"lr": train.learning_rate}
+    kind = find_optimizer(train.optimizer)
+    given: dict[str, Any] = {"lr": train.learning_rate}
     taken = inspect.signature(kind).parameters
     anything = any(one.kind is one.VAR_KEYWORD for one in taken.values())
     if "lr" not in taken:
