@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PIECES, PIECE = 64, 1 << 20
+CHUNK, BLOCK = 64 << 20, 1 << 20
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def replacing_file(path: Path, size: int | None = None) -> Iterator[Path]:
     with writing(path, size):
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -102,7 +104,7 @@ def replacing(target: Path, size: int | None = None) -> Iterator[Path]:
                 if path.is_file():
                     # Some releases of safetensors make files that only their owner can read.
                     path.chmod(readable)
-                _sync(path)
+                sync(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -111,12 +113,19 @@ def replacing(target: Path, size: int | None = None) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
             os.replace(target, stale)
         os.replace(temporary, target)
-        _sync(target.parent)
-        for left in target.parent.glob(f".{target.name}.*"):
+        sync(target.parent)
+        for left in leftovers(target.parent, re.escape(target.name)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """Folders that `replacing` was writing there when it was killed, of targets whose whole name matches."""
+    ours = re.compile(rf"\.(?:{name})\.(?:\d+|old)")
+    return [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def sync(path: Path) -> None:
+    """Puts a file or folder on disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -132,3 +141,19 @@ def fingerprint(file: Path) -> str:
             stream.seek(start)
             digest.update(stream.read(PIECE))
     return digest.hexdigest()
+
+
+def checksum(file: Path, start: int) -> int:
+    """CRC-32 of the chunk of `CHUNK` bytes that begins at `start`; threads take chunks at the same time."""
+    found, left = 0, CHUNK
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while left > 0 and (block := stream.read(min(BLOCK, left))):
+            found, left = zlib.crc32(block, found), left - len(block)
+    return found
+
+
+def sha256(file: Path) -> str:
+    """Of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

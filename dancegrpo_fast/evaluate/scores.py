@@ -3,27 +3,27 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..files import append_rows, write_text, writing
 from ..models import load_model
+from ..models.base import DiffusersModel
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
-from ..run.identity import FREE, differences, joined, model_identity
+from ..run.changes import FREE, differences, joined
+from ..run.identity import model_identity
 from ..run.sheets import save_pages
 from ..train.calls import Policy
 from ..train.held_out import Evaluator, ScoredSet, diversity
 from ..train.residence import Residence
 from .weights import load_weights
-
-SAMPLERS = ("ode", "sde")
 
 
 def save_sample(frames: Tensor, path: Path, fps: float | None) -> Path:
@@ -226,9 +226,9 @@ def evaluate(
     recipe: Recipe,
     source: str | None,
     output: Path,
-    samplers: Sequence[str] = SAMPLERS,
+    samplers: Sequence[str] | None = None,
     by: str | None = None,
-    weights: str = "model",
+    weights: str | None = None,
 ) -> str | None:
     """Samples, `scores.jsonl`, `summary.json` and `table.md` in `output`; returns the table in the first process.
 
@@ -240,9 +240,9 @@ def evaluate(
         recipe: the model, sampler, `evaluation` and its prompts.
         source: see `load_weights`; None evaluates the model as the recipe loads it.
         output: a folder.
-        samplers: "ode", "sde" or both.
+        samplers: "ode", "sde" or both; None: as `evaluation.samplers` says.
         by: a column of the prompts file; the table then has a row for each of its values and for the mean over these.
-        weights: "model" or "ema".
+        weights: "model" or "ema"; None: as `evaluation.ema` says.
 
     Raises:
         ValueError: a recipe without `evaluation`, unknown samplers or weights, an `output` that is a file or has
@@ -254,8 +254,8 @@ def evaluate(
         raise ValueError("evaluation: got none in the recipe, want evaluation.rewards at least")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: got {output}, which is a file, want a folder")
-    if not samplers or set(samplers) - set(SAMPLERS):
-        raise ValueError(f"samplers: got {list(samplers)}, want some of {list(SAMPLERS)}")
+    if samplers is not None:
+        settings = replace(settings, samplers=list(samplers))
     prompts = load_prompts(settings.prompts or recipe.prompts, "test" if settings.prompts else "train")
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
@@ -266,13 +266,17 @@ def evaluate(
     torch.set_num_threads(recipe.threads or processes.threads())
     model = load_model(recipe, processes.device, prompts, training=False)
     model.denoiser.eval().requires_grad_(False)
-    loaded = "as loaded" if source is None else load_weights(model.denoiser, Path(source), weights)
+    loaded = (
+        "as loaded"
+        if source is None
+        else load_weights(cast(DiffusersModel, model), Path(source), weights or (None if settings.ema else "model"))
+    )
     # As the trainer prepares it, so that the same weights give the same samples.
     model.denoiser = processes.prepare(model.denoiser)
     described = {
         "model": asdict(recipe.model),
         "loaded": model_identity(model),
-        "sampler": asdict(recipe.sampler),
+        "sampler": asdict(settings.sampling(recipe.sampler)),
         "rewards": [asdict(reward) for reward in settings.rewards],
         "samples_per_prompt": settings.samples_per_prompt,
         "accepted_by": settings.accepted_by,
@@ -289,7 +293,7 @@ def evaluate(
     if evaluator.rewards.compares_groups and settings.samples_per_prompt < 2:
         raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2, which a reward compares")
     samples, places = settings.samples_per_prompt, range(len(prompts))
-    for sampler in samplers:
+    for sampler in settings.samplers:
         sets = evaluator.sets()
         missing = [part for part in sets if not scores.has(sampler, places[part], samples)]
         for first in range(0, len(missing), processes.count):
@@ -305,7 +309,7 @@ def evaluate(
                 print(f"{sampler.upper()}: {places[turn[-1]].stop} of {len(prompts)} prompts", flush=True)
         every = [row["scores"].values() for row in scores.rows if row["sampler"] == sampler]
         evaluator.rewards.check_dropped(torch.tensor([[math.nan if s is None else s for s in one] for one in every]).T)
-    table = summary([row for row in scores.rows if row["sampler"] in samplers], by)
+    table = summary([row for row in scores.rows if row["sampler"] in settings.samplers], by)
     text = f"{recipe.name}, {loaded}\n\n{table_text(table)}\n"
     if processes.is_main:
         write_text(output / "summary.json", json.dumps({"weights": loaded, "table": table}, indent=1))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..prompts import Prompt
 from ..prompts.images import check_images, key_of, read_image
-from ..recipe import ModelSettings, SamplerSettings
 from ..rng import generator
-from .base import Conditioning
+from .guided import Conditioning
 from .hunyuan_video import HunyuanVideo
 
 
@@ -22,20 +21,15 @@ class SkyReelsI2V(HunyuanVideo):
     pipeline = "HunyuanSkyreelsImageToVideoPipeline"
     negative = True
 
-    def __init__(
-        self, settings: ModelSettings, sampler: SamplerSettings, device: torch.device, prompts: Sequence[Prompt]
-    ) -> None:
-        # By `key_of`, and of their contents: the same picture may lie in several places.
-        self._digests: dict[str, str] = {}
-        self._first_frames: dict[str, Tensor] = {}
-        super().__init__(settings, sampler, device, prompts)
-
     @classmethod
     def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
         check_images(map(_image, prompts))
 
     def _set_up(self, config: Any) -> None:
         super()._set_up(config)
+        # By `key_of`, and of their contents: the same picture may lie in several places.
+        self._digests: dict[str, str] = {}
+        self._first_frames: dict[str, Tensor] = {}
         channels, latent_channels = int(config.in_channels), self.latent_shape[0]
         if channels != 2 * latent_channels:
             raise ValueError(

@@ -1,9 +1,10 @@
 """`evaluation:` of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .checks import at_least, check_fields
+from .checks import at_least, check_fields, positive
 from .rewards import RewardSettings
+from .sampler import SamplerSettings
 
 
 @dataclass
@@ -19,6 +20,12 @@ class EvaluationSettings:
             of the accepted samples is reported, too. null: it is not.
         grid_samples: samples of each prompt in the pictures; null: 3, or as many as there are.
         grid_prompts: prompts in the pictures, the first of the file.
+        samplers: "ode": without noise, as users sample; "sde": as in training.
+        num_steps: of a sample; null: the sampler's, as in the three below.
+        height: in pixels.
+        width: in pixels.
+        guidance_scale: of the model.
+        ema: of a run with `train.ema_decay`, or a checkpoint of one, the average is evaluated, else what is trained.
     """
 
     every: int = 10
@@ -28,6 +35,12 @@ class EvaluationSettings:
     accepted_by: str | None = None
     grid_samples: int | None = None
     grid_prompts: int = 10
+    samplers: list[str] = field(default_factory=lambda: ["ode", "sde"])
+    num_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    ema: bool = True
 
     def __post_init__(self) -> None:
         check_fields("evaluation", self, ["prompts"])
@@ -44,3 +57,17 @@ class EvaluationSettings:
                 f"evaluation.grid_samples: got {self.grid_samples}, "
                 f"want 1 to samples_per_prompt, {self.samples_per_prompt}"
             )
+        known = ("ode", "sde")
+        if not self.samplers or len(set(self.samplers)) < len(self.samplers) or set(self.samplers) - set(known):
+            raise ValueError(f"evaluation.samplers: got {self.samplers}, want one or both of {list(known)}")
+        if self.num_steps is not None:
+            at_least("evaluation.num_steps", self.num_steps, 2)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                positive(f"evaluation.{name}", getattr(self, name))
+
+    def sampling(self, training: SamplerSettings) -> SamplerSettings:
+        """How samples are drawn here: as in training, but for what is set."""
+        fields = ("num_steps", "height", "width", "guidance_scale")
+        own = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return replace(training, **own)

@@ -1,5 +1,6 @@
 """Recipes from YAML files and the command line."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,12 @@ from typing import Any
 from .whole import Recipe
 
 # Of commands' own options.
-HELP = {"iterations": "how many are measured, after one that is not", "figures": "draws them into this folder"}
+HELP = {
+    "resume": "auto, or the folder of a checkpoint",
+    "accept_changes": "fields that may differ from the run that is resumed, with commas between them, or all",
+    "iterations": "how many are measured, after one that is not",
+    "figures": "draws them into this folder",
+}
 
 
 def load_recipe(arguments: Sequence[str], command: str = "train", **options: str | None) -> tuple[Recipe, Any]:
@@ -27,7 +33,7 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     parser = ArgumentParser(usage, usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="the recipe")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=str | None, default=default, help=HELP.get(name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str | None, default=default, help=HELP.get(name))
     parser.add_class_arguments(Recipe, None)
     path = Path(arguments[0])
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
@@ -76,5 +82,10 @@ def _check_keys(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """What jsonargparse says, without the types that it tried and the whole of what it was given."""
     frame = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+    # One value of one type.
+    found = re.fullmatch(r'Parser key "(.+)":\s*Expected an? (.+)\. Got value: (.*)', str(error))
+    if found:
+        wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", found[2])
+        return f"{found[1]}: got {found[3]}, want {wanted}"
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     return " ".join(line for line in lines if not line.startswith((*frame, "Expected a <class 'NoneType'>")))

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,31 +43,53 @@ BY_NAME = {
 }
 
 
-def build_reward(settings: RewardSettings) -> Reward:
-    """The reward that the settings name, constructed with their arguments.
+def find_reward(name: str) -> Any:
+    """The class or function of a reward of this package, or of `module:callable`.
+
+    Raises:
+        ValueError: no such reward or module.
+    """
+    target = BY_NAME.get(name, name)
+    module_name, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f'rewards: got "{name}", want one of {sorted(BY_NAME)} or "module:callable"')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f'rewards: got "{name}", which does not import: {missing(error)}') from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ValueError(f'rewards: got "{name}", which {module.__file__} does not have')
+    return factory
+
+
+def check_reward(settings: RewardSettings) -> Any:
+    """What the settings name, which takes their arguments; nothing is constructed.
 
     Raises:
         ValueError: no such reward or module, or arguments its constructor does not take.
     """
-    target = BY_NAME.get(settings.name, settings.name)
-    module_name, _, attribute = target.partition(":")
-    if not attribute:
-        raise ValueError(f'rewards: got "{settings.name}", want one of {sorted(BY_NAME)} or "module:callable"')
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f'rewards: got "{settings.name}", which does not import: {missing(error)}') from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        raise ValueError(f'rewards: got "{settings.name}", which {module.__file__} does not have')
+    factory = find_reward(settings.name)
     if not isinstance(factory, type):
         if settings.args:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
-        return cast(Reward, factory)
+        return factory
     try:
         inspect.signature(factory).bind(**settings.args)
     except TypeError as error:
         raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
+    return factory
+
+
+def build_reward(settings: RewardSettings) -> Reward:
+    """The reward that the settings name, constructed with their arguments.
+
+    Raises:
+        ValueError: as `check_reward`, or something is not installed.
+    """
+    factory = check_reward(settings)
+    if not isinstance(factory, type):
+        return cast(Reward, factory)
     try:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:

@@ -22,6 +22,9 @@ _PREFER = """A generator was given this prompt twice:
 Which of its two results above is better (several pictures are frames of one video, in order): the one that shows more \
 of what the prompt asks for and has fewer flaws? Answer with 1 or 2 alone."""
 
+# Arguments that say where and how is asked, not what.
+HOW = frozenset({"url", "api_key_env", "workers", "timeout", "retries", "backoff"})
+
 
 class HttpJudge:
     """The number that a model answers when it is shown a sample and its prompt.
@@ -50,6 +53,8 @@ class HttpJudge:
     Raises:
         ValueError: an argument is out of range, or the environment variable is not set.
     """
+
+    free_args = HOW
 
     def __init__(
         self,
@@ -114,6 +119,8 @@ class HttpPreference:
     """
 
     compares_groups = True
+
+    free_args = HOW
 
     def __init__(
         self,

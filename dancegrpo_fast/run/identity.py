@@ -4,69 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..files import fingerprint
 from ..prompts import Prompt
 from ..recipe import Recipe
-
-# Fields that change no result, each for the reason beside it.
-FREE = frozenset(
-    {
-        "name",  # a label
-        "output_dir",  # results lie there
-        "checkpoint_every",  # says when, not what
-        "keep_checkpoints",  # likewise
-        "evaluation.every",  # likewise; evaluations draw from generators of their own
-        "threads",  # another number is warned about
-        "prompts",  # the prompts themselves are compared
-        "evaluation.prompts",  # likewise
-        "model.path",  # the files that lie there are compared
-        "model.denoiser",  # likewise
-        "model.prompt_cache",  # a store of other rows is not used
-        "model.checkpointing",  # every policy recomputes the same bits
-        "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
-        "model.vae_tiling",  # whether it does is compared
-        "train.iterations",  # a constant learning rate does not look at it, see `check_run`
-        "train.offload",  # copies keep their bits
-        "train.rollout_replica",  # parameters are the same, gathered once or at every call
-    }
-)
-SHOWN = 5  # differences
-WIDTH = 80  # characters of a value
-
-
-def differences(now: Any, then: Any, free: Collection[str] = (), name: str = "") -> list[str]:
-    """The fields of two nested settings that differ, as `model.lora.rank: got 8, want 4`; a missing one is null.
-
-    Args:
-        now: settings, as they come from JSON.
-        then: those that are wanted.
-        free: dotted names that may differ.
-        name: of both.
-    """
-    if isinstance(now, dict) and isinstance(then, dict):
-        parts = [(f"{name}.{key}" if name else key, now.get(key), then.get(key)) for key in {**now, **then}]
-    elif isinstance(now, list) and isinstance(then, list) and any(isinstance(one, dict) for one in now):
-        parts = [(f"{name}[{place}]", *pair) for place, pair in enumerate(zip_longest(now, then))]
-    elif name in free or now == then:
-        return []
-    else:
-        return [f"{name}: got {_shown(now)}, want {_shown(then)}"]
-    return [line for part, one, other in parts for line in differences(one, other, free, part)]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
-
-
-def joined(found: Sequence[str]) -> str:
-    """Differences as a part of a message, the first of many."""
-    more = len(found) - SHOWN
-    return "; ".join(found[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+from ..rewards import find_reward
+from .changes import FREE, Change, completed, differences, settle
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -96,48 +41,78 @@ def model_identity(model: Any) -> dict[str, Any]:
     parts = ("vae", "scheduler", *model.text_parts, "prompt_embeds")
     files = {file.relative_to(folder).as_posix(): file for part in parts for file in sorted((folder / part).rglob("*"))}
     # A denoiser may lie at the root of a repository, beside much else.
-    for file in sorted(model.denoiser_folder.iterdir()):
+    found: Path = model.denoiser_path
+    for file in [found] if found.is_file() else sorted(found.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin"):
             files[f"{model.denoiser_part}/{file.name}"] = file
+    if (start := model.start) is not None and start.kind != "denoiser":
+        root = start.path if start.path.is_dir() else start.path.parent
+        files |= {f"start_from/{file.relative_to(root).as_posix()}": file for file in start.files()}
     return {
         "files": {name: fingerprint(file) for name, file in files.items() if file.is_file()},
         "vae_in_tiles": bool(getattr(model.vae, "use_tiling", False)),
     }
 
 
-def check_run(folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError where the checkpoint in `folder` with this state is of another run than `run_identity` gave."""
-    recipe, prompts = identity["recipe"], identity["prompts"]
-    falling = recipe["train"]["schedule"] != "constant"
-    found = differences(recipe, state["recipe"], FREE - {"train.iterations"} if falling else FREE)
-    if found:
-        raise ValueError(f"resume: {folder} was made with another recipe; {joined(found)}")
+def check_run(
+    folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], accepted: Collection[str] = ()
+) -> list[Change]:
+    """How this run, which `run_identity` gave, differs from the one that made the checkpoint in `folder`.
+
+    Args:
+        folder: of the checkpoint.
+        state: its own.
+        identity: of this run.
+        accepted: fields that may differ, or "all".
+
+    Raises:
+        ValueError: a difference that is not accepted, or fewer iterations than are done.
+    """
+    recipe, then = identity["recipe"], completed(Recipe, state["recipe"])
+    args = [getattr(find_reward(one["name"]), "free_args", ()) for one in recipe["rewards"]]
+    free = {*FREE, *(f"rewards[{place}].args.{name}" for place, names in enumerate(args) for name in names)}
+    if recipe["train"]["schedule"] != "constant":
+        # How fast it falls follows from it.
+        free.discard("train.iterations")
+    found = differences(recipe, then, free)
     done, wanted = int(state["iteration"]), recipe["train"]["iterations"]
     if done > wanted:
         raise ValueError(f"train.iterations: got {wanted}, want at least the {done} of {folder}")
-    then = state.get("prompts") or {}
-    for kind, ours in prompts.items():
-        if ours != then.get(kind):
-            path = (recipe["evaluation"] or {}).get("prompts") if kind == "evaluation" else None
-            count = then.get(kind, {}).get("count", "recorded")
-            raise ValueError(
-                f"prompts: got {ours['count']} for {kind} from {path or recipe['prompts']}, want the {count} that "
-                f"{folder} was made with, unchanged and in their order"
-            )
+    ours, theirs = (_described(one, "training") for one in (identity, state))
+    if ours != theirs:
+        found.append(Change("prompts", ours, theirs))
+    return settle(folder, found, accepted)
 
 
-def check_model(folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError where the checkpoint in `folder` was made with another model than the run's identity has."""
-    now, then, path = identity["model"], state.get("model") or {}, identity["recipe"]["model"]["path"]
-    ours, theirs = now["files"], then.get("files") or {}
+def evaluation_differs(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether later rows of `evaluations.jsonl` are of other samples or scores than those that are there."""
+    now, then = identity["recipe"]["evaluation"], completed(Recipe, state["recipe"])["evaluation"]
+    if now is None or then is None:
+        return False
+    prompts = [_described(one, "evaluation") for one in (identity, state)]
+    return prompts[0] != prompts[1] or bool(differences(now, then, {"every", "prompts"}))
+
+
+def _described(identity: Mapping[str, Any], kind: str) -> str:
+    found = (identity.get("prompts") or {}).get(kind) or {"count": 0, "sha256": ""}
+    return f"{found['count']} prompts {found['sha256'][:8]}"
+
+
+def check_model(
+    folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], accepted: Collection[str] = ()
+) -> list[Change]:
+    """How the model of this run differs from the one that the checkpoint in `folder` was made with, as `check_run`.
+
+    Raises:
+        ValueError: a difference that is not accepted.
+    """
+    now, then = identity["model"], state.get("model") or {}
+    ours, theirs, found = now["files"], then.get("files") or {}, []
     other = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
     if other:
-        raise ValueError(
-            f"model.path: got {path}, want the model that {folder} was made with; {len(other)} of its files differ, "
-            f"{other[0]} for one"
-        )
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        found.append(Change("model.path", f"another {other[0]}{more}", "the files that it was made with"))
     if now["vae_in_tiles"] != then.get("vae_in_tiles"):
-        raise ValueError(
-            f"model.vae_tiling: got a VAE that decodes {'in tiles' if now['vae_in_tiles'] else 'whole'}, want it "
-            f"as it was for {folder}, whose samples would have other bits"
-        )
+        decodes = ["in tiles" if one.get("vae_in_tiles") else "whole" for one in (now, then)]
+        found.append(Change("model.vae_tiling", f"a VAE that decodes {decodes[0]}", f"one that decodes {decodes[1]}"))
+    return settle(folder, found, accepted)

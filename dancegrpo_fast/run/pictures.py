@@ -40,10 +40,15 @@ def draw(root: Path) -> tuple[list[Path], str | None]:
         return curves, str(error)
 
 
+def _by_sampler(evaluations: Rows) -> list[tuple[str, Rows]]:
+    found = [(sampler, [row for row in evaluations if row["sampler"] == sampler]) for sampler in SAMPLERS]
+    return [(sampler, rows) for sampler, rows in found if rows]
+
+
 def _before_after(root: Path, evaluations: Rows) -> list[Path]:
     shown: list[tuple[str, Samples]] = []
-    for sampler, name in SAMPLERS.items():
-        rows = [row for row in evaluations if row["sampler"] == sampler]
+    for sampler, rows in _by_sampler(evaluations):
+        name = SAMPLERS[sampler]
         for when, row in (("before", rows[0]), ("after", rows[-1])):
             scores = [f"{score} {row[score]:.2f}" for score in score_names(row)]
             title = "\n".join([f"{when}, {name}", f"iteration {row['iteration']}", *scores])
@@ -53,7 +58,7 @@ def _before_after(root: Path, evaluations: Rows) -> list[Path]:
     if frames == 1:
         panels = [Panel(title, found.cells, numbers(samples)) for title, found in shown]
         return [save_pages(path, sheet(panels, prompts, note=SAME)[0], fps)]
-    # Of videos only ODE samples: in the still picture the first of every prompt.
+    # Of videos one sampler's samples, the ODE's if there are any: in the still picture the first of every prompt.
     times = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
     strips = [
         Panel(title, found.cells[:, 0, times, None], [str(time + 1) for time in times]) for title, found in shown[:2]
@@ -83,11 +88,11 @@ def _curves(metrics: Rows, evaluations: Rows) -> Any:
         )
     by_iteration(rewards, "rewards of the rollouts (SDE): mean, and std of the samples shaded", "reward")
 
-    for sampler, style in STYLES.items():
-        rows = [row for row in evaluations if row["sampler"] == sampler]
+    for place, (sampler, rows) in enumerate(_by_sampler(evaluations)):
+        style = STYLES[sampler]
         for i, name in enumerate(score_names(rows[0])):
             # One legend for both samplers.
-            label = name if sampler == "ode" else None
+            label = None if place else name
             plot(scores, rows, [row[name] for row in rows], label, style, color=COLOURS[i % len(COLOURS)])
         plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style, color=COLOURS[0])
         if "diversity_accepted" in rows[0]:

@@ -65,7 +65,8 @@ def closing_line(root: Path, name: str) -> str:
     deviation = f"{max(measured):g}" if measured else "not measured"
     parts = []
     if (root / "evaluations.jsonl").is_file():
-        rows = [row for row in read_rows(root / "evaluations.jsonl") if row["sampler"] == "ode"]
+        rows = read_rows(root / "evaluations.jsonl")
+        rows = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
         parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in score_names(rows[0])]
         for key, label in (("diversity", "diversity"), ("diversity_accepted", "of accepted samples")):
             first, last = (row.get(key) for row in (rows[0], rows[-1]))

@@ -46,8 +46,14 @@ class Residence:
         for part, wanted in sorted(parts, key=lambda pair: pair[1]):
             part.to(self._device if wanted else "cpu")
 
-    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """What the model makes of the prompts; the VAE is there where it has to see pictures of theirs."""
-        if self._model.encodes_with_vae(prompts):
+    def encode(self, prompts: Sequence[Prompt], model: GeneratorModel | None = None) -> Conditioning:
+        """What the model makes of the prompts; the VAE is there where it has to see pictures of theirs.
+
+        Args:
+            prompts: that it was loaded for.
+            model: the same at another size; None: as it is trained.
+        """
+        model = model or self._model
+        if model.encodes_with_vae(prompts):
             self.use("vae")
-        return self._model.encode(prompts)
+        return model.encode(prompts)

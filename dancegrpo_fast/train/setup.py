@@ -7,26 +7,31 @@ from typing import Any
 import torch
 
 from ..files import write_text
-from ..models import load_model
+from ..models import family_of, load_model
+from ..optimizers import EIGHT_BIT, find_optimizer, probe
 from ..processes import Processes
 from ..prompts import Prompt, load_prompts, prompts_of_run
 from ..recipe import Recipe
-from ..rewards import RewardSet
+from ..rewards import RewardSet, check_reward
 from ..rng import derive_seed
 from ..run import checkpoint
+from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
-from ..run.identity import check_run, model_identity, run_identity
+from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
+from ..stopping import Stop
 from .calls import Policy, probe, rows_are_equal
 from .collect import Collector
 from .draw import shared_step
 from .ema import MovingAverage
 from .held_out import Evaluator
-from .losses import make_loss
+from .losses import check_steps, make_loss
 from .optimizer import Optimizer
 from .residence import Residence
 from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
 from .update import Updates
+
+NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
 
 
 class Setup:
@@ -36,6 +41,8 @@ class Setup:
         recipe: the run.
         resume: "auto" continues from the newest checkpoint of the output directory (or starts, where there is none), a
             path continues from that one, None starts anew and refuses a directory that already holds a run.
+        accept_changes: fields of the recipe, with commas between them, that may differ from those of the run that is
+            continued, although its bits then differ from here on; "all"; or None.
 
     Attributes:
         directory: of its files.
@@ -46,26 +53,42 @@ class Setup:
         table: of the sampler.
         policy: the model as rollout and replay call it.
         parameters: that are trained, by name.
+        stop: the signals that end it.
         rewards, evaluator, loss, collect, updates, optimizer, average, state, residence, speed: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
+        finished: nothing is left to do: all iterations are done and their model is saved. The rest was not built.
+        changes: what was accepted and does differ.
+        notes: lines about how the run is continued.
 
     Raises:
         ValueError: a recipe that cannot be run, a damaged or foreign checkpoint, an output directory in use.
     """
 
-    def __init__(self, recipe: Recipe, resume: str | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, resume: str | None = None, accept_changes: str | None = None) -> None:
+        self.recipe, self.notes = recipe, list[str]()
+        if accept_changes is not None and resume is None:
+            raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
         self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        self.stop = Stop(
+            largest=self.processes.largest,
+            leaves=not self.processes.sharded,
+            notice=NOTICE if self.processes.is_main else None,
+        )
         torch.set_num_threads(recipe.threads or self.processes.threads())
         found = self._find_checkpoint(resume)
         self._check()
         self.prompts, evaluated = self._read_prompts()
         identity = run_identity(recipe, self.prompts, evaluated)
-        if found is not None:
-            check_run(found, checkpoint.load_state(found), identity)
+        state = {} if found is None else checkpoint.load_state(found)
+        accepted = read_accepted(accept_changes, identity["recipe"], state.get("recipe"))
+        self.changes = [] if found is None else check_run(found, state, identity, accepted)
+        self.start = int(state.get("iteration", 0))
+        self.finished = self._is_finished()
+        if self.finished:
+            return
         self.rewards = RewardSet(recipe.rewards)
         self.rewards.check(self.prompts)
         if "rewards" in recipe.train.offload:
@@ -74,15 +97,16 @@ class Setup:
         self._load_model(evaluated)
         identity["model"] = model_identity(self.model)
         self._build(evaluated, identity)
-        state = {} if found is None else self.state.restore(found)
-        self.start = int(state.get("iteration", 0))
-        self.rows_are_equal = self._probe_rows() if "rows_are_equal" not in state else state["rows_are_equal"]
+        if found is not None:
+            self._restore(found, accepted)
+        known = "rows_are_equal" in state and not self.changes
+        self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
         self.updates = Updates(
             recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
         )
         self.speed = self._measure()
+        self._continue(found, state, identity)
         if self.processes.is_main:
-            self.directory.keep_until(self.start if found else -1)
             self.directory.root.mkdir(parents=True, exist_ok=True)
             write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
         self.accelerator.init_trackers("tensorboard")
@@ -97,9 +121,47 @@ class Setup:
             raise ValueError(f"resume: processes found {sorted(everywhere)}, want one, in an output_dir that all share")
         return found
 
+    def _is_finished(self) -> bool:
+        names = ["model", *([] if self.recipe.train.ema_decay is None else ["model_ema"])]
+        saved = [self.directory.saved(name) for name in names]
+        done = self.start == self.recipe.train.iterations and all(number == self.start for number in saved)
+        return all(self.processes.collect([done]))
+
+    def _restore(self, found: Path, accepted: list[str]) -> None:
+        self.changes += self.state.restore(found, accepted, [change.field for change in self.changes])
+        idle = [name for name in accepted if name != ALL and not any(within(one.field, name) for one in self.changes)]
+        if idle:
+            self.notes.append(f"accept-changes: {', '.join(idle)} did not change")
+
+    def _continue(self, found: Path | None, state: dict[str, Any], identity: dict[str, Any]) -> None:
+        """What is kept of the directory, and what the next checkpoints say of how the run came about."""
+        own = found is not None and found.resolve().parent == self.directory.checkpoints.resolve()
+        first = state.get("first_row", 1) if own else self.start + 1
+        if self.processes.is_main:
+            missing = self.directory.keep_until(self.start if found else -1, first)
+            if missing:
+                self.notes.append(
+                    f"{self.directory.metrics} lacks the rows of {len(missing)} iterations, from {missing[0]} to "
+                    f"{missing[-1]}; they are lost, the weights are as they were"
+                )
+        if found is not None and evaluation_differs(state, identity):
+            self.notes.append(
+                f"evaluation has other settings or prompts: rows up to iteration {self.start} are not comparable"
+            )
+        changes = [
+            {"iteration": self.start, "field": one.field, "from": one.then, "to": one.now} for one in self.changes
+        ]
+        self.history = {"first_row": first, "changes": [*state.get("changes", []), *changes]}
+
     def _check(self) -> None:
         """Settings that these processes, or training, cannot have."""
-        recipe, processes = self.recipe, self.processes
+        recipe, processes, optimizer = self.recipe, self.processes, self.recipe.train.optimizer
+        recipe.check_trained()
+        find_optimizer(optimizer)
+        if optimizer == EIGHT_BIT and self.device.type == "cpu":
+            raise ValueError(f'train.optimizer: got "{optimizer}" on a CPU, want a GPU, or adamw')
+        if (kept := probe(recipe.train)).others and processes.sharded:
+            raise ValueError(f'train.optimizer: got "{optimizer}" under FSDP2, which cannot split its {kept.others[0]}')
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and processes.sharded:
@@ -108,6 +170,10 @@ class Setup:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
+        check_steps(recipe)
+        family_of(recipe.model)
+        for reward in recipe.evaluation.rewards if recipe.evaluation is not None else ():
+            check_reward(reward)
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Of training, and of evaluation."""
@@ -132,19 +198,23 @@ class Setup:
         self.residence.add(self.rewards)
         self.evaluator = None
         if recipe.evaluation is not None:
-            self.evaluator = Evaluator(recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence)
+            self.evaluator = Evaluator(
+                recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence, self.stop
+            )
             self.evaluator.rewards.check(evaluated)
         self.residence.use("denoiser")
         self.loss = make_loss(recipe, self.model.denoiser, self.table, processes)
         self.collect = Collector(
-            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs
+            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
         self.denoiser = processes.wrap(self.model.denoiser)
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(self.parameters, train, keep_gradients=self.denoiser is not self.model.denoiser)
-        self.average = None if train.ema_decay is None else MovingAverage(self.parameters, train.ema_decay)
-        self.state = State(identity, processes, self.parameters, self.optimizer, self.average)
+        self.average = (
+            None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
+        )
+        self.state = State(identity, processes, self.optimizer, self.average)
 
     def _measure(self) -> Speed:
         """Counts a model call where that is of use."""

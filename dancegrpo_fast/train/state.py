@@ -1,73 +1,87 @@
 """What a checkpoint holds of a run: put in and taken out here."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..processes import Processes, like
 from ..run import checkpoint
+from ..run.changes import Change
 from ..run.folder import RunDirectory
 from ..run.identity import check_model
 from .ema import MovingAverage
+from .finite import check_finite
 from .optimizer import Optimizer
 
 
 @dataclass
 class State:
-    """Trained parameters, their average, the optimiser, torch's generators; and whose run it is.
+    """Trained weights, their average, the optimiser, torch's generators; and whose run it is.
 
     Attributes:
         identity: of the recipe, its prompts and its model.
-        parameters: by name.
     """
 
     identity: Mapping[str, Any]
     processes: Processes
-    parameters: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     average: MovingAverage | None
 
     def save(self, directory: RunDirectory, iteration: int, keep: int, **facts: Any) -> None:
-        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process."""
-        groups: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "optimizer": self.optimizer.tensors()}
+        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process.
+
+        Raises:
+            RuntimeError: a value is not finite; nothing is written.
+        """
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "model": self.optimizer.weights,
+            "optimizer": self.optimizer.tensors(),
+        }
         if self.average is not None:
             groups["ema"] = self.average.values
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for group, values in groups.items():
-            wholes = {name: self.processes.full(value) for name, value in values.items()}
-            tensors[group] = {name: value for name, value in wholes.items() if value is not None}
+        check_finite(groups, self.processes, iteration, directory.newest())
+        groups["rng"] = rng_tensors()
+        state = {**self.identity, **self._surroundings(), **facts}
+        checkpoint.save(directory.checkpoints, iteration, groups, state, self.processes)
         if self.processes.is_main:
-            tensors["rng"] = _rng_tensors()
-            checkpoint.save(
-                directory.checkpoints, iteration, tensors, {**self.identity, **self._surroundings(), **facts}
-            )
             checkpoint.prune(directory.checkpoints, keep)
 
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Puts everything back as a checkpoint has it, and returns its state.
+    def restore(self, folder: Path, accepted: Collection[str], changed: Collection[str]) -> list[Change]:
+        """Puts everything back as a checkpoint has it; each process reads its part.
+
+        An average that the checkpoint lacks starts at its weights; another kind of optimiser starts anew.
+
+        Args:
+            folder: of the checkpoint.
+            accepted: fields that may differ, or "all".
+            changed: those of the recipe that do.
+
+        Returns:
+            How its model differs.
 
         Raises:
             ValueError: it is damaged, of another model, or holds other parameters.
         """
-        tensors, state = checkpoint.load(folder)
-        check_model(folder, state, self.identity)
-        if self.parameters.keys() != tensors["model"].keys():
+        groups, state = checkpoint.stored(folder, self.processes)
+        found, weights = check_model(folder, state, self.identity, accepted), groups["model"]
+        if {name: tuple(one.shape) for name, one in self.optimizer.weights.items()} != {
+            n: w.shape for n, w in weights.items()
+        }:
             raise ValueError(f"resume: {folder} holds other parameters than this model trains")
         with torch.no_grad():
-            for name, value in tensors["model"].items():
-                self.parameters[name].copy_(like(value, self.parameters[name]))
+            for name, weight in self.optimizer.weights.items():
+                weight.copy_(like(weights[name], weight))
+        self.optimizer.round_masters()
         if self.average is not None:
-            self.average.load(tensors.get("ema", {}))
-        self.optimizer.load(tensors.get("optimizer", {}))
-        torch.set_rng_state(tensors["rng"]["cpu"])
-        for name, value in tensors["rng"].items():
-            if name.startswith("cuda:") and torch.cuda.is_available():
-                torch.cuda.set_rng_state(value, name)
+            self.average.load(groups.get("ema") or weights)
+        if "train.optimizer" not in changed:
+            self.optimizer.load(groups.get("optimizer", {}))
+        set_rng_tensors({name: value[...] for name, value in groups["rng"].items()})
         for name, now in self._surroundings().items():
             if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
@@ -75,7 +89,7 @@ class State:
                     "results can differ from an uninterrupted run in the last bits",
                     stacklevel=2,
                 )
-        return state
+        return found
 
     def _surroundings(self) -> dict[str, Any]:
         """What may differ in a continuation, with a warning."""
@@ -88,8 +102,17 @@ class State:
         }
 
 
-def _rng_tensors() -> dict[str, Tensor]:
+def rng_tensors() -> dict[str, Tensor]:
+    """States of torch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `rng_tensors` returned."""
+    torch.set_rng_state(states["cpu"])
+    for name, value in states.items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(value, name)

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import Scores, evaluate, summary, table_text
-from dancegrpo_fast.evaluate.weights import load_weights
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
+from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.held_out import Evaluator, accepted_diversity, diversity
 from dancegrpo_fast.train.loop import Trainer
 
@@ -47,6 +48,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
 
 
+def rows_mean(folder: Path) -> float:
+    return torch.tensor([row["scores"]["Brightness"] for row in rows_of(folder)]).mean().item()
+
+
 def test_scores_are_those_of_the_run(flux: Path, trained: Path, tmp_path: Path) -> None:
     recipe = recipe_for(flux, tmp_path / "unused")
     evaluate(recipe, None, tmp_path / "before")
@@ -68,6 +73,59 @@ def test_scores_are_those_of_the_run(flux: Path, trained: Path, tmp_path: Path) 
             kept = [spread for spread in accepted.values() if spread is not None]
             assert 0 < len(kept) == wanted["accepted_prompts"]
             assert fmean(kept) == pytest.approx(wanted["diversity_accepted"]) != wanted["diversity"]
+
+
+def test_evaluation_samples_as_its_own_settings_say(
+    flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a recipe with that sampler, in the run and in the command; what is trained stays the same."""
+    own = {"num_steps": 6, "height": 32}
+    plain = recipe_for(flux, tmp_path / "plain", ema_decay=0.5)
+    recipe = recipe_for(flux, tmp_path / "run", ema_decay=0.5)
+    recipe.evaluation = replace(plain.evaluation, samplers=["sde"], **own)
+    Trainer(plain).run()
+    assert main(["train", str(tiny.write_recipe(recipe, tmp_path / "recipe.yaml"))]) == 0
+    assert "Brightness 0." in capsys.readouterr().out.splitlines()[-1]
+    weights = [checkpoint.load(tmp_path / name / "checkpoints" / "000001")[0] for name in ("plain", "run")]
+    for name, value in weights[0]["model"].items():
+        assert torch.equal(value, weights[1]["model"][name])
+    before, after = map(json.loads, (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert [before["sampler"], after["sampler"]] == ["sde", "sde"]
+
+    same = replace(
+        recipe, sampler=replace(recipe.sampler, **own), evaluation=replace(plain.evaluation, samplers=["sde"])
+    )
+    for name, settings, source in (("base", same, None), ("average", same, "run"), ("own", recipe, "run")):
+        evaluate(settings, source and str(tmp_path / source), tmp_path / name)
+    means = {name: rows_mean(tmp_path / name) for name in ("base", "average", "own")}
+    assert means == {"base": before["Brightness"], "average": after["Brightness"], "own": after["Brightness"]}
+    trained = replace(recipe, evaluation=replace(recipe.evaluation, ema=False))
+    evaluate(trained, str(tmp_path / "run"), tmp_path / "trained")
+    evaluate(recipe, str(tmp_path / "run"), tmp_path / "asked", weights="model")
+    assert rows_mean(tmp_path / "trained") == rows_mean(tmp_path / "asked") != after["Brightness"]
+    row = rows_of(tmp_path / "own")[0]
+    assert Image.open(tmp_path / "own" / row["file"]).size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("samplers", ["ode", "heun"], r"evaluation\.samplers: got \['ode', 'heun'\], want one or both"),
+        ("samplers", [], r"evaluation\.samplers: got \[\]"),
+        ("samplers", ["ode", "ode"], r"evaluation\.samplers: got"),
+        ("num_steps", 1, r"evaluation\.num_steps: got 1, want at least 2"),
+        ("height", 0, r"evaluation\.height: got 0, want more than 0"),
+        ("width", 21, r"evaluation: sampler: got height 16, width 21, want multiples of"),
+        ("guidance_scale", 2.0, r"evaluation: sampler\.guidance_scale: got 2\.0, want 1"),
+        ("num_steps", 2, r"evaluation: window: got 2"),
+    ],
+)
+def test_settings_that_evaluation_cannot_have_are_refused(
+    flux: Path, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    recipe = recipe_for(flux, tmp_path / "run", window=[2])
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(recipe, evaluation=replace(recipe.evaluation, **{field: value})), None, tmp_path / "out")
 
 
 def test_samples_are_what_was_scored(flux: Path, tmp_path: Path) -> None:
@@ -200,7 +258,7 @@ def test_columns_of_any_type_are_trained_on_and_evaluated(flux: Path, tmp_path: 
 
 def test_lines_are_appended(tmp_path: Path) -> None:
     def row(prompt: int, sample: int) -> dict[str, Any]:
-        return {"sampler": "ode", "prompt_index": prompt, "sample": sample}
+        return {"sampler": "ode", "prompt_index": prompt, "sample": sample, "scores": {"x": 0.5}}
 
     scores = Scores(tmp_path, {"seed": 0})
     scores.add([row(0, 0), row(0, 1)])
@@ -212,6 +270,10 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     # Half a prompt is dropped from the file, too.
     again.add([row(1, 0), row(1, 1)])
     assert rows_of(tmp_path) == again.rows == [row(0, 0), row(0, 1), row(1, 0), row(1, 1)]
+    # What a reward has dropped is asked for again.
+    again.add([row(2, 0) | {"scores": {"x": None}}])
+    assert not again.has("ode", range(2, 3), 1) and len(again.rows) == 4
+    again.add([])
     reader = Scores(tmp_path, {"seed": 0}, writes=False)
     reader.add([row(2, 0)])
     assert len(reader.rows) == 5 and len(rows_of(tmp_path)) == 4
@@ -336,9 +398,33 @@ def test_command(flux: Path, trained: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_weights_of_another_model_are_refused(flux: Path, trained: Path, tmp_path: Path) -> None:
-    small = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"checkpoint: .* lacks"):
-        load_weights(small, trained)
+    """Of a base with the same shapes, too, which a full run's weights replace."""
+    other = tiny.make_flux(tmp_path / "other")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
+    lora = {"lora": LoraSettings(rank=2, alpha=6)}
+    Trainer(recipe_for(flux, tmp_path / "run", **lora)).run()
+
+    def refused(message: str, source: Path, base: Path = flux, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            evaluate(recipe_for(base, tmp_path / "unused", **changes), str(source), tmp_path / "out", ["ode"])
+
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "000001", tmp_path / "run" / "model"):
+        base = (
+            r"checkpoint: got .* another transformer/diffusion_pytorch_model.safetensors than model.path .*other, want"
+        )
+        refused(base, source, other, **lora)
+        refused(r"model.lora.alpha: got 12, want 6, which .* has for ", source, lora=LoraSettings(rank=2, alpha=12))
+        refused(r"model.lora.rank: got 4, want 2, which .* has for ", source, lora=LoraSettings(rank=4, alpha=12))
+        targets = LoraSettings(rank=2, alpha=6, target_modules=["to_q"])
+        refused(r"model.lora.target_modules: got \['to_q'\], want \['to_k', 'to_out.0', 'to_q'", source, lora=targets)
+    refused(r"checkpoint: .* which this model lacks", trained, **lora)
+    # A saved file is of no run, and all of a denoiser is in a full run's weights.
+    saved = tmp_path / "run" / "model" / "pytorch_lora_weights.safetensors"
+    evaluate(recipe_for(other, tmp_path / "unused", **lora), str(saved), tmp_path / "on_other", ["ode"])
+    evaluate(recipe_for(other, tmp_path / "unused"), str(trained), tmp_path / "full", ["ode"])
+    evaluate(recipe_for(flux, tmp_path / "unused"), str(trained), tmp_path / "own", ["ode"])
+    assert rows_of(tmp_path / "full") == rows_of(tmp_path / "own") != rows_of(tmp_path / "on_other")
 
 
 def test_one_sample_a_prompt(flux: Path, tmp_path: Path) -> None:

@@ -92,21 +92,32 @@ LEVELS_APART = {"skyreels_i2v": 1}
 
 @families
 def test_the_picture_that_is_written_is_the_pipelines(base: Base, tmp_path: Path, case: Case) -> None:
-    """Of one prompt, which fills the text where a pipeline pads it, in calls of one row."""
+    """Of one prompt, which fills the text where a pipeline pads it, in calls of one row; training has another size."""
     prompt = max(PROMPTS, key=len)
     if case.family in ("hunyuan_video", "skyreels_i2v"):
         case = replace(case, call=case.call | {"max_sequence_length": 13})
-    scored = EvaluationSettings(samples_per_prompt=1, grid_samples=1, rewards=[tiny.reward("Brightness")])
-    recipe = make_recipe(case, base(case.family), tmp_path / "run", micro_batch=1, evaluation=scored)
+    height, width = case.size
+    size = {"height": height, "width": width}
+    scored = EvaluationSettings(
+        samples_per_prompt=1,
+        grid_samples=1,
+        rewards=[tiny.reward("Brightness")],
+        samplers=["ode"],
+        num_steps=STEPS,
+        guidance_scale=case.guidance,
+        **size,
+    )
+    trained = {"height": 2 * height, "num_steps": 2, "guidance_scale": 1.0, "micro_batch": 1}
+    recipe = make_recipe(case, base(case.family), tmp_path / "run", evaluation=scored, **trained)
     rows = Path(recipe.prompts).read_text().splitlines()
     Path(recipe.prompts).write_text(next(row for row in rows if json.loads(row)["prompt"] == prompt))
-    evaluate(recipe, None, tmp_path / "out", samplers=["ode"])
+    evaluate(recipe, None, tmp_path / "out")
     with Image.open(tmp_path / "out" / "ode" / "00000" / "samples" / "0000.png") as file:
         written = np.stack([np.asarray(frame) for frame in ImageSequence.Iterator(file)])
 
     model, prompts = load(recipe)
     noise = gaussian_noise(
-        model.latent_shape,
+        model.at(scored.sampling(recipe.sampler)).latent_shape,
         seed=derive_seed(derive_seed(recipe.seed, "evaluation"), "noise"),
         sample_ids=torch.zeros(1, dtype=torch.int64),
     )
@@ -120,8 +131,8 @@ def test_the_picture_that_is_written_is_the_pipelines(base: Base, tmp_path: Path
     if case.image:
         path = prompts[0].meta["image"]
         call |= {"image": [diffusers.utils.load_image(path)], "generator": [seeded(path)]}
-    size = {"height": case.size[0], "width": case.size[1], "num_inference_steps": STEPS}
-    made = pipeline(prompt=[prompt], latents=noise, output_type="pil", return_dict=False, **size, **call)[0][0]
+    call |= {"num_inference_steps": STEPS, "output_type": "pil", "return_dict": False}
+    made = pipeline(prompt=[prompt], latents=noise, **size, **call)[0][0]
     theirs = np.stack([np.asarray(frame) for frame in (made if isinstance(made, list) else [made])])
     assert written.shape == theirs.shape and theirs.std() > LEVELS_APART.get(case.family, 0)
     assert np.abs(written.astype(int) - theirs).max() <= LEVELS_APART.get(case.family, 0)

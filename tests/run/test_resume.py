@@ -1,120 +1,18 @@
-"""A run that is killed and resumed ends with the bits of one that was not; damaged checkpoints are named."""
+"""A run that is resumed ends with the bits of one that was not interrupted; damaged checkpoints are named."""
 
-import json
-import multiprocessing
 import shutil
-import signal
-import time
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dancegrpo_fast.prompts import load_prompts
-from dancegrpo_fast.run import checkpoint
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.run.folder import RunDirectory
-from dancegrpo_fast.run.identity import prompts_digest
 from dancegrpo_fast.train.loop import Trainer
 
-from ..processes import LIMIT
-from ..release import release_but
-from ..train.tiny import EvaluationSettings, LoraSettings, RewardSettings, make_recipe, reward, write_recipe
-
-RUNNER = """
-from dancegrpo_fast.recipe import load_recipe
-from dancegrpo_fast.train.loop import Trainer
-recipe, options = load_recipe(arguments, resume=None)
-Trainer(recipe, options["resume"]).run()
-"""
-# What every run imports, imported once: processes are forked from one that has it.
-IMPORTED = [
-    "accelerate",
-    "dancegrpo_fast.train.loop",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.transformers.transformer_flux",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers",
-    "jsonargparse",
-    "torch.utils.tensorboard",
-]
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(IMPORTED)
-
-HOLDER = """
-import time
-from pathlib import Path
-from dancegrpo_fast.run.folder import RunDirectory
-RunDirectory(Path(root)).claim()
-Path(root, "claimed").touch()
-time.sleep(600)
-"""
-
-REWARDS = """
-import time
-class Brightness:
-    def __call__(self, inputs):
-        time.sleep(0.05)
-        return inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
-"""
-
-
-@pytest.fixture
-def workspace(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
-    slow = [RewardSettings("tiny_rewards:Brightness")]
-    judged = EvaluationSettings(every=2, samples_per_prompt=3, grid_samples=2, rewards=slow)
-    often = {"iterations": 6, "updates_per_rollout": 2, "checkpoint_every": 2}
-    recipe = make_recipe(base, tmp_path / "run", rewards=slow, evaluation=judged, timestep_fraction=1.0, **often)
-    return write_recipe(recipe, tmp_path / "recipe.yaml").parent
-
-
-def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:
-    arguments = [str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
-    process = FORKED.Process(target=exec, args=(RUNNER, {"arguments": arguments}))
-    process.start()
-    return process
-
-
-def wait(process: ForkServerProcess) -> int | None:
-    process.join(LIMIT)
-    process.kill()
-    process.join()
-    return process.exitcode
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{key: value for key, value in row.items() if key not in ("seconds", "speed")} for row in rows]
-
-
-@pytest.mark.parametrize("base", release_but(("flux",), ["flux", "diffusion"]), indirect=True)
-def test_killed_runs_end_with_the_same_bits(workspace: Path) -> None:
-    assert wait(start(workspace, "whole")) == 0
-    killed = 0
-    # Killed before the first checkpoint, between an evaluation and the checkpoint after it, and after a checkpoint.
-    for name, rows in (("metrics", 1), ("evaluations", 3), ("metrics", 5)):
-        process = start(workspace, "cut", "--resume", "auto")
-        while len(lines(workspace / "cut" / f"{name}.jsonl")) < rows and process.is_alive():
-            time.sleep(0.005)
-        process.kill()
-        killed += wait(process) == -signal.SIGKILL
-    assert killed == 3
-    assert wait(start(workspace, "cut", "--resume", "auto")) == 0
-
-    whole, cut = workspace / "whole", workspace / "cut"
-    assert lines(whole / "metrics.jsonl") == lines(cut / "metrics.jsonl")
-    assert len(lines(cut / "metrics.jsonl")) == 6
-    assert lines(whole / "evaluations.jsonl") == lines(cut / "evaluations.jsonl")
-    for ours, theirs in zip(
-        checkpoint.complete(whole / "checkpoints"), checkpoint.complete(cut / "checkpoints"), strict=True
-    ):
-        for name in ("model", "optimizer", "rng"):
-            left, right = checkpoint.load(ours)[0][name], checkpoint.load(theirs)[0][name]
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[key], right[key]) for key in left)
+from ..train.tiny import LoraSettings, make_recipe, write_recipe
+from .bits import rows
+from .continuing import longer
 
 
 def test_resume_with_lora_kl_and_momentum(base: Path, tmp_path: Path) -> None:
@@ -122,19 +20,7 @@ def test_resume_with_lora_kl_and_momentum(base: Path, tmp_path: Path) -> None:
     Trainer(make_recipe(base, tmp_path / "whole", iterations=4, **changes)).run()
     Trainer(make_recipe(base, tmp_path / "cut", iterations=2, **changes)).run()
     Trainer(make_recipe(base, tmp_path / "cut", iterations=4, **changes), resume="auto").run()
-    assert lines(tmp_path / "whole" / "metrics.jsonl") == lines(tmp_path / "cut" / "metrics.jsonl")
-
-
-@pytest.fixture(scope="module")
-def once(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("finished") / "run"
-    Trainer(make_recipe(flux, run, keep_checkpoints=3)).run()
-    return run
-
-
-@pytest.fixture
-def finished(once: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(once, tmp_path / "run")
+    assert rows(tmp_path / "whole" / "metrics.jsonl") == rows(tmp_path / "cut" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
@@ -148,7 +34,7 @@ def test_damaged_checkpoints_are_named(flux: Path, finished: Path, name: str, da
         path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
     rows = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=rf"resume: .*{name} is (damaged|missing); other checkpoints there: 000001"):
-        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto")
+        Trainer(longer(flux, finished), resume="auto")
     assert (finished / "metrics.jsonl").read_bytes() == rows
     # The one before it still works, in a directory of its own or once the damaged one is out of the way.
     older = finished / "checkpoints" / "000001"
@@ -172,9 +58,18 @@ def test_what_is_no_checkpoint_is_named(flux: Path, finished: Path) -> None:
 
 def test_damaged_state_is_named(flux: Path, finished: Path) -> None:
     state = finished / "checkpoints" / "000002" / "state.json"
-    state.write_text(state.read_text()[:-20])
+    text = state.read_text()
+    state.write_text(text[:-20])
     with pytest.raises(ValueError, match=r"resume: .*state\.json is damaged"):
         Trainer(make_recipe(flux, finished), resume="auto")
+    state.write_text(text.replace('"iteration": 2', '"iteration": 1'))
+    with pytest.raises(ValueError, match=r"resume: .*state\.json is damaged: .*; other checkpoints there: 000001$"):
+        Trainer(make_recipe(flux, finished), resume="auto")
+    state.write_text(text)
+    (finished / "checkpoints" / "000002").rename(finished / "checkpoints" / "000005")
+    with pytest.raises(ValueError, match=r"resume: .*000005 holds iteration 2, want the one of its name"):
+        Trainer(make_recipe(flux, finished, iterations=6), resume="auto")
+    state = finished / "checkpoints" / "000005" / "state.json"
     state.unlink()
     with pytest.raises(ValueError, match=r"resume: .*state\.json is missing"):
         Trainer(make_recipe(flux, finished), resume="auto")
@@ -184,7 +79,7 @@ def test_a_torn_last_row_is_dropped_and_another_is_not(flux: Path, finished: Pat
     metrics = finished / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole + whole.splitlines()[-1][: -len(', "seconds": {}}')])
-    Trainer(make_recipe(flux, finished), resume="auto")
+    Trainer(longer(flux, finished), resume="auto")
     assert metrics.read_text() == whole
     for damage in (b"{", b"[]\n", b"\xff\n"):
         metrics.write_bytes(damage + whole.encode())
@@ -193,121 +88,36 @@ def test_a_torn_last_row_is_dropped_and_another_is_not(flux: Path, finished: Pat
         assert metrics.read_bytes() == damage + whole.encode()
 
 
-def test_other_surroundings_are_warned_about(flux: Path, finished: Path) -> None:
-    state = finished / "checkpoints" / "000002" / "state.json"
-    state.write_text(state.read_text().replace('"device": "cpu"', '"device": "another"'))
-    with (
-        pytest.warns(UserWarning, match="threads 1, this is 2"),
-        pytest.warns(UserWarning, match="device another, this is cpu"),
-    ):
-        Trainer(make_recipe(flux, finished, threads=2), resume="auto")
+def test_lost_rows_are_named(flux: Path, finished: Path, tmp_path: Path) -> None:
+    metrics = finished / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[1] + "\n")
+    trainer = Trainer(longer(flux, finished, iterations=4), resume="auto")
+    assert trainer.notes == [
+        f"{metrics} lacks the rows of 1 iterations, from 1 to 1; they are lost, the weights are as they were"
+    ]
+    # Rows of a run that continues elsewhere begin there.
+    first = finished / "checkpoints" / "000001"
+    Trainer(make_recipe(flux, tmp_path / "other"), resume=str(first)).run()
+    assert Trainer(longer(flux, tmp_path / "other"), resume="auto").notes == []
 
 
-def test_another_recipe_is_refused(flux: Path, finished: Path) -> None:
-    more = [*make_recipe(flux, finished).rewards, reward("Constant", weight=2.0)]
-    with pytest.raises(ValueError, match=r"resume: .*another recipe; .*seed: got 5, want 0$") as refused:
-        Trainer(make_recipe(flux, finished, seed=5, learning_rate=1.0, rewards=more, dtype="bfloat16"), resume="auto")
-    for part in (
-        "train.learning_rate: got 1.0, want 0.001",
-        'rewards[1]: got {"name": "tests.train.tiny:Constant", "weight": 2.0, ',
-        'model.dtype: got "bfloat16", want "float32"',
-    ):
-        assert part in str(refused.value)
+def test_a_finished_run_is_left_alone(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
 
-
-def test_what_changes_no_result_may_differ(flux: Path, finished: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(flux, tmp_path / "moved")
-    cache = {"prompt_cache": str(tmp_path / "cache"), "checkpointing": "full", "memory_gib": 1e3}
-    recipe = make_recipe(moved, finished, iterations=3, vae_tiling="off", offload=["vae", "block_inputs"], **cache)
-    recipe.prompts = str(shutil.copy(recipe.prompts, tmp_path / "others.jsonl"))
-    trainer = Trainer(recipe, resume="auto")
-    assert trainer.start == 2
-    trainer.run()
-    Trainer(make_recipe(flux, tmp_path / "whole", iterations=3)).run()
-    ours, wanted = (
-        checkpoint.load(run / "checkpoints" / "000003")[0]["model"] for run in (finished, tmp_path / "whole")
-    )
-    assert all(torch.equal(ours[name], value) for name, value in wanted.items())
-
-
-def test_other_prompts_are_refused(flux: Path, finished: Path) -> None:
-    recipe = make_recipe(flux, finished)
-    prompts = Path(recipe.prompts)
-    lines = prompts.read_text().splitlines()
-    for changed in (lines[::-1], lines[:2], [line.replace('"colour": "red"', '"colour": "rot"') for line in lines]):
-        prompts.write_text("\n".join(changed))
-        with pytest.raises(ValueError, match=rf"prompts: got {len(changed)} for training from .*, want the 3 that"):
-            Trainer(recipe, resume="auto")
-    prompts.write_text("\n".join(lines))
-    assert Trainer(recipe, resume="auto").start == 2
-
-
-def test_other_evaluation_prompts_are_refused(flux: Path, tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text('{"prompt": "red"}\n')
-    evaluation = EvaluationSettings(
-        prompts=str(held_out), samples_per_prompt=2, grid_samples=1, rewards=[reward("Brightness")]
-    )
-    Trainer(make_recipe(flux, tmp_path / "run", iterations=1, evaluation=evaluation)).run()
-    held_out.write_text('{"prompt": "green"}\n')
-    with pytest.raises(ValueError, match=r"prompts: got 1 for evaluation from .*held_out"):
-        Trainer(make_recipe(flux, tmp_path / "run", evaluation=evaluation), resume="auto")
-
-
-def test_pictures_count_by_their_file(tmp_path: Path) -> None:
-    found = []
-    for folder, size in (("a", 3), ("b", 3), ("c", 4)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.png").write_bytes(b"." * size)
-        (tmp_path / folder / "p.jsonl").write_text('{"prompt": "x", "image": "x.png"}')
-        found.append(prompts_digest(load_prompts(tmp_path / folder / "p.jsonl")))
-    assert found[0] == found[1] != found[2]
-
-
-def test_another_model_is_refused(flux: Path, finished: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(flux, tmp_path / "other")
-    config = other / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"shift": 2.0', '"shift": 1.0'))
-    with pytest.raises(ValueError, match=r"model\.path: got .*other, want .*; 1 of its files .*scheduler_config\.json"):
-        Trainer(make_recipe(other, finished), resume="auto")
-    with pytest.raises(ValueError, match=r"model\.vae_tiling: got a VAE that decodes in tiles"):
-        Trainer(make_recipe(flux, finished, vae_tiling="on"), resume="auto")
-
-
-def test_a_finished_run_says_so(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = (finished / "metrics.jsonl").read_bytes()
-    shutil.rmtree(finished / "model")
-    Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto").run()
-    assert "tiny: all 2 iterations are done, for more raise train.iterations" in capsys.readouterr().out
-    # A crash may have come between the last checkpoint and the model.
-    assert (finished / "model" / "transformer" / "config.json").is_file()
-    assert (finished / "metrics.jsonl").read_bytes() == rows
+    before = written()
+    command = ["train", str(write_recipe(make_recipe(flux, finished), finished.parent / "recipe.yaml"))]
+    assert main([*command, "--resume", "auto"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny: all 2 iterations are done, for more raise train.iterations" in said
+    assert f"everything is in {finished}" in said
+    assert written() == before
+    # A crash may have come between the last checkpoint and the model, or left an earlier one.
+    for damage in (lambda: shutil.rmtree(finished / "model"), lambda: (finished / "model" / "saved.json").unlink()):
+        damage()
+        Trainer(make_recipe(flux, finished, keep_checkpoints=3), resume="auto").run()
+        assert (finished / "model" / "transformer" / "config.json").is_file()
+        assert RunDirectory(finished).saved("model") == 2
+    assert rows(finished / "metrics.jsonl")[1]["iteration"] == 2
     with pytest.raises(ValueError, match=r"train\.iterations: got 1, want at least the 2 of .*000002"):
         Trainer(make_recipe(flux, finished, iterations=1), resume="auto")
-
-
-def test_half_written_checkpoints_are_ignored_and_removed(flux: Path, finished: Path) -> None:
-    stale = finished / "checkpoints" / ".000009.1"
-    stale.mkdir()
-    (stale / "model.safetensors").write_bytes(b"half")
-    trainer = Trainer(make_recipe(flux, finished, iterations=3), resume="auto")
-    assert trainer.start == 2
-    trainer.run()
-    assert not stale.exists()
-    assert [path.name for path in checkpoint.complete(finished / "checkpoints")] == ["000002", "000003"]
-
-
-def test_a_folder_is_one_runs(workspace: Path) -> None:
-    """Two runs in a folder would drop each other's rows; a killed one keeps nobody out."""
-    root = workspace / "run"
-    holder = FORKED.Process(target=exec, args=(HOLDER, {"root": str(root)}))
-    holder.start()
-    while not (root / "claimed").exists() and holder.is_alive():
-        time.sleep(0.05)
-    for resume in (None, "auto"):
-        with pytest.raises(ValueError, match=r"output_dir: got .*run, where a run is going on"):
-            Trainer(make_recipe(workspace / "base", root), resume)
-    holder.kill()
-    holder.join()
-    assert RunDirectory(root).claim() is None
-    assert RunDirectory(root).claim() is None

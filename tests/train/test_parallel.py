@@ -13,6 +13,7 @@ from dancegrpo_fast.processes import Processes, share
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
 
+from ..models import lora_files
 from ..processes import together
 from ..tolerances import REORDERED_SUMS, assert_same_training
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
@@ -44,6 +45,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # A reference model of its own, and gradients that are reduced in every call.
     "kl": {"prompts_per_iteration": 2, "kl_weight": 0.1, "gradient_sync": "call"},
+}
+# From a LoRA file.
+STARTED: dict[str, dict[str, Any]] = {
+    "adapter": {"lora": LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS), "kl_weight": 0.1},
+    "merged": {"iterations": 1},
 }
 BF16: dict[str, Any] = {"prompts_per_iteration": 2, "mixed_precision": "bf16", "iterations": 1}
 
@@ -87,6 +93,8 @@ def run_alone(recipes: dict[str, Any]) -> Alone:
 def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of two processes."""
     folder, cases = tmp_path_factory.mktemp("parallel"), {}
+    start = folder / "start"
+    lora_files.write("diffusers", flux, start)
 
     def add(name: str, sharded: bool, resume: str | None = None, **changes: Any) -> None:
         cases[name] = sharded, recipe(flux, folder / name, **changes), resume
@@ -94,17 +102,26 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, sharded in (("ddp", False), ("fsdp", True)):
         for name, changes in SETTINGS.items():
             add(f"{kind}-{name}", sharded, **changes)
+        for how, changes in STARTED.items():
+            add(f"{kind}-{how}", sharded, start_from=str(start), start_as=how, **changes)
         add(f"{kind}-resumed", sharded, str(folder / f"{kind}-even" / "checkpoints" / "000001"), **SETTINGS["even"])
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-bf16", True, **BF16)
+    # Nothing is left to do but to save the model.
+    of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
+    add("fsdp-crossed", True, of_one_file, **SETTINGS["even"] | {"iterations": 1})
     return run_together(folder, cases)
 
 
 @pytest.fixture(scope="module")
 def alone(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    return run_alone({name: recipe(flux, folder / name, **changes) for name, changes in SETTINGS.items()})
+    recipes = {name: recipe(flux, folder / name, **changes) for name, changes in SETTINGS.items()}
+    lora_files.write("diffusers", flux, folder / "start")
+    for how, changes in STARTED.items():
+        recipes[how] = recipe(flux, folder / how, start_from=str(folder / "start"), start_as=how, **changes)
+    return run_alone(recipes)
 
 
 def seen(runs: Path, name: str) -> list[dict[str, Any]]:
@@ -218,6 +235,32 @@ def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Pa
     assert trainer.start == 1 and trainer.average is not None
     assert_same_bits({name: p.detach() for name, p in trainer.parameters.items()}, tensors["model"])
     assert_same_bits(trainer.average.values, tensors["ema"])
+
+
+def test_each_process_writes_its_shards(runs: Path) -> None:
+    """As torch.distributed.checkpoint reads them, without a process group."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = runs / "fsdp-even" / "checkpoints" / "000002"
+    for group in ("model", "optimizer", "ema"):
+        wanted = checkpoint.load(folder)[0][group]
+        files = sorted((folder / group).iterdir())
+        assert [path.name for path in files] == ["00000-00000.safetensors", "00001-00000.safetensors"]
+        sizes = [path.stat().st_size for path in files]
+        assert max(sizes) < 0.6 * sum(sizes)
+        found = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
+        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder / group)), no_dist=True)
+        assert_same_bits(found, wanted)
+    assert (runs / "ddp-even" / "checkpoints" / "000002" / "optimizer.safetensors").is_file()
+
+
+def test_shards_are_taken_from_whole_files(runs: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    wanted = checkpoint.load(runs / "ddp-even" / "checkpoints" / "000001")[0]
+    for folder, group in (("model", "model"), ("model_ema", "ema")):
+        loaded = FluxTransformer2DModel.from_pretrained(runs / "fsdp-crossed" / folder, subfolder="transformer")
+        assert_same_bits(dict(loaded.named_parameters()), wanted[group])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

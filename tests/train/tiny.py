@@ -34,6 +34,15 @@ class Brightness:
         return inputs.frames[:, :, self.channel].mean(dim=(1, 2, 3))
 
 
+class Asked(Brightness):
+    """Of a server, wherever it is."""
+
+    free_args = frozenset({"url"})
+
+    def __init__(self, url: str = "", channel: int = 0) -> None:
+        super().__init__(channel)
+
+
 class FirstGroup:
     """Mean red of the first prompt's samples, and equal rewards of the others'."""
 
@@ -50,11 +59,11 @@ class Steady:
 
 
 class Refusing(Brightness):
-    """Does not score every fifth shade of the first pixel."""
+    """Does not score every seventh shade of the first pixel."""
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
-        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 5
-        refused = (shades == 4).nonzero().flatten().tolist()
+        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 7
+        refused = (shades == 0).nonzero().flatten().tolist()
         if refused:
             raise UnscoredError(super().__call__(inputs), dict.fromkeys(refused, "no such shade"))
         return super().__call__(inputs)
