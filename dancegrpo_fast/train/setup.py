@@ -19,7 +19,7 @@ from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
 from ..stopping import Stop
-from .calls import Policy, probe, rows_are_equal
+from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .draw import shared_step
 from .ema import MovingAverage
@@ -224,7 +224,7 @@ class Setup:
             conditioning = self.residence.encode(self.reached[: self.policy.rows])
             self.residence.use("denoiser")
             with self.processes.sampling(self.model.denoiser, resident=False):
-                row = flops_of_a_row(self.policy, probe(self.policy, self.table, conditioning))
+                row = flops_of_a_row(self.policy, self.table, conditioning)
         shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
         whole = None if peak is None else peak * self.processes.count
         return Speed(self.recipe, len(self.table), shared, row, whole)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..models import Conditioning
 from ..recipe import Recipe
-from .calls import Inputs, Policy
+from ..transitions import TransitionTable
+from .calls import Policy, probe
 
 # Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by words of the device's name; the first whose words are all there.
 PEAKS = (("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), ("L40S", 362), ("L4", 121))
@@ -25,10 +27,10 @@ def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def flops_of_a_row(policy: Policy, inputs: Inputs) -> float | None:
+def flops_of_a_row(policy: Policy, table: TransitionTable, conditioning: Conditioning) -> float | None:
     """Of a forward pass with its guidance; None where torch does not see the attention: another package's kernel."""
     with FlopCounterMode(display=False) as counter:
-        policy(policy.model.denoiser, *inputs)
+        policy(policy.model.denoiser, *probe(policy, table, conditioning))
     seen = re.search("scaled_dot_product|bmm", str(counter.get_flop_counts()["Global"]))
     return counter.get_total_flops() / policy.rows if seen else None
 
