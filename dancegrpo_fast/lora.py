@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 ADAPTER = "default"  # peft's name of the layers that are trained
@@ -18,35 +17,36 @@ def unmatched(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
 
 
-def add_lora(
-    denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], dtype: torch.dtype | None = None
-) -> None:
+def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
+    """Raises ValueError where a target is the end of no module's name."""
+    if lost := unmatched(denoiser, targets):
+        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
+
+
+def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
     """Freezes the denoiser and adds peft LoRA layers to the modules whose names end in one of `target_modules`.
+
+    They are float32 whatever their modules are: peft casts a layer's input to float32 and its sum back, so that hidden
+    states keep their dtype, and no step of the optimiser is rounded away.
 
     Args:
         denoiser: a diffusers model.
         rank: of the update matrices.
         alpha: its scale is `alpha / rank`.
         target_modules: endings of module names.
-        dtype: of the layers; None: peft's choice, each its module's, and float32 for some quantised ones.
 
     Raises:
         ValueError: no module has such a name.
     """
     from peft import LoraConfig
 
-    if lost := unmatched(denoiser, target_modules):
-        raise ValueError(f"model.lora.target_modules: got {', '.join(lost)}, want endings of the denoiser's modules")
-    denoiser.requires_grad_(False)
+    check_targets(denoiser, target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
     try:
         denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     except ValueError as error:
         raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
-    if dtype is not None:
-        for parameter in denoiser.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+    trained_in_float32(denoiser)
 
 
 def layers(denoiser: nn.Module) -> dict[str, Any]:

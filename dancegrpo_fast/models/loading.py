@@ -42,7 +42,8 @@ def variant_of(*folders: Path) -> dict[str, str]:
     return {"variant": only[0]}
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
+    """Whether it looks like `owner/name`, and is no path that exists."""
     return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/"))
 
 
@@ -59,7 +60,7 @@ def find_folder(path: str, *without: str) -> Path:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         raise ValueError(f"model.path: got {path}, want a diffusers folder (no model_index.json there) or a hub name")
     from diffusers import DiffusionPipeline
 
@@ -67,6 +68,24 @@ def find_folder(path: str, *without: str) -> Path:
     unused = ("safety_checker", "feature_extractor", "image_encoder", "image_processor", *without)
     try:
         return Path(DiffusionPipeline.download(path, **dict.fromkeys(unused)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: got {path}, want a diffusers folder or a name on the hub that can be reached ({error})"
+        ) from error
+
+
+def pipeline_index(path: str) -> dict[str, Any]:
+    """The `model_index.json` of a local folder or of a model on the hub; empty where a folder has none.
+
+    Raises:
+        ValueError: it cannot be had, or read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not is_hub_name(path) and not (Path(path) / DiffusionPipeline.config_name).is_file():
+        return {}
+    try:
+        return dict(DiffusionPipeline.load_config(path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.path: got {path}, want a diffusers folder or a name on the hub that can be reached ({error})"
@@ -87,7 +106,7 @@ def find_denoiser(path: str, part: str) -> Path:
     folder = Path(path)
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
-    if _is_hub_name(path):
+    if is_hub_name(path):
         from huggingface_hub import snapshot_download
 
         wanted = [f"{where}{file}" for where in ("", f"{part}/") for file in (CONFIG, f"{WEIGHTS}*.safetensors*")]
@@ -107,6 +126,16 @@ def published_as(denoiser: str, folder: Path) -> str:
     """The planner's name of a published denoiser; of any other one its local folder, beside which it knows no VAE."""
     published = {specs.resolve(name).hub: name for name in specs.names()}
     return published.get(denoiser, str(folder))
+
+
+def without_weights(name: str, folder: Path) -> nn.Module:
+    """A denoiser of diffusers' class `name` on the meta device, for what its configuration in `folder` says."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    with torch.device("meta"):
+        made: nn.Module = cls.from_config(cls.load_config(folder))
+    return made
 
 
 def load_denoiser(

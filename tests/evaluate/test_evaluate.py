@@ -258,7 +258,7 @@ def test_columns_of_any_type_are_trained_on_and_evaluated(flux: Path, tmp_path: 
 
 def test_lines_are_appended(tmp_path: Path) -> None:
     def row(prompt: int, sample: int) -> dict[str, Any]:
-        return {"sampler": "ode", "prompt_index": prompt, "sample": sample}
+        return {"sampler": "ode", "prompt_index": prompt, "sample": sample, "scores": {"x": 0.5}}
 
     scores = Scores(tmp_path, {"seed": 0})
     scores.add([row(0, 0), row(0, 1)])
@@ -270,6 +270,10 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     # Half a prompt is dropped from the file, too.
     again.add([row(1, 0), row(1, 1)])
     assert rows_of(tmp_path) == again.rows == [row(0, 0), row(0, 1), row(1, 0), row(1, 1)]
+    # What a reward has dropped is asked for again.
+    again.add([row(2, 0) | {"scores": {"x": None}}])
+    assert not again.has("ode", range(2, 3), 1) and len(again.rows) == 4
+    again.add([])
     reader = Scores(tmp_path, {"seed": 0}, writes=False)
     reader.add([row(2, 0)])
     assert len(reader.rows) == 5 and len(rows_of(tmp_path)) == 4

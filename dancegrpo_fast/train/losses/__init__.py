@@ -10,6 +10,7 @@ from .base import Loss as Loss
 from .base import Outputs as Outputs
 from .base import Term as Term
 from .grpo import Grpo
+from .grpo import check_steps as check_steps
 
 
 def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, processes: Processes) -> Loss:
