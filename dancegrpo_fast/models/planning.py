@@ -66,7 +66,6 @@ def settings_of(
         dtype="bf16" if half else "fp32_master",
         lora=given.lora.rank if given.lora else 0,
         lora_targets=tuple(given.lora.target_modules) if given.lora else (),
-        lora_dtype="bf16" if half else "fp32",
         base=given.quantization or "none",
         policy=given.checkpointing,
         # As torch's own SDPA keeps it.

@@ -55,6 +55,19 @@ class Recipe:
         if self.threads is not None:
             at_least("threads", self.threads, 1)
 
+    def check_trained(self) -> None:
+        """Raises ValueError where steps of the optimiser would be rounded away, or masters have nothing to hold."""
+        dtype, masters = self.model.dtype, self.train.master_dtype is not None
+        narrow = dtype != "float32" and self.model.lora is None
+        if narrow and not masters:
+            raise ValueError(
+                f'model.dtype: got "{dtype}" without model.lora, in which small steps are rounded away, want float32 '
+                'with train.mixed_precision bf16, or train.master_dtype "float32"'
+            )
+        if masters and not narrow:
+            which = "LoRA layers" if self.model.lora else "weights"
+            raise ValueError(f'train.master_dtype: got "float32" for {which} that are float32, want null')
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written into checkpoints, with the number of a clip range that is null."""
         found = asdict(self)

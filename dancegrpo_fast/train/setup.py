@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ..files import write_text
-from ..models import load_model
+from ..models import family_of, load_model
+from ..optimizers import EIGHT_BIT, find_optimizer, probe
 from ..processes import Processes
 from ..prompts import Prompt, load_prompts, prompts_of_run
 from ..recipe import Recipe
-from ..rewards import RewardSet
+from ..rewards import RewardSet, check_reward
 from ..rng import derive_seed
 from ..run import checkpoint
 from ..run.changes import ALL, read_accepted, within
@@ -22,7 +23,7 @@ from .calls import Policy, rows_are_equal
 from .collect import Collector
 from .ema import MovingAverage
 from .held_out import Evaluator
-from .losses import make_loss
+from .losses import check_steps, make_loss
 from .optimizer import Optimizer
 from .residence import Residence
 from .state import State
@@ -151,7 +152,13 @@ class Setup:
 
     def _check(self) -> None:
         """Settings that these processes, or training, cannot have."""
-        recipe, processes = self.recipe, self.processes
+        recipe, processes, optimizer = self.recipe, self.processes, self.recipe.train.optimizer
+        recipe.check_trained()
+        find_optimizer(optimizer)
+        if optimizer == EIGHT_BIT and self.device.type == "cpu":
+            raise ValueError(f'train.optimizer: got "{optimizer}" on a CPU, want a GPU, or adamw')
+        if (kept := probe(recipe.train)).others and processes.sharded:
+            raise ValueError(f'train.optimizer: got "{optimizer}" under FSDP2, which cannot split its {kept.others[0]}')
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and processes.sharded:
@@ -160,6 +167,10 @@ class Setup:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
+        check_steps(recipe)
+        family_of(recipe.model)
+        for reward in recipe.evaluation.rewards if recipe.evaluation is not None else ():
+            check_reward(reward)
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Of training, and of evaluation."""
@@ -197,8 +208,10 @@ class Setup:
         self.denoiser = processes.wrap(self.model.denoiser)
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(self.parameters, train, keep_gradients=self.denoiser is not self.model.denoiser)
-        self.average = None if train.ema_decay is None else MovingAverage(self.parameters, train.ema_decay)
-        self.state = State(identity, processes, self.parameters, self.optimizer, self.average)
+        self.average = (
+            None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
+        )
+        self.state = State(identity, processes, self.optimizer, self.average)
 
     def _probe_rows(self) -> bool:
         conditioning = self.residence.encode(self.reached[: self.policy.rows])

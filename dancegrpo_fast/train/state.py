@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..processes import Processes, like
 from ..run import checkpoint
@@ -21,16 +21,14 @@ from .optimizer import Optimizer
 
 @dataclass
 class State:
-    """Trained parameters, their average, the optimiser, torch's generators; and whose run it is.
+    """Trained weights, their average, the optimiser, torch's generators; and whose run it is.
 
     Attributes:
         identity: of the recipe, its prompts and its model.
-        parameters: by name.
     """
 
     identity: Mapping[str, Any]
     processes: Processes
-    parameters: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     average: MovingAverage | None
 
@@ -40,7 +38,10 @@ class State:
         Raises:
             RuntimeError: a value is not finite; nothing is written.
         """
-        groups: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "optimizer": self.optimizer.tensors()}
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "model": self.optimizer.weights,
+            "optimizer": self.optimizer.tensors(),
+        }
         if self.average is not None:
             groups["ema"] = self.average.values
         check_finite(groups, self.processes, iteration, directory.newest())
@@ -68,13 +69,14 @@ class State:
         """
         groups, state = checkpoint.stored(folder, self.processes)
         found, weights = check_model(folder, state, self.identity, accepted), groups["model"]
-        if {name: tuple(one.shape) for name, one in self.parameters.items()} != {
+        if {name: tuple(one.shape) for name, one in self.optimizer.weights.items()} != {
             n: w.shape for n, w in weights.items()
         }:
             raise ValueError(f"resume: {folder} holds other parameters than this model trains")
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(like(weights[name], parameter))
+            for name, weight in self.optimizer.weights.items():
+                weight.copy_(like(weights[name], weight))
+        self.optimizer.round_masters()
         if self.average is not None:
             self.average.load(groups.get("ema") or weights)
         if "train.optimizer" not in changed:

@@ -170,7 +170,7 @@ def test_a_denoiser_from_elsewhere(base: Base, tmp_path: Path, where: str) -> No
     plain, _ = load(make_recipe(CASES["flux"], flux, tmp_path / "run", **settings))
     recipe = make_recipe(CASES["flux"], without, tmp_path / "run", denoiser=str(other), **settings)
     model, _ = load(recipe)
-    assert model.planned_as == str(model.denoiser_folder)
+    assert model.planned_as == str(model.denoiser_path)
     for name, value in plain.denoiser.state_dict().items():
         assert torch.equal(value, model.denoiser.state_dict()[name])
     assert model._store.folder == plain._store.folder

@@ -137,7 +137,7 @@ def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
 def _own(trainer: Trainer, name: str) -> int:
     if name == "parameters":
         return sum(p.nbytes for p in trainer.denoiser.parameters())
-    return sum(t.nbytes for state in trainer.optimizer.adamw.state.values() for t in state.values())
+    return sum(t.nbytes for state in trainer.optimizer.torch.state.values() for t in state.values())
 
 
 def test_without_a_planner_there_is_a_reason(flux: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dancegrpo_fast.processes import Processes, share
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
 
+from ..models import lora_files
 from ..processes import together
 from ..tolerances import REORDERED_SUMS, assert_same_training
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
@@ -45,6 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # A reference model of its own, and gradients that are reduced in every call.
     "kl": {"prompts_per_iteration": 2, "kl_weight": 0.1, "gradient_sync": "call"},
+}
+# From a LoRA file.
+STARTED: dict[str, dict[str, Any]] = {
+    "adapter": {"lora": LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS), "kl_weight": 0.1},
+    "merged": {"iterations": 1},
 }
 BF16: dict[str, Any] = {"prompts_per_iteration": 2, "mixed_precision": "bf16", "iterations": 1}
 
@@ -88,6 +94,8 @@ def run_alone(recipes: dict[str, Any]) -> Alone:
 def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of two processes."""
     folder, cases = tmp_path_factory.mktemp("parallel"), {}
+    start = folder / "start"
+    lora_files.write("diffusers", flux, start)
 
     def add(name: str, sharded: bool, resume: str | None = None, **changes: Any) -> None:
         cases[name] = sharded, recipe(flux, folder / name, **changes), resume
@@ -95,6 +103,8 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, sharded in (("ddp", False), ("fsdp", True)):
         for name, changes in SETTINGS.items():
             add(f"{kind}-{name}", sharded, **changes)
+        for how, changes in STARTED.items():
+            add(f"{kind}-{how}", sharded, start_from=str(start), start_as=how, **changes)
         add(f"{kind}-resumed", sharded, str(folder / f"{kind}-even" / "checkpoints" / "000001"), **SETTINGS["even"])
         signalled = {"call": 2, "number": signal.SIGTERM, "mark": str(folder / f"{kind}-signalled")}
         failing = {"call": 1, "number": 0, "mark": str(folder / f"{kind}-failed")}
@@ -117,7 +127,11 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    return run_alone({name: recipe(flux, folder / name, **changes) for name, changes in SETTINGS.items()})
+    recipes = {name: recipe(flux, folder / name, **changes) for name, changes in SETTINGS.items()}
+    lora_files.write("diffusers", flux, folder / "start")
+    for how, changes in STARTED.items():
+        recipes[how] = recipe(flux, folder / how, start_from=str(folder / "start"), start_as=how, **changes)
+    return run_alone(recipes)
 
 
 def seen(runs: Path, name: str) -> list[dict[str, Any]]:

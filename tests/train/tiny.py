@@ -83,11 +83,11 @@ class Steady:
 
 
 class Refusing(Brightness):
-    """Does not score every fifth shade of the first pixel."""
+    """Does not score every seventh shade of the first pixel."""
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
-        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 5
-        refused = (shades == 4).nonzero().flatten().tolist()
+        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 7
+        refused = (shades == 0).nonzero().flatten().tolist()
         if refused:
             raise UnscoredError(super().__call__(inputs), dict.fromkeys(refused, "no such shade"))
         return super().__call__(inputs)

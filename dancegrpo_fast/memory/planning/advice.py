@@ -60,8 +60,6 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
         yield Knob("block ops, lossless", {"block_ops": "lossless"})
     if thorough:
-        if s.lora and s.lora_dtype == "fp32" and s.dtype == "bf16":
-            yield Knob("LoRA layers in bf16 (float32 ones keep their inputs in float32)", {"lora_dtype": "bf16"})
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
         if not s.lora:

@@ -93,9 +93,9 @@ class Settings:
             float32 shards, gathered in bf16, and autocast too.
         lora: rank, or 0 for full fine-tuning.
         lora_targets: endings of the module names that get LoRA layers.
-        lora_dtype: of the LoRA layers of a bf16 model: "bf16", as diffusers' `add_adapter` and so the trainer makes
-            them, or "fp32", as peft's `get_peft_model` does. Each float32 layer keeps a float32 copy of its input for
-            the backward.
+        lora_dtype: of the LoRA layers of a bf16 model: "fp32", as the trainer and peft's `get_peft_model` make them, or
+            "bf16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its input for the
+            backward.
         base: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
         policy: of checkpointing: "none", "full", "attention", "matmul", "first:k" (full for the first k), "auto".
@@ -134,7 +134,7 @@ class Settings:
     dtype: str = "bf16"
     lora: int = 0
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    lora_dtype: str = "bf16"
+    lora_dtype: str = "fp32"
     base: str = "none"
     policy: str = "auto"
     attention: str = "auto"

@@ -178,6 +178,7 @@ class Gathers:
         self.least = weights.bytes if self.stays and phase == "rollout" else 0
         self.parts, self.root = weights.blocks, weights.root
         self.sizes = [part.bytes for part in weights.blocks]
+        self.width = weights.trainable_bytes / weights.trainable
 
     def copies(self, i: int) -> int:
         """Gathered parameters while block i runs."""
@@ -210,12 +211,12 @@ class Gathers:
         return there + (0 if self.backward and self.stays else self.sizes[-1])
 
     def most(self) -> Vector:
-        """At any moment, with the gradients of the root and of one block in bf16."""
+        """At any moment, with the gradients of the root and of one block."""
         count = range(len(self.parts))
         inside = [self.inside(i) if self.backward else max(self.inside(i), self.entry(i)) for i in count]
         found = self._named(max(self.before(), self.after(), *inside))
         if self.backward:
-            found["gradients"] = 2 * (self.root.trainable + max(part.trainable for part in self.parts))
+            found["gradients"] = self.width * (self.root.trainable + max(part.trainable for part in self.parts))
         return found
 
     def _named(self, size: int) -> Vector:
