@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +37,6 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16": autocast of the denoiser; under FSDP2 parameters are also gathered in it.
-        project_dir: of the trackers.
 
     Attributes:
         accelerator: accelerate's.
@@ -53,15 +51,13 @@ class Processes:
             a torch before 2.9.
     """
 
-    def __init__(self, mixed_precision: str, project_dir: Path) -> None:
+    def __init__(self, mixed_precision: str) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
         plugin = _fsdp_plugin()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
-            log_with="tensorboard" if is_tensorboard_available() else None,
-            project_dir=str(project_dir),
             fsdp_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
