@@ -34,5 +34,9 @@ def store_in_fp8(denoiser: Any, compute: torch.dtype) -> None:
 
     Autograd keeps the cast copy of a layer for its backward: memory is saved where blocks are checkpointed.
     """
+    from diffusers.hooks import HookRegistry
+
     skipped = (*(denoiser._skip_layerwise_casting_patterns or ()), "norm", "pos_embed", "lora_")
     denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute, skip_modules_pattern=skipped)
+    # It has peft hand a layer's input to LoRA as it is, as if LoRA were in float8, too.
+    HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook("peft_autocast_disable")

@@ -19,10 +19,14 @@ class TrainSettings:
         updates_per_rollout: optimiser steps that share out a rollout's samples.
         inner_epochs: passes over a rollout.
         best_of_n: train on the k best and k worst of each group; null: on all.
-        learning_rate: of AdamW, at its highest.
+        optimizer: "adamw", "adamw8bit" (bitsandbytes', on a GPU), or any torch optimiser as "module:Class".
+        optimizer_args: its arguments beside the next two: betas, eps, and so on.
+        learning_rate: of the optimiser, at its highest.
         warmup_updates: that the learning rate takes to rise from `learning_rate / warmup_updates` to `learning_rate`.
         schedule: "constant", or how the learning rate falls from there to 0 at the run's end: "linear", "cosine".
-        weight_decay: of AdamW.
+        weight_decay: of the optimiser.
+        master_dtype: "float32": weights of all of a denoiser in fewer bits are trained as float32 copies, of which they
+            are the rounding. null: there are none.
         max_grad_norm: gradients are scaled down to it.
         clip_range: of the ratio: a number, or how far below and above 1 it may lie (DAPO's clip-higher). null: 1e-4 as
             published, with `ratio_norm`, whose ratios lie closer to 1, GRPO-Guard's 2e-6.
@@ -31,7 +35,7 @@ class TrainSettings:
         divide_by_std: false only subtracts the mean (Dr. GRPO).
         advantage_std_floor: a smaller standard deviation counts as this: what differences of a reward mean nothing.
         advantage_clip: largest absolute advantage of each reward, before its weight.
-        kl_weight: of the KL to the model as loaded, that of a step. Flow-GRPO's `beta`, whose KL lacks the step size
+        kl_weight: of the KL to the model as it starts, that of a step. Flow-GRPO's `beta`, whose KL lacks the step size
             -dt in the variance, is `kl_weight = beta (-dt)` here.
         ratio_norm: GRPO-Guard's RatioNorm.
         mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.
@@ -53,10 +57,13 @@ class TrainSettings:
     updates_per_rollout: int = 1
     inner_epochs: int = 1
     best_of_n: int | None = None
+    optimizer: str = "adamw"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-5
     warmup_updates: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 1e-4
+    master_dtype: Literal["float32"] | None = None
     max_grad_norm: float = 1.0
     clip_range: float | tuple[float, float] | None = None
     advantages: Literal["group", "batch"] = "group"
@@ -87,6 +94,11 @@ class TrainSettings:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, want more than 0, less than 1")
+        if self.optimizer not in ("adamw", "adamw8bit") and not all(self.optimizer.partition(":")):
+            raise ValueError(f'train.optimizer: got "{self.optimizer}", want adamw, adamw8bit or module:Class')
+        for name, where in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("params", "nothing")):
+            if name in self.optimizer_args:
+                raise ValueError(f"train.optimizer_args: got {name}, want train.{where} for it")
         batch = self.prompts_per_iteration * self.group_size
         if self.micro_batch > batch:
             raise ValueError(

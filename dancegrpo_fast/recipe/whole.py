@@ -1,6 +1,6 @@
 """A run, whole."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .checks import at_least, check_fields
@@ -23,6 +23,8 @@ class Recipe:
         rewards: what is maximised; several rewards sum their advantages.
         train: the optimisation.
         evaluation: what is measured beside it; null: nothing.
+        tracking: who is told: "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "aim", "comet_ml", "clearml",
+            "dvclive"; `[]` for none.
         output_dir: of metrics, checkpoints and pictures; null: `runs/<name>`.
         seed: everything random follows from it.
         checkpoint_every: iterations between checkpoints.
@@ -37,6 +39,7 @@ class Recipe:
     rewards: list[RewardSettings]
     train: TrainSettings
     evaluation: EvaluationSettings | None = None
+    tracking: list[str] = field(default_factory=lambda: ["tensorboard"])
     output_dir: str | None = None
     seed: int = 0
     checkpoint_every: int = 10
@@ -54,6 +57,19 @@ class Recipe:
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+
+    def check_trained(self) -> None:
+        """Raises ValueError where steps of the optimiser would be rounded away, or masters have nothing to hold."""
+        dtype, masters = self.model.dtype, self.train.master_dtype is not None
+        narrow = dtype != "float32" and self.model.lora is None
+        if narrow and not masters:
+            raise ValueError(
+                f'model.dtype: got "{dtype}" without model.lora, in which small steps are rounded away, want float32 '
+                'with train.mixed_precision bf16, or train.master_dtype "float32"'
+            )
+        if masters and not narrow:
+            which = "LoRA layers" if self.model.lora else "weights"
+            raise ValueError(f'train.master_dtype: got "float32" for {which} that are float32, want null')
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written into checkpoints, with the number of a clip range that is null."""

@@ -14,22 +14,23 @@ class MovingAverage:
     """`average <- decay average + (1 - decay) parameter`, in float32.
 
     Args:
-        parameters: by name; the average starts at their values.
+        parameters: by name.
+        weights: what is averaged, by the same names: the parameters or their masters; the average starts at them.
         decay: in (0, 1).
 
     Attributes:
         values: averages by name, split as the parameters are.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = parameters, decay
-        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], decay: float) -> None:
+        self._parameters, self._weights, self._decay = parameters, weights, decay
+        self.values = {name: w.detach().to(torch.float32, copy=True) for name, w in weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """One step after the optimiser's."""
-        for name, parameter in self._parameters.items():
-            local(self.values[name]).lerp_(local(parameter.detach()).float(), 1 - self._decay)
+        for name, weight in self._weights.items():
+            local(self.values[name]).lerp_(local(weight.detach()).float(), 1 - self._decay)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Any]) -> None:

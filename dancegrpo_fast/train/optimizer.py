@@ -1,4 +1,4 @@
-"""The optimiser's step: gradients that were not made, clipping, AdamW; and its state by name."""
+"""The optimiser's step: gradients that were not made, clipping, float32 masters; and its state by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optimizers import ADAMW, changed_settings, make_optimizer, probe
 from ..processes import like, whole
 from ..recipe import TrainSettings
 
 
 class Optimizer:
-    """AdamW on the trained parameters.
+    """The recipe's optimiser on the trained parameters.
 
     Args:
         parameters: by name.
@@ -19,40 +20,73 @@ class Optimizer:
         keep_gradients: they are DDP's buckets, which stay.
 
     Attributes:
-        adamw: torch's.
+        torch: the optimiser itself.
+        weights: what it steps, by name: the parameters, or with `train.master_dtype` float32 masters, of which narrower
+            parameters are the rounding.
+
+    Raises:
+        ValueError: the optimiser does not take these parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSettings, *, keep_gradients: bool) -> None:
         self._parameters, self._max_norm, self._keep = parameters, train.max_grad_norm, keep_gradients
-        fused = all(parameter.is_cuda for parameter in parameters.values())
-        self.adamw = torch.optim.AdamW(
-            list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused
-        )
+        self.weights = dict(parameters)
+        if train.master_dtype is not None:
+            self.weights |= {n: nn.Parameter(p.detach().float()) for n, p in parameters.items() if p.itemsize < 4}
+        more: dict[str, Any] = {}
+        if train.optimizer == ADAMW and not train.optimizer_args.keys() & {"fused", "foreach"}:
+            more["fused"] = all(parameter.is_cuda for parameter in parameters.values())
+        self.torch = make_optimizer(train, self.weights.values(), **more)
+        self._numbers = probe(train).numbers
+        # Of a parameter group: some optimisers keep what they learn of all tensors there.
+        self._settings = dict(self.torch.param_groups[0])
 
     def step(self, changed: bool, learning_rate: float) -> Tensor:
         """Clips the gradients, steps and clears them; returns their norm before that, 0-dimensional.
 
         `changed` is False where no backward ran.
         """
-        parameters = list(self._parameters.values())
         if not changed:
             # Skipping work must not skip the optimiser: its momentum moves on with a gradient of zero.
-            for parameter in parameters:
+            for parameter in self._parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
-        for group in self.adamw.param_groups:
+        self._widen_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self._max_norm)
+        for group in self.torch.param_groups:
             group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=not self._keep)
+        self.torch.step()
+        self.torch.zero_grad(set_to_none=not self._keep)
+        self.round_masters()
         return whole(norm)
 
+    def _widen_gradients(self) -> None:
+        """Hands gradients of narrow parameters to their masters."""
+        for name, parameter in self._parameters.items():
+            master = self.weights[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            master.grad = parameter.grad.float()
+            if self._keep:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Writes masters into their parameters."""
+        for name, parameter in self._parameters.items():
+            if self.weights[name] is not parameter:
+                parameter.copy_(self.weights[name])
+
     def tensors(self) -> dict[str, Tensor]:
-        """AdamW's state as `<parameter>/<key>`."""
-        return {
-            f"{name}/{key}": torch.as_tensor(value)
-            for name, parameter in self._parameters.items()
-            for key, value in self.adamw.state.get(parameter, {}).items()
+        """The optimiser's state as `<weight>/<key>`, and as `/<key>` what it changed of its settings."""
+        found = {
+            f"{name}/{key}": _stored(value)
+            for name, weight in self.weights.items()
+            for key, value in self.torch.state.get(weight, {}).items()
         }
+        changed = changed_settings(self._settings, self.torch.param_groups[0])
+        return found | {f"/{key}": _stored(value) for key, value in changed.items()}
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Puts back whole `tensors()`, or what gives parts of them when sliced.
@@ -62,16 +96,38 @@ class Optimizer:
         """
         for key, stored in tensors.items():
             name, _, entry = key.rpartition("/")
-            if name not in self._parameters:
+            if not name:
+                self._load_setting(entry, stored[...])
+            elif name not in self.weights:
                 raise ValueError(
                     f"resume: the checkpoint holds optimiser state of {name}, which this model does not train"
                 )
-            parameter = self._parameters[name]
-            value = like(stored, parameter) if stored.shape else stored[...]
-            if stored.shape and value.is_floating_point():
+            else:
+                self.torch.state[self.weights[name]][entry] = self._loaded(entry, stored, self.weights[name])
+
+    def _loaded(self, entry: str, stored: Any, weight: Tensor) -> Any:
+        if entry in self._numbers:
+            return self._numbers[entry](stored[...].item())
+        if stored.shape and tuple(stored.shape) == weight.shape:
+            value = like(stored, weight)
+            if isinstance(self.torch, torch.optim.AdamW):
                 # An earlier version had LoRA layers and their states in bfloat16.
-                value = value.to(torch.promote_types(value.dtype, parameter.dtype))
-            elif self.adamw.defaults.get("fused"):
-                # Its step counter is on the CPU otherwise.
-                value = value.to(parameter.device)
-            self.adamw.state[parameter][entry] = value
+                value = value.to(torch.promote_types(value.dtype, weight.dtype))
+            return value
+        # torch's own step counters are on the CPU otherwise.
+        stays = entry == "step" and not self.torch.defaults.get("fused") and not self.torch.defaults.get("capturable")
+        return stored[...] if stays else stored[...].to(weight.device)
+
+    def _load_setting(self, entry: str, value: Tensor) -> None:
+        old = self._settings.get(entry)
+        found = value.to(old.device) if isinstance(old, Tensor) else value.item()
+        for group in self.torch.param_groups:
+            group[entry] = found
+
+
+def _stored(value: Any) -> Tensor:
+    """A tensor as it is, a number with all of its bits."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=_WIDE[type(value)])
+
+
+_WIDE = {bool: torch.bool, int: torch.int64, float: torch.float64}

@@ -14,7 +14,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def case_of(
-    model: str | Path, size: int = 64, frames: int = 1, lora: int = 0, lora_dtype: str = "bf16", kernel: str = "flash"
+    model: str | Path, size: int = 64, frames: int = 1, lora: int = 0, lora_dtype: str = "fp32", kernel: str = "flash"
 ) -> Case:
     """A call in training of one sample."""
     targets = TARGETS if lora else ()

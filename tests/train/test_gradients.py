@@ -71,7 +71,7 @@ def watched(trainer: Trainer) -> Seen:
         seen.gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values()]))
 
     trainer.collect, trainer.updates._deal = keep_batch, keep_samples  # type: ignore[assignment]  # as they are called
-    trainer.optimizer.adamw.register_step_pre_hook(keep_update)
+    trainer.optimizer.torch.register_step_pre_hook(keep_update)
     seen.row = trainer.iteration(1)
     return seen
 

@@ -66,7 +66,7 @@ def test_another_objective(flux: Path, tmp_path: Path, monkeypatch: pytest.Monke
     wanted = torch.autograd.grad((batch.own_advantages[index] * error).mean(), parameters)
 
     found: list[Tensor] = []
-    trainer.optimizer.adamw.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in parameters))
+    trainer.optimizer.torch.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in parameters))
     monkeypatch.setattr(trainer, "collect", lambda *_: batch)
     row = trainer.iteration(1)
     ours, theirs = (torch.cat([grad.flatten() for grad in grads]) for grads in (found, wanted))

@@ -45,7 +45,7 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("VAE tiling", {"vae_tiling": True})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw_fused"})
-    if s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
+    if s.optimizer.startswith("adamw") and s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
         yield Knob("8-bit AdamW", {"optimizer": "adamw_8bit"})
     if s.lora and s.base == "none":
         yield Knob("frozen weights in nf4", {"base": "nf4"})
@@ -60,8 +60,6 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
         yield Knob("block ops, lossless", {"block_ops": "lossless"})
     if thorough:
-        if s.lora and s.lora_dtype == "fp32" and s.dtype == "bf16":
-            yield Knob("LoRA layers in bf16 (float32 ones keep their inputs in float32)", {"lora_dtype": "bf16"})
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
         if not s.lora:
