@@ -1,6 +1,6 @@
 """Values that the projects' own code gave, on weights and pictures of a formula.
 
-Flow-GRPO's `pickscore_scorer.py`, `aesthetic_scorer.py` and `ocr.py`, DiffusionNFT's `hpsv2_scorer.py`, DanceGRPO's copy
+Flow-GRPO's `pickscore_scorer.py`, `aesthetic_scorer.py`, `ocr.py`, DiffusionNFT's `hpsv2_scorer.py`, DanceGRPO's copy
 of VideoAlign's `prompt_template.py`, and torchvision 0.28. Only weights, and paddleocr's reading, were replaced.
 """
 
