@@ -114,8 +114,14 @@ def replacing(target: Path, size: int | None = None) -> Iterator[Path]:
             os.replace(target, stale)
         os.replace(temporary, target)
         sync(target.parent)
-        for left in target.parent.glob(f".{target.name}.*"):
+        for left in leftovers(target.parent, re.escape(target.name)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """Folders that `replacing` was writing there when it was killed, of targets whose whole name matches."""
+    ours = re.compile(rf"\.(?:{name})\.(?:\d+|old)")
+    return [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+# What accelerate's configuration may ask for: values that ask for nothing, and what has the word in their place.
+ASKED: dict[str, tuple[str, ...]] = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.updates_per_rollout says when the optimiser steps"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "the trainer compiles nothing"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "a run is of one process, DDP or FSDP2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "a run is of one process, DDP or FSDP2"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a run is of one process, DDP or FSDP2"),
+}
+ASKED_OF_FSDP = {
+    "FSDP_SHARDING_STRATEGY": ("full_shard", "1", "fsdp_reshard_after_forward says what is split when"),
+    "FSDP_AUTO_WRAP_POLICY": (
+        "no_wrap",
+        "transformer_based_wrap",
+        "fsdp_transformer_layer_cls_to_wrap names what is split",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "model.checkpointing says what is recomputed"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false", "train.offload says what waits on the host"),
+    "FSDP_IGNORED_MODULES": ("", "every module is split"),
+}
+# How many processes a launcher says that there are: torchrun and accelerate, and those of MPI.
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 # That processes wait for one which encodes prompts or writes a checkpoint, before they take it for dead.
 PATIENCE = timedelta(hours=3)
@@ -38,7 +59,6 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16": autocast of the denoiser; under FSDP2 parameters are also gathered in it.
-        project_dir: of the trackers.
 
     Attributes:
         accelerator: accelerate's.
@@ -50,18 +70,18 @@ class Processes:
 
     Raises:
         ValueError: an engine of accelerate other than DDP and FSDP2, FSDP2 with parameters on the host, or on CPUs with
-            a torch before 2.9.
+            a torch before 2.9; an environment that asks for what the recipe does not; more processes than accelerate
+            sees.
     """
 
-    def __init__(self, mixed_precision: str, project_dir: Path) -> None:
+    def __init__(self, mixed_precision: str) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+        _check_environment(mixed_precision)
         plugin = _fsdp_plugin()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
-            log_with="tensorboard" if is_tensorboard_available() else None,
-            project_dir=str(project_dir),
             fsdp_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
@@ -74,6 +94,12 @@ class Processes:
         self.sharded = plugin is not None
         self.index: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
+        for name in LAUNCHED:
+            if int(os.environ.get(name) or 1) > self.count:
+                raise ValueError(
+                    f"{name}: got {os.environ[name]} processes, of which accelerate sees {self.count}; want a GPU for "
+                    "each, or ACCELERATE_USE_CPU=true"
+                )
         self.is_main = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         if self.sharded and self.device.type == "cpu" and torch.__version__ < "2.9":
@@ -113,6 +139,10 @@ class Processes:
         if self.distributed:
             dist.all_reduce(there, op)
         return there
+
+    def largest(self, number: int) -> int:
+        """Of a number that each process has; every process has to call it."""
+        return int(self.max(torch.tensor(number))) if self.distributed else number
 
     def collect(self, values: list[T]) -> list[T]:
         """The lists of all processes, in order, on each of them."""
@@ -256,6 +286,17 @@ class Processes:
         return found.cpu() if self.is_main else None
 
 
+def _check_environment(mixed_precision: str) -> None:
+    """Raises ValueError where accelerate's variables ask for what would be left undone, or done beside the recipe."""
+    asked = ASKED | (ASKED_OF_FSDP if _fsdp_asked() else {})
+    # `accelerate launch` says "no" where nobody asked.
+    asked["ACCELERATE_MIXED_PRECISION"] = ("no", mixed_precision, f'train.mixed_precision is "{mixed_precision}"')
+    for name, (*nothing, instead) in asked.items():
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in nothing:
+            raise ValueError(f'{name}: got "{value}", want "{nothing[0]}": {instead}')
+
+
 def _fsdp_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
@@ -275,7 +316,8 @@ def _fsdp_plugin() -> Any:
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    plugin = FullyShardedDataParallelPlugin()
+    # Models of rewards are whole in every process.
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version: got {plugin.fsdp_version} in accelerate's configuration, want 2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):

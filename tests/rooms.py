@@ -14,16 +14,17 @@ from pathlib import Path
 PACKAGE = "dancegrpo_fast"
 # From the bottom. A room imports from those of the lines above its own.
 ORDER = (
-    "kernels lazy install progress checks files marks rng drawing lora quantization",
+    "kernels lazy install progress stopping checks files marks rng drawing lora quantization",
     "transitions advantages prompts",
     "backends recipe",
     "ops optimizers",
     "patch",
     "activations dropin",
     "attention processes compat",
-    "memory",
-    "models rewards",
-    "run plugins",
+    "memory rewards",
+    "run",
+    "models",
+    "plugins",
     "train",
     "evaluate profile demo",
     PACKAGE,

@@ -1,11 +1,14 @@
 """The command `dancegrpo-fast`, one file a command; each is loaded when it is called, and nothing else imports them."""
 
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from .. import __version__
+from ..progress import say
+from ..stopping import Stop, Stopped
 
 USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [--accept-changes all|FIELD,FIELD]
                             [--train.iterations 10 ...]
@@ -60,17 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dancegrpo-fast {command}: got nothing, want {COMMANDS[command]}; --help says more", file=sys.stderr)
         return 2
     try:
-        done = importlib.import_module(f".{command}", __name__).main(rest)
+        with Stop(at_once=True):
+            done = importlib.import_module(f".{command}", __name__).main(rest)
     except ImportError as error:
         from ..install import missing
 
-        print(f"dancegrpo-fast {command}: {missing(error)}", file=sys.stderr)
+        say(f"dancegrpo-fast {command}: {missing(error)}", error=True)
         return 1
+    except (Stopped, KeyboardInterrupt) as stopped:
+        # Ctrl-C for the second time has no number of its own.
+        ended = stopped if isinstance(stopped, Stopped) else Stopped(signal.SIGINT)
+        say(f"dancegrpo-fast {command}: stopped by {ended.name}", error=True)
+        return ended.status
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, RuntimeError) and error.__cause__ is not None:
             # Of a reward, whose author needs the place.
             traceback.print_exception(error.__cause__)
-        print(f"dancegrpo-fast {command}: {error}", file=sys.stderr)
+        say(f"dancegrpo-fast {command}: {error}", error=True)
         return 1
     if callable(done):
         # A script, out here, where its exceptions and its exit status are its own.

@@ -7,12 +7,14 @@ from pathlib import Path
 from ._recipe import load
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Trains; an error of the disk says what is left and how the run goes on."""
+def main(arguments: Sequence[str]) -> int:
+    """Trains; after an error of the disk, or a signal, says what is left and how the run goes on."""
     recipe, options = load(arguments, resume=None, accept_changes=None)
     from ..files import writing
+    from ..progress import say
     from ..run.pictures import draw
     from ..run.words import closing_line
+    from ..stopping import Stopped
     from ..train import Trainer
 
     trainer = Trainer(recipe, options["resume"], options["accept_changes"])
@@ -20,17 +22,23 @@ def main(arguments: Sequence[str]) -> None:
     try:
         trainer.run()
         if not trainer.processes.is_main:
-            return
+            return 0
         if recipe.evaluation is not None and not trainer.finished:
             with writing(root):
                 pictures, refused = draw(root)
             for picture in pictures:
-                print(f"drew {picture}")
+                say(f"drew {picture}")
             if refused is not None:
-                print(f"no picture of samples: {refused}")
+                say(f"no picture of samples: {refused}")
+    except Stopped as stopped:
+        if trainer.processes.is_main:
+            left = _left(trainer.directory.newest(), arguments, options["resume"])
+            say(f"dancegrpo-fast train: stopped by {stopped.name}; {left}", error=True)
+        return stopped.status
     except OSError as error:
         raise OSError(f"{error}; {_left(trainer.directory.newest(), arguments, options['resume'])}") from error
-    print(closing_line(root, recipe.name))
+    say(closing_line(root, recipe.name))
+    return 0
 
 
 def _left(newest: Path | None, arguments: Sequence[str], resume: str | None) -> str:

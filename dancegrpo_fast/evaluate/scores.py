@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..files import append_rows, write_text, writing
 from ..models import load_model
+from ..models.base import DiffusersModel
 from ..processes import Processes
 from ..prompts import load_prompts
 from ..recipe import Recipe
@@ -259,7 +260,7 @@ def evaluate(
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
             raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
-    processes = Processes(recipe.train.mixed_precision, output)
+    processes = Processes(recipe.train.mixed_precision)
     if processes.sharded:
         raise ValueError("accelerate: got FSDP2, want the whole model in every process to evaluate it")
     torch.set_num_threads(recipe.threads or processes.threads())
@@ -268,7 +269,7 @@ def evaluate(
     loaded = (
         "as loaded"
         if source is None
-        else load_weights(model.denoiser, Path(source), weights or (None if settings.ema else "model"))
+        else load_weights(cast(DiffusersModel, model), Path(source), weights or (None if settings.ema else "model"))
     )
     # As the trainer prepares it, so that the same weights give the same samples.
     model.denoiser = processes.prepare(model.denoiser)

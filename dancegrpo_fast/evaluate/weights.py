@@ -1,62 +1,59 @@
-"""Trained weights from what a run left, put into a denoiser."""
+"""Trained weights put into a model, and held to what their run recorded."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from ..models.base import DiffusersModel
+from ..models.weights import Adapter, Source, add_adapter, check_adapter, copy_parameters, find_source, read_weights
 from ..run import checkpoint
+from ..run.identity import model_identity
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
-
-def load_weights(denoiser: nn.Module, source: Path, weights: str | None = "model") -> str:
-    """Puts trained weights into a denoiser and says which.
+def load_weights(model: DiffusersModel, source: Path, weights: str | None = "model") -> str:
+    """Puts trained weights into a model's denoiser and says which.
 
     Args:
-        denoiser: as the recipe makes it.
-        source: a run's directory (its newest checkpoint), a checkpoint, or a saved model: a folder with
-            `transformer/`, `unet/` or LoRA weights.
+        model: as the recipe makes it. Where that has LoRA, the weights must have its rank, alpha and modules; where it
+            has none, LoRA layers come as they are.
+        source: as `find_source` takes it. The base of a run's folder, a checkpoint or a saved model beside the run's
+            checkpoints must be the model's; that of a file is not looked for.
         weights: "model", or "ema" of a checkpoint that holds an average; None: the average where there is one.
 
     Raises:
         ValueError: none of these, or weights of another model.
     """
-    found = checkpoint.complete(source / "checkpoints")
-    folder = found[-1] if found else source
-    if (folder / "state.json").is_file():
-        tensors, state = checkpoint.load(folder)
-        weights = weights or ("ema" if "ema" in tensors else "model")
-        if weights not in tensors:
-            raise ValueError(f'weights: got "{weights}", want one of {sorted(tensors.keys() & {"model", "ema"})}')
-        _copy(denoiser, tensors[weights], folder)
-        return f"iteration {state['iteration']} ({folder}, {weights})"
-    if weights not in (None, "model"):
+    denoiser: Any = model.denoiser
+    found = find_source(str(source), model.denoiser_part, "checkpoint")
+    if weights not in (None, "model") and found.kind != "checkpoint":
         raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
-    target: Any = denoiser
-    subfolder = next((name for name in ("transformer", "unet") if (source / name / "config.json").is_file()), None)
-    if subfolder is not None:
-        _copy(denoiser, type(target).from_pretrained(source, subfolder=subfolder).state_dict(), source)
-        return str(source)
-    if (source / LORA_FILE).is_file():
-        from safetensors import safe_open
-
+    trained, taken = read_weights(model, found, weights)
+    _check_base(model, source, found, whole=not isinstance(trained, Adapter))
+    if isinstance(trained, Adapter):
         if getattr(denoiser, "peft_config", None):
-            target.delete_adapters(list(target.peft_config))
-        with safe_open(source / LORA_FILE, "pt") as file:
-            prefix = next(iter(file.keys())).partition(".")[0]
-        target.load_lora_adapter(source, prefix=prefix, weight_name=LORA_FILE)
-        return str(source / LORA_FILE)
-    raise ValueError(f"checkpoint: got {source}, want a run's directory, a checkpoint or a saved model")
+            denoiser.delete_adapters(list(denoiser.peft_config))
+        add_adapter(denoiser, trained, model.denoiser_part)
+        if model.settings.lora is not None:
+            check_adapter(denoiser, model.settings.lora, found.path)
+        denoiser.requires_grad_(False)
+    else:
+        copy_parameters(denoiser, trained, found.path)
+    if found.kind != "checkpoint":
+        return str(found.path)
+    return f"iteration {checkpoint.load_state(found.path)['iteration']} ({found.path}, {taken})"
 
 
-def _copy(denoiser: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    own = denoiser.state_dict()
-    wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
-    if wrong or not tensors:
-        raise ValueError(f"checkpoint: {source} holds {wrong[0] if wrong else 'nothing'}, which this model lacks")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
+def _check_base(model: DiffusersModel, source: Path, found: Source, whole: bool) -> None:
+    """Raises ValueError where the run that left the weights recorded another base than the model has."""
+    beside = checkpoint.complete(source.parent / "checkpoints") if source.is_dir() else []
+    recorded = found.path if found.kind == "checkpoint" else beside[-1] if beside else None
+    if recorded is None:
+        return
+    then: dict[str, str] = (checkpoint.load_state(recorded).get("model") or {}).get("files") or {}
+    now: dict[str, str] = model_identity(model)["files"]
+    replaced = f"{model.denoiser_part}/" if whole else "prompt_embeds/"
+    for name in dict.fromkeys([*now, *then]):
+        if now.get(name) != then.get(name) and not name.startswith(("prompt_embeds/", replaced)):
+            raise ValueError(
+                f"checkpoint: got {source}, whose run had another {name} than model.path {model.settings.path}, want "
+                "its own base (a saved LoRA file, given itself, is taken on any)"
+            )

@@ -1,6 +1,5 @@
 """Model families, one file each: how to encode, call and decode."""
 
-import importlib
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,22 +7,14 @@ import torch
 
 from ..prompts import Prompt
 from ..recipe import Recipe
-from .base import Conditioning as Conditioning
 from .base import DiffusersModel
-from .base import GeneratorModel as GeneratorModel
 from .base import decode as decode
 from .base import of_evaluation as of_evaluation
+from .family import FAMILIES as FAMILIES
+from .family import family_of as family_of
+from .generator import GeneratorModel as GeneratorModel
+from .guided import Conditioning as Conditioning
 from .setup import prepare
-
-FAMILIES = {
-    "flux": "flux:Flux",
-    "stable_diffusion": "stable_diffusion:StableDiffusion",
-    "hunyuan_video": "hunyuan_video:HunyuanVideo",
-    "skyreels_i2v": "skyreels_i2v:SkyReelsI2V",
-    "sd3": "sd3:StableDiffusion3",
-    "qwen_image": "qwen_image:QwenImage",
-    "wan": "wan:Wan",
-}
 
 
 def load_model(
@@ -49,11 +40,7 @@ def load_model(
         ValueError: an unknown family, a folder that is not one, a size the model cannot make, or a setting of
             `recipe.model` that the model or the device cannot have.
     """
-    family = recipe.model.family
-    if family not in FAMILIES:
-        raise ValueError(f'model.family: got "{family}", want one of {", ".join(FAMILIES)}')
-    module, _, name = FAMILIES[family].partition(":")
-    factory = getattr(importlib.import_module(f".{module}", __name__), name)
+    factory = family_of(recipe.model)
     factory.check_prompts(prompts)
     encoded = prompts if reached is None else reached
     evaluation = None if recipe.evaluation is None else recipe.evaluation.sampling(recipe.sampler)

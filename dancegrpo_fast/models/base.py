@@ -1,82 +1,25 @@
-"""What the trainer needs of a model family, and what the families share."""
+"""What the model families share."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import quantization
-from ..lora import add_lora
+from ..lora import add_lora, check_targets
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
+from .generator import GeneratorModel
 from .grids import to_frames
-from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as
+from .guided import Conditioning, guided_batch, split_guided
+from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, variant_of, without_weights
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
-
-Conditioning = Mapping[str, Tensor]
-
-
-class GeneratorModel(Protocol):
-    """A denoiser with its way to encode prompts, predict and decode.
-
-    Attributes:
-        denoiser: the network that is trained.
-        latent_shape: one sample's latents, as the denoiser and the kernels see them.
-        decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
-    """
-
-    denoiser: nn.Module
-    latent_shape: tuple[int, ...]
-    decodes_x0: ClassVar[bool]
-
-    def at(self, sampler: SamplerSettings) -> "GeneratorModel":
-        """The same model for samples of other settings."""
-        ...
-
-    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """Conditioning tensors, one row per prompt of those the model was loaded for; rows do not depend on others."""
-        ...
-
-    def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether `encode` will run the VAE, which has to be on the device then."""
-        ...
-
-    def unconditional(self, guidance_scale: float) -> Conditioning | None:
-        """One row for the second half of a guided batch, or None where the family or the scale needs none."""
-        ...
-
-    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
-        """The sampler's table; `deterministic` asks for the family's ODE with the same steps."""
-        ...
-
-    def predict(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Model output at `latents` `[B, *latent_shape]` and `times` `[B]`, and the unconditional one."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames `[B, T, 3, H, W]`, float32 in [0, 1] on the 8-bit grid."""
-        ...
-
-    def tile_vae(self, on: bool) -> None:
-        """Decodes in tiles, or whole."""
-        ...
-
-    def save(self, denoiser: nn.Module, folder: Path) -> None:
-        """Writes the trained weights as diffusers reads them: a full denoiser, or LoRA weights alone."""
-        ...
+from .weights import find_source, start_with
 
 
 class DiffusersModel:
@@ -126,9 +69,12 @@ class DiffusersModel:
         self.settings, self.sampler, self.device = settings, sampler, device
         self._scales = {one.guidance_scale for one in (sampler, evaluation or sampler)}
         self.dtype, self.frozen_dtype = settings.torch_dtype(), settings.frozen_torch_dtype()
-        elsewhere = () if settings.denoiser is None else (self.denoiser_part,)
+        whole = settings.denoiser is not None and not Path(settings.denoiser).is_file()
+        elsewhere = (self.denoiser_part,) if whole else ()
         self.folder = find_folder(settings.path, *elsewhere)
-        self.denoiser_folder = self._find_denoiser()
+        given = settings.start_from
+        self.start = None if given is None else find_source(given, self.denoiser_part, "model.start_from")
+        self.denoiser_path = self._find_denoiser()
         self.vae = self._load_vae()
         if settings.vae_tiling == "on":
             self.tile_vae(True)
@@ -136,11 +82,17 @@ class DiffusersModel:
             with of_evaluation():
                 self._shape(evaluation)
         self.latent_shape = self._shape(sampler)
+        # What the family cannot sample or train is said before text is encoded and the denoiser is loaded.
+        self.table(sampler)
+        if settings.lora is not None:
+            check_targets(
+                without_weights(self.denoiser_class, self._config_folder(self.denoiser_path)),
+                settings.lora.target_modules,
+            )
         self._store = self._open_store(self._texts(prompts))
         self._text_length: int | None = None
-        self.denoiser = self._load_denoiser()
-        if settings.lora is not None:
-            lora = settings.lora
+        self.denoiser = self.load_from(self.denoiser_path)
+        if not start_with(self) and (lora := settings.lora) is not None:
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules)
         self._set_up(self.denoiser.config)
 
@@ -165,6 +117,10 @@ class DiffusersModel:
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         """`latent_shape` from the VAE's configuration; raises ValueError for a size that cannot be made."""
+        raise NotImplementedError
+
+    def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
+        """As in `GeneratorModel`, from `latent_shape` and the folder's scheduler."""
         raise NotImplementedError
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
@@ -212,30 +168,44 @@ class DiffusersModel:
         return self.folder / name
 
     def _find_denoiser(self) -> Path:
-        given = self.settings.denoiser
+        given, start = self.settings.denoiser, self.start
+        if start is not None and start.kind == "denoiser":
+            if given is not None:
+                raise ValueError(f"model.denoiser: got {given} beside a whole denoiser in model.start_from, want null")
+            return start.path
         return self._part(self.denoiser_part) if given is None else find_denoiser(given, self.denoiser_part)
 
     @property
     def planned_as(self) -> str:
         """What the memory planner takes for this model: a name or a folder."""
         given = self.settings.denoiser
-        return str(self.folder) if given is None else published_as(given, self.denoiser_folder)
+        if given is None or self.denoiser_path.is_file():
+            return str(self.folder)
+        return published_as(given, self.denoiser_path)
+
+    def _config_folder(self, path: Path) -> Path:
+        """Where the configuration of the denoiser in `path` lies; of a file alone, in the model's folder."""
+        return self._part(self.denoiser_part) if path.is_file() else path
 
     def _load_vae(self) -> Any:
         import diffusers
 
-        vae = getattr(diffusers, self.vae_class).from_pretrained(self._part("vae"), **loaded_in(self.frozen_dtype))
+        folder = self._part("vae")
+        options = loaded_in(self.frozen_dtype) | variant_of(folder)
+        vae = getattr(diffusers, self.vae_class).from_pretrained(folder, **options)
         return vae.to(self.device).eval().requires_grad_(False)
 
-    def _load_denoiser(self) -> nn.Module:
+    def load_from(self, path: Path) -> nn.Module:
+        """A whole denoiser of this family, from a folder or a file."""
         import diffusers
 
         cls, kind = getattr(diffusers, self.denoiser_class), self.settings.quantization
         more = quantization.loading(kind, self.device)
+        config = self._config_folder(path)
         if not more:
-            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device)
+            return load_denoiser(cls, path, config, self.dtype, self.device)
         try:
-            return load_denoiser(cls, self.denoiser_folder, self.dtype, self.device, **more)
+            return load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:
             raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
 
@@ -271,7 +241,8 @@ class DiffusersModel:
         cls = getattr(diffusers, self.pipeline)
         parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
         absent = dict.fromkeys(parts - set(wanted))
-        return cls.from_pretrained(self.folder, **loaded_in(self.frozen_dtype), **absent)
+        options = loaded_in(self.frozen_dtype) | variant_of(*(self.folder / part for part in wanted))
+        return cls.from_pretrained(self.folder, **options, **absent)
 
     def _load_text_encoders(self) -> Any:
         pipeline = self._load_pipeline(self.text_parts).to(self.device)
@@ -374,30 +345,6 @@ def of_evaluation() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"evaluation: {error}") from error
-
-
-def guided_batch(
-    latents: Tensor, times: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
-) -> tuple[Tensor, Tensor, Conditioning]:
-    """The 2B rows of a guided call: the prompts', then as many of the unconditional row; B rows where that is None.
-
-    What `unconditional` lacks (an image that both halves see) is the same in both halves.
-    """
-    if unconditional is None:
-        return latents, times, conditioning
-    both = {
-        name: torch.cat([value, unconditional[name].expand_as(value) if name in unconditional else value])
-        for name, value in conditioning.items()
-    }
-    return torch.cat([latents, latents]), torch.cat([times, times]), both
-
-
-def split_guided(output: Tensor, unconditional: Conditioning | None) -> tuple[Tensor, Tensor | None]:
-    """The halves of what `guided_batch` was made for."""
-    if unconditional is None:
-        return output, None
-    conditional, uncond_output = output.chunk(2)
-    return conditional, uncond_output
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel
+from .base import DiffusersModel
 from .flow import flow_sigmas, flow_table, shift_for
 from .grids import image_grid, unpacked
+from .guided import Conditioning
 
 
 class Flux(DiffusersModel):

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel
+from .base import DiffusersModel
 from .flow import flow_sigmas, flow_table
 from .grids import video_grid
+from .guided import Conditioning
 
 
 class HunyuanVideo(DiffusersModel):

@@ -1,5 +1,6 @@
 """Where a model's parts are, on this host or on the hub, and how its denoiser comes into the processes of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ..memory.planning import specs
 from ..processes import is_sharded
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+# A weights file of diffusers or transformers, whole or a shard, with its variant.
+_FILE = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(\w+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 def loaded_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -19,7 +22,28 @@ def loaded_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype": dtype}
 
 
-def _is_hub_name(path: str) -> bool:
+def variant_of(*folders: Path) -> dict[str, str]:
+    """`from_pretrained`'s argument for folders whose weights are there in one variant only (fp16), and says so.
+
+    Raises:
+        ValueError: in several.
+    """
+    found: set[str | None] = set()
+    for folder in folders:
+        files = [_FILE.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
+        variants = {match[1] for match in files if match}
+        found |= {None} if None in variants else variants
+    only = sorted(name for name in found if name is not None)
+    if not only:
+        return {}
+    if len(only) > 1:
+        raise ValueError(f"{folders[0]}: got weights in the variants {only}, want one of them, or plain ones")
+    print(f"{', '.join(folder.name for folder in folders)}: weights of the variant {only[0]}", flush=True)
+    return {"variant": only[0]}
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether it looks like `owner/name`, and is no path that exists."""
     return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/"))
 
 
@@ -36,7 +60,7 @@ def find_folder(path: str, *without: str) -> Path:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         raise ValueError(f"model.path: got {path}, want a diffusers folder (no model_index.json there) or a hub name")
     from diffusers import DiffusionPipeline
 
@@ -50,18 +74,39 @@ def find_folder(path: str, *without: str) -> Path:
         ) from error
 
 
+def pipeline_index(path: str) -> dict[str, Any]:
+    """The `model_index.json` of a local folder or of a model on the hub; empty where a folder has none.
+
+    Raises:
+        ValueError: it cannot be had, or read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not is_hub_name(path) and not (Path(path) / DiffusionPipeline.config_name).is_file():
+        return {}
+    try:
+        return dict(DiffusionPipeline.load_config(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: got {path}, want a diffusers folder or a name on the hub that can be reached ({error})"
+        ) from error
+
+
 def find_denoiser(path: str, part: str) -> Path:
-    """The local folder with a denoiser's configuration and weights, downloaded where it is not there yet.
+    """The local folder with a denoiser's configuration and weights, or its file; downloaded where it is not there yet.
 
     Args:
-        path: a folder or a name on the hub that has them directly, or in the subfolder `part`.
+        path: a folder or a name on the hub that has them directly, or in the subfolder `part`; or a safetensors file
+            of the weights alone, which is given back.
         part: "transformer" or "unet".
 
     Raises:
         ValueError: neither, or the hub cannot be reached.
     """
     folder = Path(path)
-    if _is_hub_name(path):
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return folder
+    if is_hub_name(path):
         from huggingface_hub import snapshot_download
 
         wanted = [f"{where}{file}" for where in ("", f"{part}/") for file in (CONFIG, f"{WEIGHTS}*.safetensors*")]
@@ -83,24 +128,62 @@ def published_as(denoiser: str, folder: Path) -> str:
     return published.get(denoiser, str(folder))
 
 
-def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, **more: Any) -> nn.Module:
+def without_weights(name: str, folder: Path) -> nn.Module:
+    """A denoiser of diffusers' class `name` on the meta device, for what its configuration in `folder` says."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    with torch.device("meta"):
+        made: nn.Module = cls.from_config(cls.load_config(folder))
+    return made
+
+
+def load_denoiser(
+    cls: Any, path: Path, config: Path, dtype: torch.dtype, device: torch.device, **more: Any
+) -> nn.Module:
     """A denoiser on the device; where it is split, in the main process's host memory and without weights elsewhere.
 
     `Processes.prepare` then hands the weights out, so that no host holds them twice and no device holds all.
 
     Args:
         cls: of diffusers.
-        folder: of its configuration and weights.
+        path: the folder of its configuration and weights, or a file with its weights, named as diffusers or as the
+            original project names them.
+        config: the folder of its configuration.
         dtype: of the weights.
         device: of this process.
         more: arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: a file with other weights.
     """
     from accelerate import PartialState, init_empty_weights
 
-    if not is_sharded():
-        return cls.from_pretrained(folder, **loaded_in(dtype), **more).to(device).eval()  # type: ignore[no-any-return]  # untyped
-    if PartialState().is_main_process:
-        return cls.from_pretrained(folder, **loaded_in(dtype), **more).eval()  # type: ignore[no-any-return]  # untyped
-    with init_empty_weights(include_buffers=False):
-        empty = cls.from_config(cls.load_config(folder))
-    return specs.cast(empty, dtype, tuple(cls._keep_in_fp32_modules or ())).eval()
+    if is_sharded() and not PartialState().is_main_process:
+        with init_empty_weights(include_buffers=False):
+            empty = cls.from_config(cls.load_config(config))
+        return specs.cast(empty, dtype, tuple(cls._keep_in_fp32_modules or ())).eval()
+    options = loaded_in(dtype) | more
+    if path.is_file():
+        loaded = _from_file(cls, path, config, options)
+    else:
+        loaded = cls.from_pretrained(path, **options, **variant_of(path))
+    return (loaded if is_sharded() else loaded.to(device)).eval()  # type: ignore[no-any-return]  # untyped
+
+
+def _from_file(cls: Any, file: Path, config: Path, options: dict[str, Any]) -> Any:
+    if not hasattr(cls, "from_single_file"):
+        raise ValueError(
+            f"model.denoiser: got the file {file}, want a folder: diffusers reads no files of {cls.__name__}"
+        )
+    try:
+        loaded = cls.from_single_file(str(file), config=str(config), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"model.denoiser: got {file}, want weights of {cls.__name__} as in {config}: {error}"
+        ) from error
+    if lost := [name for name, value in loaded.named_parameters() if value.is_meta]:
+        raise ValueError(
+            f"model.denoiser: got {file}, want weights of {cls.__name__}; {len(lost)} lack, {lost[0]} for one"
+        )
+    return loaded

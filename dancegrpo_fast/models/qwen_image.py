@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel
+from .base import DiffusersModel
 from .flow import flow_sigmas, flow_table, shift_for
 from .grids import image_grid, unpacked
+from .guided import Conditioning
 
 
 class QwenImage(DiffusersModel):

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
-from .base import Conditioning, DiffusersModel
+from .base import DiffusersModel
 from .flow import flow_sigmas, flow_table, shift_for
 from .grids import image_grid
+from .guided import Conditioning
 
 
 class StableDiffusion3(DiffusersModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..prompts import Prompt
 from ..prompts.images import check_images, key_of, read_image
 from ..rng import generator
-from .base import Conditioning
+from .guided import Conditioning
 from .hunyuan_video import HunyuanVideo
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import transitions
 from ..recipe import SamplerSettings
-from .base import Conditioning, DiffusersModel
+from .base import DiffusersModel
 from .grids import image_grid
+from .guided import Conditioning
 
 
 class StableDiffusion(DiffusersModel):

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,18 +26,13 @@ def check_fields(section: str, settings: Any, paths: Sequence[str] = ()) -> None
             variable that is not set.
     """
     prefix = f"{section}." if section else ""
-    kinds = _hints(type(settings))
+    kinds = get_type_hints(type(settings))
     for field in fields(settings):
         value, kind = getattr(settings, field.name), kinds[field.name]
         if not _fits(value, kind):
             raise ValueError(f"{prefix}{field.name}: got {shown(value)}, want {_words(kind)}")
         if field.name in paths and value is not None:
             setattr(settings, field.name, expanded(f"{prefix}{field.name}", value))
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _fits(value: Any, kind: Any) -> bool:

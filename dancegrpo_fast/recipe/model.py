@@ -38,6 +38,12 @@ class ModelSettings:
         dtype: of the denoiser's weights.
         denoiser: where the denoiser is instead, a folder or a name on the hub: in its `transformer/` or `unet/`, or
             directly in it; null: in `path`.
+        start_from: weights to start from, on this machine: a LoRA file or its folder (names as diffusers, peft or kohya
+            write them; those of text encoders are passed over), a run's folder or a checkpoint of it, or a whole
+            denoiser as `denoiser` has it. What KL measures from is the model as it starts. null: the base.
+        start_as: what LoRA layers to start from become: the "adapter" that is trained, of the rank, alpha and modules
+            that `lora` says, or "merged": added to the base's weights in their precision, so that anything may be
+            trained on top.
         frozen_dtype: of the VAE's and the text encoders' weights; null: as `dtype`.
         lora: train LoRA layers instead of the whole denoiser.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:K" (the first K
@@ -60,6 +66,8 @@ class ModelSettings:
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     denoiser: str | None = None
+    start_from: str | None = None
+    start_as: Literal["adapter", "merged"] = "adapter"
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     lora: LoraSettings | None = None
     checkpointing: str = "none"
@@ -82,6 +90,11 @@ class ModelSettings:
             value = getattr(self, name)
             if value is not None:
                 positive(f"model.{name}", value)
+        if self.start_as == "merged":
+            if self.start_from is None:
+                raise ValueError('model.start_as: got "merged" without model.start_from, want both')
+            if self.quantization in ("nf4", "int8"):
+                raise ValueError(f'model.start_as: got "merged" into {self.quantization} weights, want "adapter"')
         if self.on_mismatch == "eager" and self.block_ops != "lossless":
             raise ValueError(f'model.on_mismatch: got "eager" with block_ops "{self.block_ops}", want "lossless"')
         if self.quantization is not None and self.lora is None:

@@ -1,5 +1,6 @@
 """Recipes from YAML files and the command line."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,10 @@ def _check_keys(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """What jsonargparse says, without the types that it tried and the whole of what it was given."""
     frame = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+    # One value of one type.
+    found = re.fullmatch(r'Parser key "(.+)":\s*Expected an? (.+)\. Got value: (.*)', str(error))
+    if found:
+        wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", found[2])
+        return f"{found[1]}: got {found[3]}, want {wanted}"
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     return " ".join(line for line in lines if not line.startswith((*frame, "Expected a <class 'NoneType'>")))

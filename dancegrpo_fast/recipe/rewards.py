@@ -48,8 +48,6 @@ class RewardSettings:
             raise ValueError(f"rewards.weight: got {self.weight}, want a number other than 0")
         if self.win_rate and self.threshold is not None:
             raise ValueError(f"rewards.win_rate: got true beside threshold {self.threshold:g}, want one of the two")
-        if self.on_error not in ("stop", "retry", "drop"):
-            raise ValueError(f'rewards.on_error: got "{self.on_error}", want "stop", "retry" or "drop"')
         if not 0 <= self.max_dropped < 1:
             raise ValueError(f"rewards.max_dropped: got {self.max_dropped}, want at least 0, less than 1")
         try:

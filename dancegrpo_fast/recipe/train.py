@@ -35,7 +35,7 @@ class TrainSettings:
         divide_by_std: false only subtracts the mean (Dr. GRPO).
         advantage_std_floor: a smaller standard deviation counts as this: what differences of a reward mean nothing.
         advantage_clip: largest absolute advantage of each reward, before its weight.
-        kl_weight: of the KL to the model as loaded, that of a step. Flow-GRPO's `beta`, whose KL lacks the step size
+        kl_weight: of the KL to the model as it starts, that of a step. Flow-GRPO's `beta`, whose KL lacks the step size
             -dt in the variance, is `kl_weight = beta (-dt)` here.
         ratio_norm: GRPO-Guard's RatioNorm.
         mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.

@@ -63,8 +63,8 @@ def find_reward(name: str) -> Any:
     return factory
 
 
-def build_reward(settings: RewardSettings) -> Reward:
-    """The reward that the settings name, constructed with their arguments.
+def check_reward(settings: RewardSettings) -> Any:
+    """What the settings name, which takes their arguments; nothing is constructed.
 
     Raises:
         ValueError: no such reward or module, or arguments its constructor does not take.
@@ -73,11 +73,23 @@ def build_reward(settings: RewardSettings) -> Reward:
     if not isinstance(factory, type):
         if settings.args:
             raise ValueError(f'rewards: got args for "{settings.name}", which is a function and takes none')
-        return cast(Reward, factory)
+        return factory
     try:
         inspect.signature(factory).bind(**settings.args)
     except TypeError as error:
         raise ValueError(f'rewards: "{settings.name}" does not take {settings.args}: {error}') from error
+    return factory
+
+
+def build_reward(settings: RewardSettings) -> Reward:
+    """The reward that the settings name, constructed with their arguments.
+
+    Raises:
+        ValueError: as `check_reward`, or something is not installed.
+    """
+    factory = check_reward(settings)
+    if not isinstance(factory, type):
+        return cast(Reward, factory)
     try:
         return cast(Reward, factory(**settings.args))
     except ImportError as error:

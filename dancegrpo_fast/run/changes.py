@@ -24,6 +24,7 @@ FREE = frozenset(
         "rewards[].max_dropped",  # likewise
         "model.path",  # the files that lie there are compared
         "model.denoiser",  # likewise
+        "model.start_from",  # likewise
         "model.prompt_cache",  # a store of other rows is not used
         "model.checkpointing",  # every policy recomputes the same bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..files import CHUNK, checksum, replacing, sha256, sync, write_text, writing
+from ..files import CHUNK, checksum, leftovers, replacing, sha256, sync, write_text, writing
 from ..processes import Processes, is_shard, shard
 from .stored import OFFSETS, Stored, read
 
@@ -114,12 +114,13 @@ def complete(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what interrupted writes left behind."""
+    """Removes all but the newest `keep` checkpoints, and what interrupted writes of some left behind; nothing else."""
     for path in complete(root)[:-keep]:
-        shutil.rmtree(path)
-    for path in root.iterdir():
-        if path.name.startswith(".") and path.is_dir():
+        # A link is somebody's who keeps it elsewhere.
+        if not path.is_symlink():
             shutil.rmtree(path)
+    for path in leftovers(root, r"\d+"):
+        shutil.rmtree(path)
 
 
 def _others(folder: Path) -> str:

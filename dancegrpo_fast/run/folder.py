@@ -1,9 +1,14 @@
 """The directory of a run."""
 
+import atexit
 import errno
 import fcntl
 import json
 import math
+import os
+import socket
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +23,48 @@ _held: dict[Path, TextIO] = {}
 
 # In a saved model: after which iteration.
 SAVED = "saved.json"
+
+
+def _leave(handle: TextIO) -> None:
+    handle.truncate(0)
+    handle.close()
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """Who is in a folder."""
+
+    host: str
+    pid: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    @classmethod
+    def this(cls) -> "_Holder":
+        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(" ", "seconds"))
+
+    @classmethod
+    def read(cls, text: str) -> "_Holder | None":
+        """None where nobody is, or a crash has left a part of it."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+    def may_live(self) -> bool:
+        """Whether it is there, as far as this host can tell."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return True
+        # A container that starts again gives its processes the same numbers.
+        return self.pid != os.getpid()
 
 
 class RunDirectory:
@@ -36,21 +83,38 @@ class RunDirectory:
         self.evaluations = root / "evaluations.jsonl"
 
     def claim(self) -> str | None:
-        """Makes the folder and keeps other processes out for as long as this one lives; why not, if one is in it."""
+        """Makes the folder and keeps other processes out for as long as this one lives; why not, if one is in it.
+
+        The system gives the lock up with the process. Where a file system has no locks, what is written in the file
+        decides; a process that was killed on another host then keeps everyone out until someone removes the file.
+        """
         path = self.root.resolve() / ".lock"
         if path in _held:
             return None
         with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("a", encoding="utf-8")
+            handle = path.open("a+", encoding="utf-8")
+        handle.seek(0)
+        holder, taken = _Holder.read(handle.read()), f"output_dir: got {self.root}, where a run is going on"
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            handle.close()
-            # A file system without locks keeps nobody out.
-            return f"output_dir: got {self.root}, where a run is going on" if error.errno in HELD else None
+            if error.errno in HELD or (holder is not None and holder.may_live()):
+                handle.close()
+                remove = "" if error.errno in HELD else f"; if that has ended, remove {path}"
+                return f"{taken}{'' if holder is None else f': {holder}'}{remove}"
+        with files.writing(path):
+            handle.truncate(0)
+            handle.write(json.dumps(asdict(_Holder.this())))
+            handle.flush()
+        atexit.register(_leave, handle)
         _held[path] = handle
         return None
+
+    def evaluated(self, iteration: int) -> set[str]:
+        """The samplers of which `evaluations.jsonl` has a row of this iteration."""
+        lines = self.evaluations.read_text(encoding="utf-8").splitlines() if self.evaluations.is_file() else []
+        return {row["sampler"] for row in map(json.loads, lines) if row["iteration"] == iteration}
 
     def saved(self, name: str) -> int | None:
         """The iteration after which the model of this name was saved; None where it was not, or that is unknown."""

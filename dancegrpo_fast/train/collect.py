@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ from ..prompts import Prompt
 from ..recipe import Recipe
 from ..rewards import RewardInput, RewardSet
 from ..rng import derive_seed
+from ..stopping import Stop
 from ..transitions import TransitionTable
 from .calls import Policy, fill_calls, model_calls
 from .clock import Clock
 from .draw import Draw, Start, shared_step
 from .residence import Residence
 from .trajectory import Trajectory
+
+# A process's own: seconds, conditioning, the last trajectory, those that are kept of all, their places, rewards.
+Drawn: TypeAlias = tuple[Clock, Conditioning, Trajectory, Trajectory | None, list[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Collector:
 
     Attributes:
         keep_outputs: trajectories keep the model's outputs.
+        stop: a signal ends a call, with Stopped.
         batch: B.
 
     Raises:
@@ -89,6 +95,7 @@ class Collector:
     processes: Processes
     residence: Residence
     keep_outputs: bool
+    stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         train, count = self.recipe.train, self.processes.count
@@ -107,7 +114,15 @@ class Collector:
             )
 
     def __call__(self, iteration: int, prompts: Sequence[Prompt]) -> Batch:
-        """The samples of iteration `iteration` (from 1), `group_size` of each of `prompts`."""
+        """The samples of iteration `iteration` (from 1), `group_size` of each of `prompts`.
+
+        Raises:
+            Stopped: in every process; nothing has changed.
+        """
+        return self._batch(iteration, *self.stop.leave_when_asked(lambda: self._drawn(iteration, prompts)))
+
+    def _drawn(self, iteration: int, prompts: Sequence[Prompt]) -> Drawn:
+        """What this process does by itself."""
         clock, policy, mine, parts = Clock(), self.policy, self._mine, self._parts()
         first = (iteration - 1) * self.batch
         ours = prompts[mine.start // self._group : -(-mine.stop // self._group)]
@@ -142,6 +157,20 @@ class Collector:
                     buffer = trajectory.like(2 * (self.recipe.train.best_of_n or 0) * len(mine) // self._group)
                 buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
                 kept += found
+        return clock, conditioning, trajectory, buffer, kept, rewards
+
+    def _batch(
+        self,
+        iteration: int,
+        clock: Clock,
+        conditioning: Conditioning,
+        trajectory: Trajectory,
+        buffer: Trajectory | None,
+        kept: list[int],
+        rewards: Tensor,
+    ) -> Batch:
+        """What all processes have."""
+        policy, mine, first = self.policy, self._mine, (iteration - 1) * self.batch
         self.residence.use("denoiser")
         rewards = self.processes.sum(rewards).cpu()
         self.rewards.check_dropped(rewards)

@@ -1,8 +1,10 @@
 """Fixed prompts and noises, ODE and SDE samples, every score and the diversity that is left."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +16,23 @@ from ..prompts import Prompt
 from ..recipe import EvaluationSettings, Recipe
 from ..rewards import RewardSet
 from ..rng import derive_seed
+from ..stopping import Stop
 from .calls import Policy, chunks, fill_calls, model_calls
 from .collect import reward_input
 from .draw import Draw
 from .residence import Residence
+
+
+class RewardFailedError(RuntimeError):
+    """A reward of the evaluation raised, returned what is no score, or left out too many samples."""
+
+
+@contextmanager
+def _rewards_fail() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RewardFailedError(str(error)) from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,10 @@ def accepted_diversity(frames: Tensor, accepted: Tensor) -> float | None:
     return diversity(frames[accepted], count) * math.sqrt(count / (count - 1) * (total - 1) / total)
 
 
+# Place of the first prompt, scores, diversity times prompts, `accepted`, and frames of the pictures.
+Part: TypeAlias = tuple[int, Tensor, float, list[float | None], Tensor]
+
+
 @dataclass
 class Evaluator:
     """Samples the same noises at every call and scores them.
@@ -91,6 +110,7 @@ class Evaluator:
         settings: what it samples otherwise, and what it scores.
         policy: the model as training calls it; afterwards as evaluation does.
         residence: the rewards are added to it.
+        stop: a signal ends a call, with Stopped.
         rewards: the scores.
     """
 
@@ -100,6 +120,7 @@ class Evaluator:
     policy: Policy
     processes: Processes
     residence: Residence
+    stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         self._seed = derive_seed(self.recipe.seed, "evaluation")
@@ -120,7 +141,11 @@ class Evaluator:
         return list(chunks(len(self.prompts), math.lcm(self.policy.rows, samples) // samples))
 
     def score(self, sampler: str, part: slice) -> ScoredSet:
-        """Samples ("ode" or "sde") and scores the prompts of one set."""
+        """Samples ("ode" or "sde") and scores the prompts of one set.
+
+        Raises:
+            RewardFailedError: there are no scores.
+        """
         policy, prompts, samples = self.policy, self.prompts[part], self.settings.samples_per_prompt
         place = torch.arange(len(prompts) * samples, device=self.processes.device)
         ids = place + part.start * samples
@@ -138,7 +163,8 @@ class Evaluator:
         frames = decode(policy.model, trajectory.final, policy.rows)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
-        scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
+        with _rewards_fail():
+            scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
         return ScoredSet(part.start, prompts, frames, scores)
 
     def accepted(self, found: ScoredSet) -> list[float | None]:
@@ -151,29 +177,23 @@ class Evaluator:
         return [accepted_diversity(frames, those) for frames, those in pairs]
 
     def __call__(self, sampler: str) -> Evaluation:
-        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result."""
-        settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
-        sets = self.sets()
+        """Evaluates with "ode" or "sde" samples; the processes share out the sets, and each gets the whole result.
+
+        Raises:
+            RewardFailedError: in every process, where a reward failed in one of them.
+            Stopped: in every process.
+        """
+        sets, processes = self.sets(), self.processes
         shares = [sets[index :: processes.count] for index in range(processes.count)]
-        parts = []
-        for part in shares[processes.index]:
-            found = self.score(sampler, part)
-            left = max(0, settings.grid_prompts - found.first)
-            grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
-            # A picture of its own, not the memory of all frames.
-            grid = grouped[:left, : settings.grid_samples or 3].clone()
-            whole = diversity(found.frames, samples) * len(found.prompts)
-            parts.append((found.first, found.scores, whole, self.accepted(found), grid))
-        if processes.sharded:
-            table, rows = self._tables[sampler], self.policy.rows
-            sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
-            calls = [sum(model_calls(rows, len(table), 0, size) for size in each) for each in sizes]
-            one = self.residence.encode(self.prompts[:1], self.policy.model)
-            fill_calls(self.policy, table, one, calls, processes.index)
+        parts, failed = self.stop.leave_when_asked(lambda: self._parts(sampler, shares))
         self.residence.use("denoiser")
+        for reason in processes.collect([failed and str(failed)]):
+            if reason is not None:
+                raise failed or RewardFailedError(reason)
         parts = sorted(processes.collect(parts), key=lambda part: part[0])
         scores = torch.cat([scores for _, scores, *_ in parts], dim=1)
-        self.rewards.check_dropped(scores)
+        with _rewards_fail():
+            self.rewards.check_dropped(scores)
         spread: dict[str, float | None] = {"diversity": sum(of_set for _, _, of_set, *_ in parts) / len(self.prompts)}
         if self._judge is not None:
             kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
@@ -184,3 +204,30 @@ class Evaluator:
             spread,
             torch.cat([grid for *_, grid in parts]),
         )
+
+    def _parts(self, sampler: str, shares: Sequence[Sequence[slice]]) -> tuple[list[Part], RewardFailedError | None]:
+        """What this process makes of its share, up to where a reward fails."""
+        settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
+        parts: list[Part] = []
+        done, failed = 0, None
+        for part in shares[processes.index]:
+            done += 1
+            try:
+                found = self.score(sampler, part)
+            except RewardFailedError as error:
+                failed = error
+                break
+            left = max(0, settings.grid_prompts - found.first)
+            grouped = found.frames.reshape(len(found.prompts), samples, *found.frames.shape[1:])
+            # A picture of its own, not the memory of all frames.
+            grid = grouped[:left, : settings.grid_samples or 3].clone()
+            whole = diversity(found.frames, samples) * len(found.prompts)
+            parts.append((found.first, found.scores, whole, self.accepted(found), grid))
+        if processes.sharded:
+            table, rows = self._tables[sampler], self.policy.rows
+            sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
+            calls = [[model_calls(rows, len(table), 0, size) for size in each] for each in sizes]
+            made, most = sum(calls[processes.index][:done]), max(map(sum, calls))
+            one = self.residence.encode(self.prompts[:1], self.policy.model)
+            fill_calls(self.policy, table, one, [made, most], 0)
+        return parts, failed

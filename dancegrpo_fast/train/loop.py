@@ -2,53 +2,86 @@
 
 import json
 import time
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
+from torch.random import fork_rng
+
 from ..files import append_rows, replacing, write_text
 from ..marks import phase
-from ..progress import counted
+from ..progress import counted, say
 from ..prompts import prompts_of_iteration
 from ..run.folder import SAVED
 from ..run.sheets import save_samples
 from ..run.words import progress_line, spread_text
+from ..stopping import Stopped
 from .clock import Clock
+from .finite import check_finite
+from .held_out import RewardFailedError
 from .metrics import Tally, metrics_row
 from .schedule import learning_rate
 from .setup import Setup
+from .state import rng_tensors, set_rng_tensors
 
 
 class Trainer(Setup):
     """A run of a recipe: `Trainer(recipe, resume="auto").run()`. `Setup` says what it is made of and refuses."""
 
     def run(self) -> None:
-        """Trains to the last iteration, evaluating and saving on the way."""
-        recipe, iterations = self.recipe, self.recipe.train.iterations
+        """Trains to the last iteration, saving and evaluating on the way.
+
+        Raises:
+            Stopped: in every process, after a signal; a checkpoint of the last whole iteration is there, if one was.
+        """
         if self.finished:
-            more = ", for more raise train.iterations" if recipe.train.schedule == "constant" else ""
-            self._say(f"{recipe.name}: all {self.start} iterations are done{more}")
+            more = ", for more raise train.iterations" if self.recipe.train.schedule == "constant" else ""
+            self._say(f"{self.recipe.name}: all {self.start} iterations are done{more}")
             self.accelerator.end_training()
             return
-        self._greet()
-        if self.start == 0:
-            self._evaluate(0)
-        began = time.perf_counter()
+        self.done = self.start
+        with self.stop:
+            self._greet()
+            try:
+                self._train()
+            except Stopped:
+                newest = self.directory.newest()
+                [saved, *_] = self.processes.collect([newest is not None and int(newest.name) == self.done])
+                if self.done > 0 and not saved:
+                    self._save(self.done)
+                self._end()
+                raise
+            self._save_model("model")
+            if self.average is not None:
+                with self.average.applied():
+                    self._save_model("model_ema")
+        self._end()
+
+    def _train(self) -> None:
+        iterations, began = self.recipe.train.iterations, time.perf_counter()
+        # Of a run that was killed between a checkpoint and its evaluation, too.
+        self._evaluate(self.start)
         for iteration in range(self.start + 1, iterations + 1):
-            row = self.iteration(iteration)
+            generators = rng_tensors()
+            try:
+                row = self.iteration(iteration)
+            except Stopped:
+                # Rewards of the samples that are dropped may have drawn numbers.
+                set_rng_tensors(generators)
+                raise
+            self.done = iteration
             if self.changes and iteration == self.start + 1:
                 row["changes"] = {one.field: [one.then, one.now] for one in self.changes}
             self._log(row, (time.perf_counter() - began) / (iteration - self.start) * (iterations - iteration))
-            last = iteration == iterations
-            if recipe.evaluation and (last or iteration % recipe.evaluation.every == 0):
-                self._evaluate(iteration)
-            if last or iteration % recipe.checkpoint_every == 0:
+            if iteration == iterations or iteration % self.recipe.checkpoint_every == 0:
                 self._save(iteration)
-        self._save_model("model")
-        if self.average is not None:
-            with self.average.applied():
-                self._save_model("model_ema")
+            self.stop.agree()
+            self._evaluate(iteration)
+
+    def _end(self) -> None:
         # A group that a process leaves is of no use to one that still has something to gather.
         self.accelerator.wait_for_everyone()
+        self.tracking.finish()
         self.accelerator.end_training()
 
     def iteration(self, iteration: int) -> dict[str, Any]:
@@ -68,8 +101,7 @@ class Trainer(Setup):
         row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
-        drawn = train.prompts_per_iteration * train.group_size
-        row["speed"] = {"samples_per_second": drawn / sum(row["seconds"].values())}
+        row["speed"] = self.speed.of(row)
         return row
 
     def _greet(self) -> None:
@@ -87,33 +119,50 @@ class Trainer(Setup):
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
-            print(text, flush=True)
+            say(text)
 
     def _log(self, row: dict[str, Any], seconds_left: float) -> None:
         if self.processes.is_main:
             append_rows(self.directory.metrics, [row])
         flat = row | {f"{name}/{part}": row[name][part] for name in ("seconds", "speed") for part in row[name]}
-        numbers = {name: value for name, value in flat.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=row["iteration"])
+        self.tracking.log(row["iteration"], flat)
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
 
     def _evaluate(self, iteration: int) -> None:
-        if self.evaluator is None:
+        """Where it is due and not there yet. Once something was trained, a reward that fails leaves a gap."""
+        settings, last = self.recipe.evaluation, self.recipe.train.iterations
+        if self.evaluator is None or settings is None or (iteration != last and iteration % settings.every):
             return
-        average = self.average if self.evaluator.settings.ema else None
-        for sampler in self.evaluator.settings.samplers:
-            with (
-                nullcontext() if average is None else average.applied(),
-                self.processes.sampling(self.model.denoiser, self.recipe.train.rollout_replica),
-            ):
-                result = self.evaluator(sampler)
+        [there, *_] = self.processes.collect([self.directory.evaluated(iteration) if self.processes.is_main else set()])
+        average = self.average if settings.ema else None
+        for sampler in settings.samplers:
+            if sampler in there:
+                continue
+            try:
+                # What rewards draw of torch's generators, in an evaluation that a resumed run has or has not to make.
+                with (
+                    fork_rng([self.device] if self.device.type == "cuda" else []),
+                    nullcontext() if average is None else average.applied(),
+                    self.processes.sampling(self.model.denoiser, self.recipe.train.rollout_replica),
+                ):
+                    result = self.evaluator(sampler)
+            except RewardFailedError as error:
+                if iteration == 0:
+                    raise
+                if self.processes.is_main:
+                    warnings.warn(f"evaluation {iteration} ({sampler.upper()}) is left out: {error}", stacklevel=2)
+                continue
             if self.processes.is_main:
                 row: dict[str, Any] = {"iteration": iteration, "sampler": sampler, "dropped": result.dropped}
                 row |= result.spread | result.scores
-                append_rows(self.directory.evaluations, [row])
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
-                save_samples(folder, iteration, sampler, result.grid, shown, fps)
+                picture = save_samples(folder, iteration, sampler, result.grid, shown, fps)
+                # Last: a row says that the evaluation is whole.
+                append_rows(self.directory.evaluations, [row])
+                told = {f"evaluation/{sampler}/{name}": row[name] for name in row if name != "iteration"}
+                self.tracking.log(iteration, told)
+                self.tracking.show(iteration, f"samples/{sampler}", picture)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             spread = spread_text(result.spread)
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  {spread}")
@@ -129,6 +178,7 @@ class Trainer(Setup):
         )
 
     def _save_model(self, name: str) -> None:
+        check_finite({name: self.parameters}, self.processes, self.done, self.directory.newest())
         with self.processes.whole(self.model.denoiser) as denoiser:
             if denoiser is not None:
                 size = sum(parameter.nbytes for parameter in self.parameters.values())

@@ -1,4 +1,4 @@
-"""The model as it was loaded, beside the one that is trained."""
+"""The model as it starts, beside the one that is trained."""
 
 import copy
 from typing import Any
@@ -6,20 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import lora
 from ..processes import Processes
 from .calls import Inputs, Policy
 
 
 class Reference:
-    """A frozen copy of the denoiser, or where adapters are trained, the denoiser without them.
+    """A frozen copy of the denoiser; where LoRA layers are trained, the denoiser without them, or with those it had.
 
     Args:
         denoiser: as loaded, before it is prepared.
         processes: prepare the copy as they do the policy, so that both run in the same precision.
-        adapters: the denoiser has some.
+        adapters: the denoiser has LoRA layers.
+        started: these are not new: they have a frozen copy, too.
     """
 
-    def __init__(self, denoiser: nn.Module, processes: Processes, *, adapters: bool) -> None:
+    def __init__(self, denoiser: nn.Module, processes: Processes, *, adapters: bool, started: bool) -> None:
+        self._started = adapters and started
+        if self._started:
+            lora.keep_start(denoiser)
         frozen = None if adapters else copy.deepcopy(denoiser).requires_grad_(False)
         self._copy = None if frozen is None else processes.prepare(frozen)
 
@@ -29,8 +34,14 @@ class Reference:
         if self._copy is not None:
             return policy.guided(*policy(self._copy, *inputs))
         adapted: Any = policy.model.denoiser
-        adapted.disable_adapters()
+        if self._started:
+            adapted.set_adapter(lora.START)
+        else:
+            adapted.disable_adapters()
         try:
             return policy.guided(*policy(denoiser, *inputs))
         finally:
-            adapted.enable_adapters()
+            if self._started:
+                adapted.set_adapter(lora.ADAPTER)
+            else:
+                adapted.enable_adapters()

@@ -7,26 +7,32 @@ from typing import Any
 import torch
 
 from ..files import write_text
-from ..models import load_model
+from ..models import family_of, load_model
 from ..optimizers import EIGHT_BIT, find_optimizer, probe
 from ..processes import Processes
 from ..prompts import Prompt, load_prompts, prompts_of_run
 from ..recipe import Recipe
-from ..rewards import RewardSet
+from ..rewards import RewardSet, check_reward
 from ..rng import derive_seed
 from ..run import checkpoint
 from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
+from ..stopping import Stop
 from .calls import Policy, rows_are_equal
 from .collect import Collector
+from .draw import shared_step
 from .ema import MovingAverage
 from .held_out import Evaluator
-from .losses import make_loss
+from .losses import check_steps, make_loss
 from .optimizer import Optimizer
 from .residence import Residence
+from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
+from .tracking import Tracking, check_trackers
 from .update import Updates
+
+NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
 
 
 class Setup:
@@ -48,7 +54,8 @@ class Setup:
         table: of the sampler.
         policy: the model as rollout and replay call it.
         parameters: that are trained, by name.
-        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
+        stop: the signals that end it.
+        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence, speed: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
         finished: nothing is left to do: all iterations are done and their model is saved. The rest was not built.
@@ -64,8 +71,14 @@ class Setup:
         if accept_changes is not None and resume is None:
             raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
-        self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
+        check_trackers(recipe.tracking)
+        self.processes = Processes(recipe.train.mixed_precision)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        self.stop = Stop(
+            largest=self.processes.largest,
+            leaves=not self.processes.sharded,
+            notice=NOTICE if self.processes.is_main else None,
+        )
         torch.set_num_threads(recipe.threads or self.processes.threads())
         found = self._find_checkpoint(resume)
         self._check()
@@ -93,11 +106,12 @@ class Setup:
         self.updates = Updates(
             recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
         )
+        self.speed = self._measure()
         self._continue(found, state, identity)
         if self.processes.is_main:
             self.directory.root.mkdir(parents=True, exist_ok=True)
             write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
-        self.accelerator.init_trackers("tensorboard")
+        self.tracking = Tracking(recipe, self.directory.root, self.start, self.processes)
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
         for refused in self.processes.collect([self.directory.claim() if self.processes.is_main else None]):
@@ -158,6 +172,10 @@ class Setup:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
+        check_steps(recipe)
+        family_of(recipe.model)
+        for reward in recipe.evaluation.rewards if recipe.evaluation is not None else ():
+            check_reward(reward)
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Of training, and of evaluation."""
@@ -182,12 +200,14 @@ class Setup:
         self.residence.add(self.rewards)
         self.evaluator = None
         if recipe.evaluation is not None:
-            self.evaluator = Evaluator(recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence)
+            self.evaluator = Evaluator(
+                recipe, recipe.evaluation, evaluated, self.policy, processes, self.residence, self.stop
+            )
             self.evaluator.rewards.check(evaluated)
         self.residence.use("denoiser")
         self.loss = make_loss(recipe, self.model.denoiser, self.table, processes)
         self.collect = Collector(
-            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs
+            recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
         self.denoiser = processes.wrap(self.model.denoiser)
@@ -197,6 +217,19 @@ class Setup:
             None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
         )
         self.state = State(identity, processes, self.optimizer, self.average)
+
+    def _measure(self) -> Speed:
+        """Counts a model call where that is of use."""
+        peak, row = peak_flops(self.recipe, self.device), None
+        # Of nf4 and int8 weights torch sees some products only.
+        if all(self.processes.collect([peak is not None])) and self.recipe.model.quantization not in ("nf4", "int8"):
+            conditioning = self.residence.encode(self.reached[: self.policy.rows])
+            self.residence.use("denoiser")
+            with self.processes.sampling(self.model.denoiser, resident=False):
+                row = flops_of_a_row(self.policy, self.table, conditioning)
+        shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
+        whole = None if peak is None else peak * self.processes.count
+        return Speed(self.recipe, len(self.table), shared, row, whole)
 
     def _probe_rows(self) -> bool:
         conditioning = self.residence.encode(self.reached[: self.policy.rows])

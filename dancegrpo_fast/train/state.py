@@ -15,6 +15,7 @@ from ..run.changes import Change
 from ..run.folder import RunDirectory
 from ..run.identity import check_model
 from .ema import MovingAverage
+from .finite import check_finite
 from .optimizer import Optimizer
 
 
@@ -32,14 +33,19 @@ class State:
     average: MovingAverage | None
 
     def save(self, directory: RunDirectory, iteration: int, keep: int, **facts: Any) -> None:
-        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process."""
+        """Writes a checkpoint, with `facts` in its state, and removes all but the newest `keep`; of every process.
+
+        Raises:
+            RuntimeError: a value is not finite; nothing is written.
+        """
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.optimizer.weights,
             "optimizer": self.optimizer.tensors(),
         }
         if self.average is not None:
             groups["ema"] = self.average.values
-        groups["rng"] = _rng_tensors()
+        check_finite(groups, self.processes, iteration, directory.newest())
+        groups["rng"] = rng_tensors()
         state = {**self.identity, **self._surroundings(), **facts}
         checkpoint.save(directory.checkpoints, iteration, groups, state, self.processes)
         if self.processes.is_main:
@@ -75,11 +81,7 @@ class State:
             self.average.load(groups.get("ema") or weights)
         if "train.optimizer" not in changed:
             self.optimizer.load(groups.get("optimizer", {}))
-        generators = {name: value[...] for name, value in groups["rng"].items()}
-        torch.set_rng_state(generators["cpu"])
-        for name, value in generators.items():
-            if name.startswith("cuda:") and torch.cuda.is_available():
-                torch.cuda.set_rng_state(value, name)
+        set_rng_tensors({name: value[...] for name, value in groups["rng"].items()})
         for name, now in self._surroundings().items():
             if state.get(name) != now and self.processes.is_main:
                 warnings.warn(
@@ -100,8 +102,17 @@ class State:
         }
 
 
-def _rng_tensors() -> dict[str, Tensor]:
+def rng_tensors() -> dict[str, Tensor]:
+    """States of torch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `rng_tensors` returned."""
+    torch.set_rng_state(states["cpu"])
+    for name, value in states.items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(value, name)

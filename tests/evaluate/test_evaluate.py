@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.evaluate.scores import Scores, evaluate, summary, table_text
-from dancegrpo_fast.evaluate.weights import load_weights
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe
 from dancegrpo_fast.run import checkpoint
@@ -258,7 +258,7 @@ def test_columns_of_any_type_are_trained_on_and_evaluated(flux: Path, tmp_path: 
 
 def test_lines_are_appended(tmp_path: Path) -> None:
     def row(prompt: int, sample: int) -> dict[str, Any]:
-        return {"sampler": "ode", "prompt_index": prompt, "sample": sample}
+        return {"sampler": "ode", "prompt_index": prompt, "sample": sample, "scores": {"x": 0.5}}
 
     scores = Scores(tmp_path, {"seed": 0})
     scores.add([row(0, 0), row(0, 1)])
@@ -270,6 +270,10 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     # Half a prompt is dropped from the file, too.
     again.add([row(1, 0), row(1, 1)])
     assert rows_of(tmp_path) == again.rows == [row(0, 0), row(0, 1), row(1, 0), row(1, 1)]
+    # What a reward has dropped is asked for again.
+    again.add([row(2, 0) | {"scores": {"x": None}}])
+    assert not again.has("ode", range(2, 3), 1) and len(again.rows) == 4
+    again.add([])
     reader = Scores(tmp_path, {"seed": 0}, writes=False)
     reader.add([row(2, 0)])
     assert len(reader.rows) == 5 and len(rows_of(tmp_path)) == 4
@@ -394,9 +398,33 @@ def test_command(flux: Path, trained: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_weights_of_another_model_are_refused(flux: Path, trained: Path, tmp_path: Path) -> None:
-    small = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"checkpoint: .* lacks"):
-        load_weights(small, trained)
+    """Of a base with the same shapes, too, which a full run's weights replace."""
+    other = tiny.make_flux(tmp_path / "other")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
+    lora = {"lora": LoraSettings(rank=2, alpha=6)}
+    Trainer(recipe_for(flux, tmp_path / "run", **lora)).run()
+
+    def refused(message: str, source: Path, base: Path = flux, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            evaluate(recipe_for(base, tmp_path / "unused", **changes), str(source), tmp_path / "out", ["ode"])
+
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "000001", tmp_path / "run" / "model"):
+        base = (
+            r"checkpoint: got .* another transformer/diffusion_pytorch_model.safetensors than model.path .*other, want"
+        )
+        refused(base, source, other, **lora)
+        refused(r"model.lora.alpha: got 12, want 6, which .* has for ", source, lora=LoraSettings(rank=2, alpha=12))
+        refused(r"model.lora.rank: got 4, want 2, which .* has for ", source, lora=LoraSettings(rank=4, alpha=12))
+        targets = LoraSettings(rank=2, alpha=6, target_modules=["to_q"])
+        refused(r"model.lora.target_modules: got \['to_q'\], want \['to_k', 'to_out.0', 'to_q'", source, lora=targets)
+    refused(r"checkpoint: .* which this model lacks", trained, **lora)
+    # A saved file is of no run, and all of a denoiser is in a full run's weights.
+    saved = tmp_path / "run" / "model" / "pytorch_lora_weights.safetensors"
+    evaluate(recipe_for(other, tmp_path / "unused", **lora), str(saved), tmp_path / "on_other", ["ode"])
+    evaluate(recipe_for(other, tmp_path / "unused"), str(trained), tmp_path / "full", ["ode"])
+    evaluate(recipe_for(flux, tmp_path / "unused"), str(trained), tmp_path / "own", ["ode"])
+    assert rows_of(tmp_path / "full") == rows_of(tmp_path / "own") != rows_of(tmp_path / "on_other")
 
 
 def test_one_sample_a_prompt(flux: Path, tmp_path: Path) -> None:

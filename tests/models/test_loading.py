@@ -170,7 +170,7 @@ def test_a_denoiser_from_elsewhere(base: Base, tmp_path: Path, where: str) -> No
     plain, _ = load(make_recipe(CASES["flux"], flux, tmp_path / "run", **settings))
     recipe = make_recipe(CASES["flux"], without, tmp_path / "run", denoiser=str(other), **settings)
     model, _ = load(recipe)
-    assert model.planned_as == str(model.denoiser_folder)
+    assert model.planned_as == str(model.denoiser_path)
     for name, value in plain.denoiser.state_dict().items():
         assert torch.equal(value, model.denoiser.state_dict()[name])
     assert model._store.folder == plain._store.folder
@@ -231,7 +231,7 @@ def test_processes_have_hours_for_one_that_encodes_or_writes(tmp_path: Path, mon
 
     monkeypatch.setattr(dist, "init_process_group", init)
     try:
-        Processes("no", tmp_path)
+        Processes("no")
     finally:
         dist.destroy_process_group()
     assert asked == [PATIENCE]

@@ -145,7 +145,7 @@ def test_an_answer_that_is_none_ends_the_run(scores: Any, reasons: dict[int, str
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match=r'rewards.on_error: got "skip", want "stop", "retry" or "drop"'):
+    with pytest.raises(ValueError, match=r'rewards.on_error: got "skip", want "stop" or "retry" or "drop"'):
         RewardSettings("ocr", on_error="skip")  # type: ignore[arg-type]  # what it refuses
     for share in (-0.1, 1.0, NAN):
         with pytest.raises(ValueError, match=r"rewards.max_dropped: got .*, want at least 0, less than 1"):

@@ -64,7 +64,8 @@ def recipe(flux: Path, tmp_path: Path) -> Path:
         ("checkpoints/000001", checkpoint, "save", 1, None),
         ("checkpoints/000002", checkpoint, "save", 2, "000001"),
         ("metrics.jsonl", module, "append_rows", 6, "000001"),
-        ("samples/000002-ode.png", module, "save_samples", 5, "000001"),
+        ("samples/000002-ode.png", module, "save_samples", 5, "000002"),
+        ("evaluations.jsonl", module, "append_rows", 7, "000002"),
         ("model", DiffusersModel, "save", 1, "000002"),
     ],
 )

@@ -138,17 +138,6 @@ threads: 1
     assert said.endswith("dancegrpo-fast train: reward \"faulty_reward:score\" failed: KeyError: 'no'\n")
 
 
-def test_no_noise_is_named(flux: Path, tmp_path: Path) -> None:
-    for changes, message in (
-        ({"kind": "ode"}, 'sampler.kind: got "ode", want one with noise'),
-        ({"eta": 0.0}, "sampler.eta: got 0, want more than 0"),
-        ({"window": [3]}, r"sampler.window: got \[3\], want at least one step with noise before the last"),
-        ({"timestep_fraction": 0.1}, "train.timestep_fraction: got 0.1 of 3 stochastic steps"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Trainer(make_recipe(flux, tmp_path / "run", **changes))
-
-
 class Picky:
     """Wants a colour of every prompt."""
 

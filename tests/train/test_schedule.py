@@ -61,7 +61,7 @@ def test_a_run_in_two_parts_has_the_rates_of_one(flux: Path, tmp_path: Path, mon
     assert [row["learning_rate"] for row in rows] == [rates[11], rates[23]]
 
     # Another end is another fall.
-    with pytest.raises(ValueError, match=r"another recipe; train\.iterations: got 3, want 2$"):
+    with pytest.raises(ValueError, match=r"another recipe; train\.iterations: got 3, want 2;"):
         Trainer(make_recipe(flux, tmp_path / "cut", iterations=3, **options), resume="auto")
 
 

@@ -1,6 +1,7 @@
 """Tiny generators of both paradigms in ordinary diffusers folders, with weights drawn here."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,29 @@ class Asked(Brightness):
         super().__init__(channel)
 
 
+class Interrupted(Brightness):
+    """The second process gets a signal in one of its calls, counted from 1, or fails in it where that is 0.
+
+    Args:
+        call: in which.
+        number: of the signal.
+        mark: a file that is made then; where it is there already nothing happens.
+    """
+
+    def __init__(self, call: int, number: int, mark: str) -> None:
+        super().__init__()
+        self.left, self.number, self.mark = call, number, Path(mark)
+
+    def __call__(self, inputs: RewardInput) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0 and os.environ.get("RANK") == "1" and not self.mark.exists():
+            self.mark.touch()
+            if self.number == 0:
+                raise KeyError("no such key")
+            os.kill(os.getpid(), self.number)
+        return super().__call__(inputs)
+
+
 class FirstGroup:
     """Mean red of the first prompt's samples, and equal rewards of the others'."""
 
@@ -59,11 +83,11 @@ class Steady:
 
 
 class Refusing(Brightness):
-    """Does not score every fifth shade of the first pixel."""
+    """Does not score every seventh shade of the first pixel."""
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
-        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 5
-        refused = (shades == 4).nonzero().flatten().tolist()
+        shades = (inputs.frames[:, 0, 0, 0, 0] * 255).round().int() % 7
+        refused = (shades == 0).nonzero().flatten().tolist()
         if refused:
             raise UnscoredError(super().__call__(inputs), dict.fromkeys(refused, "no such shade"))
         return super().__call__(inputs)

@@ -265,7 +265,7 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
     if settings.optimizer == "adamw_8bit":
-        states = state_bytes_8bit(weights.sizes)
+        states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
     if settings.optimizer == "other":

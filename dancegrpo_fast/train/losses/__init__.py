@@ -10,6 +10,7 @@ from .base import Loss as Loss
 from .base import Outputs as Outputs
 from .base import Term as Term
 from .grpo import Grpo
+from .grpo import check_steps as check_steps
 
 
 def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, processes: Processes) -> Loss:
@@ -26,5 +27,7 @@ def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, proce
     """
     reference = None
     if recipe.train.kl_weight > 0:
-        reference = Reference(denoiser, processes, adapters=recipe.model.lora is not None)
+        model = recipe.model
+        started = model.start_from is not None and model.start_as == "adapter"
+        reference = Reference(denoiser, processes, adapters=model.lora is not None, started=started)
     return Grpo(recipe, table, reference, processes.device)

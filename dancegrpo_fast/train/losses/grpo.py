@@ -44,14 +44,7 @@ class Grpo:
         hidden |= {"reference_kl"} if reference is None else set()
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
         self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
-        if not self.trainable_steps:
-            raise ValueError(_without_noise(recipe.sampler))
-        self.pairs_per_sample = int(recipe.train.timestep_fraction * len(self.trainable_steps) + 1e-9)
-        if self.pairs_per_sample < 1:
-            raise ValueError(
-                f"train.timestep_fraction: got {recipe.train.timestep_fraction} of {len(self.trainable_steps)} "
-                "stochastic steps before the last, want at least one step"
-            )
+        self.pairs_per_sample = steps_per_sample(recipe, len(self.trainable_steps))
 
     def steps(self, number: int) -> list[int]:
         """The steps that the sample with this number in the run is trained on, in an order drawn for it."""
@@ -115,6 +108,36 @@ class Grpo:
         metrics = found.metrics
         moved = steps, (found.log_prob - old).abs()
         return Term(found.loss, metrics.samples, metrics._asdict(), metrics.ratio_max_dev, found.has_grad, moved)
+
+
+def check_steps(recipe: Recipe) -> None:
+    """`steps_per_sample` of the settings alone, before there is a table.
+
+    Raises:
+        ValueError: they leave no step to train on.
+    """
+    sampler = recipe.sampler
+    noisy = range(sampler.num_steps) if sampler.window is None else set(sampler.window)
+    before_last = sum(step < sampler.num_steps - 1 for step in noisy)
+    steps_per_sample(recipe, 0 if sampler.kind == "ode" or sampler.eta == 0 else before_last)
+
+
+def steps_per_sample(recipe: Recipe, stochastic: int) -> int:
+    """How many steps a sample is trained on, of so many stochastic ones before the last.
+
+    Raises:
+        ValueError: none.
+    """
+    if stochastic == 0:
+        raise ValueError(_without_noise(recipe.sampler))
+    fraction = recipe.train.timestep_fraction
+    found = int(fraction * stochastic + 1e-9)
+    if found < 1:
+        raise ValueError(
+            f"train.timestep_fraction: got {fraction} of {stochastic} stochastic steps before the last, want at least "
+            "one step"
+        )
+    return found
 
 
 def _without_noise(sampler: SamplerSettings) -> str:

@@ -1,0 +1,71 @@
+"""The families by name, and a folder held to the one that a recipe names before anything of it is loaded."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..recipe import ModelSettings
+from .base import DiffusersModel
+from .loading import CONFIG, pipeline_index
+
+FAMILIES = {
+    "flux": "flux:Flux",
+    "stable_diffusion": "stable_diffusion:StableDiffusion",
+    "hunyuan_video": "hunyuan_video:HunyuanVideo",
+    "skyreels_i2v": "skyreels_i2v:SkyReelsI2V",
+    "sd3": "sd3:StableDiffusion3",
+    "qwen_image": "qwen_image:QwenImage",
+    "wan": "wan:Wan",
+}
+
+
+def family_of(settings: ModelSettings) -> type[DiffusersModel]:
+    """The class of the family that a recipe names.
+
+    Of a name on the hub only the index is fetched.
+
+    Raises:
+        ValueError: no such family, a hub that cannot be reached, or configurations of another family.
+    """
+    name = settings.family
+    if name not in FAMILIES:
+        raise ValueError(f'model.family: got "{name}", want one of {", ".join(FAMILIES)}')
+    family = _class(name)
+    index = pipeline_index(settings.path)
+    kind, place = _denoiser(settings, family.denoiser_part, index)
+    if kind is not None and kind != family.denoiser_class:
+        right = [other for other in FAMILIES if _class(other).denoiser_class == kind]
+        wanted = " or ".join(f'"{other}"' for other in right) or "another model, which no family here is for"
+        raise ValueError(f'model.family: got "{name}" for the {kind} of {place}, want {wanted}')
+    others = [part for part, what in index.items() if part.startswith("text_encoder") and what and what != [None, None]]
+    if unknown := sorted(set(others) - set(family.text_parts)):
+        raise ValueError(
+            f'model.family: got "{name}" for {settings.path}, a {index.get("_class_name")} with {unknown[0]}, want the '
+            f"family of that pipeline; {name} has {', '.join(family.text_parts)}"
+        )
+    return family
+
+
+def _class(name: str) -> type[DiffusersModel]:
+    module, _, attribute = FAMILIES[name].partition(":")
+    found: type[DiffusersModel] = getattr(importlib.import_module(f".{module}", __package__), attribute)
+    return found
+
+
+def _denoiser(settings: ModelSettings, part: str, index: dict[str, Any]) -> tuple[str | None, str]:
+    """The class of the denoiser, where it can be known, and where that stands."""
+    where = settings.path if settings.denoiser is None else settings.denoiser
+    folders = [Path(where) / part, *([Path(where)] if settings.denoiser is not None else [])]
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            try:
+                return json.loads((folder / CONFIG).read_bytes()).get("_class_name"), str(folder)
+            except (ValueError, AttributeError):
+                return None, str(folder)
+    if settings.denoiser is not None:
+        return None, where
+    for name in dict.fromkeys((part, "transformer", "unet")):
+        if index.get(name):
+            return index[name][1], where
+    return None, where
