@@ -171,7 +171,7 @@ def test_threshold_makes_rewards_binary(flux: Path, tmp_path: Path) -> None:
 
 def test_groups_that_differ_by_rounding_are_left_out(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", rewards=[reward("Steady")]))
-    row, seen = trainer.iteration(1), trainer.collect(1, trainer.prompts)
+    seen, row = trainer.collect(1, trainer.prompts), trainer.iteration(1)
     groups = seen.rewards.reshape(3, 4)
     assert bool((groups.std(dim=1) > 0).all()) and not seen.advantages[4:].any() and bool(seen.advantages[:4].all())
     assert (row["zero_std_groups"], row["pairs"], row["skipped"]["zero_advantage_skipped"]) == (2, 4 * 2, 8 * 2)
