@@ -29,6 +29,7 @@ from .optimizer import Optimizer
 from .residence import Residence
 from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
+from .tracking import Tracking, check_trackers
 from .update import Updates
 
 NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
@@ -70,7 +71,8 @@ class Setup:
         if accept_changes is not None and resume is None:
             raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
-        self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
+        check_trackers(recipe.tracking)
+        self.processes = Processes(recipe.train.mixed_precision)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         self.stop = Stop(
             largest=self.processes.largest,
@@ -109,7 +111,7 @@ class Setup:
         if self.processes.is_main:
             self.directory.root.mkdir(parents=True, exist_ok=True)
             write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
-        self.accelerator.init_trackers("tensorboard")
+        self.tracking = Tracking(recipe, self.directory.root, self.start, self.processes)
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
         for refused in self.processes.collect([self.directory.claim() if self.processes.is_main else None]):
