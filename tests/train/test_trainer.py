@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dancegrpo_fast.prompts import prompts_of_iteration
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.draw import Draw, Start
-from dancegrpo_fast.prompts import prompts_of_iteration
 from dancegrpo_fast.train.loop import Trainer
 from dancegrpo_fast.train.losses import grpo
 from dancegrpo_fast.train.metrics import Tally, metrics_row
@@ -176,7 +176,7 @@ def test_groups_that_differ_by_rounding_are_left_out(flux: Path, tmp_path: Path)
     row, groups = trainer.iteration(1), seen.rewards.reshape(3, 4)
     assert bool((groups.std(dim=1) > 0).all()) and not seen.advantages[4:].any() and bool(seen.advantages[:4].all())
     assert (row["zero_std_groups"], row["pairs"], row["skipped"]["zero_advantage_skipped"]) == (2, 4 * 2, 8 * 2)
-    assert row["reward_group_std/Steady"] == pytest.approx(float(groups.std(dim=1).mean()))
+    assert row["reward_group_std/Steady"] == pytest.approx(float(groups.double().std(dim=1).mean()))
     assert row["reward_group_std/Steady"] < row["reward_std/Steady"]
 
 
