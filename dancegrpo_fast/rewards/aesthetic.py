@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .base import RewardInput
 from .clip import ClipReward, clip_model, load_towers, loaded
 from .frames import Sampling
+from .pixels import openai_pixels
 
 _HUB_FILE = "aesthetic-model.pth"
 
@@ -42,6 +43,9 @@ class AestheticHead(nn.Module):
 class Aesthetic(ClipReward):
     """How beautiful people find an image, about 1 to 10, whatever the prompt.
 
+    The pixels are those of LAION's own script, whose torchvision cuts the square of some formats one pixel from where
+    transformers' processor does, which DDPO's and Flow-GRPO's scripts take.
+
     Args:
         path: The `CLIPModel` whose image tower is used: hub name or local folder.
         head: The five layers: a local `.pth` file in the published layout, or a hub name with `aesthetic-model.pth`
@@ -64,7 +68,7 @@ class Aesthetic(ClipReward):
         batch: int = 32,
         frames: Sampling = "all",
     ) -> None:
-        super().__init__(load_towers(_image_tower, path, None, dtype, device), batch, frames)
+        super().__init__(load_towers(_image_tower, path, None, dtype, device), batch, frames, openai_pixels)
         self.head = AestheticHead(self.towers.width)
         loaded("head", head, lambda place: self.head.load_state_dict(_weights(place)))
         self.head.eval().requires_grad_(False).to(self.towers.device)

@@ -80,18 +80,19 @@ def _fixed_point(sums: Tensor) -> Tensor:
     return rounded.clamp_(0, 255).to(torch.uint8)
 
 
-def resize_and_crop(images: Tensor, size: int) -> Tensor:
+def resize_and_crop(images: Tensor, size: int, *, even: bool = False) -> Tensor:
     """Scale the shorter side to `size` as `resize_bicubic` does and cut a centred square, uint8 [..., size, size].
 
-    The longer side becomes `int(size * long / short)`, and an odd margin leaves its extra row or column at the end:
-    the arithmetic of transformers' CLIPImageProcessor with Pillow (torchvision's crop rounds an odd margin otherwise).
+    The longer side becomes `int(size * long / short)`. Half of an odd margin is rounded down, as in transformers'
+    CLIPImageProcessor with Pillow; `even` rounds it to the even neighbour, as torchvision's crop does.
     """
     height, width = images.shape[-2:]
     if width <= height:
         height, width = int(size * height / width), size
     else:
         height, width = size, int(size * width / height)
-    return _resized_part(images, (height, width), ((height - size) // 2, (width - size) // 2), (size, size))
+    top, left = (round((side - size) / 2) if even else (side - size) // 2 for side in (height, width))
+    return _resized_part(images, (height, width), (top, left), (size, size))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -104,6 +105,11 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
     """Return uint8 [..., 3, H, W] as CLIP's image processor prepares it, float32 [..., 3, size, size], to the bit."""
     # the processor multiplies by 1 / 255 in float64 where torchvision divides
     return normalise((resize_and_crop(images, size).double() * (1 / 255)).float())
+
+
+def openai_pixels(images: Tensor, size: int) -> Tensor:
+    """Return uint8 [..., 3, H, W] as OpenAI's CLIP prepares it with torchvision, float32 [..., 3, size, size]."""
+    return normalise(resize_and_crop(images, size, even=True).float() / 255)
 
 
 def letterbox_pixels(images: Tensor, size: int) -> Tensor:

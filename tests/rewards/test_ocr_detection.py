@@ -32,14 +32,22 @@ def test_lines_are_found_and_read_in_order() -> None:
             picture((90, 60, "Fresh fish")),
         ]
     )
-    assert OcrReader(detect=True)(images) == ["Open late until noon", "", "Fresh fish"]
+    assert OcrReader()(images) == ["Open late until noon", "", "Fresh fish"]
 
 
 def test_detection_finds_what_one_line_cannot_hold() -> None:
     frames = picture((20, 20, "Open"), (30, 105, "until noon"))[None, None]
     prompt = 'a sign that says "open until noon"'
-    assert OcrExact(detect=True)(inputs(frames, prompt)).tolist() == [1.0]
-    assert OcrExact()(inputs(frames, prompt)).tolist() == [0.0]
+    assert OcrExact()(inputs(frames, prompt)).tolist() == [1.0]
+    assert OcrExact(detect=False)(inputs(frames, prompt)).tolist() == [0.0]
+
+
+def test_a_line_in_a_large_picture() -> None:
+    """However it lies, and with another one beside it."""
+    line, both = [(80, 120, "Hello World")], [(80, 120, "Hello World"), (80, 300, "and others")]
+    plain, two = (picture(*texts, width=512, height=512, font=60) for texts in (line, both))
+    found = OcrReader()(torch.stack([plain.rot90(2, (1, 2)), plain.rot90(1, (1, 2)), two]))
+    assert found == ["Hello World", "Hello World", "Hello World and others"]
 
 
 @pytest.mark.parametrize(
@@ -64,18 +72,18 @@ def test_videos_score_the_mean_of_their_frames() -> None:
     """Three of four frames right, one with a wrong letter of eight; another video shown in reverse."""
     video = torch.stack([line("harbours"), line("harbours"), line("harbour5"), line("harbours")])
     both = inputs(torch.stack([video, video.flip(0)]), '"harbours"', '"Harbours"')
-    assert OcrExact()(both).tolist() == [0.75, 0.75]
-    assert OcrReward()(both).tolist() == [1 - 1 / 32] * 2
-    assert OcrReward(frames="middle")(both).tolist() == [1 - 1 / 8, 1.0]
-    assert OcrExact(frames="first")(both).tolist() == [1.0, 1.0]
-    assert OcrExact(frames=2)(both).tolist() == [1.0, 0.5]
+    assert OcrExact(detect=False)(both).tolist() == [0.75, 0.75]
+    assert OcrReward(detect=False)(both).tolist() == [1 - 1 / 32] * 2
+    assert OcrReward(detect=False, frames="middle")(both).tolist() == [1 - 1 / 8, 1.0]
+    assert OcrExact(detect=False, frames="first")(both).tolist() == [1.0, 1.0]
+    assert OcrExact(detect=False, frames=2)(both).tolist() == [1.0, 0.5]
 
 
 def test_more_images_than_are_read_at_a_time() -> None:
     pictures = [line(text) for text in ("harbours", "fish", "late")]
-    found = OcrReader()(torch.stack([pictures[i % 3] for i in range(_AT_A_TIME + 2)]))
+    found = OcrReader(detect=False)(torch.stack([pictures[i % 3] for i in range(_AT_A_TIME + 2)]))
     assert found == [("harbours", "fish", "late")[i % 3] for i in range(_AT_A_TIME + 2)]
-    assert OcrReader()(torch.empty(0, 3, 48, 190)) == []
+    assert OcrReader(detect=False)(torch.empty(0, 3, 48, 190)) == []
 
 
 def test_bad_inputs() -> None:
