@@ -333,4 +333,4 @@ def test_other_settings_of_fsdp_are_refused(
     for name, value in (settings | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        Processes("no", tmp_path)
+        Processes("no")
