@@ -36,7 +36,7 @@ class Settings:
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     """DataParallel's copy of a module: the forward is of the copy, not of the module that it was put into."""
-    replica: nn.Module = type(self)._replicate_for_data_parallel(self)  # type: ignore[operator]  # untyped
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)
     for name in PLACED:
         bound = vars(self)[name]
         if isinstance(bound, MethodType):
@@ -66,7 +66,7 @@ class Accelerated:
             method = MethodType(function, module)
             # On the instance: the class stays as it is.
             module.forward = method
-            module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)
+            vars(module)[_replicate_for_data_parallel.__name__] = MethodType(_replicate_for_data_parallel, module)
             self._placed.append((module, method))
 
     def __call__(self) -> None:
