@@ -1,9 +1,9 @@
 """Optimisers by name: what a recipe may ask of them, and what they keep of a trained tensor."""
 
-import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """
     module, _, attribute = BY_NAME.get(name, name).partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        found = getattr(import_module(module), attribute, None)
     except ImportError as error:
         raise ValueError(f'train.optimizer: got "{name}", which does not import: {missing(error)}') from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):

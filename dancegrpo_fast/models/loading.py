@@ -178,7 +178,7 @@ def _from_file(cls: Any, file: Path, config: Path, options: dict[str, Any]) -> A
         )
     try:
         loaded = cls.from_single_file(str(file), config=str(config), local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"model.denoiser: got {file}, want weights of {cls.__name__} as in {config}: {error}"
         ) from error

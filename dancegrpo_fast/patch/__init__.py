@@ -64,8 +64,8 @@ def accelerate(
     Weights, state-dict keys, LoRA (added before or after), gradient checkpointing, `set_attention_backend`, context
     parallelism (enabled after) and `torch.compile` work as before. Roll out and replay with the same settings. A deep
     copy and a replica of DataParallel have the block ops, too; what `torch.save(transformer)` writes has not, and opens
-    without this package. A block whose norms, attention or other modules that the ops stand in for have hooks runs as
-    diffusers has it, and warns.
+    without this package. A block runs as diffusers has it, with a warning, where hooks are on modules that the ops
+    stand in for: norms, attention, feed-forwards.
 
     Args:
         transformer: FluxTransformer2DModel, HunyuanVideoTransformer3DModel (SkyReels too), SD3Transformer2DModel,

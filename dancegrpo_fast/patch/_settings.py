@@ -66,7 +66,7 @@ class Accelerated:
             method = MethodType(function, module)
             # On the instance: the class stays as it is.
             module.forward = method
-            module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]  # on the instance
+            vars(module)[_replicate_for_data_parallel.__name__] = MethodType(_replicate_for_data_parallel, module)
             self._placed.append((module, method))
 
     def __call__(self) -> None:

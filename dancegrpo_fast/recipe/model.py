@@ -81,7 +81,7 @@ class ModelSettings:
     quantization: Literal["nf4", "int8", "fp8"] | None = None
 
     def __post_init__(self) -> None:
-        check_fields("model", self, ["path", "denoiser", "prompt_cache"])
+        check_fields("model", self, ["path", "denoiser", "start_from", "prompt_cache"])
         known = ("none", "full", "attention", "matmul", "auto")
         first, _, count = self.checkpointing.partition(":")
         if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):

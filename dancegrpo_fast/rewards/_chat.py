@@ -98,14 +98,14 @@ class ChatServer:
                 reasons[number] = str(error)
                 return float("nan")
 
-        with ThreadPoolExecutor(self._workers) as pool:
+        pool = ThreadPoolExecutor(self._workers)
+        try:
             asked = [pool.submit(answer, number) for number in range(len(questions))]
-            try:
-                return [one.result() for one in asked], reasons
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [one.result() for one in asked], reasons
+        finally:
+            # After an error or a signal nobody waits for the answers that are still to come.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, question: Sequence[Mapping[str, Any]], stop: Event) -> str:
         body = {**self._fields, "messages": [{"role": "user", "content": list(question)}]}

@@ -133,7 +133,7 @@ def metrics_row(
     for name, values in zip(names, batch.rewards, strict=True):
         row[f"reward/{name}"] = float(values[valid].mean())
         row[f"reward_std/{name}"] = float(values[valid].std())
-        groups = zip(values.view(-1, size), valid.view(-1, size), strict=True)
+        groups = zip(values.double().view(-1, size), valid.view(-1, size), strict=True)
         row[f"reward_group_std/{name}"] = fmean(float(group[own].std()) for group, own in groups if bool(own.any()))
     row["dropped"] = int((~valid).sum())
     row["zero_std_groups"] = int(without_spread(batch.rewards, size, valid=valid).all(dim=0).sum())

@@ -175,6 +175,10 @@ def test_the_first_frame_belongs_to_its_prompt(base: Base, tmp_path: Path) -> No
     again, _ = load(make_recipe(CASES["skyreels_i2v"], base("skyreels_i2v"), tmp_path / "run"))
     for row in (2, 0):
         assert torch.equal(again.encode([prompts[row]])["first_frame"][0], together[row])
+    # As Hugging Face's tables hold it.
+    held = replace(prompts[1], meta={"image": {"bytes": Path(prompts[1].meta["image"]).read_bytes(), "path": "1.png"}})
+    assert again.encodes_with_vae([held]) and torch.equal(again.encode([held])["first_frame"][0], together[1])
+    assert not again.encodes_with_vae([held])
     assert model.unconditional(5.0).keys() == model.encode(prompts).keys() - {"first_frame"}
     assert model.unconditional(1.0) is None
     assert NEGATIVE not in [prompt.text for prompt in prompts]

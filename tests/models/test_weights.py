@@ -1,5 +1,6 @@
 """LoRA files of any writer, and whole weights, as a run's start: what diffusers' own pipeline makes of them."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dancegrpo_fast.models.loading import variant_of
 from dancegrpo_fast.recipe import LoraSettings, ModelSettings, Recipe
+from dancegrpo_fast.run.identity import model_identity
 
 from ..release import release_but
 from . import lora_files
@@ -154,3 +157,47 @@ def test_whole_denoisers(base: Base, tmp_path: Path) -> None:
     assert {name for name, p in model.denoiser.named_parameters() if p.requires_grad} == {
         f"{name}.lora_{part}.default.weight" for name in lora_files.layers(model.denoiser) for part in "AB"
     }
+
+
+def test_weights_in_one_variant_only(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the hub has many: every part as `*.fp16.safetensors`, in whose numbers nothing else is seen."""
+    flux, half = base("flux"), tmp_path / "half"
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(flux).to(torch.float16)
+    pipeline.save_pretrained(half, variant="fp16")
+    pipeline.save_pretrained(tmp_path / "plain")
+    found = [
+        load(make_recipe(CASES["flux"], folder, tmp_path / "run", prompt_cache=str(folder / "cache")))
+        for folder in (half, tmp_path / "plain")
+    ]
+    assert "transformer: weights of the variant fp16" in capsys.readouterr().out
+    (ours, prompts), (theirs, _) = found
+    wanted = theirs.denoiser.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in ours.denoiser.state_dict().items())
+    encoded = theirs.encode(prompts)
+    assert all(torch.equal(value, encoded[name]) for name, value in ours.encode(prompts).items())
+    latents = torch.ones(1, *ours.latent_shape)
+    assert torch.equal(ours.decode(latents), theirs.decode(latents))
+    part = half / "transformer"
+    (part / "diffusion_pytorch_model.fp16.safetensors").rename(part / "diffusion_pytorch_model.a.safetensors")
+    shutil.copy(part / "diffusion_pytorch_model.a.safetensors", part / "diffusion_pytorch_model.b.safetensors")
+    with pytest.raises(ValueError, match=r"transformer: got weights in the variants \['a', 'b'\], want one of them"):
+        variant_of(part)
+
+
+def test_a_denoiser_in_a_file(base: Base, tmp_path: Path) -> None:
+    """With diffusers' names; with others it is refused with what was wanted."""
+    flux, file = base("flux"), tmp_path / "tuned.safetensors"
+    denoiser, _ = lora_files.denoiser_of(flux)
+    tensors = {name: 1.01 * value for name, value in denoiser.state_dict().items()}
+    save_file(tensors, file)
+    settings = {"prompt_cache": str(flux.parent / "cache"), "denoiser": str(file)}
+    recipe = make_recipe(CASES["flux"], flux, tmp_path / "run", **settings)
+    model, _ = load(recipe)
+    found = model.denoiser.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert model.planned_as == str(flux)
+    assert "transformer/tuned.safetensors" in model_identity(model)["files"]
+    name = "x_embedder.weight"
+    save_file({one: value for one, value in tensors.items() if one != name}, file)
+    with pytest.raises(ValueError, match=rf"model.denoiser: got {file}, want weights of FluxTransformer2DModel"):
+        load(recipe)

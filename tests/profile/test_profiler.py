@@ -127,7 +127,7 @@ def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
     report.predicted, notes = planned(trainer)
     assert set(PREDICTED) <= set(report.predicted)
     assert "rewards" not in report.predicted and any(recipe.rewards[0].name in note for note in notes)
-    for name in ("parameters", "optimizer", "gradients"):
+    for name in ("parameters", "optimizer", "master weights", "gradients"):
         # Models of other tests may still be there.
         there = report.rows["replay forward"].budget[name] - report.before.get(name, 0)
         own = report.predicted["replay forward"][name]
@@ -138,6 +138,8 @@ def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
 def _own(trainer: Trainer, name: str) -> int:
     if name == "parameters":
         return sum(p.nbytes for p in trainer.denoiser.parameters())
+    if name == "master weights":
+        return sum(w.nbytes for w in trainer.optimizer.weights.values() if w.dtype == torch.float32)
     return sum(t.nbytes for state in trainer.optimizer.torch.state.values() for t in state.values())
 
 

@@ -85,7 +85,8 @@ def test_home_and_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
     monkeypatch.delenv("NOWHERE", raising=False)
-    made = model(path="~/flux", denoiser="${DATA}/d", prompt_cache="$DATA/cache")
+    made = model(path="~/flux", denoiser="${DATA}/d", prompt_cache="$DATA/cache", start_from="~/lora")
+    assert made.start_from == "/home/me/lora"
     assert (made.path, made.denoiser, made.prompt_cache) == ("/home/me/flux", "/data/d", "/data/cache")
     assert model(path="black-forest-labs/FLUX.1-dev").path == "black-forest-labs/FLUX.1-dev"
     whole = recipe(prompts="$DATA/p$.txt", output_dir="~/runs")

@@ -1,6 +1,8 @@
 """Judges over HTTP: what is asked, and what replies are scores."""
 
 import json
+import os
+import signal
 import threading
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from dancegrpo_fast.rewards import UnscoredError
 from dancegrpo_fast.rewards.http_judge import HttpJudge, HttpPreference
+from dancegrpo_fast.stopping import Stop, Stopped
 
 from .judge_server import Server, content, pictures, samples, shown
 
@@ -42,6 +45,26 @@ def test_frames_of_a_video(server: Server, frames: Any, want: list[int]) -> None
     (body,) = server.requests
     expected = (inputs.frames[0, want] * 255).round().byte()
     assert torch.equal(torch.stack(pictures(body)), expected)
+
+
+def test_a_signal_waits_for_no_answer(server: Server) -> None:
+    asked, left, answered = threading.Event(), threading.Event(), []
+
+    def answer(body: dict[str, Any]) -> str:
+        asked.set()
+        answered.append(left.wait(30))
+        return "1"
+
+    def signalled() -> None:
+        assert asked.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    server.answer = answer
+    threading.Thread(target=signalled).start()
+    with pytest.raises(Stopped), Stop(at_once=True):
+        HttpJudge(**server.args)(samples("x"))
+    left.set()
+    assert answered in ([], [True])
 
 
 def test_questions_at_a_time_keep_their_order(server: Server) -> None:

@@ -36,7 +36,7 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("too late")
 
-    for name in ("_open_store", "_load_denoiser"):
+    for name in ("_open_store", "load_from"):
         monkeypatch.setattr(DiffusersModel, name, refuse)
 
 

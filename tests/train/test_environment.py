@@ -1,7 +1,5 @@
 """What accelerate's and launchers' variables ask for is done, or refused by name."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -29,15 +27,15 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_would_be_left_undone_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"^{next(iter(variables))}: {message}"):
-        Processes("no", tmp_path)
+        Processes("no")
 
 
-def test_what_accelerate_launch_says_unasked_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_accelerate_launch_says_unasked_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     unasked = {
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_DYNAMO_BACKEND": "NO",
@@ -48,7 +46,7 @@ def test_what_accelerate_launch_says_unasked_changes_nothing(tmp_path: Path, mon
     }
     for name, value in unasked.items():
         monkeypatch.setenv(name, value)
-    processes = Processes("bf16", tmp_path)
+    processes = Processes("bf16")
     weight = torch.ones(1, requires_grad=True)
     processes.accelerator.backward(weight.sum())
     assert weight.grad is not None and weight.grad.item() == 1.0

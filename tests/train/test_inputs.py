@@ -115,10 +115,9 @@ class Faulty:
         raise TypeError("a bug of its own")
 
 
-def test_a_reward_that_raises_shows_where(
-    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_reward_beside_its_recipe_that_raises_shows_where(
+    flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "faulty_reward.py").write_text("def score(inputs):\n    return inputs.meta[0]['no']\n")
     (tmp_path / "recipe.yaml").write_text(
         f"""

@@ -35,8 +35,15 @@ def test_lora_layers_are_trained_on(flux: Path, tmp_path: Path) -> None:
     found = rows(tmp_path / "whole")
     assert found[0]["reference_kl"] == 0.0 < found[1]["reference_kl"]
     Trainer(make_recipe(flux, tmp_path / "parts", **more | {"iterations": 1})).run()
-    resumed = make_recipe(flux, tmp_path / "parts", **more)
-    Trainer(resumed, "auto").run()
+    moved = shutil.copytree(tmp_path / "file", tmp_path / "moved")
+    with pytest.raises(ValueError, match=r'model.start_as: got "merged", want "adapter"'):
+        Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_as": "merged"}), "auto")
+    (file,) = (tmp_path / "file").glob("*.safetensors")
+    save_file({name: 2 * value for name, value in load_file(file).items()}, moved / file.name)
+    with pytest.raises(ValueError, match=r"model.path: got .*start_from/adapter_model.safetensors"):
+        Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto")
+    shutil.copy(file, moved)
+    Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto").run()
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     assert [row["reference_kl"] for row in rows(tmp_path / "parts")] == [row["reference_kl"] for row in found]
 
@@ -45,15 +52,6 @@ def test_lora_layers_are_trained_on(flux: Path, tmp_path: Path) -> None:
     from_run = Trainer(make_recipe(flux, tmp_path / "from_run", lora=LORA, start_from=str(tmp_path / "whole")))
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(again.parameters[name], value) and torch.equal(from_run.parameters[name], value)
-
-    (file,) = (tmp_path / "file").glob("*.safetensors")
-    moved = shutil.copytree(tmp_path / "file", tmp_path / "moved")
-    Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto")
-    save_file({name: 2 * value for name, value in load_file(file).items()}, moved / file.name)
-    with pytest.raises(ValueError, match=r"1 of its files differ, start_from/adapter_model.safetensors for one"):
-        Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto")
-    with pytest.raises(ValueError, match=r'model.start_as: got "merged", want "adapter"'):
-        Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_as": "merged"}), "auto")
 
 
 def test_all_weights_are_trained_on(flux: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dancegrpo_fast.prompts import prompts_of_iteration
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.draw import Draw, Start
 from dancegrpo_fast.train.loop import Trainer
@@ -171,11 +172,11 @@ def test_threshold_makes_rewards_binary(flux: Path, tmp_path: Path) -> None:
 
 def test_groups_that_differ_by_rounding_are_left_out(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run", rewards=[reward("Steady")]))
-    row, seen = trainer.iteration(1), trainer.collect(1, trainer.prompts)
-    groups = seen.rewards.reshape(3, 4)
+    seen = trainer.collect(1, prompts_of_iteration(trainer.prompts, 3, 0, seed=0))
+    row, groups = trainer.iteration(1), seen.rewards.reshape(3, 4)
     assert bool((groups.std(dim=1) > 0).all()) and not seen.advantages[4:].any() and bool(seen.advantages[:4].all())
     assert (row["zero_std_groups"], row["pairs"], row["skipped"]["zero_advantage_skipped"]) == (2, 4 * 2, 8 * 2)
-    assert row["reward_group_std/Steady"] == pytest.approx(float(groups.std(dim=1).mean()))
+    assert row["reward_group_std/Steady"] == pytest.approx(float(groups.double().std(dim=1).mean()))
     assert row["reward_group_std/Steady"] < row["reward_std/Steady"]
 
 

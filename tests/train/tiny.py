@@ -79,7 +79,7 @@ class Steady:
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
         red = inputs.frames[:, :, 0].mean(dim=(1, 2, 3))
-        return torch.where(inputs.group == 0, red, 0.97 + 1e-5 * (red - 0.5))
+        return torch.where(inputs.group == 0, red, 0.97 + 4e-5 * (red - 0.5))
 
 
 class Refusing(Brightness):

@@ -269,8 +269,8 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
     if settings.optimizer == "other":
-        states = settings.state_bytes * weights.trainable
-        return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
+        kept = settings.state_bytes * weights.trainable
+        return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
     found = step_figures(weights.sizes, weights.dtypes, settings.optimizer.removeprefix("adamw_"))
     if "optimizer" in settings.offload:
         return 0, 0, found[2] * scale
