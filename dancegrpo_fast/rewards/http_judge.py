@@ -23,7 +23,7 @@ Which of its two results above is better (several pictures are frames of one vid
 of what the prompt asks for and has fewer flaws? Answer with 1 or 2 alone."""
 
 # Arguments that say where and how is asked, not what.
-HOW = frozenset({"url", "api_key_env", "workers", "timeout", "retries", "backoff"})
+HOW = frozenset({"url", "api_key_env", "workers", "timeout", "total_timeout", "retries", "backoff"})
 
 
 class HttpJudge:
