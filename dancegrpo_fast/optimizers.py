@@ -26,11 +26,13 @@ class Kept:
         bytes_per_number: of states that have the tensor's shape; others are small.
         others: names of states of another shape, which cannot be split as the tensor is.
         numbers: Python's numbers among the states, and their types.
+        names: of all states; None where that is not known.
     """
 
     bytes_per_number: float = 0.0
     others: list[str] = field(default_factory=list)
     numbers: dict[str, type] = field(default_factory=dict)
+    names: set[str] | None = None
 
 
 # bitsandbytes steps on a GPU only: a byte each of two states, with two float32 scales for 256 of them.
@@ -114,7 +116,8 @@ def probe(train: TrainSettings) -> Kept:
         optimizer.step()
     except FAILURES as error:
         raise ValueError(f'train.optimizer: got "{train.optimizer}", which does not step: {error}') from error
-    kept, state = Kept(), optimizer.state.get(parameter, {})
+    state = optimizer.state.get(parameter, {})
+    kept = Kept(names=set(state))
     for name, value in {**changed_settings(before, optimizer.param_groups[0]), **state}.items():
         if isinstance(value, (bool, int, float)):
             kept.numbers[name] = type(value)

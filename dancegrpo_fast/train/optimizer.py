@@ -1,6 +1,6 @@
 """The optimiser's step: gradients that were not made, clipping, float32 masters; and its state by name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Optimizer:
         if train.optimizer == ADAMW and not train.optimizer_args.keys() & {"fused", "foreach"}:
             more["fused"] = all(parameter.is_cuda for parameter in parameters.values())
         self.torch = make_optimizer(train, self.weights.values(), **more)
-        self._numbers = probe(train).numbers
+        self._kept = probe(train)
         # Of a parameter group: some optimisers keep what they learn of all tensors there.
         self._settings = dict(self.torch.param_groups[0])
 
@@ -88,6 +88,11 @@ class Optimizer:
         changed = changed_settings(self._settings, self.torch.param_groups[0])
         return found | {f"/{key}": _stored(value) for key, value in changed.items()}
 
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether `tensors()` with these names are what it would keep itself, as far as that is known."""
+        kept = {name.rpartition("/")[2] for name in names if not name.startswith("/")}
+        return self._kept.names is None or kept == self._kept.names
+
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Puts back whole `tensors()`, or what gives parts of them when sliced.
 
@@ -106,8 +111,8 @@ class Optimizer:
                 self.torch.state[self.weights[name]][entry] = self._loaded(entry, stored, self.weights[name])
 
     def _loaded(self, entry: str, stored: Any, weight: Tensor) -> Any:
-        if entry in self._numbers:
-            return self._numbers[entry](stored[...].item())
+        if entry in self._kept.numbers:
+            return self._kept.numbers[entry](stored[...].item())
         if stored.shape and tuple(stored.shape) == weight.shape:
             value = like(stored, weight)
             if isinstance(self.torch, torch.optim.AdamW):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..processes import Processes, like
 from ..run import checkpoint
-from ..run.changes import Change
+from ..run.changes import Change, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_model
 from .ema import MovingAverage
@@ -54,7 +54,8 @@ class State:
     def restore(self, folder: Path, accepted: Collection[str], changed: Collection[str]) -> list[Change]:
         """Puts everything back as a checkpoint has it; each process reads its part.
 
-        An average that the checkpoint lacks starts at its weights; another kind of optimiser starts anew.
+        An average that the checkpoint lacks starts at its weights; an optimiser of another kind, or one whose
+        arguments now ask for other states, starts anew.
 
         Args:
             folder: of the checkpoint.
@@ -79,8 +80,10 @@ class State:
         self.optimizer.round_masters()
         if self.average is not None:
             self.average.load(groups.get("ema") or weights)
-        if "train.optimizer" not in changed:
-            self.optimizer.load(groups.get("optimizer", {}))
+        states = groups.get("optimizer", {})
+        others = any(within(name, "train.optimizer_args") for name in changed) and not self.optimizer.fits(states)
+        if "train.optimizer" not in changed and not others:
+            self.optimizer.load(states)
         set_rng_tensors({name: value[...] for name, value in groups["rng"].items()})
         for name, now in self._surroundings().items():
             if state.get(name) != now and self.processes.is_main:
