@@ -64,7 +64,7 @@ def test_evaluation_samples_as_its_own_settings_say(
         ("height", 0, r"evaluation\.height: got 0, want more than 0"),
         ("width", 21, r"evaluation: sampler: got height 16, width 21, want multiples of"),
         ("guidance_scale", 2.0, r"evaluation: sampler\.guidance_scale: got 2\.0, want 1"),
-        ("num_steps", 2, r"evaluation: window: got 2"),
+        ("num_steps", 2, r"evaluation: sampler\.window: got 2"),
     ],
 )
 def test_settings_that_evaluation_cannot_have_are_refused(
