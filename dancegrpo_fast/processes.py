@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +59,6 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16": autocast of the denoiser; under FSDP2 parameters are also gathered in it.
-        project_dir: of the trackers.
 
     Attributes:
         accelerator: accelerate's.
@@ -76,16 +74,14 @@ class Processes:
             sees.
     """
 
-    def __init__(self, mixed_precision: str, project_dir: Path) -> None:
+    def __init__(self, mixed_precision: str) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
         _check_environment(mixed_precision)
         plugin = _fsdp_plugin()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
-            log_with="tensorboard" if is_tensorboard_available() else None,
-            project_dir=str(project_dir),
             fsdp_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )

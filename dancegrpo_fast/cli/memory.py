@@ -87,6 +87,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
             f"recipe: got {path} in float32 throughout, want model.dtype bfloat16 or train.mixed_precision bf16, which "
             "are what is planned"
         )
+    recipe.check_trained()
     processes = given.get("fsdp", 1)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
     return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)

@@ -260,7 +260,7 @@ def evaluate(
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
             raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
-    processes = Processes(recipe.train.mixed_precision, output)
+    processes = Processes(recipe.train.mixed_precision)
     if processes.sharded:
         raise ValueError("accelerate: got FSDP2, want the whole model in every process to evaluate it")
     torch.set_num_threads(recipe.threads or processes.threads())

@@ -1,11 +1,13 @@
 """A recipe in the planner's words: before anything is loaded, and in the trainer, which knows more."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..memory.planning.cases import case_of
 from ..memory.planning.settings import REWARDS, Reward, Settings
 from ..memory.planning.sharding import weights_of
-from ..recipe import Recipe, RewardSettings
+from ..optimizers import ADAMW, EIGHT_BIT, probe
+from ..recipe import Recipe, RewardSettings, TrainSettings
 
 # The planner's name of the model behind a reward, and the dtype that it has unasked.
 REWARD_MODELS = {
@@ -16,6 +18,8 @@ REWARD_MODELS = {
     "videoalign_mq": ("videoalign", "bfloat16"),
     "videoalign_ta": ("videoalign", "bfloat16"),
 }
+
+ADAMW_BYTES = 8  # two float32 states
 
 
 def settings_of(
@@ -49,7 +53,7 @@ def settings_of(
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
     samples = -(-train.prompts_per_iteration * train.group_size // processes)
-    half = given.dtype == "bfloat16"
+    dtype = "fp32_master" if given.dtype == "float32" else "bf16_master" if train.master_dtype else "bf16"
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -63,7 +67,7 @@ def settings_of(
         train_fraction=train.timestep_fraction,
         cfg=sampler.guidance_scale,
         text_tokens=text_tokens or given.max_text_tokens,
-        dtype="bf16" if half else "fp32_master",
+        dtype=dtype,
         lora=given.lora.rank if given.lora else 0,
         lora_targets=tuple(given.lora.target_modules) if given.lora else (),
         base=given.quantization or "none",
@@ -78,6 +82,7 @@ def settings_of(
         gradient_sync=train.gradient_sync,
         offload=tuple(train.offload),
         vae_tiling=given.vae_tiling == "on",
+        **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
         gpu_gib=gpu_gib or given.memory_gib or 80.0,
@@ -88,6 +93,16 @@ def settings_of(
 def uncounted(recipe: Recipe) -> list[str]:
     """Names of rewards whose models, if they have any, are in no plan."""
     return sorted({reward.name for reward in _scored(recipe)} - REWARD_MODELS.keys())
+
+
+def _optimizer(train: TrainSettings) -> dict[str, Any]:
+    """In the planner's words; what it does not know is tried on a small tensor."""
+    if train.optimizer == EIGHT_BIT:
+        return {"optimizer": "adamw_8bit"}
+    kept = probe(train).bytes_per_number
+    if train.optimizer == ADAMW and kept == ADAMW_BYTES:
+        return {"optimizer": "adamw_foreach" if train.optimizer_args.get("foreach") else "adamw_fused"}
+    return {"optimizer": "other", "state_bytes": kept}
 
 
 def _scored(recipe: Recipe) -> list[RewardSettings]:

@@ -63,7 +63,9 @@ def accelerate(
 
     Weights, state-dict keys, LoRA (added before or after), gradient checkpointing, `set_attention_backend`, context
     parallelism (enabled after) and `torch.compile` work as before. Roll out and replay with the same settings. A deep
-    copy has the block ops, too; what `torch.save(transformer)` writes has not, and opens without this package.
+    copy and a replica of DataParallel have the block ops, too; what `torch.save(transformer)` writes has not, and opens
+    without this package. A block whose norms, attention or other modules that the ops stand in for have hooks runs as
+    diffusers has it, and warns.
 
     Args:
         transformer: FluxTransformer2DModel, HunyuanVideoTransformer3DModel (SkyReels too), SD3Transformer2DModel,
@@ -110,5 +112,6 @@ def accelerate(
     trimmed = mode == "fast" if trim_text is None else trim_text
     checked = on_mismatch == "eager" and backend == "auto"
     blocks = Blocks(mode, recompute, trimmed, gates_from_weights, "checked" if checked else backend)
-    forwards = ((module, following(family, forward)) for module, forward in family.forwards(inner, blocks))
+    made = family.forwards(inner, blocks)
+    forwards = ((module, following(family, forward, module is not inner)) for module, forward in made)
     return Accelerated(inner, forwards)

@@ -18,6 +18,9 @@ from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fano
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._settings import Settings
 
+# Where torch keeps those of a module.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a norm that is not called, or of none; accelerate's offloading holds them for a call only.
@@ -140,8 +143,7 @@ def added_stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | Non
 
 def _unhooked(module: nn.Module) -> bool:
     """Whether calling a module is no more than its class's forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in HOOKS)
 
 
 def _is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:

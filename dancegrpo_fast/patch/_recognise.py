@@ -6,6 +6,7 @@ import inspect
 import io
 import tokenize
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ._pieces import Blocks
+from ._pieces import HOOKS, Blocks
 
 NORMALIZATION = "diffusers.models.normalization"
 EMBEDDINGS = "diffusers.models.embeddings"
@@ -102,11 +103,62 @@ def check_sources(family: Family) -> None:
             )
 
 
-def following(family: Family, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` as long as the code that it stands in for is what it was, else the module's own.
+def _passed_by(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What eager calls within a block and a replacement need not: all but linear layers, activations and dropouts."""
+    for name, child in module.named_children():
+        # Those with adapters have a base layer.
+        if isinstance(child, (nn.Linear, nn.SiLU, nn.Dropout)) or hasattr(child, "base_layer"):
+            continue
+        if not isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield f"{prefix}{name}", child
+        yield from _passed_by(child, f"{prefix}{name}.")
 
-    A script may put its own forward or processor into diffusers' classes after its model was accelerated.
+
+def _attached(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward; accelerate's offloading `affine_of` sees to."""
+    return any(getattr(module, name) for name in HOOKS) or (
+        "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no type for it
+def _hooked(block: nn.Module) -> bool:
+    """Whether something is attached to what a replacement passes by, which is then said."""
+    for name, module in _passed_by(block):
+        if _attached(module):
+            warnings.warn(
+                f"{type(block).__name__}.{name} has a hook: the block runs as diffusers has it, without block ops",
+                stacklevel=2,
+            )
+            return True
+    return False
+
+
+class _Watch:
+    """Whether anything is attached in a block: what is looked at is found once, as it is asked in every call."""
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], list[Any]]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, block: nn.Module) -> bool:
+        found = self._found.get(block)
+        if found is None:
+            modules = [module for _, module in _passed_by(block)]
+            found = [getattr(one, name) for one in modules for name in HOOKS], [vars(one) for one in modules]
+            self._found[block] = found
+        hooks, attributes = found
+        if not any(hooks) and not any("forward" in one for one in attributes):
+            return False
+        return bool(_hooked(block))
+
+
+def following(family: Family, forward: Callable[..., Any], is_block: bool) -> Callable[..., Any]:
+    """`forward` as long as the code that it stands in for is what it was and is called, else the module's own.
+
+    A script may put its own forward or processor into diffusers' classes after its model was accelerated, and hooks
+    on modules in a block whose work the replacement does itself.
     """
+    watch = _Watch()
     places = [path.partition(":")[::2] for path in family.sources]
     known: list[tuple[Any, str, Any]] = []
     for module, name in places:
@@ -115,7 +167,12 @@ def following(family: Family, forward: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(forward)
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if is_block and _hooked(self):
+                return type(self).forward(self, *args, **kwargs)
+        else:
+            if is_block and watch(self):
+                return type(self).forward(self, *args, **kwargs)
             for home, name, function in known:
                 if getattr(home, name) is not function:
                     where = f"{home.__name__}.{name}"

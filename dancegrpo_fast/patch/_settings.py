@@ -34,6 +34,19 @@ class Settings:
         return {"mode": self.mode, "backend": self.backend}
 
 
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """DataParallel's copy of a module: the forward is of the copy, not of the module that it was put into."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)
+    for name in PLACED:
+        bound = vars(self)[name]
+        if isinstance(bound, MethodType):
+            vars(replica)[name] = MethodType(bound.__func__, replica)
+    return replica
+
+
+PLACED = ("forward", "_replicate_for_data_parallel")
+
+
 class Accelerated:
     """The forwards put into a model, and how to take them out again. Calling it undoes the patch."""
 
@@ -53,6 +66,7 @@ class Accelerated:
             method = MethodType(function, module)
             # On the instance: the class stays as it is.
             module.forward = method
+            module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]  # on the instance
             self._placed.append((module, method))
 
     def __call__(self) -> None:
@@ -67,5 +81,6 @@ class Accelerated:
                     f"undo: the forward of a {type(module).__name__} was wrapped after accelerate(); remove that first"
                 )
         for module, _ in self._placed:
-            del module.forward
+            for name in PLACED:
+                delattr(module, name)
         self._placed.clear()

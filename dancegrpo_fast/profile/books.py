@@ -192,8 +192,10 @@ class Books(Recorder):
                 self.note(_local(p.grad), "load", "", "gradients")
 
     def note_optimizer(self, optimizer: Optimizer) -> None:
-        """Notes an optimiser's state, also where it is noted as something else."""
+        """Notes an optimiser's state, also where it is noted as something else, and weights that no model has."""
         for group in optimizer.param_groups:
+            for p in group["params"]:
+                self.note(_local(p), "load", "", "master weights")
             self._note_parameters(group["params"])
         for state in list(optimizer.state.values()):
             for tensor in state.values():

@@ -11,6 +11,7 @@ from ..memory.planning.settings import GIB
 from ..memory.trace.result import Peak, Trace
 from ..memory.trace.tracer import collected, trace
 from ..models import Conditioning, decode
+from ..optimizers import ADAMW
 from ..train.calls import Item, Policy, plan_calls
 from ..train.collect import Batch
 from ..train.draw import Draw, shared_step
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..train.loop import Trainer
 
 # Of a trace's categories, those with other names in a budget.
+_STEPPED = {"optimizer", "master weights"}
 _NAMES = {"inputs": "trajectories", "block_inputs": "block inputs"}
 
 
@@ -53,7 +55,8 @@ def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -
     seen = sum(s.size for s in found.storages if s.op == "existing")
     names = _NAMES | {"outputs": outputs}
     pairs = [(names.get(name, name), size) for name, size in peak.by_category.items()]
-    pairs += [(name, before.get(name, 0)) for name in ("other models", "trajectories")]
+    there = {category for category in peak.by_category if category in _STEPPED}
+    pairs += [(name, before.get(name, 0)) for name in ("other models", "trajectories", *(_STEPPED - there))]
     return sums([*pairs, ("trajectories", -seen)])
 
 
@@ -83,8 +86,10 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
         start = draw.start(noise, first) if sampler.shared_noise else noise
         return draw.samples(start, torch.arange(batch, device=noise.device) // train.group_size, ids)
 
+    # States of masters and of other optimisers are taken as they are.
+    kind = "fused" if train.optimizer == ADAMW and train.master_dtype is None else None
     inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
-    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer="fused", call=drawn)
+    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer=kind, call=drawn)
     keeps = {"keep_denoised": trainer.model.decodes_x0, "keep_outputs": train.ratio_norm}
     left = Trajectory.allocate(batch, len(trainer.table), noise, **keeps)
 
@@ -122,20 +127,22 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
         },
         attention="cpu",
         grads=_calls_per_update(trainer, rows) > 1,
-        optimizer="fused",
+        optimizer=kind,
         loss=lambda found: torch.stack([one.loss for one in found]).sum(),
         call=terms,
     )
     rollout = _budget(sampled, sampled.peak_of("rollout"), before, "trajectories")
     # What a rollout begins and ends with stays until its samples are scored.
     after = {**before, "trajectories": rollout.get("trajectories", 0)}
-    return {
+    found = {
         "rollout": rollout,
         "decode": sums([*after.items(), *_decoded(trainer, left.final)]),
         "replay forward": _budget(replay, replay.peak_of("forward"), before, "saved"),
         "replay backward": _budget(replay, replay.peak_of("backward"), before, "saved"),
-        "optimizer": _stepped(trainer, before, replay.live("load").get("inputs", 0)),
     }
+    if train.optimizer == ADAMW:
+        found["optimizer"] = _stepped(trainer, before, replay.live("load").get("inputs", 0))
+    return found
 
 
 def _decoded(trainer: "Trainer", latents: Tensor) -> list[tuple[str, int]]:
@@ -154,14 +161,21 @@ def _decoded(trainer: "Trainer", latents: Tensor) -> list[tuple[str, int]]:
 def _stepped(trainer: "Trainer", before: Mapping[str, int], data: int) -> dict[str, int]:
     """At the peak of clipping the gradients and of the step; `data` are bytes of what is replayed."""
 
+    weights = trainer.optimizer.weights
+    masters = sum(w.nbytes for name, w in weights.items() if w is not trainer.parameters[name])
+    stepped: nn.Module = nn.ParameterList(weights.values()) if masters else trainer.denoiser
+
     def clipped() -> Tensor:
-        parameters = [p for p in trainer.denoiser.parameters() if p.requires_grad]
+        parameters = [p for p in stepped.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(parameters, trainer.recipe.train.max_grad_norm)
         return parameters[0].sum()
 
-    found = trace(trainer.denoiser, {}, attention="cpu", optimizer="single", call=clipped)
+    found = trace(stepped, {}, attention="cpu", optimizer="single", call=clipped)
     peak = max(map(found.peak_of, ("forward", "optimizer")), key=lambda peak: peak.bytes)
-    return sums([*_budget(found, peak, before, "temporaries").items(), ("trajectories", data)])
+    budget = _budget(found, peak, before, "temporaries")
+    if masters:
+        budget["parameters"] = sum(p.nbytes for p in trainer.denoiser.parameters())
+    return sums([*budget.items(), ("trajectories", data)])
 
 
 def planned(trainer: "Trainer") -> tuple[dict[str, dict[str, int]], list[str]]:

@@ -1,6 +1,6 @@
 """A run, whole."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .checks import at_least, check_fields
@@ -23,6 +23,8 @@ class Recipe:
         rewards: what is maximised; several rewards sum their advantages.
         train: the optimisation.
         evaluation: what is measured beside it; null: nothing.
+        tracking: who is told: "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "aim", "comet_ml", "clearml",
+            "dvclive"; `[]` for none.
         output_dir: of metrics, checkpoints and pictures; null: `runs/<name>`.
         seed: everything random follows from it.
         checkpoint_every: iterations between checkpoints.
@@ -37,6 +39,7 @@ class Recipe:
     rewards: list[RewardSettings]
     train: TrainSettings
     evaluation: EvaluationSettings | None = None
+    tracking: list[str] = field(default_factory=lambda: ["tensorboard"])
     output_dir: str | None = None
     seed: int = 0
     checkpoint_every: int = 10

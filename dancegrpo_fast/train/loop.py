@@ -81,6 +81,7 @@ class Trainer(Setup):
     def _end(self) -> None:
         # A group that a process leaves is of no use to one that still has something to gather.
         self.accelerator.wait_for_everyone()
+        self.tracking.finish()
         self.accelerator.end_training()
 
     def iteration(self, iteration: int) -> dict[str, Any]:
@@ -100,8 +101,7 @@ class Trainer(Setup):
         row["learning_rate"] = rate
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
-        drawn = train.prompts_per_iteration * train.group_size
-        row["speed"] = {"samples_per_second": drawn / sum(row["seconds"].values())}
+        row["speed"] = self.speed.of(row)
         return row
 
     def _greet(self) -> None:
@@ -125,8 +125,7 @@ class Trainer(Setup):
         if self.processes.is_main:
             append_rows(self.directory.metrics, [row])
         flat = row | {f"{name}/{part}": row[name][part] for name in ("seconds", "speed") for part in row[name]}
-        numbers = {name: value for name, value in flat.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=row["iteration"])
+        self.tracking.log(row["iteration"], flat)
         self._say(progress_line(row, self.recipe.train.iterations, seconds_left))
 
     def _evaluate(self, iteration: int) -> None:
@@ -158,9 +157,12 @@ class Trainer(Setup):
                 row |= result.spread | result.scores
                 shown = [prompt.text for prompt in self.evaluator.prompts[: len(result.grid)]]
                 folder, fps = self.directory.root / "samples", self.recipe.sampler.fps
-                save_samples(folder, iteration, sampler, result.grid, shown, fps)
+                picture = save_samples(folder, iteration, sampler, result.grid, shown, fps)
                 # Last: a row says that the evaluation is whole.
                 append_rows(self.directory.evaluations, [row])
+                told = {f"evaluation/{sampler}/{name}": row[name] for name in row if name != "iteration"}
+                self.tracking.log(iteration, told)
+                self.tracking.show(iteration, f"samples/{sampler}", picture)
             scores = "  ".join(f"{name} {value:.3f}" for name, value in result.scores.items())
             spread = spread_text(result.spread)
             self._say(f"evaluation {iteration} ({sampler.upper()}): {scores}  {spread}")

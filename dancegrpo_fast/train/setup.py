@@ -21,12 +21,15 @@ from ..run.identity import check_run, evaluation_differs, model_identity, run_id
 from ..stopping import Stop
 from .calls import Policy, rows_are_equal
 from .collect import Collector
+from .draw import shared_step
 from .ema import MovingAverage
 from .held_out import Evaluator
 from .losses import check_steps, make_loss
 from .optimizer import Optimizer
 from .residence import Residence
+from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
+from .tracking import Tracking, check_trackers
 from .update import Updates
 
 NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
@@ -52,7 +55,7 @@ class Setup:
         policy: the model as rollout and replay call it.
         parameters: that are trained, by name.
         stop: the signals that end it.
-        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence: the parts of the loop.
+        rewards, evaluator, loss, collect, updates, optimizer, average, state, residence, speed: the parts of the loop.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         start: iterations that are done.
         finished: nothing is left to do: all iterations are done and their model is saved. The rest was not built.
@@ -68,7 +71,8 @@ class Setup:
         if accept_changes is not None and resume is None:
             raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
-        self.processes = Processes(recipe.train.mixed_precision, self.directory.root)
+        check_trackers(recipe.tracking)
+        self.processes = Processes(recipe.train.mixed_precision)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         self.stop = Stop(
             largest=self.processes.largest,
@@ -102,11 +106,12 @@ class Setup:
         self.updates = Updates(
             recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
         )
+        self.speed = self._measure()
         self._continue(found, state, identity)
         if self.processes.is_main:
             self.directory.root.mkdir(parents=True, exist_ok=True)
             write_text(self.directory.root / "recipe.json", json.dumps(recipe.as_dict(), indent=1))
-        self.accelerator.init_trackers("tensorboard")
+        self.tracking = Tracking(recipe, self.directory.root, self.start, self.processes)
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
         for refused in self.processes.collect([self.directory.claim() if self.processes.is_main else None]):
@@ -212,6 +217,19 @@ class Setup:
             None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
         )
         self.state = State(identity, processes, self.optimizer, self.average)
+
+    def _measure(self) -> Speed:
+        """Counts a model call where that is of use."""
+        peak, row = peak_flops(self.recipe, self.device), None
+        # Of nf4 and int8 weights torch sees some products only.
+        if all(self.processes.collect([peak is not None])) and self.recipe.model.quantization not in ("nf4", "int8"):
+            conditioning = self.residence.encode(self.reached[: self.policy.rows])
+            self.residence.use("denoiser")
+            with self.processes.sampling(self.model.denoiser, resident=False):
+                row = flops_of_a_row(self.policy, self.table, conditioning)
+        shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
+        whole = None if peak is None else peak * self.processes.count
+        return Speed(self.recipe, len(self.table), shared, row, whole)
 
     def _probe_rows(self) -> bool:
         conditioning = self.residence.encode(self.reached[: self.policy.rows])

@@ -231,7 +231,7 @@ def test_processes_have_hours_for_one_that_encodes_or_writes(tmp_path: Path, mon
 
     monkeypatch.setattr(dist, "init_process_group", init)
     try:
-        Processes("no", tmp_path)
+        Processes("no")
     finally:
         dist.destroy_process_group()
     assert asked == [PATIENCE]

@@ -16,7 +16,7 @@ from . import checks
 
 # The planner keeps whole bytes of margins.
 SLACK = 64
-BF16: dict[str, Any] = {"dtype": "bfloat16"}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "master_dtype": "float32"}
 
 
 @pytest.fixture(scope="module")

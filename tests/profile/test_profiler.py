@@ -64,12 +64,13 @@ def second_iteration(trainer: Trainer) -> Report:
     return report
 
 
+MASTERS: dict[str, Any] = {"dtype": "bfloat16", "master_dtype": "float32"}
 LORA = tiny.LoraSettings(rank=2)
 RUNS: dict[str, dict[str, Any]] = {
     "full float32": {},
-    "full bfloat16, reference model": {"dtype": "bfloat16", "kl_weight": 0.1},
+    "full bfloat16, reference model": MASTERS | {"kl_weight": 0.1},
     "full float32 checkpointing": {"checkpointing": "full"},
-    "full bfloat16 checkpointing": {"dtype": "bfloat16", "checkpointing": "full"},
+    "full bfloat16 checkpointing": MASTERS | {"checkpointing": "full"},
     # One model call an update: no gradients are there before it.
     "full float32, one call": {"updates_per_rollout": 3, "timestep_fraction": 0.5},
     "full float32 autocast": {"mixed_precision": "bf16"},
@@ -119,7 +120,7 @@ def test_command_line(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_on_a_gpu_the_planner_predicts(flux: Path, tmp_path: Path) -> None:
     """Asked for on the CPU, whose attention differs; what rests does not."""
-    changes = {"dtype": "bfloat16", "checkpointing": "full", "memory_gib": 24.0, "shared_noise": False}
+    changes = MASTERS | {"checkpointing": "full", "memory_gib": 24.0, "shared_noise": False}
     recipe, _ = load_recipe([str(recipe_file(flux, tmp_path, **changes))])
     trainer = Trainer(recipe)
     report = second_iteration(trainer)

@@ -28,15 +28,14 @@ def test_other_surroundings_are_warned_about(flux: Path, finished: Path) -> None
 
 def test_another_recipe_is_refused(flux: Path, finished: Path) -> None:
     more = [*make_recipe(flux, finished).rewards, reward("Constant", weight=2.0)]
+    narrow = {"dtype": "bfloat16", "master_dtype": "float32"}
     with pytest.raises(ValueError, match=r"resume: .*another recipe; .*seed: got 5, want 0; ") as refused:
-        Trainer(
-            make_recipe(flux, finished, seed=5, learning_rate=1.0, rewards=more, frozen_dtype="bfloat16"), resume="auto"
-        )
+        Trainer(make_recipe(flux, finished, seed=5, learning_rate=1.0, rewards=more, **narrow), resume="auto")
     for part in (
         "train.learning_rate: got 1.0, want 0.001",
         'rewards[1]: got {"name": "tests.train.tiny:Constant", "weight": 2.0, ',
-        'model.frozen_dtype: got "bfloat16", want null',
-        " --accept-changes model.frozen_dtype,rewards[1],train.learning_rate,seed",
+        'model.dtype: got "bfloat16", want "float32"',
+        " --accept-changes model.dtype,rewards[1],train.learning_rate,train.master_dtype,seed",
     ):
         assert part in str(refused.value)
 

@@ -76,6 +76,7 @@ def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run; what this process saw of it."""
     from dancegrpo_fast.processes import whole
     from dancegrpo_fast.recipe import load_recipe
+    from dancegrpo_fast.stopping import Stopped
     from dancegrpo_fast.train.loop import Trainer
 
     found: dict[str, Any] = {}
@@ -98,7 +99,10 @@ def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
 
         trainer.collect = watched  # type: ignore[assignment]  # as it is called
         end, trainer.accelerator.end_training = trainer.accelerator.end_training, lambda: None
-        trainer.run()
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            found["status"] = stopped.status
         found["reductions"], found["kept"] = counts[0], kept
         found["weights"] = {name: whole(p.detach()) for name, p in trainer.parameters.items()}
         found["name"] = trainer.processes.name

@@ -1,6 +1,7 @@
 """Two gloo processes, DDP and FSDP2, through the one trainer: the samples, updates and files of one process."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for how, changes in STARTED.items():
             add(f"{kind}-{how}", sharded, start_from=str(start), start_as=how, **changes)
         add(f"{kind}-resumed", sharded, str(folder / f"{kind}-even" / "checkpoints" / "000001"), **SETTINGS["even"])
+        signalled = {"call": 2, "number": signal.SIGTERM, "mark": str(folder / f"{kind}-signalled")}
+        failing = {"call": 1, "number": 0, "mark": str(folder / f"{kind}-failed")}
+        stops = SETTINGS["even"] | {"checkpoint_every": 5, "rewards": [reward("Interrupted", args=signalled)]}
+        judged = EvaluationSettings(
+            samples_per_prompt=2, grid_samples=2, rewards=[reward("Interrupted", args=failing, label="Brightness")]
+        )
+        add(f"{kind}-stopped", sharded, **stops)
+        first = str(folder / f"{kind}-stopped" / "checkpoints" / "000001")
+        add(f"{kind}-continued", sharded, first, **stops | {"evaluation": judged})
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-bf16", True, **BF16)
@@ -223,6 +233,20 @@ def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_stops_all_and_a_judge_that_fails_in_one_none(runs: Path, kind: str) -> None:
+    """The second process has the signal, and in the continued run the failure."""
+    whole, stopped, continued = (runs / f"{kind}-{name}" for name in ("even", "stopped", "continued"))
+    assert [rank["status"] for rank in seen(runs, stopped.name)] == [128 + signal.SIGTERM] * WORLD
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["000001"]
+    assert [row["iteration"] for row in rows(stopped)] == [1] and not (stopped / "model").exists()
+    assert all("status" not in rank for rank in seen(runs, continued.name))
+    for group, tensors in newest(whole).items():
+        assert_same_bits(newest(continued)[group], tensors)
+    # Of the evaluation at the end, the ODE part is left out.
+    assert rows(continued, "evaluations") == rows(whole, "evaluations")[3:]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Path, kind: str, tmp_path: Path) -> None:
     folder = runs / f"{kind}-even" / "checkpoints" / "000001"
     made = recipe(flux, tmp_path / "run", **SETTINGS["even"])
@@ -309,4 +333,4 @@ def test_other_settings_of_fsdp_are_refused(
     for name, value in (settings | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        Processes("no", tmp_path)
+        Processes("no")

@@ -44,7 +44,7 @@ def test_first_update_has_ratio_one(base: Path, tmp_path: Path, micro_batch: int
         {"kind": "cps", "eta": 0.7},
         {"window": [1, 2], "timestep_fraction": 1.0},
         {"latents_dtype": "bfloat16"},
-        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "master_dtype": "float32"},
         {"mixed_precision": "bf16"},
         {"ratio_norm": True},
         {"checkpointing": "full"},

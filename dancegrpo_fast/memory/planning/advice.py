@@ -45,7 +45,7 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("VAE tiling", {"vae_tiling": True})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw_fused"})
-    if s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
+    if s.optimizer.startswith("adamw") and s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
         yield Knob("8-bit AdamW", {"optimizer": "adamw_8bit"})
     if s.lora and s.base == "none":
         yield Knob("frozen weights in nf4", {"base": "nf4"})

@@ -177,7 +177,8 @@ def rows_of(settings: Settings, batch: int) -> int:
 
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
-    kept, fresh = settings.dtype, False
+    # A call does not see masters beside its weights.
+    kept, fresh = "bf16" if settings.dtype == "bf16_master" else settings.dtype, False
     if settings.is_sharded:
         # Gathered masters are bf16, of which autocast makes no copies.
         kept = "bf16_autocast" if kept == "fp32_master" else kept

@@ -43,6 +43,11 @@ class Iteration:
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
         self.reasons += [INT8] if settings.base == "int8" else []
+        if settings.optimizer == "other":
+            self.reasons.append(
+                f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
+                "what its step takes"
+            )
         self.rest: Rest = rest(settings, self.replay)
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)

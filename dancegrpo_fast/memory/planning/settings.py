@@ -10,14 +10,14 @@ POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
 OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
 CHOICES = {
-    "dtype": ("bf16", "fp32_master"),
+    "dtype": ("bf16", "bf16_master", "fp32_master"),
     "lora_dtype": ("fp32", "bf16"),
     "base": ("none", "int8", "nf4", "fp8"),
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
     "gradient_sync": ("update", "call"),
-    "optimizer": ("adamw_fused", "adamw_foreach", "adamw_8bit"),
+    "optimizer": ("adamw_fused", "adamw_foreach", "adamw_8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
 }
 
@@ -89,8 +89,9 @@ class Settings:
         train_fraction: share of the steps that is trained on.
         cfg: guidance scale. Other than 1 it doubles the rows of a call, unless the model has embedded guidance.
         text_tokens: of one prompt; None: as the model's pipeline pads it.
-        dtype: "bf16": weights, gradients and states; "fp32_master": all in float32 and bf16 autocast; under FSDP
-            float32 shards, gathered in bf16, and autocast too.
+        dtype: "bf16": weights, gradients and states; "bf16_master": weights and gradients, beside float32 copies that
+            the optimiser steps, with float32 gradients then; "fp32_master": all in float32 and bf16 autocast; under
+            FSDP float32 shards, gathered in bf16, and autocast too.
         lora: rank, or 0 for full fine-tuning.
         lora_targets: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a bf16 model: "fp32", as the trainer and peft's `get_peft_model` make them, or
@@ -110,7 +111,9 @@ class Settings:
             every model "call". Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles.
-        optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA) or "adamw_8bit" (bitsandbytes').
+        optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA), "adamw_8bit" (bitsandbytes'), or "other",
+            of which nothing is counted but `state_bytes`.
+        state_bytes: that an "other" optimiser keeps of each trained number.
         rewards: reward models.
         others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
@@ -148,6 +151,7 @@ class Settings:
     offload: tuple[str, ...] = ()
     vae_tiling: bool = False
     optimizer: str = "adamw_fused"
+    state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
     others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
@@ -179,6 +183,8 @@ class Settings:
             raise ValueError(f"lora_targets: got {self.lora_targets!r}, want endings of module names")
         _number("gpu_gib", self.gpu_gib)
         _number("cfg", self.cfg)
+        if self.state_bytes:
+            _number("state_bytes", self.state_bytes)
         for field in fields(Rates):
             _number(f"rates.{field.name}", getattr(self.rates, field.name))
         _number("train_fraction", self.train_fraction)
@@ -198,6 +204,8 @@ class Settings:
             raise ValueError(f'base: got "{self.base}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.base != "none" and self.dtype != "bf16":
             raise ValueError(f'base: got "{self.base}" with dtype "{self.dtype}", want dtype "bf16"')
+        if self.dtype == "bf16_master" and self.lora:
+            raise ValueError(f'dtype: got "bf16_master" with lora {self.lora}, whose layers are float32, want "bf16"')
         if self.lora and not self.lora_targets:
             raise ValueError(f"lora_targets: got none with rank {self.lora}, want endings of module names")
         if self.replica and not self.is_sharded:

@@ -111,8 +111,8 @@ class Rest:
 
     Attributes:
         weights: "parameters" or "master weights".
-        gradients: while calls add to them, and `reduced` those that the optimiser's step reads.
-        optimizer: its states.
+        gradients: while calls add to them, and `reduced` those that are there at the optimiser's step.
+        optimizer: its states, and masters beside the parameters.
         call: what a call brings besides its trace.
         step: what the optimiser's step brings.
         step_traffic: bytes that it reads and writes.
@@ -148,12 +148,20 @@ def rest(settings: Settings, case: Case) -> Rest:
     stored = weights.bytes * wider / shards if base is None else base.stored
     reduced = weights.trainable_bytes * wider / shards
     late = settings.is_sharded and settings.gradient_sync == "update"
-    states, step, traffic = _optimizer(settings, case, weights)
+    stepped, masters = weights, 0
+    if settings.dtype == "bf16_master":
+        masters = REDUCE * sum(n for n, dtype in zip(weights.sizes, weights.dtypes, strict=True) if dtype.itemsize < 4)
+        wide = REDUCE * weights.trainable
+        # Those of the narrow weights go as these come, but where they are DDP's buckets.
+        reduced = (wide + (weights.trainable_bytes if settings.fsdp > 1 and not settings.is_sharded else 0)) / shards
+        stepped = replace(weights, trainable_bytes=wide, dtypes=(torch.float32,) * len(weights.sizes))
+    states, step, traffic = _optimizer(settings, case, stepped)
+    rests = {"optimizer": states / shards} | ({"master weights": masters / shards} if masters else {})
     return Rest(
         {"master weights" if master else "parameters": stored},
-        {"gradients": REDUCE * weights.trainable if late else reduced},
+        {"gradients": REDUCE * weights.trainable if late else weights.trainable_bytes * wider / shards},
         {"gradients": reduced},
-        {"optimizer": states / shards},
+        rests,
         {} if base is None else {"temporaries": base.largest},
         {"temporaries": step / shards},
         traffic / shards,
@@ -257,8 +265,11 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
     if settings.optimizer == "adamw_8bit":
-        states = state_bytes_8bit(weights.sizes)
+        states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
+        return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
+    if settings.optimizer == "other":
+        states = settings.state_bytes * weights.trainable
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
     found = step_figures(weights.sizes, weights.dtypes, settings.optimizer.removeprefix("adamw_"))
     if "optimizer" in settings.offload:
