@@ -84,8 +84,9 @@ def by_iteration(panel: Any, title: str, unit: str) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     panel.margins(y=0.1)
     panel.grid(axis="y")
-    below = offset_copy(panel.transAxes, panel.figure, y=-28, units="points")
-    panel.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, ncols=2)
+    if panel.lines:
+        below = offset_copy(panel.transAxes, panel.figure, y=-28, units="points")
+        panel.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, ncols=2)
 
 
 def broken(text: str, letters: int = LETTERS) -> list[str]:

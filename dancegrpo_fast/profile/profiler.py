@@ -314,7 +314,7 @@ def profile_recipe(
     if not isinstance(recipe, Recipe):
         recipe, _ = load_recipe([str(recipe), *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(replace(recipe, output_dir=folder, evaluation=None))
+        trainer = Trainer(replace(recipe, output_dir=folder, evaluation=None, tracking=[]))
         try:
             trainer.iteration(1)
             on_cpu = trainer.device.type == "cpu"

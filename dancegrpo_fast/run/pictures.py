@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,13 +27,14 @@ def draw(root: Path) -> tuple[list[Path], str | None]:
         root: directory of the run.
 
     Returns:
-        Where the pictures are, and why samples are not shown, where a file of them is missing, damaged or of an earlier
-        version.
+        Where the pictures are, and why samples are not shown, where there is no evaluation, or a file of them is
+        missing, damaged or of an earlier version.
 
     Raises:
         ValueError: the run lacks its rows.
     """
-    evaluations = read_rows(root / "evaluations.jsonl")
+    # All that were due may have failed.
+    evaluations = read_rows(path) if (path := root / "evaluations.jsonl").is_file() else []
     curves = write(root, {"curves": partial(_curves, read_rows(root / "metrics.jsonl"), evaluations)}, ["png"])
     try:
         return [*_before_after(root, evaluations), *curves], None
@@ -45,25 +47,37 @@ def _by_sampler(evaluations: Rows) -> list[tuple[str, Rows]]:
     return [(sampler, rows) for sampler, rows in found if rows]
 
 
+def _samples(root: Path, row: Mapping[str, Any]) -> Samples:
+    return read_samples(root / "samples" / f"{row['iteration']:06d}-{row['sampler']}.png")
+
+
+def _alike(one: Samples, other: Samples) -> bool:
+    return one.prompts == other.prompts and one.cells.shape == other.cells.shape
+
+
 def _before_after(root: Path, evaluations: Rows) -> list[Path]:
-    shown: list[tuple[str, Samples]] = []
+    if not evaluations:
+        raise ValueError(f"run: got no evaluation in {root}, want one")
+    newest, shown = _samples(root, evaluations[-1]), list[tuple[str, Samples]]()
     for sampler, rows in _by_sampler(evaluations):
-        name = SAMPLERS[sampler]
-        for when, row in (("before", rows[0]), ("after", rows[-1])):
-            scores = [f"{score} {row[score]:.2f}" for score in score_names(row)]
-            title = "\n".join([f"{when}, {name}", f"iteration {row['iteration']}", *scores])
-            shown.append((title, read_samples(root / "samples" / f"{row['iteration']:06d}-{sampler}.png")))
-    prompts, fps, (_, samples, frames) = shown[0][1].prompts, shown[0][1].fps, shown[0][1].cells.shape[:3]
+        for when, some in (("before", rows), ("after", rows[-1:])):
+            # One that was changed on the way has other prompts or sizes, and is not put beside the newest.
+            pairs = ((row, _samples(root, row)) for row in some)
+            for row, samples in islice((pair for pair in pairs if _alike(pair[1], newest)), 1):
+                scores = [f"{score} {row[score]:.2f}" for score in score_names(row)]
+                title = "\n".join([f"{when}, {SAMPLERS[sampler]}", f"iteration {row['iteration']}", *scores])
+                shown.append((title, samples))
+    prompts, fps, (_, columns, frames) = newest.prompts, newest.fps, newest.cells.shape[:3]
     path = root / "before_after.png"
     if frames == 1:
-        panels = [Panel(title, found.cells, numbers(samples)) for title, found in shown]
+        panels = [Panel(title, found.cells, numbers(columns)) for title, found in shown]
         return [save_pages(path, sheet(panels, prompts, note=SAME)[0], fps)]
     # Of videos one sampler's samples, the ODE's if there are any: in the still picture the first of every prompt.
     times = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
     strips = [
         Panel(title, found.cells[:, 0, times, None], [str(time + 1) for time in times]) for title, found in shown[:2]
     ]
-    moving = [Panel(title, found.cells, numbers(samples)) for title, found in shown[:2]]
+    moving = [Panel(title, found.cells, numbers(columns)) for title, found in shown[:2]]
     # Without dithering: its dots would move too.
     pages = [page.quantize(QUANTIZED, dither=0) for page in sheet(moving, prompts, note=SAME)[0]]
     return [
@@ -99,10 +113,10 @@ def _curves(metrics: Rows, evaluations: Rows) -> Any:
             there = [row for row in rows if name in row]
             plot(scores, there, [row[name] for row in there], label, style, color=COLOURS[i % len(COLOURS)])
         plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style, color=COLOURS[0])
-        if "diversity_accepted" in rows[0]:
+        if there := [row for row in rows if "diversity_accepted" in row]:
             # None, where too few were accepted, leaves a gap.
-            values = np.array([row["diversity_accepted"] for row in rows], dtype=float)
-            plot(diversity, rows, values, f"{SAMPLERS[sampler]}, accepted samples", style, color=COLOURS[1])
+            values = np.array([row["diversity_accepted"] for row in there], dtype=float)
+            plot(diversity, there, values, f"{SAMPLERS[sampler]}, accepted samples", style, color=COLOURS[1])
     by_iteration(scores, "scores on fixed held-out noises: mean (ODE solid, SDE dotted)", "score")
     by_iteration(diversity, "diversity: std of a pixel within a prompt", "std of values in [0, 1]")
     diversity.set_ylim(bottom=0)

@@ -66,7 +66,9 @@ def closing_line(root: Path, name: str) -> str:
     parts = []
     if (root / "evaluations.jsonl").is_file():
         rows = read_rows(root / "evaluations.jsonl")
-        rows = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
+        # The ODE's, if the newest evaluation has it.
+        newest = [row["sampler"] for row in rows if row["iteration"] == rows[-1]["iteration"]]
+        rows = [row for row in rows if row["sampler"] == newest[0]]
         # An evaluation that was changed on the way has other scores.
         for score in score_names(rows[-1]) if rows else ():
             first = next(row[score] for row in rows if score in row)

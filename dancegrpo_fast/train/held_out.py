@@ -39,7 +39,7 @@ def _rewards_fail() -> Iterator[None]:
 class Evaluation:
     """Mean scores by name, the diversities by name, and the frames of the pictures `[prompts, samples, T, 3, H, W]`.
 
-    `dropped` samples lack a score, and are not in its mean.
+    A mean is over the means of prompts. `dropped` samples lack a score, and are not in it.
     """
 
     scores: dict[str, float]
@@ -198,8 +198,10 @@ class Evaluator:
         if self._judge is not None:
             kept = [one for *_, accepted, _ in parts for one in accepted if one is not None]
             spread |= {"diversity_accepted": sum(kept) / len(kept) if kept else None, "accepted_prompts": len(kept)}
+        # Of prompts, each once, however many of its samples have a score; as `evaluate` has it.
+        means = scores.double().unflatten(1, (len(self.prompts), -1)).nanmean(dim=2).nanmean(dim=1)
         return Evaluation(
-            dict(zip(self.rewards.names, scores.nanmean(dim=1).tolist(), strict=True)),
+            dict(zip(self.rewards.names, means.tolist(), strict=True)),
             int(scores.isnan().any(dim=0).sum()),
             spread,
             torch.cat([grid for *_, grid in parts]),

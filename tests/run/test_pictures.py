@@ -111,18 +111,51 @@ def test_a_run_with_other_rewards_on_the_way_is_drawn(tmp_path: Path) -> None:
     root = evaluated(tmp_path, ["cat"], (1, 1, 16, 16))
     added = {
         "metrics": [{"iteration": 2, "reward/b": 0.2, "reward_std/b": 0.1, "seconds": {}}],
-        "evaluations": [{"iteration": 2, "sampler": s, "diversity": 0.1, "other": 0.7} for s in ("ode", "sde")],
+        "evaluations": [
+            {"iteration": 2, "sampler": s, "diversity": 0.1, "diversity_accepted": None, "other": 0.7}
+            for s in ("ode", "sde")
+        ],
     }
     for name, rows in added.items():
         with (root / f"{name}.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     with matplotlib.rc_context(drawing.STYLE):
         figure: Any = pictures._curves(read_rows(root / "metrics.jsonl"), read_rows(root / "evaluations.jsonl"))
-    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in figure.axes[:2]]
-    assert legends == [["a", "b"], ["score", "other"]]
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in figure.axes[:3]]
+    spreads = [f"{name}{which}" for name in ("ODE", "SDE") for which in ("", ", accepted samples")]
+    assert legends == [["a", "b"], ["score", "other"], spreads]
     assert "other 0.700 -> 0.700, diversity" in closing_line(root, "name")
     (root / "evaluations.jsonl").write_text("")
     assert "name: ratio_first_update_max_dev" in closing_line(root, "name")
+
+
+def test_a_run_whose_evaluation_was_changed_shows_what_can_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, shown = evaluated(tmp_path, ["cat"], (1, 1, 16, 16)), list[str]()
+    with (root / "evaluations.jsonl").open("a") as file:
+        for iteration in (2, 3):
+            sheets.save_samples(root / "samples", iteration, "sde", torch.rand(1, 1, 1, 3, 16, 16), ["dog"], None)
+            row = {"iteration": iteration, "sampler": "sde", "diversity": 0.1, "score": 0.1 * iteration}
+            file.write(json.dumps(row) + "\n")
+    sheet = pictures.sheet
+
+    def seen(panels: Sequence[sheets.Panel], prompts: Sequence[str], **more: Any) -> Any:
+        shown.extend([*prompts, *(panel.title.replace("\n", ", ") for panel in panels)])
+        return sheet(panels, prompts, **more)
+
+    monkeypatch.setattr(pictures, "sheet", seen)
+    assert pictures.draw(root)[1] is None
+    assert shown == ["dog", "before, SDE, iteration 2, score 0.20", "after, SDE, iteration 3, score 0.30"]
+    assert "score 0.000 -> 0.300, diversity 0.200 -> 0.100" in closing_line(root, "name")
+
+
+def test_a_run_whose_evaluations_all_failed_has_curves(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    root = evaluated(tmp_path, ["cat"], (1, 1, 16, 16))
+    (root / "evaluations.jsonl").unlink()
+    [curves], refused = pictures.draw(root)
+    assert curves.name == "curves.png" and refused == f"run: got no evaluation in {root}, want one"
+    assert not recwarn.list
 
 
 def test_a_run_of_videos_is_drawn_and_moves(tmp_path: Path) -> None:
