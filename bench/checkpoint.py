@@ -59,7 +59,7 @@ def work(folder: Path, megabytes: int) -> dict[str, str]:
     from dancegrpo_fast.train.optimizer import Optimizer
     from dancegrpo_fast.train.state import State
 
-    processes = Processes("no", folder)
+    processes = Processes("no")
     layers = max(1, round(megabytes * 1e6 / (4 * ROW * ROW)))
     model = processes.prepare(nn.Sequential(*(nn.Linear(ROW, ROW, bias=False) for _ in range(layers))))
     parameters = dict(model.named_parameters())

@@ -40,6 +40,7 @@ class DiffusersModel:
         mask: which of them is 1 for tokens of the prompt and 0 for padding; "" where there is none.
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
+        float16: it is trained in float16 elsewhere; others leave its range.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
     """
 
@@ -53,6 +54,7 @@ class DiffusersModel:
     mask: ClassVar[str] = ""
     padded: ClassVar[tuple[str, ...]] = ()
     negative: ClassVar[bool] = False
+    float16: ClassVar[bool] = False
     decodes_x0: ClassVar[bool] = True
 
     denoiser: nn.Module
@@ -348,6 +350,14 @@ def of_evaluation() -> Iterator[None]:
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
-    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
+    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU.
+
+    Raises:
+        RuntimeError: some are no numbers.
+    """
     with torch.no_grad():
-        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
+        frames = torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
+    if bad := int(frames.isnan().flatten(1).any(dim=1).sum()):
+        where = "their latents" if bool(latents.isnan().any()) else "what the VAE makes of finite latents"
+        raise RuntimeError(f"decode: got {bad} of {len(frames)} samples with pixels that are no numbers, from {where}")
+    return frames

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ def family_of(settings: ModelSettings) -> type[DiffusersModel]:
     Of a name on the hub only the index is fetched.
 
     Raises:
-        ValueError: no such family, a hub that cannot be reached, or configurations of another family.
+        ValueError: no such family, a dtype it is not trained in, a file for a folder, a hub that cannot be reached, or
+            configurations of another family.
     """
     name = settings.family
     if name not in FAMILIES:
         raise ValueError(f'model.family: got "{name}", want one of {", ".join(FAMILIES)}')
     family = _class(name)
+    _check_path(settings.path, family)
+    if settings.dtype == "float16" and not family.float16:
+        able = ", ".join(other for other in FAMILIES if _class(other).float16)
+        raise ValueError(f'model.dtype: got "float16" for {name}, want "bfloat16" or "float32"; float16 is for {able}')
     index = pipeline_index(settings.path)
     kind, place = _denoiser(settings, family.denoiser_part, index)
     if kind is not None and kind != family.denoiser_class:
@@ -45,6 +51,20 @@ def family_of(settings: ModelSettings) -> type[DiffusersModel]:
             f"family of that pipeline; {name} has {', '.join(family.text_parts)}"
         )
     return family
+
+
+def _check_path(path: str, family: type[DiffusersModel]) -> None:
+    if not Path(path).is_file():
+        return
+    import diffusers
+
+    made = "which diffusers makes of no single file of this family"
+    if hasattr(getattr(diffusers, family.pipeline), "from_single_file"):
+        make = f'{family.pipeline}.from_single_file({json.dumps(path)}).save_pretrained("FOLDER")'
+        made = (
+            f"which this makes once: {shlex.join(['python', '-c', f'from diffusers import {family.pipeline}; {make}'])}"
+        )
+    raise ValueError(f"model.path: got the file {path}, want a diffusers folder, {made}")
 
 
 def _class(name: str) -> type[DiffusersModel]:

@@ -22,6 +22,7 @@ class StableDiffusion3(DiffusersModel):
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     text_tensors = ("prompt_embeds", "pooled_prompt_embeds")
     negative = True
+    float16 = True
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)

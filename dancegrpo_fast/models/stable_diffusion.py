@@ -22,6 +22,7 @@ class StableDiffusion(DiffusersModel):
     text_parts = ("text_encoder", "tokenizer")
     text_tensors = ("prompt_embeds",)
     negative = True
+    float16 = True
     # As the pipeline: its last step ends at the schedule's first alpha, which is not 1.
     decodes_x0 = False
 

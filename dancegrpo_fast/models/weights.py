@@ -294,6 +294,10 @@ def add_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:
     if lost := sorted(wanted - lora.layers(denoiser).keys()):
         raise ValueError(f"{adapter.source}: got LoRA layers of {lost[0]}, want modules of the denoiser")
     lora.trained_in_float32(denoiser)
+    # Loading rounds them to the base's dtype.
+    for name, layer in lora.layers(denoiser).items():
+        for side in ("lora_A", "lora_B"):
+            getattr(layer, side)[lora.ADAPTER].weight.data.copy_(adapter.tensors[f"{part}.{name}.{side}.weight"])
 
 
 def check_adapter(denoiser: nn.Module, settings: LoraSettings, source: Path, hint: str = "") -> None:

@@ -70,4 +70,7 @@ class EvaluationSettings:
         """How samples are drawn here: as in training, but for what is set."""
         fields = ("num_steps", "height", "width", "guidance_scale")
         own = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
-        return replace(training, **own)
+        try:
+            return replace(training, **own)
+        except ValueError as error:
+            raise ValueError(f"evaluation: {error}") from error

@@ -7,6 +7,8 @@ import torch
 
 from .checks import check_fields, positive
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass
 class LoraSettings:
@@ -35,7 +37,7 @@ class ModelSettings:
     Args:
         family: "flux", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image" or "wan".
         path: a diffusers folder, or a name on the hub.
-        dtype: of the denoiser's weights.
+        dtype: of the denoiser's weights. "float16", in families that are trained in it, scales the loss.
         denoiser: where the denoiser is instead, a folder or a name on the hub: in its `transformer/` or `unet/`, or
             directly in it; null: in `path`.
         start_from: weights to start from, on this machine: a LoRA file or its folder (names as diffusers, peft or kohya
@@ -64,11 +66,11 @@ class ModelSettings:
 
     family: str
     path: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     denoiser: str | None = None
     start_from: str | None = None
     start_as: Literal["adapter", "merged"] = "adapter"
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lora: LoraSettings | None = None
     checkpointing: str = "none"
     memory_gib: float | None = None
@@ -104,8 +106,8 @@ class ModelSettings:
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        return _DTYPES[self.dtype]
 
     def frozen_torch_dtype(self) -> torch.dtype:
         """`frozen_dtype` as torch names it."""
-        return torch.bfloat16 if (self.frozen_dtype or self.dtype) == "bfloat16" else torch.float32
+        return _DTYPES[self.frozen_dtype or self.dtype]

@@ -59,8 +59,12 @@ class Recipe:
             at_least("threads", self.threads, 1)
 
     def check_trained(self) -> None:
-        """Raises ValueError where steps of the optimiser would be rounded away, or masters have nothing to hold."""
+        """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""
         dtype, masters = self.model.dtype, self.train.master_dtype is not None
+        if dtype == "float16" and self.train.mixed_precision != "no":
+            raise ValueError(
+                f'train.mixed_precision: got "{self.train.mixed_precision}" with model.dtype float16, want "no"'
+            )
         narrow = dtype != "float32" and self.model.lora is None
         if narrow and not masters:
             raise ValueError(

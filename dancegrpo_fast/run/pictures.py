@@ -80,20 +80,24 @@ def _curves(metrics: Rows, evaluations: Rows) -> Any:
         [line] = panel.plot([row["iteration"] for row in rows], values, style, marker=marker, label=label, **look)
         return line
 
-    for name in [key.removeprefix("reward/") for key in metrics[0] if key.startswith("reward/")]:
-        mean, std = (np.array([row[f"{kind}/{name}"] for row in metrics]) for kind in ("reward", "reward_std"))
-        colour = plot(rewards, metrics, mean, name).get_color()
+    # A run that was continued with other rewards has rows without some.
+    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("reward/"))
+    for name in [key.removeprefix("reward/") for key in names]:
+        scored = [row for row in metrics if f"reward/{name}" in row]
+        mean, std = (np.array([row[f"{kind}/{name}"] for row in scored]) for kind in ("reward", "reward_std"))
+        colour = plot(rewards, scored, mean, name).get_color()
         rewards.fill_between(
-            [row["iteration"] for row in metrics], mean - std, mean + std, alpha=0.15, color=colour, linewidth=0
+            [row["iteration"] for row in scored], mean - std, mean + std, alpha=0.15, color=colour, linewidth=0
         )
     by_iteration(rewards, "rewards of the rollouts (SDE): mean, and std of the samples shaded", "reward")
 
     for place, (sampler, rows) in enumerate(_by_sampler(evaluations)):
         style = STYLES[sampler]
-        for i, name in enumerate(score_names(rows[0])):
+        for i, name in enumerate(dict.fromkeys(name for row in rows for name in score_names(row))):
             # One legend for both samplers.
             label = None if place else name
-            plot(scores, rows, [row[name] for row in rows], label, style, color=COLOURS[i % len(COLOURS)])
+            there = [row for row in rows if name in row]
+            plot(scores, there, [row[name] for row in there], label, style, color=COLOURS[i % len(COLOURS)])
         plot(diversity, rows, [row["diversity"] for row in rows], SAMPLERS[sampler], style, color=COLOURS[0])
         if "diversity_accepted" in rows[0]:
             # None, where too few were accepted, leaves a gap.

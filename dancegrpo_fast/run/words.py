@@ -23,7 +23,7 @@ def progress_line(row: Mapping[str, Any], iterations: int, seconds_left: float) 
     if "clip_fraction" in row:
         parts.append(f"clipped {row['clip_fraction']:.0%}")
     parts += [
-        f"equal groups {row['zero_std_groups']}" + (f"  dropped {row['dropped']}" if row["dropped"] else ""),
+        f"equal groups {row['zero_std_groups']}" + (f"  dropped {row['dropped']}" if row.get("dropped") else ""),
         f"sample {seconds['sample']:.2f}s reward {seconds['reward']:.2f}s train {seconds['train']:.2f}s",
         f"left {duration(seconds_left)}",
     ]
@@ -67,9 +67,12 @@ def closing_line(root: Path, name: str) -> str:
     if (root / "evaluations.jsonl").is_file():
         rows = read_rows(root / "evaluations.jsonl")
         rows = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
-        parts += [f"{score} {rows[0][score]:.3f} -> {rows[-1][score]:.3f}" for score in score_names(rows[0])]
+        # An evaluation that was changed on the way has other scores.
+        for score in score_names(rows[-1]) if rows else ():
+            first = next(row[score] for row in rows if score in row)
+            parts.append(f"{score} {first:.3f} -> {rows[-1][score]:.3f}")
         for key, label in (("diversity", "diversity"), ("diversity_accepted", "of accepted samples")):
-            first, last = (row.get(key) for row in (rows[0], rows[-1]))
+            first, last = (row.get(key) for row in (rows[0], rows[-1])) if rows else (None, None)
             if first is not None and last is not None:
                 # A single sample of a prompt has none.
                 left = f" ({last / first:.0%} left)" if first else ""

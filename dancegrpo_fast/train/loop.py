@@ -3,9 +3,11 @@
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from torch import Tensor
 from torch.random import fork_rng
 
 from ..files import append_rows, replacing, write_text
@@ -16,7 +18,9 @@ from ..run.folder import SAVED
 from ..run.sheets import save_samples
 from ..run.words import progress_line, spread_text
 from ..stopping import Stopped
+from .calls import Call
 from .clock import Clock
+from .collect import Batch
 from .finite import check_finite
 from .held_out import RewardFailedError
 from .metrics import Tally, metrics_row
@@ -91,18 +95,34 @@ class Trainer(Setup):
         batch = self.collect(iteration, prompts)
         clock = Clock()
         for number, (calls, made) in enumerate(counted(self.updates.plan(batch, iteration, tally), "updates")):
-            changed = phase("replay forward")(self.updates.backward)(batch, calls, made, tally, first=number == 0)
-            with phase("optimizer"):
-                rate = learning_rate(train, (iteration - 1) * train.updates_per_iteration + number)
-                tally.grad_norms.append(self.optimizer.step(changed, rate))
-                if self.average is not None:
-                    self.average.update()
+            rate = learning_rate(train, (iteration - 1) * train.updates_per_iteration + number)
+            tally.grad_norms.append(self._update(batch, calls, made, tally, rate, first=number == 0))
         row = metrics_row(iteration, self.rewards.names, train, batch, tally, self.processes)
         row["learning_rate"] = rate
+        if self.recipe.model.dtype == "float16":
+            row["loss_scale"] = self.optimizer.loss_scale
         clock.stop("train")
         row["seconds"] = batch.seconds | clock.seconds
         row["speed"] = self.speed.of(row)
         return row
+
+    def _update(
+        self, batch: Batch, calls: Sequence[Call], made: int, tally: Tally, rate: float, *, first: bool
+    ) -> Tensor:
+        """One step of the optimiser, whose gradients are made again while they leave float16's range; their norm."""
+        while True:
+            scale = self.optimizer.loss_scale
+            changed = phase("replay forward")(self.updates.backward)(
+                batch, calls, made, tally, first=first, scale=scale
+            )
+            with phase("optimizer"):
+                norm = self.optimizer.step(changed, rate)
+                if norm is not None:
+                    if self.average is not None:
+                        self.average.update()
+                    return norm
+            # The same calls are not counted again.
+            tally = Tally(tally.names, tally.steps)
 
     def _greet(self) -> None:
         name = self.recipe.name

@@ -66,7 +66,8 @@ class Tally:
         added = [sums.double(), counts, pairs, moved]
         largest = torch.stack([none if dev is None else dev for dev in (self.max_dev, self.first_max_dev)])
         # A maximum may lose what is not a number.
-        most = torch.cat([largest.double(), furthest]).nan_to_num(nan=torch.inf)
+        most = torch.cat([largest.double(), furthest])
+        most = most.masked_fill(most.isnan(), torch.inf)
         host = torch.cat([processes.sum(torch.cat(added)), processes.max(most)]).tolist()
         parts = iter(host)
         (samples, *means), *others = [list(islice(parts, len(part))) for part in (*added, largest, furthest)]

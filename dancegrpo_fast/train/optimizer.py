@@ -10,6 +10,9 @@ from ..optimizers import ADAMW, changed_settings, make_optimizer, probe
 from ..processes import like, whole
 from ..recipe import TrainSettings
 
+LOSS_SCALE = 2.0**16  # a power of two: nothing but the range of gradients changes
+SCALE_NAME = "/loss_scale"  # among the optimiser's tensors
+
 
 class Optimizer:
     """The recipe's optimiser on the trained parameters.
@@ -18,18 +21,28 @@ class Optimizer:
         parameters: by name.
         train: its settings.
         keep_gradients: they are DDP's buckets, which stay.
+        scaled: losses are multiplied by `loss_scale`, as gradients pass through float16.
 
     Attributes:
         torch: the optimiser itself.
         weights: what it steps, by name: the parameters, or with `train.master_dtype` float32 masters, of which narrower
             parameters are the rounding.
+        loss_scale: 1 where nothing is scaled.
 
     Raises:
         ValueError: the optimiser does not take these parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSettings, *, keep_gradients: bool) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        train: TrainSettings,
+        *,
+        keep_gradients: bool,
+        scaled: bool = False,
+    ) -> None:
         self._parameters, self._max_norm, self._keep = parameters, train.max_grad_norm, keep_gradients
+        self._scaled, self.loss_scale = scaled, LOSS_SCALE if scaled else 1.0
         self.weights = dict(parameters)
         if train.master_dtype is not None:
             self.weights |= {n: nn.Parameter(p.detach().float()) for n, p in parameters.items() if p.itemsize < 4}
@@ -41,8 +54,11 @@ class Optimizer:
         # Of a parameter group: some optimisers keep what they learn of all tensors there.
         self._settings = dict(self.torch.param_groups[0])
 
-    def step(self, changed: bool, learning_rate: float) -> Tensor:
+    def step(self, changed: bool, learning_rate: float) -> Tensor | None:
         """Clips the gradients, steps and clears them; returns their norm before that, 0-dimensional.
+
+        None where scaled gradients are not finite: they are cleared, `loss_scale` is halved, and nothing else is done,
+        in every process. At a scale of 1 they are taken as they are.
 
         `changed` is False where no backward ran.
         """
@@ -51,13 +67,19 @@ class Optimizer:
             for parameter in self._parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         self._widen_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self._max_norm)
+        if self._scaled:
+            self._unscale_gradients()
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self._max_norm))
+        if self.loss_scale > 1 and not norm.isfinite():
+            self.loss_scale /= 2
+            self.torch.zero_grad(set_to_none=not self._keep)
+            return None
         for group in self.torch.param_groups:
             group["lr"] = learning_rate
         self.torch.step()
         self.torch.zero_grad(set_to_none=not self._keep)
         self.round_masters()
-        return whole(norm)
+        return norm
 
     def _widen_gradients(self) -> None:
         """Hands gradients of narrow parameters to their masters."""
@@ -71,6 +93,11 @@ class Optimizer:
             else:
                 parameter.grad = None
 
+    def _unscale_gradients(self) -> None:
+        for weight in self.weights.values():
+            if weight.grad is not None:
+                weight.grad /= self.loss_scale
+
     @torch.no_grad()
     def round_masters(self) -> None:
         """Writes masters into their parameters."""
@@ -79,14 +106,15 @@ class Optimizer:
                 parameter.copy_(self.weights[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state as `<weight>/<key>`, and as `/<key>` what it changed of its settings."""
+        """The optimiser's state as `<weight>/<key>`, as `/<key>` what it changed of its settings, and `loss_scale`."""
         found = {
             f"{name}/{key}": _stored(value)
             for name, weight in self.weights.items()
             for key, value in self.torch.state.get(weight, {}).items()
         }
         changed = changed_settings(self._settings, self.torch.param_groups[0])
-        return found | {f"/{key}": _stored(value) for key, value in changed.items()}
+        found |= {f"/{key}": _stored(value) for key, value in changed.items()}
+        return found | ({SCALE_NAME: _stored(self.loss_scale)} if self._scaled else {})
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether `tensors()` with these names are what it would keep itself, as far as that is known."""
@@ -101,7 +129,9 @@ class Optimizer:
         """
         for key, stored in tensors.items():
             name, _, entry = key.rpartition("/")
-            if not name:
+            if key == SCALE_NAME:
+                self.loss_scale = float(stored[...]) if self._scaled else 1.0
+            elif not name:
                 self._load_setting(entry, stored[...])
             elif name not in self.weights:
                 raise ValueError(

@@ -212,7 +212,12 @@ class Setup:
         self.model.denoiser = processes.prepare(self.model.denoiser)
         self.denoiser = processes.wrap(self.model.denoiser)
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
-        self.optimizer = Optimizer(self.parameters, train, keep_gradients=self.denoiser is not self.model.denoiser)
+        self.optimizer = Optimizer(
+            self.parameters,
+            train,
+            keep_gradients=self.denoiser is not self.model.denoiser,
+            scaled=recipe.model.dtype == "float16",
+        )
         self.average = (
             None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
         )

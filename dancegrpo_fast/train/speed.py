@@ -13,14 +13,14 @@ from ..recipe import Recipe
 from ..transitions import TransitionTable
 from .calls import Policy, probe
 
-# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by words of the device's name; the first whose words are all there.
+# Dense TFLOP/s in 16 bits of NVIDIA's data sheets, by words of the device's name; the first whose words are all there.
 PEAKS = (("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), ("L40S", 362), ("L4", 121))
 
 
 def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
-    """FLOP/s of a device; None where it is not known, or the model does not compute in bfloat16."""
-    bfloat16 = "bf16" in recipe.train.mixed_precision or recipe.model.dtype == "bfloat16"
-    if device.type != "cuda" or not bfloat16:
+    """FLOP/s of a device; None where it is not known, or the model does not compute in 16 bits."""
+    narrow = recipe.train.mixed_precision == "bf16" or recipe.model.dtype != "float32"
+    if device.type != "cuda" or not narrow:
         return None
     words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
     return next((peak * 1e12 for name, peak in PEAKS if words >= set(name.split())), None)

@@ -80,7 +80,9 @@ class Updates:
         packed = pack(items, self.policy.rows, equal=self.rows_are_equal)
         return plan_calls(packed, self.policy.rows, batch.prompts, weight, batch.own_advantages.device)
 
-    def backward(self, batch: Batch, calls: Sequence[Call], made: int, tally: Tally, *, first: bool) -> bool:
+    def backward(
+        self, batch: Batch, calls: Sequence[Call], made: int, tally: Tally, *, first: bool, scale: float
+    ) -> bool:
         """Accumulates the gradient of an update's mean loss; whether there was any on some process.
 
         Args:
@@ -90,6 +92,7 @@ class Updates:
                 processes in the last one, or in each.
             tally: of this process.
             first: the update is the first after its rollout.
+            scale: of the loss.
         """
         changed, each_call = False, self.recipe.train.gradient_sync == "call"
         for number in range(made):
@@ -98,7 +101,7 @@ class Updates:
                 if loss is None:
                     tally.counts["backwards_skipped"] += 1
                     continue
-                self.processes.accelerator.backward(loss)
+                self.processes.accelerator.backward(loss if scale == 1 else scale * loss)
                 changed = True
         return changed
 

@@ -1,19 +1,22 @@
 """What a family makes of its settings: sizes, schedules, lengths of text, tiles, and what it refuses."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
 from dancegrpo_fast import transitions
-from dancegrpo_fast.models import load_model
+from dancegrpo_fast.models import family_of, load_model
 from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided
 from dancegrpo_fast.models.grids import to_frames
 from dancegrpo_fast.prompts import Prompt, load_prompts
+from dancegrpo_fast.recipe import ModelSettings
 
 from .cases import CASES, NEGATIVE, PROMPTS, load, make_recipe
 from .checks import CPU
@@ -176,6 +179,28 @@ def test_a_folder_without_a_part(base: Base, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "base" / "transformer")
     with pytest.raises(ValueError, match=r"model.path: got .*, want transformer/ in it for the family flux"):
         load(make_recipe(CASES["flux"], tmp_path / "base", tmp_path / "run"))
+
+
+def test_a_file_for_a_folder_is_refused_with_what_makes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that is told is run, but for the reading; a family whose pipeline reads no files says so."""
+    file = tmp_path / "it's v1.ckpt"
+    file.touch()
+    for family, word in (
+        ("stable_diffusion", "once: python -c"),
+        ("hunyuan_video", "of no single file of this family"),
+    ):
+        with pytest.raises(ValueError, match=r"model.path: got the file .*, want a diffusers folder, ") as refused:
+            family_of(ModelSettings(family, str(file)))
+        assert word in str(refused.value)
+    with pytest.raises(ValueError, match="once") as refused:
+        family_of(ModelSettings("sd3", str(file)))
+    python, option, code = shlex.split(str(refused.value).partition("once: ")[2])
+    made = Mock()
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "from_single_file", made)
+    exec(code, {})
+    assert (python, option, made.mock_calls) == ("python", "-c", [call(str(file)), call().save_pretrained("FOLDER")])
 
 
 def test_paths_and_names_on_the_hub(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

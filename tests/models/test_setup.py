@@ -8,8 +8,9 @@ import pytest
 
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.models import load_model, setup
+from dancegrpo_fast.models.planning import settings_of
 from dancegrpo_fast.prompts import Prompt
-from dancegrpo_fast.recipe import EvaluationSettings, Recipe, RewardSettings
+from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe, RewardSettings
 
 from ..train.tiny import make_recipe, reward
 from . import checks
@@ -117,6 +118,13 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
     # The model that the KL is taken to is a second one.
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     assert [(one.parameters, one.bytes_per_parameter) for one in asked.others] == [(parameters, 4)]
+
+
+def test_float16_is_planned_as_bfloat16(flux: Path, tmp_path: Path) -> None:
+    for more in ({"lora": LoraSettings()}, {"master_dtype": "float32"}):
+        narrow, other = (make_recipe(flux, tmp_path, dtype=name, **more) for name in ("float16", "bfloat16"))
+        assert settings_of(narrow, trained=(1, 4)) == settings_of(other, trained=(1, 4))
+        assert settings_of(narrow, trained=(1, 4)).dtype.startswith("bf16")
 
 
 def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_neither_block_ops_nor_resuming_change_a_bit(
     checks.assert_same_weights(plain, run(family, True, lora=lora, micro_batch=micro_batch, **PATCHED))
 
 
+@pytest.mark.parametrize("family", release_but(("sd3",), ("stable_diffusion", "sd3")))
+def test_float16_is_trained_with_the_same_options(run: Callable[..., Path], family: str) -> None:
+    settings = {"lora": True, "dtype": "float16", "micro_batch": 4}
+    more = {"checkpointing": "full", "attention": "auto", **PATCHED}
+    checks.assert_same_weights(run(family, **settings), run(family, True, **more, **settings))
+
+
 @pytest.mark.parametrize("family", release_but(("flux",), CASES))
 @parts
 def test_checkpoint_policies_and_attention_change_no_bit_of_the_recipes_precision(

@@ -44,6 +44,9 @@ def test_layers_are_what_was_written(base: Base, tmp_path: Path, family: str, wr
     lora_files.assert_same(lora_files.layers(model.denoiser), wanted)
     trained = {name for name, parameter in model.denoiser.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{part}.default.weight" for name in wanted for part in "AB"}
+    if writer == "diffusers":
+        narrow, _ = load(recipe_from(base(family), tmp_path, tmp_path / "file", lora, dtype="bfloat16"))
+        lora_files.assert_same(lora_files.layers(narrow.denoiser), wanted)
 
 
 @families

@@ -106,6 +106,25 @@ def test_curves_are_drawn_without_samples(tmp_path: Path, content: bytes | None,
     assert curves.name == "curves.png" and refused is not None and message in refused and str(file) in refused
 
 
+def test_a_run_with_other_rewards_on_the_way_is_drawn(tmp_path: Path) -> None:
+    """As one that was continued with another recipe."""
+    root = evaluated(tmp_path, ["cat"], (1, 1, 16, 16))
+    added = {
+        "metrics": [{"iteration": 2, "reward/b": 0.2, "reward_std/b": 0.1, "seconds": {}}],
+        "evaluations": [{"iteration": 2, "sampler": s, "diversity": 0.1, "other": 0.7} for s in ("ode", "sde")],
+    }
+    for name, rows in added.items():
+        with (root / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    with matplotlib.rc_context(drawing.STYLE):
+        figure: Any = pictures._curves(read_rows(root / "metrics.jsonl"), read_rows(root / "evaluations.jsonl"))
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in figure.axes[:2]]
+    assert legends == [["a", "b"], ["score", "other"]]
+    assert "other 0.700 -> 0.700, diversity" in closing_line(root, "name")
+    (root / "evaluations.jsonl").write_text("")
+    assert "name: ratio_first_update_max_dev" in closing_line(root, "name")
+
+
 def test_a_run_of_videos_is_drawn_and_moves(tmp_path: Path) -> None:
     (strips, moving, _), _ = pictures.draw(evaluated(tmp_path, ["a dog", "a cat"], (2, 20, 12, 12)))
     with Image.open(moving) as file:

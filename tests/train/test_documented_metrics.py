@@ -7,7 +7,7 @@ from typing import Any
 
 from dancegrpo_fast.train.loop import Trainer
 
-from .tiny import EvaluationSettings, make_recipe, reward
+from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -26,11 +26,12 @@ def documented(start: str, end: str) -> set[str]:
     return set(re.findall(r"^\| `([\w/]+)` \|", part, flags=re.MULTILINE))
 
 
-def test_every_field_is_documented_and_no_other(flux: Path, tmp_path: Path) -> None:
+def test_every_field_is_documented_and_no_other(diffusion: Path, tmp_path: Path) -> None:
     evaluation = EvaluationSettings(
         every=1, samples_per_prompt=2, accepted_by="Brightness", grid_samples=2, rewards=[reward("Brightness")]
     )
-    Trainer(make_recipe(flux, tmp_path / "run", iterations=1, kl_weight=0.1, evaluation=evaluation)).run()
+    options: dict[str, Any] = {"dtype": "float16", "lora": LoraSettings(rank=2), "kl_weight": 0.1}
+    Trainer(make_recipe(diffusion, tmp_path / "run", iterations=1, evaluation=evaluation, **options)).run()
     row, evaluated = (
         json.loads((tmp_path / "run" / name).read_text().splitlines()[0])
         for name in ("metrics.jsonl", "evaluations.jsonl")

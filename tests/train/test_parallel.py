@@ -173,7 +173,7 @@ def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, *STARTED])
 def test_two_processes_train_as_one(runs: Path, alone: Alone, kind: str, name: str) -> None:
     assert_trained_as_one(runs, alone, kind, name)
 

@@ -21,6 +21,7 @@ SKYREELS: dict[str, Any] = SMALL | {"family": "skyreels_i2v"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "unet": UNET,
     "unet-lora": UNET | {"lora": LoraSettings(rank=2, alpha=2)},
+    "unet-float16": UNET | {"lora": LoraSettings(rank=2, alpha=2), "dtype": "float16"},
     "first_frames": SKYREELS,
     "first_frames-lora": SKYREELS | {"lora": True},
 }
