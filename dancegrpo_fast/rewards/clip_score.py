@@ -1,4 +1,7 @@
-"""CLIP score: how well an image fits its prompt (Hessel et al., 2021, without its factor 2.5 and its floor at 0)."""
+"""CLIP score: how well an image fits its prompt, as torchmetrics has it, without the factor 100.
+
+Hessel et al. (2021) put "A photo depicts " before the prompt, multiply by 2.5 and end at 0.
+"""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .base import RewardInput
 from .clip import clip_model, load_towers, loaded, whole_model
 from .frames import sampled_bytes
-from .pixels import clip_pixels
+from .pixels import openai_pixels
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 POSITIONS = ("left of", "right of", "above", "below")
@@ -251,7 +251,7 @@ class GenEval:
     def _color(self, pixels: Tensor, one: Found, name: str) -> str:
         left, top, right, bottom = (int(edge) for edge in one.box)
         shown = torch.where(one.mask, pixels, torch.full_like(pixels, GROUND))[:, top:bottom, left:right]
-        embedding = self.towers.images(shown[None], clip_pixels, 1)[0]
+        embedding = self.towers.images(shown[None], openai_pixels, 1)[0]
         if name not in self._colors:
             texts = [t.format(color=color, name=name) for color in COLORS for t in TEMPLATES]
             embedded = self.towers.texts(texts, len(TEMPLATES)).unflatten(0, (len(COLORS), len(TEMPLATES)))

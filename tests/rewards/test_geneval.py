@@ -232,9 +232,9 @@ def test_color_is_clips_choice_on_the_masked_crop(scorer: GenEval) -> None:
     chosen = scorer._color(pixels, Found((10, 5, 30, 20), mask), "cat")
     crop = pixels[:, 5:20, 10:30].clone()
     crop[:, 0, 0] = 0x99
-    from dancegrpo_fast.rewards.pixels import clip_pixels
+    from dancegrpo_fast.rewards.pixels import openai_pixels
 
-    image = scorer.towers.images(crop[None], clip_pixels, 1)[0]
+    image = scorer.towers.images(crop[None], openai_pixels, 1)[0]
     scores = []
     for color in COLORS:
         texts = [f"a photo of a {color} cat", f"a photo of a {color}-colored cat", f"a photo of a {color} object"]

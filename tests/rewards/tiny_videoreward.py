@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -20,12 +20,13 @@ LORA_TARGETS = ["q_proj", "v_proj", "down_proj", "qkv", "embed_tokens"]
 
 
 def make_base(folder: Path) -> Path:
-    """Random weights in more rows than the tokenizer has tokens, as Qwen2-VL's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([QUESTION], trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+    """Random weights in more rows than the tokenizer has tokens, as Qwen2-VL's; a token is the start of a word."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = dict.fromkeys(word for word, _ in split.pre_tokenize_str(QUESTION))
+    merges = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    tokens = dict.fromkeys([*sorted(split.alphabet()), *map("".join, merges)])
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [*merges]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>")
     fast.add_tokens(list(SPECIAL), special_tokens=True)
     fast.save_pretrained(folder)

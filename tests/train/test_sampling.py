@@ -70,7 +70,8 @@ def test_steps_before_the_first_noise_are_made_once(base: Path, tmp_path: Path, 
     assert made == model_calls(1, 4, 2, 6, shared=first + 1) == 6 * 4 - 4 * (first + 1)
     assert calls[0] - made == model_calls(1, 4, 2, 6) == 6 * 4
     for ours, theirs in zip(vars(shared).values(), vars(alone).values(), strict=True):
-        assert torch.equal(ours, theirs)
+        # Of a family that decodes its last latents there is no x0.
+        assert torch.equal(ours, theirs) if ours is not None else theirs is None
     assert bool((shared.latents[0, first + 1] != shared.latents[1, first + 1]).any())
 
 
