@@ -6,6 +6,9 @@ from .checks import at_least, check_fields, positive
 from .rewards import RewardSettings
 from .sampler import SamplerSettings
 
+# Fields of a row of `evaluations.jsonl` that are no scores.
+FIELDS = ("iteration", "sampler", "dropped", "diversity", "diversity_accepted", "accepted_prompts")
+
 
 @dataclass
 class EvaluationSettings:
@@ -50,6 +53,10 @@ class EvaluationSettings:
         if not self.rewards:
             raise ValueError("evaluation.rewards: got none, want at least one score")
         titles = [one.title() for one in self.rewards]
+        if taken := sorted(set(titles) & set(FIELDS)):
+            raise ValueError(
+                f'evaluation.rewards: got "{taken[0]}", which is something else in its rows, want another label'
+            )
         if self.accepted_by is not None and self.accepted_by not in titles:
             raise ValueError(f'evaluation.accepted_by: got "{self.accepted_by}", want one of {titles}, or null')
         if self.grid_samples is not None and not 1 <= self.grid_samples <= self.samples_per_prompt:

@@ -13,6 +13,9 @@ from ..recipe import Recipe
 from ..rewards import find_reward
 from .changes import FREE, Change, completed, differences, settle
 
+# Of files that `model.start_from` names.
+START = "start_from"
+
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Of texts and columns in their order; a picture counts by its file's name and size, wherever it lies."""
@@ -47,7 +50,7 @@ def model_identity(model: Any) -> dict[str, Any]:
             files[f"{model.denoiser_part}/{file.name}"] = file
     if (start := model.start) is not None and start.kind != "denoiser":
         root = start.path if start.path.is_dir() else start.path.parent
-        files |= {f"start_from/{file.relative_to(root).as_posix()}": file for file in start.files()}
+        files |= {f"{START}/{file.relative_to(root).as_posix()}": file for file in start.files()}
     return {
         "files": {name: fingerprint(file) for name, file in files.items() if file.is_file()},
         "vae_in_tiles": bool(getattr(model.vae, "use_tiling", False)),
@@ -109,9 +112,11 @@ def check_model(
     now, then = identity["model"], state.get("model") or {}
     ours, theirs, found = now["files"], then.get("files") or {}, []
     other = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
-    if other:
-        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        found.append(Change("model.path", f"another {other[0]}{more}", "the files that it was made with"))
+    started = [name for name in other if name.startswith(f"{START}/")]
+    for field, names in (("model.path", [name for name in other if name not in started]), (f"model.{START}", started)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found.append(Change(field, f"another {names[0]}{more}", "the files that it was made with"))
     if now["vae_in_tiles"] != then.get("vae_in_tiles"):
         decodes = ["in tiles" if one.get("vae_in_tiles") else "whole" for one in (now, then)]
         found.append(Change("model.vae_tiling", f"a VAE that decodes {decodes[0]}", f"one that decodes {decodes[1]}"))

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..recipe.evaluation import FIELDS
+
 
 def duration(seconds: float) -> str:
     """As h:mm:ss."""
@@ -41,10 +43,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# Fields of a row of `evaluations.jsonl` that are no scores.
-SPREAD = ("diversity", "diversity_accepted", "accepted_prompts")
-
-
 def spread_text(row: Mapping[str, Any]) -> str:
     """The diversities of an evaluation, in a line."""
     if row.get("diversity_accepted") is None:
@@ -54,7 +52,7 @@ def spread_text(row: Mapping[str, Any]) -> str:
 
 def score_names(row: Mapping[str, Any]) -> list[str]:
     """Of a row of `evaluations.jsonl`."""
-    return [key for key in row if key not in ("iteration", "sampler", "dropped", *SPREAD)]
+    return [key for key in row if key not in FIELDS]
 
 
 def closing_line(root: Path, name: str) -> str:

@@ -56,6 +56,11 @@ def recipe(**changes: Any) -> Recipe:
         (model, {"path": Path("base")}, "model.path: got PosixPath, want text"),
         (model, {"lora": {"rank": 4}}, "model.lora: got dict, want LoraSettings or null"),
         (LoraSettings, {"target_modules": "to_q"}, 'model.lora.target_modules: got "to_q", want a list of text'),
+        (
+            EvaluationSettings,
+            {"rewards": [RewardSettings("ocr", label="dropped")]},
+            'evaluation.rewards: got "dropped", which is something else in its rows, want another label',
+        ),
         (recipe, {"seed": 1.0}, "seed: got 1.0, want a whole number"),
         (recipe, {"rewards": ["ocr"]}, r'rewards: got list \("ocr"\), want a list of RewardSettings'),
         (RewardSettings, {"name": "ocr", "weight": "1"}, 'rewards.weight: got "1", want a finite number'),

@@ -40,7 +40,7 @@ def test_lora_layers_are_trained_on(flux: Path, tmp_path: Path) -> None:
         Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_as": "merged"}), "auto")
     (file,) = (tmp_path / "file").glob("*.safetensors")
     save_file({name: 2 * value for name, value in load_file(file).items()}, moved / file.name)
-    with pytest.raises(ValueError, match=r"model.path: got .*start_from/adapter_model.safetensors"):
+    with pytest.raises(ValueError, match=r"model.start_from: got .*start_from/adapter_model.safetensors"):
         Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto")
     shutil.copy(file, moved)
     Trainer(make_recipe(flux, tmp_path / "parts", **more | {"start_from": str(moved)}), "auto").run()
