@@ -60,10 +60,9 @@ def _check_path(path: str, family: type[DiffusersModel]) -> None:
 
     made = "which diffusers makes of no single file of this family"
     if hasattr(getattr(diffusers, family.pipeline), "from_single_file"):
-        make = f'{family.pipeline}.from_single_file({json.dumps(path)}).save_pretrained("FOLDER")'
-        made = (
-            f"which this makes once: {shlex.join(['python', '-c', f'from diffusers import {family.pipeline}; {make}'])}"
-        )
+        call = f'{family.pipeline}.from_single_file({json.dumps(path)}).save_pretrained("FOLDER")'
+        line = shlex.join(["python", "-c", f"from diffusers import {family.pipeline}; {call}"])
+        made = f"which this makes once: {line}"
     raise ValueError(f"model.path: got the file {path}, want a diffusers folder, {made}")
 
 

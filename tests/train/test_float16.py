@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.prompts import prompts_of_iteration
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train import Trainer, optimizer
+from dancegrpo_fast.train.metrics import Tally
 
 from .tiny import LoraSettings, make_recipe, reward
 
@@ -84,6 +86,29 @@ def test_gradients_that_overflow_are_made_again(
         for group in ("model", "optimizer", "ema"):
             assert groups[group].keys() == whole[group].keys()
             assert all(torch.equal(value, whole[group][key]) for key, value in groups[group].items())
+
+
+def test_a_step_is_that_of_torchs_scaler(diffusion: Path, tmp_path: Path) -> None:
+    """As it makes it once it has found a scale, but for the updates that it skips until then."""
+    recipe = make_recipe(diffusion, tmp_path / "run", dtype="float16", **SMALL, **LORA)
+    ours, other = Trainer(recipe), Trainer(recipe)
+    row = ours.iteration(1)
+    batch = other.collect(1, prompts_of_iteration(other.prompts, 1, 0, recipe.seed))
+    scaler, steps = torch.amp.GradScaler("cpu", init_scale=2.0**16), other.optimizer.torch
+    other_weights = list(other.parameters.values())
+    while not steps.state:
+        scale, tally = scaler.get_scale(), Tally(other.loss.metrics, len(other.table))
+        ((calls, made),) = other.updates.plan(batch, 1, tally)
+        # A scaler is there once it has scaled.
+        scaler.scale(torch.zeros(()))
+        other.updates.backward(batch, calls, made, tally, first=True, scale=scale)
+        scaler.unscale_(steps)
+        norm = torch.nn.utils.clip_grad_norm_(other_weights, recipe.train.max_grad_norm)
+        scaler.step(steps)
+        scaler.update()
+        steps.zero_grad()
+    assert (row["loss_scale"], row["grad_norm"]) == (scale, float(norm))
+    assert all(torch.equal(ours.parameters[name], value) for name, value in other.parameters.items())
 
 
 def test_what_no_scale_mends_ends_the_run(diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
