@@ -1,10 +1,13 @@
 """The command `dancegrpo-fast`, one file a command; each is loaded when it is called, and nothing else imports them."""
 
 import importlib
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import __version__
 from ..progress import say
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dancegrpo-fast {command}: got nothing, want {COMMANDS[command]}; --help says more", file=sys.stderr)
         return 2
     try:
-        with Stop(at_once=True):
+        with Stop(at_once=True), _own_warnings():
             done = importlib.import_module(f".{command}", __name__).main(rest)
     except ImportError as error:
         from ..install import missing
@@ -86,3 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done()
         return 0
     return done or 0
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """This package's warnings as lines for users; those of others say where they come from."""
+    formatted, here = warnings.formatwarning, os.path.dirname(os.path.dirname(__file__))
+
+    def said(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        ours = category is UserWarning and filename.startswith(here)
+        return f"warning: {message}\n" if ours else formatted(message, category, filename, lineno, line)
+
+    warnings.formatwarning = said
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatted

@@ -43,7 +43,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _left(newest: Path | None, arguments: Sequence[str], resume: str | None) -> str:
     """What is left of a run that ended early, and how it goes on."""
-    if newest is None:
-        return "no checkpoint had been written"
+    whole = "no checkpoint had been written, begin again" if newest is None else f"{newest} is whole, go on"
     more = [] if resume == "auto" else ["--resume", "auto"]
-    return f"{newest} is whole, go on with: {shlex.join(['dancegrpo-fast', 'train', *arguments, *more])}"
+    return f"{whole} with: {shlex.join(['dancegrpo-fast', 'train', *arguments, *more])}"

@@ -37,7 +37,7 @@ def _prompts(file: Path) -> Iterator[Prompt]:
         raise ValueError(f'prompts: got a "{file.suffix}" file ({file}), want one of {tuple(READERS)}')
     for number, row in enumerate(READERS[file.suffix](file), start=1):
         text = _text(f"prompts: {file} row {number}", row)
-        meta = {name: value for name, value in row.items() if name != "prompt"}
+        meta = {name: value for name, value in row.items() if name.lower() != "prompt"}
         if file.stem == METADATA and "image" not in meta and "file_name" in meta:
             meta["image"] = meta["file_name"]
         if "image" in meta:

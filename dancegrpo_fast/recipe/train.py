@@ -109,10 +109,9 @@ class TrainSettings:
         kept = batch if self.best_of_n is None else self.prompts_per_iteration * 2 * self.best_of_n
         if self.updates_per_rollout > kept:
             raise ValueError(f"train.updates_per_rollout: got {self.updates_per_rollout}, want at most {kept} samples")
-        if self.schedule != "constant" and self.warmup_updates >= self.updates:
+        if self.warmup_updates >= self.updates:
             raise ValueError(
-                f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates "
-                f'with schedule "{self.schedule}"'
+                f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates"
             )
 
     @property

@@ -35,8 +35,9 @@ def ask(reward: Reward, settings: RewardSettings, inputs: RewardInput) -> Tensor
             f'("{inputs.prompts[first]}") for one: {reasons[first]}'
         )
         if settings.on_error != "drop":
-            whole = error is not None and not isinstance(error, UnscoredError)
-            raise RuntimeError(f'reward "{settings.name}" failed: {reasons[first]}' if whole else said) from error
+            if error is None or isinstance(error, UnscoredError):
+                raise RuntimeError(said)
+            raise RuntimeError(f'reward "{settings.name}" failed: {reasons[first]}') from error
         warnings.warn(f"{said}; they are dropped", stacklevel=2)
         row[list(reasons)] = torch.nan
     return row

@@ -158,7 +158,7 @@ def settle(folder: Path, found: Sequence[Change], accepted: Collection[str]) -> 
         change for change in found if ALL not in accepted and not any(within(change.field, one) for one in accepted)
     ]
     if refused:
-        names = ",".join(dict.fromkeys(change.field for change in refused))
+        names = ",".join(dict.fromkeys([*accepted, *(change.field for change in refused)]))
         raise ValueError(
             f"resume: {folder} was made with another recipe; {joined(refused)}; "
             f"to go on with what is new, and with other bits from here on: --accept-changes {names}"

@@ -132,6 +132,8 @@ class Trainer(Setup):
             f"steps a sample, model calls of {self.policy.rows} rows, which {packing} in the replay, "
             f"{self.processes.name}"
         )
+        if self.start > 0:
+            self._say(f"goes on after iteration {self.start}")
         for change in self.changes:
             self._say(f"from iteration {self.start + 1} on {change.told()}; bits differ from an unchanged run's")
         for note in self.notes:

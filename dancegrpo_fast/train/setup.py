@@ -32,7 +32,7 @@ from .state import State
 from .tracking import Tracking, check_trackers
 from .update import Updates
 
-NOTICE = "samples are dropped, updates are finished, a checkpoint is written; another Ctrl-C stops at once"
+NOTICE = "samples are dropped, updates are finished, the last whole iteration is saved; another Ctrl-C stops at once"
 
 
 class Setup:

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from dancegrpo_fast import __version__
-from dancegrpo_fast.cli import COMMANDS, main
+from dancegrpo_fast import __version__, cli
+from dancegrpo_fast.cli import COMMANDS, info, main
 from dancegrpo_fast.install import install_line
 from dancegrpo_fast.memory.planning.specs import names
 
@@ -46,6 +47,17 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: dancegrpo-fast {command}" in shown
     if command == "memory":
         assert all(name in shown for name in names())
+
+
+def test_warnings_of_ours_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def write(_: list[str]) -> None:
+        found.extend(warnings.formatwarning("w", UserWarning, file, 1) for file in (cli.__file__, "theirs.py"))
+
+    monkeypatch.setattr(info, "main", write)
+    assert main(["info"]) == 0
+    assert found == ["warning: w\n", "theirs.py:1: UserWarning: w\n"]
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_the_prompt_is_the_first_of_three_columns_whatever_their_case(
 ) -> None:
     (prompt,) = load_prompts(write(tmp_path / "a.jsonl", json.dumps(row)))
     assert prompt.text == wanted
-    assert prompt.meta == {name: value for name, value in row.items() if name != "prompt"}
+    assert prompt.meta == {name: value for name, value in row.items() if name.lower() != "prompt"}
 
 
 CELLS = '\ufeffprompt,digit,note,\r\n"a ""red"", cat\nasleep",007,,0\r\n\r\nb,2,"x,y",1\r\n'

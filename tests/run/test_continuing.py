@@ -116,8 +116,10 @@ def test_changes_are_taken_when_asked_for(flux: Path, finished: Path, capsys: py
     prompts.write_text(prompts.read_text() + prompts.read_text().splitlines()[0])
     recipe.rewards.append(reward("Constant"))
     for asked in (None, "train", "train.learning_rate,train.ema_decay,prompts,rewards[1]"):
-        with pytest.raises(ValueError, match=r"resume: .*another recipe"):
+        with pytest.raises(ValueError, match=r"resume: .*another recipe") as refused:
             Trainer(recipe, "auto", asked)
+        # What was accepted is in the line that goes on.
+        assert f"--accept-changes {asked or ''}" in str(refused.value)
     with pytest.raises(ValueError, match=r'accept-changes: got "learning_rate", want "all" or fields'):
         Trainer(recipe, "auto", "learning_rate")
     with pytest.raises(ValueError, match=r"accept-changes: got all without --resume"):

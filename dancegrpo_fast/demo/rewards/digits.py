@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ...rewards.base import RewardInput
 
 _SIZE = 16
+DIGITS = frozenset("0123456789")
 
 
 class DigitNet(nn.Module):
@@ -45,7 +46,8 @@ class WantsDigit:
         """Raise ValueError for a row of `meta` without a digit in 0..9."""
         for row, columns in enumerate(meta):
             digit = columns.get("digit")
-            if not isinstance(digit, int) or isinstance(digit, bool) or not 0 <= digit <= 9:
+            # A table of text has it as text.
+            if isinstance(digit, bool) or str(digit) not in DIGITS:
                 raise ValueError(f'meta[{row}]["digit"]: got {digit!r}, want an integer in 0..9')
 
     def wanted(self, inputs: RewardInput) -> Tensor:
@@ -57,7 +59,7 @@ class WantsDigit:
         if len(inputs.meta) != len(inputs.frames):
             raise ValueError(f"meta: got {len(inputs.meta)} rows, want {len(inputs.frames)}, one per sample")
         self.check(inputs.prompts, inputs.meta)
-        return torch.tensor([columns["digit"] for columns in inputs.meta], dtype=torch.int64)
+        return torch.tensor([int(columns["digit"]) for columns in inputs.meta], dtype=torch.int64)
 
 
 def load_net(path: str | Path) -> DigitNet:
