@@ -8,6 +8,7 @@ import torch
 from ..prompts import Prompt
 from ..recipe import Recipe
 from .base import DiffusersModel
+from .base import check_frames as check_frames
 from .base import decode as decode
 from .base import of_evaluation as of_evaluation
 from .family import FAMILIES as FAMILIES

@@ -350,14 +350,13 @@ def of_evaluation() -> Iterator[None]:
 
 
 def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
-    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU.
-
-    Raises:
-        RuntimeError: some are no numbers.
-    """
+    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
     with torch.no_grad():
-        frames = torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
+        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
+
+
+def check_frames(frames: Tensor, latents: Tensor) -> None:
+    """Raises RuntimeError where frames, which `latents` were decoded to, are no numbers."""
     if bad := int(frames.isnan().flatten(1).any(dim=1).sum()):
         where = "their latents" if bool(latents.isnan().any()) else "what the VAE makes of finite latents"
         raise RuntimeError(f"decode: got {bad} of {len(frames)} samples with pixels that are no numbers, from {where}")
-    return frames

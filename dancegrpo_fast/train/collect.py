@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..advantages import best_and_worst, group_advantages
 from ..marks import phase
-from ..models import Conditioning, decode
+from ..models import Conditioning, check_frames, decode
 from ..ops.noise import gaussian_noise
 from ..processes import Processes, share
 from ..prompts import Prompt
@@ -144,6 +144,7 @@ class Collector:
                     fill_calls(policy, self.table, conditioning, self._calls(), self.processes.index)
             self.residence.use("vae")
             frames = phase("decode")(decode)(policy.model, trajectory.final, policy.rows)
+            check_frames(frames, trajectory.final)
             clock.stop("sample")
             self.residence.use(self.rewards)
             groups = [place // self._group for place in part]

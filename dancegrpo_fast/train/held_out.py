@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..models import decode, of_evaluation
+from ..models import check_frames, decode, of_evaluation
 from ..ops.noise import gaussian_noise
 from ..processes import Processes
 from ..prompts import Prompt
@@ -161,6 +161,7 @@ class Evaluator:
         trajectory = draw.samples(noise, place // samples, ids)
         self.residence.use("vae")
         frames = decode(policy.model, trajectory.final, policy.rows)
+        check_frames(frames, trajectory.final)
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
         with _rewards_fail():

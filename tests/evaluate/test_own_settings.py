@@ -15,11 +15,7 @@ from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
 
 from ..train import tiny
-from .test_evaluate import recipe_for, rows_of
-
-
-def rows_mean(folder: Path) -> float:
-    return torch.tensor([row["scores"]["Brightness"] for row in rows_of(folder)]).mean().item()
+from .test_evaluate import mean_brightness, recipe_for, rows_of
 
 
 def test_evaluation_samples_as_its_own_settings_say(
@@ -44,12 +40,16 @@ def test_evaluation_samples_as_its_own_settings_say(
     )
     for name, settings, source in (("base", same, None), ("average", same, "run"), ("own", recipe, "run")):
         evaluate(settings, source and str(tmp_path / source), tmp_path / name)
-    means = {name: rows_mean(tmp_path / name) for name in ("base", "average", "own")}
+    means = {name: mean_brightness(rows_of(tmp_path / name)) for name in ("base", "average", "own")}
     assert means == {"base": before["Brightness"], "average": after["Brightness"], "own": after["Brightness"]}
     trained = replace(recipe, evaluation=replace(recipe.evaluation, ema=False))
     evaluate(trained, str(tmp_path / "run"), tmp_path / "trained")
     evaluate(recipe, str(tmp_path / "run"), tmp_path / "asked", weights="model")
-    assert rows_mean(tmp_path / "trained") == rows_mean(tmp_path / "asked") != after["Brightness"]
+    assert (
+        mean_brightness(rows_of(tmp_path / "trained"))
+        == mean_brightness(rows_of(tmp_path / "asked"))
+        != after["Brightness"]
+    )
     row = rows_of(tmp_path / "own")[0]
     assert Image.open(tmp_path / "own" / row["file"]).size == (16, 32)
 
