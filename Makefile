@@ -50,10 +50,10 @@ demo: install
 	$(BIN)/dancegrpo-fast train recipes/digits.yaml --resume auto
 
 test: install lint
-	$(BIN)/pytest -n 2 --dist worksteal -m "not release"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not release"
 
 test-all: install lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .
