@@ -70,6 +70,7 @@ class Optimizer:
         if self._scaled:
             self._unscale_gradients()
         norm = whole(torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self._max_norm))
+        # The host waits here in float16 alone: whether to step is decided by it, as torch's scaler does.
         if self.loss_scale > 1 and not norm.isfinite():
             self.loss_scale /= 2
             self.torch.zero_grad(set_to_none=not self._keep)
@@ -142,6 +143,7 @@ class Optimizer:
 
     def _loaded(self, entry: str, stored: Any, weight: Tensor) -> Any:
         if entry in self._kept.numbers:
+            # Of a checkpoint on the host, once, at resume.
             return self._kept.numbers[entry](stored[...].item())
         if stored.shape and tuple(stored.shape) == weight.shape:
             value = like(stored, weight)
@@ -155,6 +157,7 @@ class Optimizer:
 
     def _load_setting(self, entry: str, value: Tensor) -> None:
         old = self._settings.get(entry)
+        # Likewise.
         found = value.to(old.device) if isinstance(old, Tensor) else value.item()
         for group in self.torch.param_groups:
             group[entry] = found

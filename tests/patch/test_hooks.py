@@ -77,7 +77,7 @@ def test_what_a_hook_changes_is_changed_and_said() -> None:
     with pytest.warns(UserWarning, match=rf"FluxTransformerBlock.norm1.norm {SAID}"):
         assert_same_bits(run(model, inputs), wanted)
     compiled = copy.deepcopy(model)
-    compiled.transformer_blocks[0].compile(backend="eager")  # type: ignore[union-attr,operator]
+    compiled.transformer_blocks[0].compile(backend="eager")  # type: ignore[union-attr,operator]  # a list of modules
     with pytest.warns(UserWarning, match=SAID), torch.no_grad():
         assert torch.equal(compiled(**inputs, return_dict=False)[0], wanted[0])
     handle.remove()
