@@ -45,7 +45,7 @@ def test_prediction_is_what_a_real_run_takes(family: str, dtype: torch.dtype, ch
     assert bool(predicted(model, inputs, optimizer="foreach").live("forward").get("block_inputs")) == checkpointing
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", release_but((True,), [False, True]))
 def test_prediction_with_lora_is_what_a_real_run_takes(checkpointing: bool) -> None:
     pytest.importorskip("peft")
     model, inputs = tiny("hunyuan")
@@ -56,7 +56,7 @@ def test_prediction_with_lora_is_what_a_real_run_takes(checkpointing: bool) -> N
     assert load["gradients"] < load["parameters"]
 
 
-@pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
+@pytest.mark.parametrize("recompute", release_but(("all",), ["none", "gelu", "all"]))
 def test_prediction_with_block_ops_is_what_a_real_run_takes(recompute: str) -> None:
     model, inputs = tiny("flux")
     accelerate(model, recompute=recompute)
@@ -114,7 +114,7 @@ def _allocator(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", release_but(("flux",), ["flux", "sd3.5", "wan"]))
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", release_but((True,), [False, True]))
 def test_prediction_is_what_the_allocator_tells(family: str, checkpointing: bool) -> None:
     """Peaks without checkpointing in float32, and kept bytes with it in bfloat16, too."""
     model, inputs = tiny(family, torch.bfloat16 if checkpointing else torch.float32)

@@ -81,8 +81,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of each setting one.
-FEW = ("full bfloat16, reference model", "full float32 autocast", "lora bfloat16 checkpointing")
+# Of each setting one; autocast is the release's.
+FEW = ("full bfloat16, reference model", "lora bfloat16 checkpointing")
 
 
 @pytest.mark.parametrize("name", release_but(FEW, RUNS))
@@ -260,7 +260,7 @@ class FailingStep(torch.optim.SGD):
         raise KeyError("no step")
 
 
-@pytest.mark.parametrize("place", release_but(("phase", "step"), ["body", "phase", "forward", "step"]))
+@pytest.mark.parametrize("place", release_but(("step",), ["body", "phase", "forward", "step"]))
 def test_an_exception_leaves_no_hooks_behind(place: str) -> None:
     model, before = Net(), hooks()
     with pytest.raises((KeyError, RuntimeError)), profile(device="cpu", allocator=True) as report:

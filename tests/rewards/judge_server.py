@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -44,7 +45,8 @@ class Server:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with suppress(BrokenPipeError):  # the client timed out
+                    self.wfile.write(data)
 
             def log_message(self, *args: Any) -> None:
                 pass

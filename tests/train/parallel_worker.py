@@ -3,6 +3,7 @@
 Usage: parallel_worker.py RANK FOLDER, with the recipes as `FOLDER/cases.json`.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -121,6 +122,8 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2]))
     for name, case in json.loads((folder / "cases.json").read_text()).items():
+        # Before the other one gives up, so that a failure says where this one was.
+        faulthandler.dump_traceback_later(60)
         with group(folder, name, case["sharded"], rank):
             torch.save(run(case, folder / name), folder / f"{name}.{rank}.pt")
 

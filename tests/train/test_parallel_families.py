@@ -39,6 +39,7 @@ RECIPE: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "unet-recipe": UNET | RECIPE,
     "first_frames-recipe": SKYREELS | RECIPE | {"block_ops": "lossless"},
+    "unet-masters": UNET | RECIPE | {"mixed_precision": "no", "dtype": "bfloat16", "master_dtype": "float32"},
 }
 
 

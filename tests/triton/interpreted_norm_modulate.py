@@ -163,7 +163,7 @@ def test_lossless_is_eager_torch_to_the_bit(dtypes: tuple, norm_dtype: torch.dty
 
 
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
-@pytest.mark.parametrize("count", [2, 5, 7])
+@pytest.mark.parametrize("count", release_but((5,), [2, 5, 7]))
 def test_gradients_of_consumers(count: int, mode: str) -> None:
     """Added in autograd's order, whatever their strides; more than the kernel takes are added before."""
     case = make_case(gated=False, norm="rms", rows=(1, 7))

@@ -131,7 +131,7 @@ def test_matches_reference(norm: str, rope: str | None, full: bool, mode: str) -
 
 @pytest.mark.parametrize(
     "dtypes",
-    release_but(((BF16, F32), (F32, BF16)), [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)]),
+    release_but(((BF16, F32),), [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)]),
     ids=str,
 )
 @pytest.mark.parametrize("norm", NORMS)
@@ -160,7 +160,7 @@ def case_streams(case: Case) -> list[Stream]:
 
 
 @pytest.mark.parametrize("rope_gradient", ["each", "once"])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", release_but((BF16,), [BF16, F16]), ids=str)
 def test_gradient_of_the_rotation_rounds_where_eager_does(dtype: torch.dtype, rope_gradient: str) -> None:
     for rope in ("interleaved", "half"):
         assert_matches_reference(Case("none", rope, dtype=dtype, rope_gradient=rope_gradient))

@@ -117,10 +117,18 @@ LAYOUTS = test_transition.LAYOUTS | {
 }
 
 
+SIX = (2, 2, 3, 2, 3, 17)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtypes", "layout"),
     [((2, 4, 9, 70), (F32, BF16, F32), layout) for layout in LAYOUTS]
-    + [((2, 2, 3, 2, 3, 17), (BF16, F16, BF16), layout) for layout in LAYOUTS if layout != "channels last"],
+    + [(SIX, (BF16, F16, BF16), "strided everywhere")]
+    + [
+        pytest.param(SIX, (BF16, F16, BF16), layout, marks=pytest.mark.release)
+        for layout in LAYOUTS
+        if layout not in ("channels last", "strided everywhere")
+    ],
     ids=str,
 )
 def test_layout_does_not_matter(shape: tuple[int, ...], dtypes: tuple, layout: str) -> None:
