@@ -42,6 +42,10 @@ ASKED_OF_FSDP = {
 # How many processes a launcher says that there are: torchrun and accelerate, and those of MPI.
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+# Kept to the end of this process: DDP would end its group while it holds the interpreter, for which a thread of gloo
+# may wait, for which the group's end waits: github.com/pytorch/pytorch/issues/56297.
+_groups: list[Any] = []
+
 # That processes wait for one which encodes prompts or writes a checkpoint, before they take it for dead.
 PATIENCE = timedelta(hours=3)
 
@@ -89,6 +93,8 @@ class Processes:
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
             raise ValueError(f"accelerate: got {kind.value}, want DDP, FSDP2 or one process")
         self.distributed = kind != DistributedType.NO
+        if self.distributed and dist.group.WORLD not in _groups:
+            _groups.append(dist.group.WORLD)
         if plugin is not None and not self.distributed:
             raise ValueError("accelerate: got FSDP without a process group, want `accelerate launch` or torchrun")
         self.sharded = plugin is not None

@@ -56,7 +56,8 @@ FEW = "FLUX and flash and full or decode and Hunyuan or native or flash and mask
 OTHERS = f"not ({FEW})"
 
 
-@pytest.mark.parametrize("selection", [FEW, pytest.param(OTHERS, marks=pytest.mark.release)])
+@pytest.mark.release
+@pytest.mark.parametrize("selection", [FEW, OTHERS])
 def test_memory_rows(tmp_path: Path, selection: str) -> None:
     """On a CPU what is traced is what runs, and one backend attends."""
     rows = rows_of(tmp_path, "bench/gpu/memory", "-k", selection)

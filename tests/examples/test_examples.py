@@ -50,6 +50,7 @@ def test_accelerate_changes_no_bit_and_keeps_less(shown: Callable[..., str]) -> 
     assert after < before
 
 
+@pytest.mark.release
 def test_will_it_fit(shown: Callable[..., str]) -> None:
     with collected():
         said = shown("will_it_fit.py", "--model=sd14", "--gpu=8")

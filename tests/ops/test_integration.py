@@ -1,5 +1,6 @@
 """The ops inside torch: registration, `torch.compile`, forks, and what importing the package may load."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -277,7 +278,9 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_diffusers_still_imports_its_own_kernels() -> None:
     """A package named `kernels` is optional to diffusers, and ours must not answer to that name."""
-    python("import dancegrpo_fast, dancegrpo_fast.ops.policy_loss; from diffusers import DiffusionPipeline")
+    code = "import dancegrpo_fast.ops.policy_loss; from diffusers.models.attention_dispatch import is_kernels_available"
+    installed = any(one.metadata["Name"] == "kernels" for one in importlib.metadata.distributions())
+    assert python(code + "; print(is_kernels_available())") == f"{installed}\n"
     root = Path(dancegrpo_fast.__file__).parent
     assert (root / "kernels" / "transition" / "reference.py").is_file()
     assert not (root / "kernels" / "__init__.py").exists()

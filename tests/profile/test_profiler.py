@@ -153,6 +153,7 @@ def test_without_a_planner_there_is_a_reason(flux: Path, tmp_path: Path) -> None
     assert not budgets and "float32" in note
 
 
+@pytest.mark.release
 def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: Path) -> None:
     report = profile_recipe(recipe_file(diffusion, tmp_path))
     check_predicted(report)

@@ -38,7 +38,7 @@ def test_every_sampler(name: str) -> None:
     test_policy_loss.assert_matches_reference(cases, table, backend="triton", **OPTIONS[option])
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", release_but(("plain", "norm", "everything"), OPTIONS))
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 def test_options_guidance_rounding_and_mixed_steps(rounding: str, option: str) -> None:
     table, step = TABLES["mixed"], test_policy_loss.PER_SAMPLE

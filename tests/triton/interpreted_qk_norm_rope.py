@@ -193,7 +193,7 @@ def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     assert_matches_reference(Case(norm, rope, mode="fast", heads=heads, dim=dim, tokens=tokens, batch=batch))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", release_but(("head_twice", "token"), NORMS))
 def test_odd_heads_without_rotation(norm: str) -> None:
     assert_matches_reference(Case(norm, None, dim=17))
 
@@ -213,7 +213,7 @@ def across(x: Tensor) -> Tensor:
     return torch.stack([x, x], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
 
 
-@pytest.mark.parametrize("rope", ["interleaved", "half"])
+@pytest.mark.parametrize("rope", release_but(("interleaved",), ["interleaved", "half"]))
 @pytest.mark.parametrize("layout", [of_a_chunk, expanded, across])
 def test_layouts(layout: Callable[[Tensor], Tensor], rope: str) -> None:
     """The bits are those of contiguous inputs."""
@@ -234,7 +234,7 @@ def test_tables_of_any_strides() -> None:
     assert_same_bits(run(case, "triton", streams), run(case, "triton"))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", release_but(("head", "token"), NORMS))
 def test_samples_do_not_know_their_batch(norm: str) -> None:
     case = Case(norm, batch=3, tokens=(3, 1), mode="fast")
     streams, grads = case.streams(), case.grads()
