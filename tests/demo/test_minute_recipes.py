@@ -63,7 +63,7 @@ def test_they_run(name: str, quick: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_they_learn(name: str, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(build(taught, "digits_ddim" if name == "digits_vp_sde" else "digits"))
     recipe, _ = load_recipe([str(ROOT / "recipes" / f"{name}.yaml"), "--output_dir", str(tmp_path / "run")])
-    Trainer(recipe).run()
+    Trainer(dataclasses.replace(recipe, threads=1)).run()
     scores = [
         row["digit_judge"] for row in read_rows(tmp_path / "run" / "evaluations.jsonl") if row["sampler"] == "ode"
     ]
