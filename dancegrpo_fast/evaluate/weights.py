@@ -6,7 +6,7 @@ from typing import Any
 from ..models.base import DiffusersModel
 from ..models.weights import Adapter, Source, add_adapter, check_adapter, copy_parameters, find_source, read_weights
 from ..run import checkpoint
-from ..run.identity import model_identity
+from ..run.identity import START, model_identity
 
 
 def load_weights(model: DiffusersModel, source: Path, weights: str | None = "model") -> str:
@@ -48,12 +48,21 @@ def _check_base(model: DiffusersModel, source: Path, found: Source, whole: bool)
     recorded = found.path if found.kind == "checkpoint" else beside[-1] if beside else None
     if recorded is None:
         return
-    then: dict[str, str] = (checkpoint.load_state(recorded).get("model") or {}).get("files") or {}
+    state = checkpoint.load_state(recorded)
+    settings: dict[str, Any] = (state.get("recipe") or {}).get("model") or {}
+    then: dict[str, str] = (state.get("model") or {}).get("files") or {}
     now: dict[str, str] = model_identity(model)["files"]
-    replaced = f"{model.denoiser_part}/" if whole else "prompt_embeds/"
+    # All weights of a denoiser stand for what they began with, too.
+    replaced = ("prompt_embeds/", *((f"{model.denoiser_part}/", f"{START}/") if whole else ()))
     for name in dict.fromkeys([*now, *then]):
-        if now.get(name) != then.get(name) and not name.startswith(("prompt_embeds/", replaced)):
+        if now.get(name) == then.get(name) or name.startswith(replaced):
+            continue
+        if (began := settings.get("start_from")) != model.settings.start_from:
             raise ValueError(
-                f"checkpoint: got {source}, whose run had another {name} than model.path {model.settings.path}, want "
-                "its own base (a saved LoRA file, given itself, is taken on any)"
+                f"model.start_from: got {model.settings.start_from}, want {began} with model.start_as "
+                f"{settings.get('start_as')}, as the run of {source} had"
             )
+        raise ValueError(
+            f"checkpoint: got {source}, whose run had another {name} than model.path {model.settings.path}, want "
+            "its own base (a saved LoRA file, given itself, is taken on any)"
+        )

@@ -91,7 +91,8 @@ def find_source(given: str, part: str, name: str) -> Source:
     files = sorted(path.glob("*.safetensors"))
     chosen = [path / file for file in LORA_FILES if (path / file).is_file()] or files
     if len(chosen) != 1:
-        held = ", ".join(file.name for file in files) or "no safetensors file"
+        nothing = "a run without a checkpoint yet" if (path / "recipe.json").is_file() else "no safetensors file"
+        held = ", ".join(file.name for file in files) or nothing
         raise ValueError(
             f"{name}: got {path}, which holds {held}; want a run's folder, a checkpoint, {part}/ with {CONFIG}, or one "
             "LoRA file"

@@ -39,7 +39,8 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
     if not path.is_file() and arguments[0] not in ("-h", "--help"):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"recipe: got {path}, which {what}; want a YAML file")
-    given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *arguments[1:]]
+    overrides = _replacing_lists(arguments[1:])
+    given = list(arguments) if arguments[0] in ("-h", "--help") else ["--config", str(path), *overrides]
     try:
         if path.is_file():
             _check_keys(path)
@@ -53,6 +54,19 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
         raise ValueError(f"recipe: {path}: {_reason(error)}") from error
     except ValueError as error:
         raise ValueError(_reason(error)) from error
+
+
+def _replacing_lists(overrides: Sequence[str]) -> list[str]:
+    """The same, with an empty list before each list: jsonargparse would merge those of equal length item by item."""
+    found: list[str] = []
+    for before, one in zip(["", *overrides], overrides, strict=False):
+        name, _, value = one.partition("=")
+        if name.startswith("--") and value.lstrip().startswith("["):
+            found.append(f"{name}=[]")
+        elif before.startswith("--") and "=" not in before and one.lstrip().startswith("["):
+            found[-1:] = [f"{before}=[]", before]
+        found.append(one)
+    return found
 
 
 def _check_keys(path: Path) -> None:

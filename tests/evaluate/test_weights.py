@@ -60,3 +60,19 @@ def test_weights_of_another_model_are_refused(flux: Path, tmp_path: Path) -> Non
     evaluate(recipe_for(other, tmp_path / "unused"), str(trained), tmp_path / "full", ["ode"])
     evaluate(recipe_for(flux, tmp_path / "unused"), str(trained), tmp_path / "own", ["ode"])
     assert rows_of(tmp_path / "full") == rows_of(tmp_path / "own") != rows_of(tmp_path / "on_other")
+
+
+def test_what_a_run_began_with_is_named(flux: Path, tmp_path: Path) -> None:
+    """Where its LoRA layers need it; all weights are whole without it."""
+    lora = {"lora": LoraSettings(rank=2, alpha=6)}
+    Trainer(recipe_for(flux, tmp_path / "first", **lora)).run()
+    merged = {"start_from": str(tmp_path / "first"), "start_as": "merged"}
+    for name, changes in (("again", lora), ("whole", {})):
+        Trainer(recipe_for(flux, tmp_path / name, **changes, **merged)).run()
+    with pytest.raises(
+        ValueError, match=r"^model.start_from: got None, want .*first with model.start_as merged, as the"
+    ):
+        evaluate(recipe_for(flux, tmp_path / "unused", **lora), str(tmp_path / "again"), tmp_path / "out", ["ode"])
+    evaluate(recipe_for(flux, tmp_path / "unused"), str(tmp_path / "whole"), tmp_path / "bare", ["ode"])
+    evaluate(recipe_for(flux, tmp_path / "unused", **merged), str(tmp_path / "whole"), tmp_path / "same", ["ode"])
+    assert rows_of(tmp_path / "bare") == rows_of(tmp_path / "same")

@@ -124,10 +124,13 @@ def test_what_is_no_start_is_refused(base: Base, tmp_path: Path) -> None:
     (tmp_path / "lora.bin").touch()
     (tmp_path / "damaged.safetensors").write_text("no")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.json").write_text("{}")
     for start, message in (
         ("absent", r"absent, which does not exist"),
         ("two", r"two, which holds a.safetensors, b.safetensors; want"),
         ("empty", r"empty, which holds no safetensors file; want"),
+        ("begun", r"begun, which holds a run without a checkpoint yet; want"),
         ("lora.bin", r"lora.bin, want .safetensors"),
         ("damaged.safetensors", r"damaged.safetensors, want a safetensors file: "),
     ):

@@ -1,5 +1,6 @@
 """Settings from Python are held to what the command line is held to; paths; keys that stand twice."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,20 @@ def test_a_key_stands_once(tmp_path: Path, more: str, message: str) -> None:
 def test_the_command_line_says_the_same(option: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         load_recipe([str(DIGITS), option, value])
+
+
+@pytest.mark.parametrize("equals", [True, False])
+@pytest.mark.parametrize("names", [["ocr"], ["ocr", "hps"]])
+def test_a_list_of_the_command_line_replaces_the_recipes(tmp_path: Path, names: list[str], equals: bool) -> None:
+    """One of the same length, too: no field of the recipe's rewards is left."""
+    recipe = DIGITS.read_text().replace(
+        "\nrewards:\n  - name: digit_probability\n",
+        "\nrewards:\n  - name: digit_judge\n    threshold: 0.5\n    label: judged\n",
+    )
+    assert "judged" in recipe
+    (tmp_path / "one.yaml").write_text(recipe)
+    given = json.dumps([{"name": name} for name in names])
+    option = [f"--rewards={given}"] if equals else ["--rewards", given]
+    made, _ = load_recipe([str(tmp_path / "one.yaml"), *option, "--sampler.window", "[0, 1]"])
+    assert made.rewards == [RewardSettings(name) for name in names]
+    assert made.sampler.window == [0, 1]
