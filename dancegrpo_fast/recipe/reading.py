@@ -57,14 +57,12 @@ def load_recipe(arguments: Sequence[str], command: str = "train", **options: str
 
 
 def _replacing_lists(overrides: Sequence[str]) -> list[str]:
-    """The same, with an empty list before each list: jsonargparse would merge those of equal length item by item."""
+    """The same, with an empty list of rewards before each; jsonargparse would merge two of equal length by item."""
     found: list[str] = []
-    for before, one in zip(["", *overrides], overrides, strict=False):
-        name, _, value = one.partition("=")
-        if name.startswith("--") and value.lstrip().startswith("["):
+    for one in overrides:
+        name = one.partition("=")[0]
+        if name in ("--rewards", "--evaluation.rewards"):
             found.append(f"{name}=[]")
-        elif before.startswith("--") and "=" not in before and one.lstrip().startswith("["):
-            found[-1:] = [f"{before}=[]", before]
         found.append(one)
     return found
 
