@@ -157,7 +157,7 @@ class Optimizer:
 
     def _load_setting(self, entry: str, value: Tensor) -> None:
         old = self._settings.get(entry)
-        # Likewise.
+        # On the host too, once, at resume.
         found = value.to(old.device) if isinstance(old, Tensor) else value.item()
         for group in self.torch.param_groups:
             group[entry] = found
