@@ -21,10 +21,10 @@ settings = memory.Settings(
     given.model, frames=given.frames, height=given.size, width=given.size, lora=32, gpu_gib=given.gpu
 )
 for name, changes in {
-    "bfloat16, everything kept": {"policy": "none"},
-    "every block recomputed": {"policy": "full"},
-    "frozen weights in nf4": {"policy": "none", "base": "nf4"},
-    "nf4, every block recomputed": {"policy": "full", "base": "nf4"},
+    "bfloat16, everything kept": {"checkpointing": "none"},
+    "every block recomputed": {"checkpointing": "full"},
+    "frozen weights in nf4": {"checkpointing": "none", "quantization": "nf4"},
+    "nf4, every block recomputed": {"checkpointing": "full", "quantization": "nf4"},
 }.items():
     found = memory.plan(settings.changed(**changes), advise=False)
     fits = "fits" if found.fits(given.gpu) else "does not fit"

@@ -19,5 +19,5 @@ rest with the planner, which leaves them out.
 
 `rows`: figures of an earlier count of published models at real size, and the planner's beside them (`earlier.py`).
 
-`scenarios`: what `--policy auto` does with the settings in `scenarios.py`, each in a process of its own.
+`scenarios`: what `--checkpointing auto` does with the settings in `scenarios.py`, each in a process of its own.
 """

@@ -120,7 +120,7 @@ def details(each: Row) -> list[str]:
 def markdown(found: list[Row]) -> str:
     """All scenarios."""
     head = [
-        "# What `--policy auto` chooses",
+        "# What `--checkpointing auto` chooses",
         "",
         "Made by `python -m bench.memory --only scenarios`; predicted, on no GPU. GiB = 2^30. Exact: bytes of",
         "tensors; with margins: and guesses for context, workspaces and fragmentation, the same in every phase.",

@@ -42,7 +42,7 @@ def _top(it: Iteration) -> Phase:
 
 def _kept(it: Iteration) -> float:
     # What autocast makes of masters is in `parameters`.
-    names = ("saved", "block inputs", *(["parameters"] if it.settings.dtype == "fp32_master" else []))
+    names = ("saved", "block inputs", *(["parameters"] if it.settings.dtype == "float32" else []))
     return sum(_top(it).budget.get(name, 0) for name in names) / GIB
 
 
@@ -88,7 +88,7 @@ def _decode(it: Iteration) -> float:
 
 @lru_cache(maxsize=8)
 def _seconds(policy: str, given: tuple[tuple[str, Any], ...]) -> float:
-    return sum(phase.seconds for phase in replay(pieces({**dict(given), "policy": policy})))
+    return sum(phase.seconds for phase in replay(pieces({**dict(given), "checkpointing": policy})))
 
 
 def _share(it: Iteration) -> float:
@@ -138,9 +138,10 @@ VIDEO: Given = {"model": "hunyuan-video", "frames": 53, "height": 480, "width": 
 HD: Given = {"model": "hunyuan-video", "frames": 129, "height": 720, "width": 1280}
 FLUX: Given = {"model": "flux-dev", "height": 720, "width": 720}
 SD: Given = {"model": "sd14", "micro_batch": 8}
-LORA: Given = {"lora": 32, "lora_dtype": "bf16"}
+MASTERS: Given = {"dtype": "float32", "mixed_precision": "bf16"}
+LORA: Given = {"lora": 32, "lora_dtype": "bfloat16"}
 # Generations of one iteration, whose trajectories are kept.
-GROUP: Given = {"policy": "full", "group_size": 24}
+GROUP: Given = {"checkpointing": "full", "group_size": 24}
 
 PARTS = "one digit; its own peak leaves 22.5 beside 41 kept and 95.5 of weights, gradients and states"
 ABOUT = "published as about; here counted work over assumed rates"
@@ -151,7 +152,7 @@ CAST = "on CUDA, autocast hands attention bf16 queries, keys and values; the ear
 def _policies(subject: str, given: Given, figures: dict[str, tuple[str, str]], why: dict[str, str]) -> Iterator[Figure]:
     """Of each policy what is kept ("" if it was not published) and the peak."""
     for policy, (kept, peak) in figures.items():
-        asked = {**given, "policy": policy}
+        asked = {**given, "checkpointing": policy}
         for what, of, number in (("kept", _kept, kept), ("peak", _peak, peak)):
             if number:
                 yield Figure(subject, f"{policy}: {what}", asked, of, number, why=why.get(policy, ""))
@@ -169,9 +170,7 @@ def _all() -> Iterator[Figure]:
     lora = {"none": ("97", "122"), "full": ("5.9", "33"), "attention": ("11.9", "39")}
     yield from _policies(f"{video}, LoRA 32", VIDEO | LORA, lora, {})
     masters = {"none": ("241", "432"), "full": ("32.5", "224")}
-    yield from _policies(
-        f"{video}, float32 masters", VIDEO | {"dtype": "fp32_master"}, masters, {"none": CAST, "full": COPIES}
-    )
+    yield from _policies(f"{video}, float32 masters", VIDEO | MASTERS, masters, {"none": CAST, "full": COPIES})
     yield Figure(video, "rollout: kept", VIDEO | GROUP, _rollout_kept, "1.8")
     yield Figure(video, "rollout: peak", VIDEO | GROUP, _rollout, "25.7")
     yield Figure(video, "share of full checkpointing in a micro-step", VIDEO, _share, "25", "%", ABOUT)
@@ -184,10 +183,10 @@ def _all() -> Iterator[Figure]:
     yield from _policies(f"{flux}, LoRA 32", FLUX | LORA, {"none": ("", "33"), "full": ("", "24")}, {})
     sd = {"none": ("6.8", "13.5"), "full": ("1.1", "8.2")}
     yield from _policies("Stable Diffusion 1.4 512 x 512, batch 8", SD, sd, {})
-    step = FLUX | {"policy": "full"}
+    step = FLUX | {"checkpointing": "full"}
     yield Figure(flux, "foreach AdamW: more in its step", step | {"optimizer": "adamw_foreach"}, _copy, "22")
-    yield Figure(flux, "fused AdamW: more in its step", step | {"optimizer": "adamw_fused"}, _copy, "0")
-    shards = VIDEO | {"dtype": "fp32_master", "replica": True}
+    yield Figure(flux, "fused AdamW: more in its step", step | {"optimizer": "adamw"}, _copy, "0")
+    shards = VIDEO | MASTERS | {"rollout_replica": True}
     for count, states in ((4, "51"), (8, "26"), (16, "13"), (32, "6.4")):
         what = "weights, gradients and states a GPU"
         yield Figure(f"{video}, float32 masters on {count} GPUs", what, shards | {"fsdp": count}, _states, states, "GB")

@@ -91,6 +91,17 @@ class Setting:
     gradient_sync: str = "call"
     replica: bool = False
 
+    def asked(self) -> dict[str, Any]:
+        """In the planner's words."""
+        wide = {"dtype": "float32", "mixed_precision": "bf16"} if self.dtype == "fp32_master" else {}
+        return wide | {
+            "lora": self.lora,
+            "checkpointing": self.policy,
+            "strategy": self.strategy,
+            "gradient_sync": self.gradient_sync,
+            "rollout_replica": self.replica,
+        }
+
 
 SETTINGS = (
     Setting(),
@@ -123,8 +134,8 @@ def planned(family: Family, folder: Path, setting: Setting) -> dict[str, int]:
         text_tokens=family.text_tokens,
         attention="math",
         fsdp=RANKS,
-        **vars(setting),
-        lora_targets=TARGETS,
+        **setting.asked(),
+        target_modules=TARGETS,
     )
     iteration = Iteration(asked)
     # What the CPU runs.

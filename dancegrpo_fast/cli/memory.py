@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..memory.planning.settings import REWARDS, Settings
+from ..memory.planning.settings import REWARD_MODELS, REWARDS, Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
-LISTS = ("lora_targets", "offload", "rewards")
+LISTS = ("target_modules", "offload", "rewards")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
     parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "others", *LISTS})
     parser.add_argument("--gpu", type=float, help="GiB of the device (default: 80, or the recipe's memory_gib)")
-    parser.add_argument("--lora_targets", type=str, help="comma-separated")
+    parser.add_argument("--target_modules", type=str, help="comma-separated")
     parser.add_argument("--offload", type=str, help="comma-separated")
-    parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARDS)}")
+    parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARD_MODELS)}")
     parser.add_argument("--json", type=str, help="writes the plan to this file")
     parser.add_argument("--figures", type=str, help="draws four pictures into this folder, which takes about a minute")
     parser.add_argument("--thorough", type=bool, help="more advice, which takes longer (default: False)")
@@ -99,10 +99,12 @@ def _changed(base: Settings, given: dict[str, Any]) -> Settings:
         if name in changes:
             changes[name] = tuple(part.strip() for part in changes[name].split(",") if part.strip())
     if "rewards" in changes:
-        unknown = [name for name in changes["rewards"] if name not in REWARDS]
+        unknown = [name for name in changes["rewards"] if name not in REWARD_MODELS]
         if unknown:
-            raise ValueError(f"rewards: got {', '.join(unknown)}, want some of {', '.join(REWARDS)}")
-        changes["rewards"] = tuple(REWARDS[name] for name in changes["rewards"])
+            raise ValueError(f"rewards: got {', '.join(unknown)}, want some of {', '.join(REWARD_MODELS)}")
+        # Rewards of one model share it.
+        models = dict.fromkeys(REWARD_MODELS[name] for name in changes["rewards"])
+        changes["rewards"] = tuple(REWARDS[name] for name in models)
     if "rates" in changes:
         changes["rates"] = replace(base.rates, **changes["rates"])
     if "gpu" in changes:

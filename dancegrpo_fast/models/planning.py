@@ -4,20 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..memory.planning.cases import case_of
-from ..memory.planning.settings import REWARDS, Reward, Settings
+from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
 from ..memory.planning.sharding import weights_of
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import Recipe, RewardSettings, TrainSettings
-
-# The planner's name of the model behind a reward, and the dtype that it has unasked.
-REWARD_MODELS = {
-    "hps": ("hps-v2.1", "float32"),
-    "clip_score": ("clip", "float32"),
-    "pickscore": ("pickscore", "float32"),
-    "videoalign_vq": ("videoalign", "bfloat16"),
-    "videoalign_mq": ("videoalign", "bfloat16"),
-    "videoalign_ta": ("videoalign", "bfloat16"),
-}
 
 ADAMW_BYTES = 8  # two float32 states
 
@@ -53,7 +43,6 @@ def settings_of(
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
     samples = -(-train.prompts_per_iteration * train.group_size // processes)
-    dtype = "fp32_master" if given.dtype == "float32" else "bf16_master" if train.master_dtype else "bf16"
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -63,22 +52,25 @@ def settings_of(
         group_size=max(samples, train.micro_batch),
         micro_batch=train.micro_batch,
         rollout_batch=train.micro_batch,
-        steps=sampler.num_steps,
-        train_fraction=train.timestep_fraction,
-        cfg=sampler.guidance_scale,
+        num_steps=sampler.num_steps,
+        timestep_fraction=train.timestep_fraction,
+        guidance_scale=sampler.guidance_scale,
         text_tokens=text_tokens or given.max_text_tokens,
-        dtype=dtype,
+        dtype=given.dtype,
+        master_dtype=train.master_dtype or "none",
+        # What computes in float32 throughout asks for decodes only.
+        mixed_precision="bf16" if given.dtype == "float32" else train.mixed_precision,
         lora=given.lora.rank if given.lora else 0,
-        lora_targets=tuple(given.lora.target_modules) if given.lora else (),
-        base=given.quantization or "none",
-        policy=given.checkpointing,
+        target_modules=tuple(given.lora.target_modules) if given.lora else (),
+        quantization=given.quantization or "none",
+        checkpointing=given.checkpointing,
         # As torch's own SDPA keeps it.
         attention=given.attention or "flash",
         device=device,
         block_ops=given.block_ops,
         fsdp=processes,
         strategy=strategy,
-        replica=train.rollout_replica and shards > 1,
+        rollout_replica=train.rollout_replica and shards > 1,
         gradient_sync=train.gradient_sync,
         offload=tuple(train.offload),
         vae_tiling=given.vae_tiling == "on",
@@ -98,10 +90,10 @@ def uncounted(recipe: Recipe) -> list[str]:
 def _optimizer(train: TrainSettings) -> dict[str, Any]:
     """In the planner's words; what it does not know is tried on a small tensor."""
     if train.optimizer == EIGHT_BIT:
-        return {"optimizer": "adamw_8bit"}
+        return {"optimizer": "adamw8bit"}
     kept = probe(train).bytes_per_number
     if train.optimizer == ADAMW and kept == ADAMW_BYTES:
-        return {"optimizer": "adamw_foreach" if train.optimizer_args.get("foreach") else "adamw_fused"}
+        return {"optimizer": "adamw_foreach" if train.optimizer_args.get("foreach") else "adamw"}
     return {"optimizer": "other", "state_bytes": kept}
 
 
@@ -114,10 +106,11 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
     found: dict[str, Reward] = {}
     for reward in _scored(recipe):
         if reward.name in REWARD_MODELS:
-            name, dtype = REWARD_MODELS[reward.name]
-            if name == "clip" and "ViT-H-14" in str(reward.args.get("path")):
-                name = "clip-h"
-            width = 4 if reward.args.get("dtype", dtype) == "float32" else 2
+            name = REWARD_MODELS[reward.name]
+            if name == "clip_score" and "ViT-H-14" in str(reward.args.get("path")):
+                name = "clip_score_h"
+            unasked = "bfloat16" if name == "videoalign" else "float32"
+            width = 4 if reward.args.get("dtype", unasked) == "float32" else 2
             found[name] = replace(REWARDS[name], bytes_per_parameter=width)
     return tuple(found.values())
 

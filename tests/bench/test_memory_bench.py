@@ -147,7 +147,7 @@ def test_figures_of_the_earlier_count_as_rows(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[s.name for s in SCENARIOS])
 def test_scenarios_are_valid_commands(scenario: Scenario) -> None:
     settings = parse(scenario.command.split()).settings
-    assert settings.policy == "auto" and settings.model in specs.names()
+    assert settings.checkpointing == "auto" and settings.model in specs.names()
     assert f"{settings.gpu_gib:g} GiB" in scenario.name
     assert sum(s.name == scenario.name for s in SCENARIOS) == 1
 

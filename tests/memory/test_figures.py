@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("model")
     TINY["qwen"].model(torch.float32).save_config(folder / "transformer")
     sizes = {"height": 512, "width": 512, "group_size": 4, "text_tokens": 64, "gpu_gib": 24}
-    return plan(Settings(str(folder), lora=2, lora_dtype="fp32", **sizes), advise=False)
+    return plan(Settings(str(folder), lora=2, lora_dtype="float32", **sizes), advise=False)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,11 @@ def test_the_peak_is_marked_and_told(small: Plan) -> None:
 
 
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
-    small = {"lora": 32, "base": "nf4", "optimizer": "adamw_8bit", "offload": ("block_inputs", "vae")}
-    said = figures._subject(Settings("hunyuan-video", frames=53, cfg=6.0, vae_tiling=True, **small))
-    for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw 8bit", "block inputs + VAE"):
+    small = {"lora": 32, "quantization": "nf4", "optimizer": "adamw8bit", "offload": ("block_inputs", "vae")}
+    said = figures._subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling=True, **small))
+    for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw8bit", "block inputs + VAE"):
         assert part in said
-    shared = figures._subject(Settings("hunyuan-video", fsdp=8, replica=True))
+    shared = figures._subject(Settings("hunyuan-video", fsdp=8, rollout_replica=True))
     assert "FSDP full shard over 8 GPUs" in shared and "rollout replica" in shared
 
 
@@ -124,7 +124,7 @@ def test_titles_are_broken_evenly_and_between_parts() -> None:
 def test_a_unet_is_drawn_block_by_block(tmp_path: Path) -> None:
     model, _ = tiny("unet")
     model.save_config(tmp_path / "unet")  # type: ignore[operator]  # diffusers' method
-    found = plan(Settings(str(tmp_path), height=64, width=64, policy="none", gpu_gib=24), advise=False)
+    found = plan(Settings(str(tmp_path), height=64, width=64, checkpointing="none", gpu_gib=24), advise=False)
     for phase in found.phases:
         if phase.name.startswith("replay"):
             heights = [sum(budget.values()) for _, budget in phase.timeline]
@@ -168,7 +168,7 @@ def test_bytes_between_planned_sizes_are_those_of_a_plan(small: Plan) -> None:
     middle = settings.changed(micro_batch=2)
     for name in ("none", "full"):
         between = _comparisons._between(corners, middle, name)
-        exact = plan(middle.changed(policy=name), advise=False)
+        exact = plan(middle.changed(checkpointing=name), advise=False)
         assert {phase.name for phase in exact.phases} == set(between)
         for phase in exact.phases:
             assert between[phase.name] == pytest.approx(phase.bytes, rel=PREDICTED_BYTES), phase.name

@@ -27,11 +27,12 @@ pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("collected_once")
 
 FLUX = {"model": "flux-dev", "height": 256, "width": 256, "attention": "flash"}
+MASTERS = {"dtype": "float32", "mixed_precision": "bf16"}
 
 
 @pytest.fixture(scope="module")
 def flux() -> Plan:
-    return plan(Settings(**FLUX, lora=16, policy="full", rewards=(REWARDS["hps-v2.1"],)), advise=False)
+    return plan(Settings(**FLUX, lora=16, checkpointing="full", rewards=(REWARDS["hps"],)), advise=False)
 
 
 def phase_of(found: Plan, name: str) -> Phase:
@@ -60,20 +61,20 @@ def test_trajectories_and_guidance(flux: Plan, unet: Settings) -> None:
     text = 512 * 4096 * 2 + 768 * 2
     assert phase_of(flux, "rollout").budget["trajectories"] == latents + text
     # FLUX has embedded guidance, Stable Diffusion takes a second row.
-    again = plan(flux.settings.changed(cfg=3.5), advise=False)
+    again = plan(flux.settings.changed(guidance_scale=3.5), advise=False)
     assert again.peak_bytes == flux.peak_bytes
-    changes: tuple[dict[str, Any], ...] = ({}, {"cfg": 7.5}, {"micro_batch": 2, "rollout_batch": 2})
-    plain, guided, double = (plan(unet.changed(policy="full", **each), advise=False) for each in changes)
+    changes: tuple[dict[str, Any], ...] = ({}, {"guidance_scale": 7.5}, {"micro_batch": 2, "rollout_batch": 2})
+    plain, guided, double = (plan(unet.changed(checkpointing="full", **each), advise=False) for each in changes)
     one, two, rows = (phase_of(found, "replay backward") for found in (plain, guided, double))
     assert one.bytes < two.bytes and two.budget["block inputs"] == rows.budget["block inputs"]
 
 
 def test_auto_takes_the_cheapest_that_fits(flux: Plan) -> None:
-    roomy = plan(flux.settings.changed(policy="auto"), advise=False)
+    roomy = plan(flux.settings.changed(checkpointing="auto"), advise=False)
     assert roomy.policy == "none"
     replay, bare = replay_of(flux), replay_of(roomy)
     between = (replay + bare) / 2 / GIB + sum(flux.margins.values()) / GIB
-    tight = plan(flux.settings.changed(policy="auto", gpu_gib=between), advise=False)
+    tight = plan(flux.settings.changed(checkpointing="auto", gpu_gib=between), advise=False)
     assert tight.fits(between)
     assert roomy.seconds < tight.seconds < flux.seconds
     assert replay < replay_of(tight) < bare
@@ -89,20 +90,20 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def test_blocks_of_a_unet_have_every_policy(unet: Settings) -> None:
     names = ("none", "first:3", "matmul", "attention", "full")
-    found = {name: replay_of(plan(unet.changed(policy=name), advise=False)) for name in names}
+    found = {name: replay_of(plan(unet.changed(checkpointing=name), advise=False)) for name in names}
     assert found["none"] > found["matmul"] > found["attention"] > found["full"]
     assert found["none"] > found["first:3"] > found["full"]
 
 
 def test_auto_mixes_policies_of_a_unets_blocks(unet: Settings) -> None:
-    bare, full = (plan(unet.changed(policy=name), advise=False) for name in ("none", "full"))
+    bare, full = (plan(unet.changed(checkpointing=name), advise=False) for name in ("none", "full"))
     most, least, margins = replay_of(bare), replay_of(full), full.margins
     share = margins.pop("fragmentation") / GIB / unet.gpu_gib
     seconds = []
     for between in (0.25, 0.75):
         limit = least + between * (most - least)
         gib = (limit + sum(margins.values())) / GIB / (1 - share)
-        found = plan(unet.changed(policy="auto", gpu_gib=gib), advise=False)
+        found = plan(unet.changed(checkpointing="auto", gpu_gib=gib), advise=False)
         assert replay_of(found) <= limit
         assert " x " in found.policy and any("ResNets" in reason for reason in found.reasons)
         seconds.append(found.seconds)
@@ -121,11 +122,11 @@ def test_shards_are_whole_parts() -> None:
     def states(**given: object) -> dict[str, int]:
         return Iteration(Settings(**FLUX, **given)).step().budget  # type: ignore[arg-type]  # any setting
 
-    one = states(dtype="fp32_master")
-    four = states(dtype="fp32_master", fsdp=4)
+    one = states(**MASTERS)
+    four = states(**MASTERS, fsdp=4)
     for name in ("master weights", "gradients", "optimizer"):
         assert four[name] == pytest.approx(one[name] / 4, rel=COMPOSED)
-    assert states(dtype="fp32_master", fsdp=4, replica=True) == four
+    assert states(**MASTERS, fsdp=4, rollout_replica=True) == four
 
 
 def test_quantised_bases_and_states(flux: Plan) -> None:
@@ -138,7 +139,7 @@ def test_quantised_bases_and_states(flux: Plan) -> None:
     assert whole == weights_of(case).bytes
     for base, size in stored.items():
         assert size < 0.7 * whole
-        found = plan(flux.settings.changed(base=base), advise=False)
+        found = plan(flux.settings.changed(quantization=base), advise=False)
         assert found.phases[1].budget["parameters"] == size
 
 
@@ -146,7 +147,7 @@ def test_layerwise_casting_keeps_the_casts_of_blocks_that_are_not_checkpointed(f
     backward = []
     for policy in ("full", "none"):
         for base in ("none", "fp8"):
-            found = plan(flux.settings.changed(base=base, policy=policy), advise=False)
+            found = plan(flux.settings.changed(quantization=base, checkpointing=policy), advise=False)
             backward.append(phase_of(found, "replay backward").bytes)
     assert backward[1] < backward[0] and backward[3] > backward[2]
 
@@ -172,8 +173,8 @@ def printed(text: str, other: Plan, plain: Plan) -> Advice:
 
 
 def test_advice_is_recomputed(flux: Plan) -> None:
-    advised = plan(flux.settings.changed(policy="none"))
-    full = next(advice for advice in advised.advice if advice.text.startswith("policy full"))
+    advised = plan(flux.settings.changed(checkpointing="none"))
+    full = next(advice for advice in advised.advice if advice.text.startswith("checkpointing full"))
     assert full == printed(full.text, flux, advised)
     assert full.seconds > 0 > full.gib
     # What saves neither is not shown, and what is shown is ranked by what is shown.
@@ -187,14 +188,14 @@ def test_advice_is_recomputed(flux: Plan) -> None:
 @pytest.mark.release
 @pytest.mark.parametrize("model", ["sd14", "sd35-medium"])
 def test_advice_for_models_of_no_and_two_kinds_of_blocks(model: str) -> None:
-    advised = plan(Settings(model, height=256, width=256, attention="flash", policy="none", gpu_gib=40.0))
-    assert any(advice.text.startswith("policy full") for advice in advised.advice)
+    advised = plan(Settings(model, height=256, width=256, attention="flash", checkpointing="none", gpu_gib=40.0))
+    assert any(advice.text.startswith("checkpointing full") for advice in advised.advice)
     assert any("blocks" in advice.text for advice in advised.advice) == (model != "sd14")
 
 
 def test_advice_on_parts_of_the_blocks(flux: Plan) -> None:
     """Between full and no checkpointing there is room for some blocks."""
-    none = plan(flux.settings.changed(policy="none"), advise=False)
+    none = plan(flux.settings.changed(checkpointing="none"), advise=False)
     tight = flux.settings.changed(gpu_gib=(gib_of(flux) + gib_of(none)) / 2)
     advised = plan(tight)
     some = [advice for advice in advised.advice if advice.text.startswith("drop checkpointing (full) on ")]
@@ -210,10 +211,12 @@ def test_advice_on_parts_of_the_blocks(flux: Plan) -> None:
         phases = iteration.training(compose(iteration.replay, policies))
         assert max(phase.bytes for phase in phases) + sum(iteration.margins().values()) <= tight.gpu_gib * GIB
         assert advice.seconds < 0 < advice.gib
-    auto = next(advice for advice in advised.advice if advice.text.startswith("policy auto: "))
-    assert auto == printed(auto.text, plan(tight.changed(policy="auto"), advise=False), advised)
+    auto = next(advice for advice in advised.advice if advice.text.startswith("checkpointing auto: "))
+    assert auto == printed(auto.text, plan(tight.changed(checkpointing="auto"), advise=False), advised)
     fitting = [advice for advice in advised.advice if not advice.text.endswith("does not fit")]
-    assert auto.seconds == min(advice.seconds for advice in fitting if advice.text.startswith(("policy", "drop")))
+    assert auto.seconds == min(
+        advice.seconds for advice in fitting if advice.text.startswith(("checkpointing", "drop"))
+    )
 
 
 def test_auto_takes_the_cheaper_of_device_and_host(flux: Plan) -> None:
@@ -221,29 +224,31 @@ def test_auto_takes_the_cheaper_of_device_and_host(flux: Plan) -> None:
     margins = {name: size for name, size in flux.margins.items() if name != "fragmentation"}
     # A little more than full checkpointing takes, all of it on the device.
     gib = (1.01 * replay + sum(margins.values())) / (1 - FRAGMENTATION) / GIB
-    asked = flux.settings.changed(policy="auto", gpu_gib=gib)
+    asked = flux.settings.changed(checkpointing="auto", gpu_gib=gib)
     found = Iteration(asked).pick()
     assert found.blocks.host_inputs and found.name.endswith("on the host")
     slow = asked.changed(rates=Rates(pcie_gb_s=0.001))
     assert not Iteration(slow).pick().blocks.host_inputs
     roomy = plan(asked.changed(offload=("block_inputs",), gpu_gib=80), advise=False)
     assert roomy.policy == "none"
-    assert roomy.seconds == plan(flux.settings.changed(policy="none"), advise=False).seconds
+    assert roomy.seconds == plan(flux.settings.changed(checkpointing="none"), advise=False).seconds
 
 
 def test_the_wanted_capacity_is_one_that_passes(flux: Plan) -> None:
     with pytest.raises(ValueError, match="want more than") as raised:
-        Iteration(flux.settings.changed(policy="auto", gpu_gib=5)).pick()
+        Iteration(flux.settings.changed(checkpointing="auto", gpu_gib=5)).pick()
     wanted = float(str(raised.value).split("want more than ")[1].split(":")[0])
-    Iteration(flux.settings.changed(policy="auto", gpu_gib=wanted)).pick()
+    Iteration(flux.settings.changed(checkpointing="auto", gpu_gib=wanted)).pick()
     with pytest.raises(ValueError, match=f"want more than {wanted}"):
-        Iteration(flux.settings.changed(policy="auto", gpu_gib=wanted - 0.1)).pick()
+        Iteration(flux.settings.changed(checkpointing="auto", gpu_gib=wanted - 0.1)).pick()
 
 
 def test_converting_quantised_weights_takes_time(flux: Plan) -> None:
     slow = Rates(bandwidth_gb_s=1.0)
-    given = flux.settings.changed(rates=slow, policy="full")
-    seconds = {base: plan(given.changed(base=base), advise=False).seconds for base in ("none", "nf4", "int8", "fp8")}
+    given = flux.settings.changed(rates=slow, checkpointing="full")
+    seconds = {
+        base: plan(given.changed(quantization=base), advise=False).seconds for base in ("none", "nf4", "int8", "fp8")
+    }
     assert seconds["none"] < seconds["int8"] < seconds["fp8"] < seconds["nf4"]
     found = quantised(case_of("flux-dev", 256, lora=16), "fp8")
     # Each byte of a weight is read, and two are written.
@@ -254,7 +259,7 @@ def test_converting_quantised_weights_takes_time(flux: Plan) -> None:
 
 def test_int8_keeps_inputs_that_checkpoints_drop(flux: Plan) -> None:
     """What the plan's reasons say of it."""
-    assert INT8 in plan(flux.settings.changed(base="int8"), advise=False).reasons
+    assert INT8 in plan(flux.settings.changed(quantization="int8"), advise=False).reasons
     assert INT8 not in flux.reasons
     bnb = pytest.importorskip("bitsandbytes")
     layers = (
@@ -289,23 +294,26 @@ def test_rates_scale_seconds(flux: Plan) -> None:
         ({"model": "hunyuan-video", "frames": 54}, "frames: got 54, want 4 n \\+ 1"),
         ({"model": "flux-dev", "frames": 5}, "frames: got 5, want 1"),
         ({"model": "flux-dev", "height": 500}, "height: got 500, want a multiple of 16"),
-        ({"model": "flux-dev", "lora": 8, "lora_targets": ("nothing",)}, "lora_targets: got nothing"),
+        ({"model": "flux-dev", "lora": 8, "target_modules": ("nothing",)}, "target_modules: got nothing"),
         ({"model": "flux-dev", "fsdp": 0}, "fsdp: got 0, want an integer of at least 1"),
         ({"model": "flux-dev", "lora": 8, "gpu_gib": 10}, "gpu_gib: got 10, want more than 2"),
-        ({"model": "flux-dev", "base": "nf4"}, 'base: got "nf4" with full fine-tuning'),
-        ({"model": "flux-dev", "policy": "first:900"}, 'policy: got "first:900", want at most the model\'s 57'),
-        ({"model": "flux-dev", "policy": "some"}, 'policy: got "some"'),
-        ({"model": "flux-dev", "policy": "none", "offload": ("block_inputs",)}, "offload: got block_inputs"),
-        ({"model": "flux-dev", "policy": "first:0", "offload": ("block_inputs",)}, "offload: got block_inputs"),
-        ({"model": "flux-dev", "optimizer": "adamw_8bit", "offload": ("optimizer",)}, "offload: got optimizer with"),
+        ({"model": "flux-dev", "quantization": "nf4"}, 'quantization: got "nf4" with full fine-tuning'),
+        (
+            {"model": "flux-dev", "checkpointing": "first:900"},
+            'checkpointing: got "first:900", want at most the model\'s 57',
+        ),
+        ({"model": "flux-dev", "checkpointing": "some"}, 'checkpointing: got "some"'),
+        ({"model": "flux-dev", "checkpointing": "none", "offload": ("block_inputs",)}, "offload: got block_inputs"),
+        ({"model": "flux-dev", "checkpointing": "first:0", "offload": ("block_inputs",)}, "offload: got block_inputs"),
+        ({"model": "flux-dev", "optimizer": "adamw8bit", "offload": ("optimizer",)}, "offload: got optimizer with"),
         ({"model": "flux-dev", "gradient_sync": "never"}, 'gradient_sync: got "never", want one of update, call'),
-        ({"model": "flux-dev", "replica": True}, "replica: got True"),
+        ({"model": "flux-dev", "rollout_replica": True}, "rollout_replica: got True"),
         ({"model": "flux-dev", "micro_batch": 13}, "micro_batch: got 13, want at most"),
         ({"model": "flux-dev", "attention": "xformers9"}, 'attention: got "xformers9"'),
-        ({"model": "flux-dev", "lora": 8, "lora_targets": ("to_q", "foo")}, "lora_targets: got foo, want"),
-        ({"model": "flux-dev", "lora": 8, "lora_targets": "to_q"}, "lora_targets: got 'to_q', want a tuple"),
-        ({"model": "flux-dev", "policy": 3}, "policy: got 3, want a string"),
-        ({"model": "flux-dev", "train_fraction": "a"}, "train_fraction: got 'a', want"),
+        ({"model": "flux-dev", "lora": 8, "target_modules": ("to_q", "foo")}, "target_modules: got foo, want"),
+        ({"model": "flux-dev", "lora": 8, "target_modules": "to_q"}, "target_modules: got 'to_q', want a tuple"),
+        ({"model": "flux-dev", "checkpointing": 3}, "checkpointing: got 3, want a string"),
+        ({"model": "flux-dev", "timestep_fraction": "a"}, "timestep_fraction: got 'a', want"),
         ({"model": "flux-dev", "offload": "vae"}, "offload: got 'vae', want a tuple"),
         ({"model": "flux-dev", "gpu_gib": float("nan")}, "gpu_gib: got nan"),
     ],

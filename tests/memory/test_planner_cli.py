@@ -18,20 +18,27 @@ FLUX = ["memory", "flux-dev", "--height", "256", "--width", "256", "--lora", "16
 
 def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
-    assert main([*FLUX, "--gpu", "80", "--json", str(file), "--rewards", "hps-v2.1,clip"]) == 0
+    assert main([*FLUX, "--gpu", "80", "--json", str(file), "--rewards", "hps,clip_score"]) == 0
     shown = capsys.readouterr().out
-    for part in ("replay backward", "peak:", "margins (guesses)", "80 GiB yes", "policy none", "one change at a time"):
+    for part in (
+        "replay backward",
+        "peak:",
+        "margins (guesses)",
+        "80 GiB yes",
+        "checkpointing none",
+        "one change at a time",
+    ):
         assert part in shown
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["settings"]["lora"] == 16 and found["fits"]["80"] is True
-    assert [reward["name"] for reward in found["settings"]["rewards"]] == ["hps-v2.1", "clip"]
+    assert [reward["name"] for reward in found["settings"]["rewards"]] == ["hps", "clip_score"]
     for phase in found["phases"]:
         assert phase["bytes"] == sum(phase["budget"].values()) and set(phase["budget"]) <= set(CATEGORIES)
     assert found["peak"]["bytes"] == max(phase["bytes"] for phase in found["phases"])
 
 
 def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FLUX, "--gpu", "20", "--policy", "full"]) == 1
+    assert main([*FLUX, "--gpu", "20", "--checkpointing", "full"]) == 1
     shown = capsys.readouterr().out
     assert "20 GiB no" in shown and "missing:" in shown
     assert "nf4" in shown and "fits then" in shown
@@ -44,10 +51,10 @@ def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpu", "5"], "memory: gpu: got 5, want more than"),
         (["--gpu", "nan"], "memory: gpu: got nan, want"),
         (["--attention", "foo"], 'memory: attention: got "foo", want'),
-        (["--lora_targets", "to_q, foo"], "lora_targets: got foo, want"),
+        (["--target_modules", "to_q, foo"], "target_modules: got foo, want"),
         (["--rewards", "beauty"], "rewards: got beauty"),
         (["--offload", "everything"], 'offload: got "everything"'),
-        (["--steps", "many"], "memory: steps: got many, want int"),
+        (["--num_steps", "many"], "memory: num_steps: got many, want int"),
         (["--no_such_setting", "1"], "no_such_setting"),
     ],
 )

@@ -36,13 +36,13 @@ def test_what_autocast_makes_of_float32_masters_explains_the_difference() -> Non
 
     The published 432 keeps q, k and v of 60 blocks in float32; CUDA's autocast hands attention bf16 ones.
     """
-    given = {**VIDEO, "dtype": "fp32_master"}
-    forward, _ = replay(pieces({**given, "policy": "full"}))
+    given = {**VIDEO, "dtype": "float32", "mixed_precision": "bf16"}
+    forward, _ = replay(pieces({**given, "checkpointing": "full"}))
     dropped = forward.budget["master weights"] / 2 - forward.budget["parameters"]
     assert (denoiser(forward) + dropped) / GIB == pytest.approx(224, rel=PUBLISHED)
     tokens, width, blocks = 14 * 30 * 40 + 256, 3072, 60
     halved = 3 * 2 * tokens * width * blocks
-    bare = denoiser(*replay(pieces({**given, "policy": "none"})))
+    bare = denoiser(*replay(pieces({**given, "checkpointing": "none"})))
     assert (bare + halved) / GIB == pytest.approx(432, rel=PUBLISHED)
     rollout = pieces(given).rollout().budget
     assert rollout["parameters"] == pytest.approx(rollout["master weights"] / 2, rel=PUBLISHED)
@@ -51,12 +51,14 @@ def test_what_autocast_makes_of_float32_masters_explains_the_difference() -> Non
 @pytest.mark.release
 def test_float32_lora_layers_keep_float32_inputs() -> None:
     """As peft's `get_peft_model` makes them; the published figures are for bf16 layers."""
-    found = [pieces({**FLUX, "policy": "none", "lora": 32, "lora_dtype": name}) for name in ("bf16", "fp32")]
+    found = [
+        pieces({**FLUX, "checkpointing": "none", "lora": 32, "lora_dtype": name}) for name in ("bfloat16", "float32")
+    ]
     kept = [one.pick().blocks.saved() for one in found]
     assert kept[1]["cast"] > kept[0]["cast"]
     assert sum(kept[1].values()) > sum(kept[0].values())
 
 
 def test_foreach_takes_a_copy_of_the_weights() -> None:
-    step = pieces({**FLUX, "policy": "full", "optimizer": "adamw_foreach"}).step()
+    step = pieces({**FLUX, "checkpointing": "full", "optimizer": "adamw_foreach"}).step()
     assert step.budget["temporaries"] == pytest.approx(step.budget["parameters"], rel=PUBLISHED)

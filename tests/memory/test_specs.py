@@ -211,5 +211,5 @@ def test_empty_batches_and_texts_are_refused() -> None:
 def test_who_guides_by_a_second_row(model: str, by_batch: bool) -> None:
     assert specs.resolve(model).guides_by_batch is by_batch
     frames = 5 if specs.resolve(model).is_video else 1
-    assert cases.rows_of(Settings(model, frames, 256, 256, cfg=5.0), 3) == (6 if by_batch else 3)
-    assert cases.rows_of(Settings(model, frames, 256, 256, cfg=1.0), 3) == 3
+    assert cases.rows_of(Settings(model, frames, 256, 256, guidance_scale=5.0), 3) == (6 if by_batch else 3)
+    assert cases.rows_of(Settings(model, frames, 256, 256, guidance_scale=1.0), 3) == 3

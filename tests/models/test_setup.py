@@ -113,8 +113,9 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
         flux, tmp_path, mixed_precision="bf16", kl_weight=0.1, rewards=[reward("Brightness")], block_ops="fast"
     )
     asked = setup._settings(model, recipe, checks.CPU, text_tokens=3, gib=24.0)
-    assert (asked.samples, asked.micro_batch, asked.steps, asked.cfg, asked.text_tokens) == (12, 4, 4, 1.0, 3)
-    assert (asked.dtype, asked.block_ops, asked.device, asked.gpu_gib) == ("fp32_master", "fast", "cpu", 24.0)
+    assert (asked.samples, asked.micro_batch, asked.num_steps) == (12, 4, 4)
+    assert (asked.guidance_scale, asked.text_tokens) == (1.0, 3)
+    assert (asked.precision, asked.block_ops, asked.device, asked.gpu_gib) == ("fp32_master", "fast", "cpu", 24.0)
     # The model that the KL is taken to is a second one.
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     assert [(one.parameters, one.bytes_per_parameter) for one in asked.others] == [(parameters, 4)]
@@ -123,8 +124,8 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
 def test_float16_is_planned_as_bfloat16(flux: Path, tmp_path: Path) -> None:
     for more in ({"lora": LoraSettings()}, {"master_dtype": "float32"}):
         narrow, other = (make_recipe(flux, tmp_path, dtype=name, **more) for name in ("float16", "bfloat16"))
-        assert settings_of(narrow, trained=(1, 4)) == settings_of(other, trained=(1, 4))
-        assert settings_of(narrow, trained=(1, 4)).dtype.startswith("bf16")
+        assert settings_of(narrow, trained=(1, 4)).changed(dtype="bfloat16") == settings_of(other, trained=(1, 4))
+        assert settings_of(narrow, trained=(1, 4)).precision.startswith("bf16")
 
 
 def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_
     judges = EvaluationSettings(rewards=[RewardSettings("videoalign_mq"), RewardSettings("clip_score")])
     asked = setup._settings(model, replace(recipe, rewards=trained, evaluation=judges), checks.CPU, 3, 24.0)
     widths = {one.name: one.bytes_per_parameter for one in asked.rewards}
-    assert widths == {"videoalign": 2, "hps-v2.1": 2, "clip": 4}
+    assert widths == {"videoalign": 2, "hps": 2, "clip_score": 4}
 
 
 def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

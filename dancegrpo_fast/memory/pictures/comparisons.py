@@ -24,7 +24,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 def with_policy(settings: Settings, policy: str, **changes: Any) -> Settings:
     """The same under another policy; block inputs that are not kept cannot wait on the host."""
     offload = tuple(what for what in settings.offload if policy != "none" or what != "block_inputs")
-    return settings.changed(policy=policy, **({"offload": offload} | changes))
+    return settings.changed(checkpointing=policy, **({"offload": offload} | changes))
 
 
 class Point(NamedTuple):
@@ -121,7 +121,11 @@ def _corner(settings: Settings, names: Sequence[str]) -> _Corner:
     budgets = {}
     for name in names:
         offload = tuple(dict.fromkeys((*settings.offload, "block_inputs")))
-        changed = settings.changed(policy="full", offload=offload) if name == LADDER[3] else with_policy(settings, name)
+        changed = (
+            settings.changed(checkpointing="full", offload=offload)
+            if name == LADDER[3]
+            else with_policy(settings, name)
+        )
         budgets[name] = {phase.name: phase.budget for phase in planned(changed, advise=False).phases}
     return _Corner(*_extent(settings), budgets)
 

@@ -46,18 +46,18 @@ def _subject(settings: Settings, *, size: bool = True) -> str:
         Path(s.model).name,
         f"{s.frames} frames" if size and s.frames > 1 else "",
         f"{s.height} x {s.width}" if size else "",
-        f"CFG {s.cfg:g}" if s.cfg != 1 else "",
-        trained + (f" on an {s.base} base" if s.base != "none" else ""),
-        s.dtype.replace("_", " "),
+        f"CFG {s.guidance_scale:g}" if s.guidance_scale != 1 else "",
+        trained + (f" on an {s.quantization} base" if s.quantization != "none" else ""),
+        s.dtypes,
         f"FSDP {s.strategy.replace('_', ' ')} over {s.fsdp} GPUs"
         if s.is_sharded
         else f"{s.fsdp} GPUs"
         if s.fsdp > 1
         else "",
-        "rollout replica" if s.replica else "",
+        "rollout replica" if s.rollout_replica else "",
         f"block ops {s.block_ops}" if s.block_ops != "off" else "",
         "VAE in tiles" if s.vae_tiling else "",
-        s.optimizer.replace("_", " ") if s.optimizer != "adamw_fused" else "",
+        s.optimizer.replace("_", " ") if s.optimizer != "adamw" else "",
         "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
         if s.offload
         else "",

@@ -44,26 +44,29 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
     if not s.vae_tiling and (top == "decode" or thorough):
         yield Knob("VAE tiling", {"vae_tiling": True})
     if s.optimizer == "adamw_foreach":
-        yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw_fused"})
-    if s.optimizer.startswith("adamw") and s.optimizer != "adamw_8bit" and "optimizer" not in s.offload:
-        yield Knob("8-bit AdamW", {"optimizer": "adamw_8bit"})
-    if s.lora and s.base == "none":
-        yield Knob("frozen weights in nf4", {"base": "nf4"})
-        yield Knob("frozen weights in int8 (conversions of activations not counted)", {"base": "int8"})
-        yield Knob("frozen weights in fp8", {"base": "fp8"})
-    if s.base == "none":
+        yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
+    if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
+        yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
+    if s.lora and s.quantization == "none":
+        yield Knob("frozen weights in nf4", {"quantization": "nf4"})
+        yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
+        yield Knob("frozen weights in fp8", {"quantization": "fp8"})
+    if s.quantization == "none":
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})
     if s.is_sharded:
-        yield Knob("no replica" if s.replica else "a bf16 replica for rollouts", {"replica": not s.replica})
+        yield Knob(
+            "no replica" if s.rollout_replica else "a bf16 replica for rollouts",
+            {"rollout_replica": not s.rollout_replica},
+        )
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
         yield Knob("block ops, lossless", {"block_ops": "lossless"})
     if thorough:
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
         if not s.lora:
-            yield Knob("LoRA of rank 32 instead of all weights", {"lora": 32, "replica": False})
+            yield Knob("LoRA of rank 32 instead of all weights", {"lora": 32, "rollout_replica": False})
 
 
 def _policies(plan: Plan, host: bool, thorough: bool) -> Iterator[Knob]:
@@ -73,13 +76,15 @@ def _policies(plan: Plan, host: bool, thorough: bool) -> Iterator[Knob]:
         away = host and policy != "none"
         if policy != plan.policy.removesuffix(HOST):
             offload = (*stay, "block_inputs") if away else stay
-            yield Knob(f"policy {policy}{HOST if away else ''}", {"policy": policy, "offload": offload}, False)
-    if s.policy != "auto":
-        yield Knob("policy auto", {"policy": "auto"}, False)
+            yield Knob(
+                f"checkpointing {policy}{HOST if away else ''}", {"checkpointing": policy, "offload": offload}, False
+            )
+    if s.checkpointing != "auto":
+        yield Knob("checkpointing auto", {"checkpointing": "auto"}, False)
     elif plan.policy != "none" and thorough:
         more = s.gpu_gib + MORE_GIB
         offload = (*stay, "block_inputs") if host else stay
-        text = f"{MORE_GIB} GiB more{HOST if host else ''}, policy auto"
+        text = f"{MORE_GIB} GiB more{HOST if host else ''}, checkpointing auto"
         yield Knob(text, {"gpu_gib": more, "offload": offload}, False)
 
 
@@ -143,7 +148,7 @@ def _words(count: int, of: int, label: str, now: str, then: str) -> str:
     some = f"{count} {label}" if count < of else f"all {of} {label}"
     if then == "none":
         return f"drop checkpointing ({now}) on {some}"
-    return f"policy {then} instead of {now} on {some}"
+    return f"checkpointing {then} instead of {now} on {some}"
 
 
 def _most(
@@ -187,7 +192,7 @@ def advice(
         except ValueError:
             # The model cannot have it.
             continue
-        chosen = f": {other.policy}" if other.settings.policy == "auto" and not knob.same_policy else ""
+        chosen = f": {other.policy}" if other.settings.checkpointing == "auto" and not knob.same_policy else ""
         found.append((knob.text + chosen, other))
     fitting = plan.fits(plan.settings.gpu_gib)
     seen: Counter[tuple[float, float]] = Counter()

@@ -162,6 +162,7 @@ def _gib(size: float) -> str:
 def _head(plan: Plan) -> str:
     s = plan.settings
     size = f"{s.frames} x {s.height} x {s.width}" if s.frames > 1 else f"{s.height} x {s.width}"
-    trained = f"LoRA {s.lora}" + ("" if s.base == "none" else f" on {s.base}") if s.lora else "full fine-tuning"
+    base = "" if s.quantization == "none" else f" on {s.quantization}"
+    trained = f"LoRA {s.lora}{base}" if s.lora else "full fine-tuning"
     shared = f", {s.strategy} over {s.fsdp} GPUs" if s.is_sharded else ""
-    return f"{s.model}, {size}, {trained}, {s.dtype}{shared}; policy {plan.policy}; {s.gpu_gib:g} GiB"
+    return f"{s.model}, {size}, {trained}, {s.dtypes}{shared}; checkpointing {plan.policy}; {s.gpu_gib:g} GiB"

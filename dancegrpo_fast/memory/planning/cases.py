@@ -102,13 +102,13 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
     if case.lora:
         if lost := unmatched(model, case.lora_targets):
-            raise ValueError(f"lora_targets: got {', '.join(lost)}, want endings of names in {case.spec}")
+            raise ValueError(f"target_modules: got {', '.join(lost)}, want endings of names in {case.spec}")
         try:
             with torch.device("meta"):
                 add_lora(model, case.lora, case.lora, case.lora_targets)
         except ValueError as error:
             raise ValueError(
-                f"lora_targets: got {', '.join(case.lora_targets)}, want endings of names in it"
+                f"target_modules: got {', '.join(case.lora_targets)}, want endings of names in it"
             ) from error
         if case.lora_dtype == "bf16":
             for p in model.parameters():
@@ -172,13 +172,13 @@ def _chosen(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str,
 
 def rows_of(settings: Settings, batch: int) -> int:
     """Rows of a call for so many samples: twice as many under guidance by batch."""
-    return batch * (2 if settings.cfg != 1 and resolved(settings.model).guides_by_batch else 1)
+    return batch * (2 if settings.guidance_scale != 1 and resolved(settings.model).guides_by_batch else 1)
 
 
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
     # A call does not see masters beside its weights.
-    kept, fresh = "bf16" if settings.dtype == "bf16_master" else settings.dtype, False
+    kept, fresh = "bf16" if settings.precision == "bf16_master" else settings.precision, False
     if settings.is_sharded:
         # Gathered masters are bf16, of which autocast makes no copies.
         kept = "bf16_autocast" if kept == "fp32_master" else kept
@@ -191,8 +191,8 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.text_tokens,
         kept,
         settings.lora,
-        settings.lora_targets if settings.lora else (),
-        settings.lora_dtype if settings.lora and kept == "bf16" else "fp32",
+        settings.target_modules if settings.lora else (),
+        "bf16" if settings.lora and kept == "bf16" and settings.lora_dtype == "bfloat16" else "fp32",
         name,
         settings.block_ops,
         settings.recompute if settings.block_ops != "off" else "gelu",

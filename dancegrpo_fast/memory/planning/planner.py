@@ -37,12 +37,12 @@ class Iteration:
             )
         self.grid = specs.latent_grid(self.spec, settings.frames, settings.height, settings.width)
         rows = rows_of(settings, settings.micro_batch)
-        equal_text = settings.cfg == 1 or not self.spec.guides_by_batch
+        equal_text = settings.guidance_scale == 1 or not self.spec.guides_by_batch
         case = case_of(settings, rows, "flash", train=True)
         name, why = kernel(case, settings.attention, settings.device, equal_text)
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
-        self.reasons += [INT8] if settings.base == "int8" else []
+        self.reasons += [INT8] if settings.quantization == "int8" else []
         if settings.optimizer == "other":
             self.reasons.append(
                 f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
@@ -59,7 +59,7 @@ class Iteration:
             self.reasons.append("the VAE is not known: decode is not in it")
         latents = math.prod(self.grid) * self.spec.latent_channels
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
-        self.latents = settings.samples * (settings.steps + 1) * latents * 4
+        self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
         self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
 
@@ -145,10 +145,10 @@ class Iteration:
             (1, self.others()),
             (1, {"trajectories": self.trajectories}),
         )
-        calls = math.ceil(s.samples / s.rollout_batch) * s.steps
+        calls = math.ceil(s.samples / s.rollout_batch) * s.num_steps
         each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
         each += self._conversion_seconds(blocks)[0]
-        gathered_once = s.replica or s.strategy == "shard_grad_op"
+        gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
         each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
@@ -189,7 +189,7 @@ class Iteration:
     def training(self, blocks: Blocks) -> tuple[Phase, Phase]:
         """One micro-step's bytes, and the seconds of all."""
         s = self.settings
-        calls = math.ceil(s.samples * max(1, round(s.steps * s.train_fraction)) / s.micro_batch)
+        calls = math.ceil(s.samples * max(1, round(s.num_steps * s.timestep_fraction)) / s.micro_batch)
         forward = policies.seconds(s, blocks.flops("forward"), blocks.traffic("forward"))
         backward = sum(
             policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in ("backward", "recompute")
@@ -202,8 +202,8 @@ class Iteration:
         forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
-        if s.base == "fp8":
-            kept, cast_again = kept_casts(quantised(self.replay, s.base), blocks.policies)
+        if s.quantization == "fp8":
+            kept, cast_again = kept_casts(quantised(self.replay, s.quantization), blocks.policies)
             back = added((1, there), (1, {"saved": kept, "recomputation": cast_again}))
             there = added((1, there), (1, {"saved": kept}))
         return (
@@ -214,9 +214,9 @@ class Iteration:
     def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
         """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
         s = self.settings
-        if s.base == "none":
+        if s.quantization == "none":
             return 0.0, 0.0
-        forward, backward = conversion_bytes(quantised(self.replay, s.base), s.base, blocks.policies)
+        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
 
@@ -243,7 +243,7 @@ class Iteration:
     def pick(self) -> policies.Picked:
         """The policy; `auto` solves for what the device has left."""
         s = self.settings
-        if s.policy != "auto":
+        if s.checkpointing != "auto":
             return policies.named(s, self.replay)
         margins = self.margins()
         limit = s.gpu_gib * GIB - sum(margins.values())
@@ -254,7 +254,7 @@ class Iteration:
             wanted = math.ceil(10 * fixed / (1 - FRAGMENTATION) / GIB) / 10
             raise ValueError(
                 f"gpu_gib: got {s.gpu_gib:g}, want more than {wanted:.1f}: weights,"
-                f" gradients, states and margins alone; or smaller ones (lora, base, fsdp, offload, adamw_8bit)"
+                f" gradients, states and margins alone; or smaller ones (lora, quantization, fsdp, offload, adamw8bit)"
             )
 
         def peak(blocks: Blocks) -> float:

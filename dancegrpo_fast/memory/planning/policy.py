@@ -44,9 +44,9 @@ def seconds(settings: Settings, flops: dict[str, float], traffic: dict[str, floa
 def figures(settings: Settings, case: Case) -> list[BlockFigures]:
     """Of every block; costs are seconds of its forward, by group."""
     found = _of_kinds(settings, case) if kinds_of(resolved(case.spec)) else _parts(settings, case)
-    if settings.base != "fp8":
+    if settings.quantization != "fp8":
         return found
-    casts = quantised(case, settings.base).casts
+    casts = quantised(case, settings.quantization).casts
     return [replace(one, saved_bytes=one.saved_bytes + size) for one, size in zip(found, casts, strict=True)]
 
 
@@ -89,18 +89,18 @@ def named(settings: Settings, case: Case) -> Picked:
     host = "block_inputs" in settings.offload
     first = settings.first_blocks()
     if first is None:
-        return Picked(settings.policy, compose(case, settings.policy, host_inputs=host), ())
+        return Picked(settings.checkpointing, compose(case, settings.checkpointing, host_inputs=host), ())
     kinds = kinds_of(resolved(case.spec))
     if not kinds:
         try:
-            return Picked(settings.policy, compose(case, checkpointing.FirstBlocks(first)), ())
+            return Picked(settings.checkpointing, compose(case, checkpointing.FirstBlocks(first)), ())
         except ValueError as error:
-            raise ValueError(f'policy: got "{settings.policy}", {error}') from error
+            raise ValueError(f'checkpointing: got "{settings.checkpointing}", {error}') from error
     count = sum(kind.blocks for kind in kinds)
     if first > count:
-        raise ValueError(f'policy: got "{settings.policy}", want at most the model\'s {count} blocks')
+        raise ValueError(f'checkpointing: got "{settings.checkpointing}", want at most the model\'s {count} blocks')
     each: list[Hashable] = [*["full"] * first, *["none"] * (count - first)]
-    return Picked(settings.policy, compose(case, each, host_inputs=host), ())
+    return Picked(settings.checkpointing, compose(case, each, host_inputs=host), ())
 
 
 def automatic(

@@ -10,14 +10,16 @@ POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
 OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
 CHOICES = {
-    "dtype": ("bf16", "bf16_master", "fp32_master"),
-    "lora_dtype": ("fp32", "bf16"),
-    "base": ("none", "int8", "nf4", "fp8"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "master_dtype": ("none", "float32"),
+    "mixed_precision": ("no", "bf16"),
+    "lora_dtype": ("float32", "bfloat16"),
+    "quantization": ("none", "int8", "nf4", "fp8"),
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
     "gradient_sync": ("update", "call"),
-    "optimizer": ("adamw_fused", "adamw_foreach", "adamw_8bit", "other"),
+    "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
 }
 
@@ -42,14 +44,20 @@ _CLIP_L = "transformers.CLIPModel with the configuration of openai/clip-vit-larg
 REWARDS = {
     reward.name: reward
     for reward in (
-        Reward("hps-v2.1", 986_109_441, _CLIP_H),
+        Reward("hps", 986_109_441, _CLIP_H),
         Reward("pickscore", 986_109_441, _CLIP_H),
-        Reward("clip", 427_616_513, _CLIP_L),
-        Reward("clip-h", 986_109_441, _CLIP_H),
+        Reward("clip_score", 427_616_513, _CLIP_L),
+        Reward("clip_score_h", 986_109_441, _CLIP_H),
         Reward(
             "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
         ),
     )
+}
+
+
+# A recipe's rewards by the model that they share; HPS-v2.1 and the three of VideoAlign among them.
+REWARD_MODELS = {name: name for name in ("hps", "pickscore", "clip_score")} | {
+    f"videoalign_{part}": "videoalign" for part in ("vq", "mq", "ta")
 }
 
 
@@ -85,33 +93,36 @@ class Settings:
         prompts: of one iteration on this GPU.
         micro_batch: samples of one training call.
         rollout_batch: samples of one rollout, decode and reward call.
-        steps: of the sampler.
-        train_fraction: share of the steps that is trained on.
-        cfg: guidance scale. Other than 1 it doubles the rows of a call, unless the model has embedded guidance.
+        num_steps: of the sampler.
+        timestep_fraction: share of the steps that is trained on.
+        guidance_scale: of classifier-free guidance. Other than 1 it doubles the rows of a call, unless the model has
+            embedded guidance.
         text_tokens: of one prompt; None: as the model's pipeline pads it.
-        dtype: "bf16": weights, gradients and states; "bf16_master": weights and gradients, beside float32 copies that
-            the optimiser steps, with float32 gradients then; "fp32_master": all in float32 and bf16 autocast; under
-            FSDP float32 shards, gathered in bf16, and autocast too.
+        dtype: of the denoiser's weights, gradients and states: "bfloat16", "float16" or "float32".
+        master_dtype: "float32": the optimiser steps float32 copies of 16-bit weights, with float32 gradients then.
+        mixed_precision: "bf16": autocast, which float32 weights are planned with; under FSDP shards are gathered in
+            bf16 besides.
         lora: rank, or 0 for full fine-tuning.
-        lora_targets: endings of the module names that get LoRA layers.
-        lora_dtype: of the LoRA layers of a bf16 model: "fp32", as the trainer and peft's `get_peft_model` make them, or
-            "bf16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its input for the
-            backward.
-        base: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
+        target_modules: endings of the module names that get LoRA layers.
+        lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
+            them, or "bfloat16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its
+            input for the backward.
+        quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
-        policy: of checkpointing: "none", "full", "attention", "matmul", "first:k" (full for the first k), "auto".
+        checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
+            for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
         device: that attention is chosen for.
         block_ops: `accelerate` mode of the blocks, or "off".
         recompute: its argument of that name.
         fsdp: how many GPUs share the weights.
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
-        replica: under FSDP, weights stay gathered during a rollout.
+        rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
             every model "call". Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles.
-        optimizer: "adamw_fused", "adamw_foreach" (torch's default on CUDA), "adamw_8bit" (bitsandbytes'), or "other",
+        optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
             of which nothing is counted but `state_bytes`.
         state_bytes: that an "other" optimiser keeps of each trained number.
         rewards: reward models.
@@ -130,27 +141,29 @@ class Settings:
     prompts: int = 1
     micro_batch: int = 1
     rollout_batch: int = 1
-    steps: int = 16
-    train_fraction: float = 0.6
-    cfg: float = 1.0
+    num_steps: int = 16
+    timestep_fraction: float = 0.6
+    guidance_scale: float = 1.0
     text_tokens: int | None = None
-    dtype: str = "bf16"
+    dtype: str = "bfloat16"
+    master_dtype: str = "none"
+    mixed_precision: str = "no"
     lora: int = 0
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    lora_dtype: str = "fp32"
-    base: str = "none"
-    policy: str = "auto"
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_dtype: str = "float32"
+    quantization: str = "none"
+    checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
     block_ops: str = "off"
     recompute: str = "gelu"
     fsdp: int = 1
     strategy: str = "full_shard"
-    replica: bool = False
+    rollout_replica: bool = False
     gradient_sync: str = "update"
     offload: tuple[str, ...] = ()
     vae_tiling: bool = False
-    optimizer: str = "adamw_fused"
+    optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
     others: tuple[Reward, ...] = ()
@@ -160,16 +173,16 @@ class Settings:
     rates: Rates = Rates()
 
     def __post_init__(self) -> None:
-        for name in ("model", "policy", "attention", "device"):
+        for name in ("model", "checkpointing", "attention", "device"):
             _is(name, getattr(self, name), str, "a string")
-        for name in ("replica", "vae_tiling"):
+        for name in ("rollout_replica", "vae_tiling"):
             _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
-        for name in ("lora_targets", "offload"):
+        for name in ("target_modules", "offload"):
             _tuple(name, getattr(self, name), str, "strings")
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
-        counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "steps")
+        counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
         for name in (*counts, "fsdp", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
@@ -179,17 +192,17 @@ class Settings:
             _one_of(name, getattr(self, name), known)
         for what in self.offload:
             _one_of("offload", what, OFFLOAD)
-        if "" in self.lora_targets:
-            raise ValueError(f"lora_targets: got {self.lora_targets!r}, want endings of module names")
+        if "" in self.target_modules:
+            raise ValueError(f"target_modules: got {self.target_modules!r}, want endings of module names")
         _number("gpu_gib", self.gpu_gib)
-        _number("cfg", self.cfg)
+        _number("guidance_scale", self.guidance_scale)
         if self.state_bytes:
             _number("state_bytes", self.state_bytes)
         for field in fields(Rates):
             _number(f"rates.{field.name}", getattr(self.rates, field.name))
-        _number("train_fraction", self.train_fraction)
-        if self.train_fraction > 1:
-            raise ValueError(f"train_fraction: got {self.train_fraction}, want more than 0 and at most 1")
+        _number("timestep_fraction", self.timestep_fraction)
+        if self.timestep_fraction > 1:
+            raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
         self.first_blocks()
         self._check_together()
 
@@ -198,39 +211,63 @@ class Settings:
         for name in ("micro_batch", "rollout_batch"):
             if getattr(self, name) > samples:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at most group_size * prompts = {samples}")
-        if self.base != "none" and not self.lora:
-            raise ValueError(f'base: got "{self.base}" with full fine-tuning, want "none", or a LoRA rank')
-        if self.base != "none" and self.fsdp > 1 and self.strategy != "none":
-            raise ValueError(f'base: got "{self.base}" with fsdp {self.fsdp}, want "none" or fsdp 1')
-        if self.base != "none" and self.dtype != "bf16":
-            raise ValueError(f'base: got "{self.base}" with dtype "{self.dtype}", want dtype "bf16"')
-        if self.dtype == "bf16_master" and self.lora:
-            raise ValueError(f'dtype: got "bf16_master" with lora {self.lora}, whose layers are float32, want "bf16"')
-        if self.lora and not self.lora_targets:
-            raise ValueError(f"lora_targets: got none with rank {self.lora}, want endings of module names")
-        if self.replica and not self.is_sharded:
-            raise ValueError(f'replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards')
-        if "block_inputs" in self.offload and (self.policy == "none" or self.first_blocks() == 0):
-            raise ValueError(f'offload: got block_inputs with policy "{self.policy}", want a policy that checkpoints')
-        if "optimizer" in self.offload and self.optimizer == "adamw_8bit":
-            raise ValueError("offload: got optimizer with adamw_8bit, which steps on the device, want another")
+        if self.quantization != "none" and not self.lora:
+            raise ValueError(
+                f'quantization: got "{self.quantization}" with full fine-tuning, want "none", or a LoRA rank'
+            )
+        if self.quantization != "none" and self.fsdp > 1 and self.strategy != "none":
+            raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
+        if self.quantization != "none" and self.dtype != "bfloat16":
+            raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.dtype == "float32" and self.mixed_precision == "no":
+            raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
+        if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
+            kind = f"lora {self.lora}, whose layers are float32" if self.lora else 'dtype "float32"'
+            raise ValueError(f'master_dtype: got "{self.master_dtype}" with {kind}, want "none"')
+        if self.lora and not self.target_modules:
+            raise ValueError(f"target_modules: got none with rank {self.lora}, want endings of module names")
+        if self.rollout_replica and not self.is_sharded:
+            raise ValueError(
+                f'rollout_replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards'
+            )
+        if "block_inputs" in self.offload and (self.checkpointing == "none" or self.first_blocks() == 0):
+            raise ValueError(
+                f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
+            )
+        if "optimizer" in self.offload and self.optimizer == "adamw8bit":
+            raise ValueError("offload: got optimizer with adamw8bit, which steps on the device, want another")
         if "denoiser" in self.offload and self.is_sharded:
             raise ValueError(f"offload: got denoiser with fsdp {self.fsdp}, want fsdp 1")
         if self.text_encoders == "precomputed" and "text_encoders" in self.offload:
             raise ValueError('offload: got text_encoders with text_encoders "precomputed", want one of them')
 
     def first_blocks(self) -> int | None:
-        """k of the policy "first:k", else None.
+        """k of "first:k", else None.
 
         Raises:
             ValueError: an unknown policy.
         """
-        start, _, count = self.policy.partition(":")
+        start, _, count = self.checkpointing.partition(":")
         if start == "first" and count.isdecimal():
             return int(count)
-        if self.policy not in POLICIES or start == "first":
-            raise ValueError(f'policy: got "{self.policy}", want one of {", ".join(POLICIES)} with k an integer')
+        if self.checkpointing not in POLICIES or start == "first":
+            raise ValueError(
+                f'checkpointing: got "{self.checkpointing}", want one of {", ".join(POLICIES)} with k an integer'
+            )
         return None
+
+    @property
+    def precision(self) -> str:
+        """ "bf16" (any 16 bits), "bf16_master" (beside float32 copies) or "fp32_master" (float32 under autocast)."""
+        if self.dtype == "float32":
+            return "fp32_master"
+        return "bf16" if self.master_dtype == "none" else "bf16_master"
+
+    @property
+    def dtypes(self) -> str:
+        """In words."""
+        words = {"bf16_master": f"{self.dtype} with float32 masters", "fp32_master": "float32 under bf16 autocast"}
+        return words.get(self.precision, self.dtype)
 
     @property
     def is_sharded(self) -> bool:

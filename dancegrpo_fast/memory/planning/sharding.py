@@ -141,15 +141,15 @@ def rest(settings: Settings, case: Case) -> Rest:
     """
     weights = weights_of(case)
     shards = settings.fsdp if settings.is_sharded else 1
-    base = None if settings.base == "none" else quantised(case, settings.base)
-    master = settings.dtype == "fp32_master"
+    base = None if settings.quantization == "none" else quantised(case, settings.quantization)
+    master = settings.precision == "fp32_master"
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
     stored = weights.bytes * wider / shards if base is None else base.stored
     reduced = weights.trainable_bytes * wider / shards
     late = settings.is_sharded and settings.gradient_sync == "update"
     stepped, masters = weights, 0
-    if settings.dtype == "bf16_master":
+    if settings.precision == "bf16_master":
         masters = REDUCE * sum(n for n, dtype in zip(weights.sizes, weights.dtypes, strict=True) if dtype.itemsize < 4)
         wide = REDUCE * weights.trainable
         # Those of the narrow weights go as these come, but where they are DDP's buckets.
@@ -178,7 +178,7 @@ class Gathers:
     """
 
     def __init__(self, settings: Settings, weights: Weights, phase: str) -> None:
-        self.replica = settings.replica and phase == "rollout"
+        self.replica = settings.rollout_replica and phase == "rollout"
         self.stays = settings.strategy == "shard_grad_op" or self.replica
         self.late = settings.gradient_sync == "update"
         self.backward = phase == "backward"
@@ -264,14 +264,15 @@ def _more(moment: Moment, bytes_: Vector) -> Moment:
 def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float, float, float]:
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
-    if settings.optimizer == "adamw_8bit":
+    if settings.optimizer == "adamw8bit":
         states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
     if settings.optimizer == "other":
         kept = settings.state_bytes * weights.trainable
         return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
-    found = step_figures(weights.sizes, weights.dtypes, settings.optimizer.removeprefix("adamw_"))
+    kind = "foreach" if settings.optimizer == "adamw_foreach" else "fused"
+    found = step_figures(weights.sizes, weights.dtypes, kind)
     if "optimizer" in settings.offload:
         return 0, 0, found[2] * scale
     return found[0] * scale, found[1] * scale, found[2] * scale
