@@ -239,7 +239,7 @@ def test_auto_takes_the_cheaper_of_device_and_host(flux: Plan) -> None:
 
 def test_the_answer_comes_first(flux: Plan) -> None:
     """Whether it fits the card, what is spare, and the smallest that holds it, each card with a policy of its own."""
-    asked = flux.settings.changed(height=1024, width=1024, micro_batch=2, checkpointing="auto", rewards=())
+    asked = flux.settings.changed(height=1024, width=1024, checkpointing="auto", rewards=())
     fits = plan(asked.on("h100"), advise=False)
     mine = next(each for each in fits.cards if each.size == "80 GB")
     assert (mine.state, mine.policy, mine.gib) == ("yes", "none", CARDS["h100"].gib)

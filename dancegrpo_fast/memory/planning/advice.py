@@ -51,7 +51,7 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
         yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
-    if s.quantization == "none":
+    if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...activations import checkpointing
+from ...progress import working
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
@@ -44,7 +45,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     # The trainer hands a model inputs of its own dtype.
     inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+    with working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
+        return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
 
 
 class Moment(NamedTuple):
