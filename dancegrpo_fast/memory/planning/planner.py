@@ -30,6 +30,8 @@ class Iteration:
     """The pieces of one plan."""
 
     def __init__(self, settings: Settings) -> None:
+        if settings.gradient_sync == "auto":
+            settings = settings.changed(gradient_sync="update")
         self.settings = settings
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
@@ -309,14 +311,26 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
     """
     asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
-        iteration = Iteration(asked)
-        picked = iteration.pick()
-        found = _plan(iteration, picked)
+        iteration, picked, found = _asked(asked)
         found = replace(found, cards=_cards(iteration, found))
         if not advise:
             return found
         advised = _advised(iteration, found, picked, thorough)
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
+
+
+def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
+    iteration = Iteration(settings)
+    picked = iteration.pick()
+    found = _plan(iteration, picked)
+    if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
+        return iteration, picked, found
+    kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
+    iteration = Iteration(settings.changed(gradient_sync="call"))
+    iteration.reasons.append(kept)
+    picked = iteration.pick()
+    return iteration, picked, _plan(iteration, picked)
 
 
 def _cards(iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:

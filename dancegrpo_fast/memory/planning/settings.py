@@ -20,7 +20,7 @@ CHOICES = {
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
-    "gradient_sync": ("update", "call"),
+    "gradient_sync": ("auto", "update", "call"),
     "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
 }
@@ -100,7 +100,7 @@ class Settings:
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". Without FSDP they are there anyway.
+            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles.
         optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
@@ -143,7 +143,7 @@ class Settings:
     fsdp: int = 1
     strategy: str = "full_shard"
     rollout_replica: bool = False
-    gradient_sync: str = "update"
+    gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
     vae_tiling: bool = False
     optimizer: str = "adamw"
