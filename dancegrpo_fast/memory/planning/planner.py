@@ -7,13 +7,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..trace.tracer import collected
+from . import decoding, specs
 from . import policy as policies
-from . import specs
 from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
-from .decode import Decode, decode
+from .decode import Decode
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
@@ -52,16 +52,20 @@ class Iteration:
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
-        if self.spec.vae is not None:
-            size = settings.frames, settings.height, settings.width
-            self.decode = decode(settings.model, *size, settings.rollout_batch, settings.vae_tiling)
-        else:
-            self.reasons.append("the VAE is not known: decode is not in it")
+        self.tile: int | None = None
         latents = math.prod(self.grid) * self.spec.latent_channels
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
         self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
         self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+        if self.spec.vae is None:
+            self.reasons.append("the VAE is not known: decode is not in it")
+        else:
+            decoding.choose(self)
+
+    def decode_bytes(self, tile: int | None) -> int:
+        """Of training's and evaluation's decodes with their margins, in tiles of this side or whole."""
+        return decoding.needed(self, tile)
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the models beside the denoiser."""
@@ -154,20 +158,23 @@ class Iteration:
 
     def decoding(self) -> Phase | None:
         """The VAE."""
-        if self.decode is None:
-            return None
+        return None if self.decode is None else decoding.phase(self, self.settings, self.tile)
+
+    def evaluating(self) -> list[Phase]:
+        """Rollout and decode of an evaluation whose calls are larger than training's."""
+        s = self.settings.evaluation
+        if s is None:
+            return []
+        case = replace(case_of(s, rows_of(s, s.rollout_batch), self.replay.kernel, train=False), fresh=False)
+        latents = math.prod(specs.latent_grid(self.spec, s.frames, s.height, s.width)) * self.spec.latent_channels
         fixed = added(
-            (1, self.resting(denoiser=False)), (1, self.others("vae")), (1, {"trajectories": self.trajectories})
+            (1, self.resting(denoiser=True)),
+            (1, self.rest.call),
+            (1, self.others()),
+            (1, {"trajectories": s.rollout_batch * latents * 4 + self.embeddings}),
         )
-        calls = math.ceil(self.settings.samples / self.settings.rollout_batch)
-        seconds = calls * policies.seconds(self.settings, self.decode.flops, self.decode.traffic)
-        seconds += self._carried("vae", denoiser=True)
-        moments = [
-            Moment({}, "load", "vae"),
-            Moment(self.decode.peak, self.decode.op, f"vae.{self.decode.module}"),
-            Moment({"temporaries": self.pixels / 2}, "load", "vae"),
-        ]
-        return self._phase("decode", moments, fixed, seconds)
+        rollout = self._call("evaluation rollout", "rollout", compose(case, "none"), fixed, 0.0)
+        return [rollout] if self.decode is None else [rollout, decoding.phase(self, s, self.tile)]
 
     def rewarding(self) -> Phase:
         """Reward models and the pixels in float32."""
@@ -321,7 +328,7 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
     phases: list[Phase | None] = [iteration.weights()]
     if settings.text_encoders != "precomputed" and iteration.encoders:
         phases.insert(0 if settings.text_encoders == "freed" else 1, iteration.encoding())
-    phases += [iteration.rollout(), iteration.decoding()]
+    phases += [iteration.rollout(), iteration.decoding(), *iteration.evaluating()]
     if settings.rewards:
         phases.append(iteration.rewarding())
     phases += [*iteration.training(picked.blocks), iteration.step()]
