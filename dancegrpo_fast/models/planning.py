@@ -74,13 +74,24 @@ def settings_of(
         rollout_replica=train.rollout_replica and shards > 1,
         gradient_sync=train.gradient_sync,
         offload=tuple(train.offload),
-        vae_tiling=given.vae_tiling == "on",
+        vae_tiling=given.vae_tiling,
+        vae_tile=given.vae_tile,
+        frozen_dtype=given.frozen_dtype or given.dtype,
+        **_evaluation(recipe),
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     return settings.changed(others=_copies(recipe, settings, trained))
+
+
+def _evaluation(recipe: Recipe) -> dict[str, Any]:
+    """Sizes and guidance of its samples."""
+    if recipe.evaluation is None:
+        return {}
+    there = recipe.evaluation.sampling(recipe.sampler)
+    return {f"evaluation_{name}": getattr(there, name) for name in ("height", "width", "guidance_scale")}
 
 
 def uncounted(recipe: Recipe) -> list[str]:

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..activations import checkpointing
 from ..allocator import expands
-from ..memory.planning.margins import with_margins
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -133,17 +131,29 @@ def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, boo
 
 
 def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
-    """With "auto", decodes in tiles where a whole micro-batch would not fit the memory, as the planner counts it."""
-    if recipe.model.vae_tiling != "auto":
+    """Says the tiles; with "auto", sets the largest that fit where whole decodes do not, as the planner counts them.
+
+    Raises:
+        ValueError: "auto", and no tiles that fit.
+    """
+    asked = recipe.model.vae_tiling
+    if asked == "on":
+        print(f"VAE in tiles of {model.tile} pixels, as asked", flush=True)
+    iteration = None if asked != "auto" else _iteration(model, recipe, device, text_tokens)
+    if iteration is None or iteration.decode is None:
         return
-    iteration = _iteration(model, recipe, device, text_tokens)
-    decode = None if iteration is None else iteration.decoding()
-    if iteration is None or decode is None:
+    gib, tile = iteration.settings.gpu_gib, iteration.tile
+    taken = iteration.decode_bytes(None) / GIB
+    if taken <= gib:
         return
-    needed = with_margins(iteration.settings, decode.bytes) / GIB
-    if needed > iteration.settings.gpu_gib:
-        model.tile_vae(True)
-        print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
+    found = f'model.vae_tiling: got "auto" with {gib:.2f} GiB, of which a whole decode takes {taken:.2f}'
+    more = "want more memory, or less beside the decode (train.offload, train.micro_batch)"
+    if tile is None:
+        raise ValueError(f"{found} and {type(model.vae).__name__} has no smaller tiles, {more}")
+    if iteration.decode_bytes(tile) > gib * GIB:
+        raise ValueError(f"{found}, one in tiles of {tile} pixels {iteration.decode_bytes(tile) / GIB:.2f}, {more}")
+    model.tile_vae(tile)
+    print(f"VAE in tiles of {tile} pixels: whole, a micro-batch takes {taken:.2f} of {gib:.2f} GiB", flush=True)
 
 
 def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "Iteration | None":
@@ -155,12 +165,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
         gib = torch.cuda.get_device_properties(device).total_memory / GIB
     from ..memory.planning.planner import Iteration
 
-    found = Iteration(_settings(model, recipe, device, text_tokens, gib))
-    if found.decode is not None and recipe.model.frozen_torch_dtype() == torch.float32:
-        # The planner counts in bf16.
-        double = {name: 2 * size for name, size in found.decode.peak.items()}
-        found.decode = replace(found.decode, weights=2 * found.decode.weights, peak=double)
-    return found
+    return Iteration(_settings(model, recipe, device, text_tokens, gib))
 
 
 def processes() -> tuple[int, str]:

@@ -41,8 +41,8 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("text encoders freed after encoding", {"text_encoders": "freed"})
     if s.text_encoders != "precomputed" and top == "text encoding":
         yield Knob("text embeddings computed before", {"text_encoders": "precomputed"})
-    if not s.vae_tiling and (top == "decode" or thorough):
-        yield Knob("VAE tiling", {"vae_tiling": True})
+    if s.vae_tiling == "off" and (top == "decode" or thorough):
+        yield Knob("VAE tiling", {"vae_tiling": "on"})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
     if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:

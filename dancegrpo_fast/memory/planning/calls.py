@@ -46,7 +46,15 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
     with working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
-        return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+        return trace(
+            *(model, inputs),
+            train=case.train,
+            attention=case.kernel,
+            grads=not case.fresh,
+            autocast=autocast,
+            fused_norm=case.fused_norm,
+            workspaces=True,
+        )
 
 
 class Moment(NamedTuple):
@@ -184,7 +192,7 @@ def _summary(
     live: Counter[str] = Counter()
     moments: dict[tuple[str, str], Moment] = {}
     ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
-    for i, (sign, storage) in enumerate(found._changes):
+    for i, (sign, storage) in enumerate(found.changes):
         if i in ends:
             ends[i] = dict(live)
         if i in begun:
@@ -192,8 +200,8 @@ def _summary(
         live[_category(storage, casts)] += sign * storage.size
         if i in wanted:
             moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
-    if len(found._changes) in ends:
-        ends[len(found._changes)] = dict(live)
+    if len(found.changes) in ends:
+        ends[len(found.changes)] = dict(live)
     if case.fresh:
         _own_gradients(moments, entries)
     for (phase, name), entry in entries.items():

@@ -21,6 +21,7 @@ class Case:
     """What a trace of a denoiser depends on, beside its policy and its number of blocks.
 
     `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `kernel`: of attention; "cpu" is a call as a CPU computes it. `fused_norm`: RMSNorm is one operator.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
     """
 
@@ -39,6 +40,7 @@ class Case:
     recompute: str
     train: bool
     fresh: bool = False
+    fused_norm: bool = True
 
 
 class Kind(NamedTuple):
@@ -152,6 +154,8 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     Raises:
         ValueError: a backend that cannot be used, or is unknown.
     """
+    if device.startswith("cpu"):
+        return "cpu", "attention: as a CPU computes it"
     if asked in KERNELS:
         return asked, f"attention {asked}: as asked"
     try:
@@ -204,4 +208,5 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.recompute if settings.block_ops != "off" else "gelu",
         train,
         fresh and train,
+        settings.fused_norm,
     )

@@ -1,7 +1,8 @@
 """Bytes and seconds of every phase of one GRPO iteration, before there is a GPU."""
 
+import copy
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from ...activations.checkpointing import NAMED
 from ..trace.tracer import collected
+from . import decoding, specs
 from . import policy as policies
-from . import specs
 from .advice import advice, dominated
 from .blocks import Blocks, compose
 from .budget import CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
-from .decode import Decode, decode
+from .decode import Decode
 from .margins import limit, margins, untraced
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
@@ -55,16 +56,20 @@ class Iteration:
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
-        if self.spec.vae is not None:
-            size = settings.frames, settings.height, settings.width
-            self.decode = decode(settings.model, *size, settings.rollout_batch, settings.vae_tiling)
-        else:
-            self.reasons.append("the VAE is not known: decode is not in it")
+        self.tile: int | None = None
         latents = math.prod(self.grid) * self.spec.latent_channels
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
         self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
         self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+        if self.spec.vae is None:
+            self.reasons.append("the VAE is not known: decode is not in it")
+        else:
+            decoding.choose(self)
+
+    def decode_bytes(self, tile: int | None) -> int:
+        """Of training's and evaluation's decodes with their margins, in tiles of this side or whole."""
+        return decoding.needed(self, tile)
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the models beside the denoiser."""
@@ -148,20 +153,23 @@ class Iteration:
 
     def decoding(self) -> Phase | None:
         """The VAE."""
-        if self.decode is None:
-            return None
+        return None if self.decode is None else decoding.phase(self, self.settings, self.tile)
+
+    def evaluating(self) -> list[Phase]:
+        """Rollout and decode of an evaluation whose calls are larger than training's."""
+        s = self.settings.evaluation
+        if s is None:
+            return []
+        case = replace(case_of(s, rows_of(s, s.rollout_batch), self.replay.kernel, train=False), fresh=False)
+        latents = math.prod(specs.latent_grid(self.spec, s.frames, s.height, s.width)) * self.spec.latent_channels
         fixed = added(
-            (1, self.resting(denoiser=False)), (1, self.others("vae")), (1, {"trajectories": self.trajectories})
+            (1, self.resting(denoiser=True)),
+            (1, self.rest.call),
+            (1, self.others()),
+            (1, {"trajectories": s.rollout_batch * latents * 4 + self.embeddings}),
         )
-        calls = math.ceil(self.settings.samples / self.settings.rollout_batch)
-        seconds = calls * policies.seconds(self.settings, self.decode.flops, self.decode.traffic)
-        seconds += self._carried("vae", denoiser=True)
-        moments = [
-            Moment({}, "load", "vae"),
-            Moment(self.decode.peak, self.decode.op, f"vae.{self.decode.module}"),
-            Moment({"temporaries": self.pixels / 2}, "load", "vae"),
-        ]
-        return self._phase("decode", moments, fixed, seconds)
+        rollout = self._call("evaluation rollout", "rollout", compose(case, "none"), fixed, 0.0)
+        return [rollout] if self.decode is None else [rollout, decoding.phase(self, s, self.tile)]
 
     def rewarding(self) -> Phase:
         """Reward models and the pixels in float32."""
@@ -254,8 +262,16 @@ class Iteration:
             seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
-    def pick(self, gib: float | None = None) -> policies.Picked:
-        """The policy; `auto` solves for what the device, or another of so many GiB, has left.
+    def at(self, gib: float) -> "Iteration":
+        """The same on a device of so many GiB, at the same speed; its decode in tiles that fit there."""
+        other = copy.copy(self)
+        other.settings, other.reasons = self.settings.changed(gpu_gib=gib), []
+        if self.decode is not None:
+            decoding.choose(other)
+        return other
+
+    def pick(self, among: Collection[str] | None = None) -> policies.Picked:
+        """The policy; `auto` solves for what the device has left, with policies of these names for the blocks or all.
 
         Raises:
             ValueError: a policy that the model cannot have.
@@ -263,7 +279,7 @@ class Iteration:
         s = self.settings
         if s.checkpointing != "auto":
             return policies.named(s, self.replay)
-        room = limit(s, gib or s.gpu_gib)
+        room = limit(s, s.gpu_gib)
 
         def peak(blocks: Blocks) -> float:
             return max(phase.bytes for phase in self.training(blocks))
@@ -271,8 +287,7 @@ class Iteration:
         def replay_seconds(blocks: Blocks) -> float:
             return sum(phase.seconds for phase in self.training(blocks))
 
-        # For another capacity the named policies are enough to say whether it fits, and are traced already.
-        found = policies.automatic(s, self.replay, peak, replay_seconds, room, NAMED if gib else None)
+        found = policies.automatic(s, self.replay, peak, replay_seconds, room, among)
         resting = sum(self._replay_fixed(self.rest.gradients).values())
         if resting <= room:
             return found
@@ -334,7 +349,12 @@ def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
 
 
 def _cards(iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
-    return verdicts(found, lambda gib: _plan(iteration, iteration.pick(gib)))
+    def on(gib: float) -> Plan:
+        other = iteration.at(gib)
+        # The named policies are enough to say whether it fits, and are traced already.
+        return _plan(other, other.pick(NAMED))
+
+    return verdicts(found, on)
 
 
 def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
@@ -358,7 +378,7 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
     phases: list[Phase | None] = [iteration.weights()]
     if settings.text_encoders != "precomputed" and iteration.encoders:
         phases.insert(0 if settings.text_encoders == "freed" else 1, iteration.encoding())
-    phases += [iteration.rollout(), iteration.decoding()]
+    phases += [iteration.rollout(), iteration.decoding(), *iteration.evaluating()]
     if settings.rewards:
         phases.append(iteration.rewarding())
     phases += [*iteration.training(picked.blocks), iteration.step()]

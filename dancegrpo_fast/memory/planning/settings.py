@@ -1,12 +1,14 @@
 """What a plan is asked for: one frozen dataclass, checked as a whole."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .cards import CARDS, USUAL, Rates, card
 
 GIB = 2**30
+_VERSION = re.compile(r"\d+\.\d+")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
@@ -23,6 +25,8 @@ CHOICES = {
     "gradient_sync": ("auto", "update", "call"),
     "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
+    "vae_tiling": ("auto", "on", "off"),
+    "frozen_dtype": ("bfloat16", "float16", "float32"),
 }
 
 
@@ -93,7 +97,8 @@ class Settings:
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
-        device: that attention is chosen for.
+        device: that attention is chosen for, such as "cuda:sm90"; "cpu": calls are traced as a CPU computes them.
+        torch_version: of the torch that will run, such as "2.7": before 2.9 CUDA has no fused RMSNorm. "": this one.
         block_ops: `accelerate` mode of the blocks, or "off".
         recompute: its argument of that name.
         fsdp: how many GPUs share the weights.
@@ -102,7 +107,10 @@ class Settings:
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
             every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
-        vae_tiling: decode in tiles.
+        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
+        vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
+        frozen_dtype: of the VAE's weights.
+        evaluation_height, evaluation_width, evaluation_guidance_scale: of an evaluation's samples, where they differ.
         optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
             of which nothing is counted but `state_bytes`.
         state_bytes: that an "other" optimiser keeps of each trained number.
@@ -138,6 +146,7 @@ class Settings:
     checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
+    torch_version: str = ""
     block_ops: str = "off"
     recompute: str = "gelu"
     fsdp: int = 1
@@ -145,7 +154,12 @@ class Settings:
     rollout_replica: bool = False
     gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
-    vae_tiling: bool = False
+    vae_tiling: str = "auto"
+    vae_tile: int | None = None
+    frozen_dtype: str = "bfloat16"
+    evaluation_height: int | None = None
+    evaluation_width: int | None = None
+    evaluation_guidance_scale: float | None = None
     optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
@@ -158,9 +172,9 @@ class Settings:
     card: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("model", "checkpointing", "attention", "device"):
+        for name in ("model", "checkpointing", "attention", "device", "torch_version"):
             _is(name, getattr(self, name), str, "a string")
-        for name in ("rollout_replica", "vae_tiling", "expandable_segments"):
+        for name in ("rollout_replica", "expandable_segments"):
             _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
@@ -171,8 +185,11 @@ class Settings:
         for name in (*counts, "fsdp", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
-        if self.text_tokens is not None:
-            _integer("text_tokens", self.text_tokens, 1)
+        for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        if self.evaluation_guidance_scale is not None:
+            _number("evaluation_guidance_scale", self.evaluation_guidance_scale)
         for name, known in CHOICES.items():
             _one_of(name, getattr(self, name), known)
         for what in self.offload:
@@ -195,6 +212,10 @@ class Settings:
 
     def _check_together(self) -> None:
         samples = self.group_size * self.prompts
+        if self.vae_tile is not None and self.vae_tiling == "off":
+            raise ValueError(f'vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
+        if self.torch_version and not _VERSION.match(self.torch_version):
+            raise ValueError(f'torch_version: got "{self.torch_version}", want one such as "2.7"')
         for name in ("micro_batch", "rollout_batch"):
             if getattr(self, name) > samples:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at most group_size * prompts = {samples}")
@@ -260,6 +281,37 @@ class Settings:
     def is_sharded(self) -> bool:
         """Whether weights are shared among GPUs."""
         return self.fsdp > 1 and self.strategy != "none"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU runs it."""
+        return self.device.startswith("cpu")
+
+    @property
+    def fused_norm(self) -> bool:
+        """Whether RMSNorm is one operator there."""
+        if self.on_cpu:
+            return False
+        version = self.torch_version
+        if not version:
+            import torch
+
+            version = torch.__version__
+        major, minor = version.split(".")[:2]
+        # github.com/pytorch/pytorch/pull/153666, which 2.8 had not; issue 157345 there.
+        return (int(major), int(minor)) >= (2, 9)
+
+    @property
+    def evaluation(self) -> "Settings | None":
+        """The same with evaluation's sizes and guidance, where calls are larger then."""
+        own = {
+            name: getattr(self, f"evaluation_{name}")
+            for name in ("height", "width", "guidance_scale")
+            if getattr(self, f"evaluation_{name}") is not None
+        }
+        there = replace(self, **own)
+        more_rows = there.guidance_scale != 1 and self.guidance_scale == 1
+        return there if there.height * there.width > self.height * self.width or more_rows else None
 
     @property
     def samples(self) -> int:
