@@ -6,17 +6,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ...quantization import BITSANDBYTES
 from ..trace.tracer import collected
 from . import policy as policies
 from . import specs
 from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
-from .cases import case_of, kernel, resolved, rows_of
+from .cases import case_of, kernel, kinds_of, resolved, rows_of
 from .decode import Decode, decode
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
+from .swapping import choose
 
 __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
 
@@ -49,6 +51,7 @@ class Iteration:
                 "what its step takes"
             )
         self.rest: Rest = rest(settings, self.replay)
+        self.reasons += self.rest.swap.reasons()
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
@@ -121,6 +124,9 @@ class Iteration:
     def weights(self) -> Phase:
         """Everything that rests, before anything runs."""
         there = added((1, self.resting(denoiser=True)), (1, self.others()))
+        if self.settings.quantization in BITSANDBYTES:
+            # Quantised on the device, all of it, before what is swapped leaves.
+            there = added((1, there), (1, {"parameters": self.rest.swap.saved}))
         return self._phase("weights", [Moment(there, "load", "")], {}, 0.0)
 
     def encoding(self) -> Phase:
@@ -149,7 +155,7 @@ class Iteration:
         each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
-        each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
+        each = max(each, 0.0 if gathered_once else self._gather_seconds(1), self._link_seconds(self.rest.swap.rollout))
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -196,10 +202,12 @@ class Iteration:
         )
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
-        moved = blocks.host_bytes() / (s.rates.pcie_gb_s * 1e9)
+        inputs, swap = blocks.host_bytes(), self.rest.swap
+        # Inputs leave in the forward, beside weights that come, and come with them in the backward.
+        carried = self._link_seconds(max(inputs, swap.forward)), self._link_seconds(inputs + swap.backward)
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
-        forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
+        forward, backward = max(forward, carried[0], self._gather_seconds(1)), max(backward, carried[1], reduced)
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
         if s.quantization == "fp8":
@@ -219,6 +227,10 @@ class Iteration:
         forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
+
+    def _link_seconds(self, size: float) -> float:
+        """Of so many bytes on their way to or from the host."""
+        return size / (self.settings.rates.pcie_gb_s * 1e9)
 
     def _gather_seconds(self, times: int, reductions: float = 0) -> float:
         """Of gathering all weights and reducing their gradients so often, which overlaps with computing."""
@@ -254,7 +266,8 @@ class Iteration:
             wanted = math.ceil(10 * fixed / (1 - FRAGMENTATION) / GIB) / 10
             raise ValueError(
                 f"gpu_gib: got {s.gpu_gib:g}, want more than {wanted:.1f}: weights,"
-                f" gradients, states and margins alone; or smaller ones (lora, quantization, fsdp, offload, adamw8bit)"
+                f" gradients, states and margins alone; or smaller ones (lora, quantization, blocks_to_swap, fsdp,"
+                " offload, adamw8bit)"
             )
 
         def peak(blocks: Blocks) -> float:
@@ -280,6 +293,21 @@ def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
+def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why."""
+    if settings.blocks_to_swap != "auto":
+        return settings, ()
+
+    def attempt(changed: Settings) -> Plan:
+        iteration = Iteration(changed)
+        return _plan(iteration, iteration.pick())
+
+    case = case_of(settings, 1, "flash", train=True)
+    blocks = weights_of(case).blocks
+    count, why = choose(settings, len(blocks), bool(kinds_of(resolved(settings.model))), attempt)
+    return settings.changed(blocks_to_swap=count), (f"blocks_to_swap auto: {why}",)
+
+
 def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> Plan:
     """Predicts one GRPO iteration on one GPU.
 
@@ -292,9 +320,11 @@ def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> 
         ValueError: settings that the model cannot have, or with policy "auto" a capacity below the weights.
     """
     with collected():
+        settings, reasons = with_swap(settings)
         iteration = Iteration(settings)
         picked = iteration.pick()
         found = _plan(iteration, picked)
+        found = replace(found, reasons=(*found.reasons, *reasons))
         return replace(found, advice=_advised(iteration, found, picked, thorough)) if advise else found
 
 
