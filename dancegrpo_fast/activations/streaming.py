@@ -21,8 +21,8 @@ ALIGNMENT = 256
 def streamed_blocks(blocks: int, blocks_to_swap: int) -> list[int]:
     """Which of a model's blocks stream: `blocks_to_swap` and one for each buffer, spread evenly.
 
-    So the device holds `blocks_to_swap` blocks less than the model has, and as much work as can be lies between two
-    blocks that stream, in which the second one's weights arrive.
+    Of equal blocks the device holds `blocks_to_swap` less than the model has. As much work as can be lies between two
+    that stream, in which the second one's weights arrive.
 
     Raises:
         ValueError: none, or more than the buffers leave.
@@ -173,7 +173,7 @@ class BlockSwap:
 
         Args:
             model: a diffusers transformer or UNet, with frozen weights and LoRA layers, on the host or the device.
-            blocks_to_swap: how many blocks less the device holds than the model has.
+            blocks_to_swap: as many blocks and one more for each buffer stream.
             device: where it runs.
 
         Raises:

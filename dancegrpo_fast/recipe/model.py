@@ -63,9 +63,9 @@ class ModelSettings:
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
             row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
             blocks that are not checkpointed); null: as they are.
-        blocks_to_swap: under LoRA, how many blocks less the device holds than the denoiser has: their frozen weights
-            wait in host memory and stream to the device around each block's work; "auto": as few as `memory_gib` needs,
-            or more where that is faster.
+        blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
+            through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
+            needs, or more where an iteration is counted to be shorter.
     """
 
     family: str

@@ -109,8 +109,8 @@ class Settings:
             input for the backward.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
-        blocks_to_swap: under LoRA, how many blocks less the device holds than the model has, their frozen weights
-            streaming from host memory; "auto": as few as fit, or more where that is faster; see `swapping`.
+        blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
+            two buffers; "auto": as few as fit, or more where that is faster; see `swapping`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.

@@ -104,7 +104,8 @@ def choose(settings: Settings, blocks: int, host: bool, attempt: Callable[[Setti
 
     if most < 1 or fitting(most, **smallest) is None:
         return max(0, most), "as many as can be, and it does not fit"
-    low, high = 0, most
+    # Where blocks differ in size, one or two may save less than the buffers take.
+    low, high = (0, 0) if fitting(0, **smallest) is not None else (1, most)
     while low < high:
         middle = (low + high) // 2
         if fitting(middle, **smallest) is None:
@@ -124,4 +125,4 @@ def choose(settings: Settings, blocks: int, host: bool, attempt: Callable[[Setti
         step = most - low if low + 2 * step + 1 > most > low + step else 2 * step + 1
     best = min((n for n in seconds if seconds[n] * (1 - WORTH) <= min(seconds.values())), default=low)
     told = "; an iteration takes " + ", ".join(f"{found:.0f} s with {n}" for n, found in seconds.items())
-    return best, f"{low} are the fewest that fit {settings.gpu_gib:g} GiB{told if seconds else ''}"
+    return best, f"{low} are the fewest that fit {settings.gpu_gib:.4g} GiB{told if seconds else ''}"
