@@ -9,6 +9,7 @@ import torch
 
 from ..activations import checkpointing
 from ..activations.streaming import BlockSwap
+from ..memory.planning.margins import with_margins
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -178,7 +179,7 @@ def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     decode = None if iteration is None else iteration.decoding()
     if iteration is None or decode is None:
         return
-    needed = (decode.bytes + sum(iteration.margins().values())) / GIB
+    needed = with_margins(iteration.settings, decode.bytes) / GIB
     if needed > iteration.settings.gpu_gib:
         model.tile_vae(True)
         print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")

@@ -17,7 +17,7 @@ from ..release import release_but
 from .policies import MODELS, add_lora, mixed
 
 CPU = torch.device("cpu")
-DEEPER = {"wan": {"num_layers": 5}} | dict.fromkeys(("qwen", "sd3", "sd3.5"), {"num_layers": 4})
+DEEPER = {"wan": {"num_layers": 5}} | {key: {"num_layers": 4} for key in ("qwen", "sd3", "sd3.5")}
 
 
 def deep(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -159,7 +159,7 @@ def test_copies_run_beside_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first two are there from the backward; the first comes again for the next call.
     sampled(model, inputs)
     one = [0, "copy", 1, 2, "wait", "copy", 3, "wait", 4, "copy"]
-    assert log == one + ["wait", "copy", 0, "wait", "copy", 1, 2, "wait", "copy", 3, "wait", 4, "copy"]
+    assert log == [*one, "wait", "copy", 0, "wait", "copy", 1, 2, "wait", "copy", 3, "wait", 4, "copy"]
 
 
 @pytest.mark.parametrize(

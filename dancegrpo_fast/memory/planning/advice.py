@@ -8,8 +8,8 @@ from ...activations.streaming import BUFFERS
 from .blocks import Blocks
 from .budget import Advice, Plan
 from .cases import Kind, kinds_of, resolved
-from .policy import HOST
 from .settings import GIB, Settings
+from .verdict import HOST
 
 # From the most recomputation to none.
 LADDER = ("full", "attention", "matmul", "none")
@@ -69,7 +69,9 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
             {"rollout_replica": not s.rollout_replica},
         )
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
-        yield Knob("block ops, lossless", {"block_ops": "lossless"})
+        # Of frozen layers the GELU's input is not kept anyway.
+        again = "all" if s.lora else "gelu"
+        yield Knob(f"block ops, lossless, recompute {again}", {"block_ops": "lossless", "recompute": again})
     if thorough:
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
@@ -172,6 +174,16 @@ def _most(
             high = middle - 1
         middle = (low + high + 1) // 2
     return low, best
+
+
+def dominated(plan: Plan, found: Sequence[Advice]) -> list[str]:
+    """Says of a checkpoint policy that another takes no more memory and no more time."""
+    better = [a for a in found if a.text.startswith("checkpointing ") and a.gib <= 0 and a.seconds <= 0]
+    return [
+        f"checkpointing {plan.policy} is dominated: {a.text.removeprefix('checkpointing ')} takes {-a.gib:.2f} GiB and"
+        f" {-100 * a.seconds:.1f} % of the time less"
+        for a in better[:1]
+    ]
 
 
 def advice(

@@ -70,6 +70,7 @@ class Summary:
         static: bytes by category before the call.
         kept: bytes by category at the end of its forward.
         flops, traffic: by phase and group.
+        launches: by phase.
         saved: what the forward keeps, by group.
         made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
         work: of the forward and those blocks by group: FLOPs and traffic.
@@ -81,6 +82,7 @@ class Summary:
     kept: Vector
     flops: dict[str, Vector]
     traffic: dict[str, Vector]
+    launches: dict[str, int]
     saved: Vector
     made: dict[str, dict[str, tuple[int, int]]]
     work: dict[str, dict[str, tuple[float, float]]]
@@ -204,6 +206,7 @@ def _summary(
         ends[found.phases[_forward(found)][1]],
         {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
         {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        found.launches,
         dict(found.saved_by_group),
         _made(found, blocks),
         _work(found, blocks),
