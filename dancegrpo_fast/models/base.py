@@ -223,7 +223,9 @@ class DiffusersModel:
         more = quantization.loading(kind, self.device)
         config = self._config_folder(path)
         if not more:
-            return load_denoiser(cls, path, config, self.dtype, self.device)
+            # What is to wait on the host is never all on the device.
+            device = self.device if self.settings.blocks_to_swap == 0 else torch.device("cpu")
+            return load_denoiser(cls, path, config, self.dtype, device)
         try:
             return load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:

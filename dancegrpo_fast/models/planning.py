@@ -64,6 +64,7 @@ def settings_of(
         lora=given.lora.rank if given.lora else 0,
         target_modules=tuple(given.lora.target_modules) if given.lora else (),
         quantization=given.quantization or "none",
+        blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
         # As torch's own SDPA keeps it.
         attention=given.attention or "flash",

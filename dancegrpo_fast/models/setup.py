@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..activations import checkpointing
+from ..activations.streaming import BlockSwap
 from ..allocator import expands
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
@@ -32,7 +34,7 @@ JOINT = (
 def prepare(
     model: DiffusersModel, recipe: Recipe, device: torch.device, prompts: Sequence[Prompt], *, training: bool
 ) -> None:
-    """Stores frozen weights in float8, puts in block ops and attention, chooses what is recomputed and tiled.
+    """Stores frozen weights in float8, puts in block ops and attention, chooses what is recomputed, tiled and streamed.
 
     Args:
         model: as its family loads it.
@@ -59,9 +61,11 @@ def prepare(
     # Nothing is traced on a CPU whose memory is not said.
     traces = settings.memory_gib is not None or device.type == "cuda"
     with collected() if traces else nullcontext():
+        recipe = with_swap(model, recipe, device, text_tokens)
         if training:
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
+    set_swap(model, recipe, device)
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -90,6 +94,43 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'model.attention: got "{asked}", {error}') from error
     print(f"attention {choice.reasons[0]}", flush=True)
+
+
+def with_swap(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> Recipe:
+    """The recipe with a number for `blocks_to_swap`; "auto" asks the planner for it, and says why.
+
+    Raises:
+        ValueError: "auto" on a CPU whose memory is not said.
+    """
+    if recipe.model.blocks_to_swap != "auto":
+        return recipe
+    gib = _capacity(recipe, device)
+    if gib is None:
+        raise ValueError('model.blocks_to_swap: got "auto" on the CPU, want model.memory_gib, or a number')
+    from ..memory.planning import planner
+
+    settings, (why,) = planner.with_swap(_settings(model, recipe, device, text_tokens, gib))
+    print(f"blocks_to_swap {settings.blocks_to_swap}: {why}", flush=True)
+    return replace(recipe, model=replace(recipe.model, blocks_to_swap=settings.blocks_to_swap))
+
+
+def set_swap(model: DiffusersModel, recipe: Recipe, device: torch.device) -> None:
+    """Moves the denoiser to the device, but for the weights that wait on the host until their block runs.
+
+    Raises:
+        ValueError: more blocks than can wait.
+    """
+    count = recipe.model.blocks_to_swap
+    assert count != "auto"
+    if count == 0:
+        # Where "auto" was asked for, it waits there for the answer.
+        if model.settings.blocks_to_swap == "auto":
+            model.denoiser.to(device)
+        return
+    try:
+        BlockSwap(model.denoiser, count, device)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
 
 
 def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -158,14 +199,19 @@ def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text
 
 def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "Iteration | None":
     """The planner's pieces for this run, or None on a CPU whose memory is not said."""
-    gib = recipe.model.memory_gib
+    gib = _capacity(recipe, device)
     if gib is None:
-        if device.type != "cuda":
-            return None
-        gib = torch.cuda.get_device_properties(device).total_memory / GIB
+        return None
     from ..memory.planning.planner import Iteration
 
     return Iteration(_settings(model, recipe, device, text_tokens, gib))
+
+
+def _capacity(recipe: Recipe, device: torch.device) -> float | None:
+    """GiB that the run may use; None on a CPU whose memory is not said."""
+    if recipe.model.memory_gib is not None or device.type != "cuda":
+        return recipe.model.memory_gib
+    return torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def processes() -> tuple[int, str]:

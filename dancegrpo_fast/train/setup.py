@@ -171,6 +171,8 @@ class Setup:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
+        if recipe.model.blocks_to_swap != 0 and processes.sharded:
+            raise ValueError(f"model.blocks_to_swap: got {recipe.model.blocks_to_swap} under FSDP2, want 0")
         if "denoiser" in recipe.train.offload and processes.count > 1:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:

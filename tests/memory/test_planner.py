@@ -183,6 +183,8 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert all(advice.gib < 0 or advice.seconds < 0 for advice in advised.advice)
     fitting = [advice for advice in advised.advice if not advice.text.endswith("does not fit")]
     assert fitting == sorted(fitting, key=lambda advice: (advice.seconds, advice.gib))
+    swapped = next(advice for advice in fitting if advice.text.startswith("blocks_to_swap 28: "))
+    assert swapped == printed(swapped.text, plan(advised.settings, advise=False, blocks_to_swap=28), advised)
     ops = next(advice for advice in fitting if advice.text.startswith("block ops"))
     assert ops == printed(
         ops.text, plan(advised.settings.changed(block_ops="lossless", recompute="all"), advise=False), advised

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...activations.checkpointing import NAMED
+from ...quantization import BITSANDBYTES
 from ..trace.tracer import collected
 from . import decoding, specs
 from . import policy as policies
@@ -16,12 +17,13 @@ from .advice import advice, dominated
 from .blocks import Blocks, compose
 from .budget import CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
-from .cases import case_of, kernel, resolved, rows_of
+from .cases import case_of, kernel, kinds_of, resolved, rows_of
 from .decode import Decode
 from .margins import limit, margins, untraced
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
+from .swapping import choose
 from .verdict import Verdict, verdicts
 
 __all__ = ["CATEGORIES", "Advice", "Phase", "Plan", "plan"]
@@ -53,6 +55,7 @@ class Iteration:
                 "what its step takes"
             )
         self.rest: Rest = rest(settings, self.replay)
+        self.reasons += self.rest.swap.reasons()
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
@@ -120,6 +123,9 @@ class Iteration:
     def weights(self) -> Phase:
         """Everything that rests, before anything runs."""
         there = added((1, self.resting(denoiser=True)), (1, self.others()))
+        if self.settings.quantization in BITSANDBYTES:
+            # Quantised on the device, all of it, before what is swapped leaves.
+            there = added((1, there), (1, {"parameters": self.rest.swap.saved}))
         return self._phase("weights", [Moment(there, "load", "")], {}, 0.0)
 
     def encoding(self) -> Phase:
@@ -148,7 +154,7 @@ class Iteration:
         each = self._seconds(blocks, "rollout")
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
-        each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
+        each = max(each, 0.0 if gathered_once else self._gather_seconds(1), self._link_seconds(self.rest.swap.rollout))
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -195,10 +201,12 @@ class Iteration:
         forward, backward = self._seconds(blocks, "forward"), self._seconds(blocks, "backward", "recompute")
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
-        moved = blocks.host_bytes() / (s.rates.pcie_gb_s * 1e9)
+        inputs, swap = blocks.host_bytes(), self.rest.swap
+        # Inputs leave in the forward, beside weights that come, and come with them in the backward.
+        carried = self._link_seconds(max(inputs, swap.forward)), self._link_seconds(inputs + swap.backward)
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
-        forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
+        forward, backward = max(forward, carried[0], self._gather_seconds(1)), max(backward, carried[1], reduced)
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
         if s.quantization == "fp8":
@@ -241,6 +249,10 @@ class Iteration:
         forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
+
+    def _link_seconds(self, size: float) -> float:
+        """Of so many bytes on their way to or from the host."""
+        return size / (self.settings.rates.pcie_gb_s * 1e9)
 
     def _gather_seconds(self, times: int, reductions: float = 0) -> float:
         """Of gathering all weights and reducing their gradients so often, which overlaps with computing."""
@@ -293,7 +305,7 @@ class Iteration:
             return found
         why = (
             f"weights, gradients and states take {resting / GIB:.1f} GiB, and {room / GIB:.1f} GiB are there:"
-            " smaller ones (lora, quantization, fsdp, offload, adamw8bit) would help"
+            " smaller ones (lora, quantization, blocks_to_swap, fsdp, offload, adamw8bit) would help"
         )
         return replace(found, reasons=(*found.reasons, why))
 
@@ -312,6 +324,21 @@ def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
+def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why; `quick`: under named policies only."""
+    if settings.blocks_to_swap != "auto":
+        return settings, ()
+
+    def attempt(changed: Settings) -> Plan:
+        iteration = Iteration(changed)
+        return _plan(iteration, iteration.pick(NAMED if quick else None))
+
+    case = case_of(settings, 1, "flash", train=True)
+    blocks = weights_of(case).blocks
+    count, why = choose(settings, len(blocks), bool(kinds_of(resolved(settings.model))), attempt)
+    return settings.changed(blocks_to_swap=count), (f"blocks_to_swap auto: {why}",)
+
+
 def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
     """Predicts one GRPO iteration on one GPU: `plan("flux-dev", height=720, width=720, lora=32)`.
 
@@ -326,8 +353,9 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
     """
     asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
-        iteration, picked, found = _asked(asked)
-        found = replace(found, cards=_cards(iteration, found))
+        settings, reasons = with_swap(asked)
+        iteration, picked, found = _asked(settings)
+        found = replace(found, reasons=(*found.reasons, *reasons), cards=_cards(asked, iteration, found))
         if not advise:
             return found
         advised = _advised(iteration, found, picked, thorough)
@@ -348,9 +376,12 @@ def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
     return iteration, picked, _plan(iteration, picked)
 
 
-def _cards(iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
+def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
     def on(gib: float) -> Plan:
-        other = iteration.at(gib)
+        if asked.blocks_to_swap == "auto":
+            other = Iteration(with_swap(asked.changed(gpu_gib=gib), quick=True)[0])
+        else:
+            other = iteration.at(gib)
         # The named policies are enough to say whether it fits, and are traced already.
         return _plan(other, other.pick(NAMED))
 

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .cards import CARDS, USUAL, Rates, card
 
@@ -94,6 +94,8 @@ class Settings:
             input for the backward.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
+        blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
+            two buffers; "auto": as few as fit, or more where that is faster; see `swapping`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
@@ -143,6 +145,7 @@ class Settings:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
     quantization: str = "none"
+    blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
@@ -185,6 +188,8 @@ class Settings:
         for name in (*counts, "fsdp", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
+        if self.blocks_to_swap != "auto":
+            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
         for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
@@ -227,6 +232,9 @@ class Settings:
             raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.quantization != "none" and self.dtype != "bfloat16":
             raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
+            kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
+            raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -357,9 +365,9 @@ def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
 
 
-def _integer(name: str, value: object, low: int) -> None:
+def _integer(name: str, value: object, low: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}")
+        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
 
 
 def _number(name: str, value: object) -> None:
