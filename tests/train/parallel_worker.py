@@ -75,8 +75,8 @@ def count_reductions(trainer: Any) -> list[int]:
 
 def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run; what this process saw of it."""
-    from dancegrpo_fast.processes import whole
     from dancegrpo_fast.recipe import load_recipe
+    from dancegrpo_fast.shards import whole
     from dancegrpo_fast.stopping import Stopped
     from dancegrpo_fast.train.loop import Trainer
 
