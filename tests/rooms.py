@@ -20,6 +20,7 @@ ORDER = (
     "ops optimizers",
     "patch",
     "activations dropin",
+    "sequence",
     "attention processes compat",
     "memory rewards",
     "run",
