@@ -5,12 +5,14 @@ each has 1/N of the tokens; under Ulysses (arXiv:2309.14509) it has all tokens o
 which queries, keys, values and results change hands; with a ring (arXiv:2310.01889) its own queries and the keys and
 values of one process after the other. The output is gathered, so that each of the group sees the whole of it.
 
-Splitting, gathering and attention are diffusers' context parallelism. Its gather hands each process the gradient of its
-own tokens, so that a parameter's gradient is the sum over the group.
+Splitting, gathering and the ring are diffusers' context parallelism. Its gather hands each process the gradient of its
+own tokens, so that a parameter's gradient is the sum over the group. Its Ulysses is not used: it computes attention
+again in the backward, and there without autocast.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
@@ -23,6 +25,9 @@ from .activations.checkpointing import blocks_of
 SETTING = "train.sequence_parallel"
 RING_SETTING = "train.sequence_kind"
 
+# Attention backends of diffusers with Ulysses around them.
+_ours: set[Any] = set()
+
 
 @dataclass(frozen=True)
 class Family:
@@ -31,7 +36,6 @@ class Family:
     Attributes:
         text: the blocks split the text's tokens, too.
         masked: attention gets a mask, which a ring cannot split.
-        fixed_text: the text has as many tokens as its encoder's configuration says, whatever the prompts.
     """
 
     text: bool
@@ -75,7 +79,6 @@ class SequenceGroup:
         self.size, self.kind = size, kind
         self.index, self.member = divmod(dist.get_rank(), size)
         self.count = processes // size
-        self._degrees = {f"{kind}_degree": size}
         shape = (self.count, size, 1) if kind == "ring" else (self.count, 1, size)
         self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
         self._device = device
@@ -97,41 +100,121 @@ class SequenceGroup:
 
     def split(self, denoiser: nn.Module) -> None:
         """Splits the tokens of a denoiser that `check` passed, in every later call."""
-        from diffusers import ContextParallelConfig
-        from diffusers.hooks.context_parallel import apply_context_parallel
-        from diffusers.models._modeling_parallel import ParallelConfig
+        split(denoiser, self.size, self.kind, self._mesh, self._device)
 
-        model: Any = denoiser
-        tokens = ContextParallelConfig(mesh=self._mesh, **self._degrees)
-        config = ParallelConfig(context_parallel_config=tokens)
-        # What `enable_parallelism` does, but for accelerators alone, and for text that is refined before it is split.
-        config.setup(dist.get_rank(), dist.get_world_size(), self._device, mesh=self._mesh)
-        blocks = blocks_of(denoiser)
-        for module in chain.from_iterable(block.modules() for block in blocks):
-            processor: Any = getattr(module, "processor", None)
-            if hasattr(processor, "_parallel_config"):
-                processor._parallel_config = config
-        apply_context_parallel(denoiser, tokens, plan_of(model))
-        model._parallel_config = config
-        if type(denoiser).__name__ == "HunyuanVideoTransformer3DModel":
-            for block in blocks:
-                block.register_forward_pre_hook(self._with_mask_in_order, with_kwargs=True)
 
-    def _with_mask_in_order(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """HunyuanVideo's mask `[B, 1, 1, S]` in the order in which Ulysses puts keys."""
-        names = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
-        found = dict(zip(names, args, strict=False)) | kwargs
-        mask = found.get("attention_mask")
-        if mask is None:
-            return args, kwargs
-        latents, text = (found[name].shape[1] for name in names[:2])
-        parts = mask.split([mask.shape[-1] * n // (latents + text) for n in (latents, text)], dim=-1)
-        ordered = torch.cat(list(chain(*zip(*(part.chunk(self.size, dim=-1) for part in parts), strict=True))), dim=-1)
-        if len(args) > 3:
-            return (*args[:3], ordered, *args[4:]), kwargs
-        return args, kwargs | {"attention_mask": ordered}
+def split(denoiser: nn.Module, size: int, kind: str, mesh: Any, device: torch.device) -> None:
+    """Splits the tokens of a denoiser that `check` passed, in every later call.
+
+    Args:
+        denoiser: of diffusers.
+        size: of a group.
+        kind: "ulysses" or "ring".
+        mesh: with the dimensions "ring" and "ulysses".
+        device: of this process.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    _take_over_attention()
+    tokens = ContextParallelConfig(mesh=mesh, **{f"{kind}_degree": size})
+    config = ParallelConfig(context_parallel_config=tokens)
+    # What `enable_parallelism` does, but for accelerators alone, and for text that is refined before it is split.
+    config.setup(0, mesh.size(), device, mesh=mesh)
+    blocks = blocks_of(denoiser)
+    for module in chain.from_iterable(block.modules() for block in blocks):
+        processor: Any = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = config
+    apply_context_parallel(denoiser, tokens, plan_of(denoiser))
+    if type(denoiser).__name__ == "HunyuanVideoTransformer3DModel":
+        for block in blocks:
+            block.register_forward_pre_hook(partial(_with_mask_in_order, size), with_kwargs=True)
+
+
+def _take_over_attention() -> None:
+    """Puts Ulysses around diffusers' attention backends, once; without context parallelism they are as they were."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    backends = _AttentionBackendRegistry._backends
+    for name in map(AttentionBackendName, _AttentionBackendRegistry._supports_context_parallel):
+        if backends[name] not in _ours:
+            backends[name] = _with_exchanges(backends[name])
+            _ours.add(backends[name])
+
+
+def _with_exchanges(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(attend)
+    def attended(query: Tensor, key: Tensor, value: Tensor, _parallel_config: Any = None, **more: Any) -> Tensor:
+        if _parallel_config is None:
+            return attend(query, key, value, **more)
+        given = query, key, value
+        if torch.is_autocast_enabled(query.device.type):
+            # As attention would, before they change hands; a ring's kernels know no autocast.
+            query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in given)
+        config = _parallel_config.context_parallel_config
+        if config.ring_degree > 1:
+            return attend(query, key, value, _parallel_config=_parallel_config, **more)
+        size, group = config.ulysses_degree, config._ulysses_mesh.get_group()
+        mask = more.get("attn_mask")
+        if mask is not None and mask.shape[-1] == key.shape[1]:
+            more["attn_mask"] = _gathered(mask, size, group)
+        query, key, value = (_Exchange.apply(t, size, group, HEADS, TOKENS) for t in (query, key, value))
+        found: Tensor = _Exchange.apply(attend(query, key, value, **more), size, group, TOKENS, HEADS)
+        return found
+
+    return attended
+
+
+# Dimensions of queries, keys, values and results.
+TOKENS, HEADS = 1, 2
+
+
+class _Exchange(torch.autograd.Function):
+    """Splits a dimension among the members of a group, and joins what each has of another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: Any, split: int, joined: int) -> Tensor:
+        ctx.given = size, group, joined, split
+        return torch.cat(_swapped(torch.stack(x.chunk(size, split)), group).unbind(), joined)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        size, group, split, joined = ctx.given
+        return _Exchange.forward(ctx, grad, size, group, split, joined), None, None, None, None
+
+
+def _swapped(parts: Tensor, group: Any) -> Tensor:
+    """Of `[N, ...]` the i-th to the i-th member, for what it has for this one."""
+    found = torch.empty_like(parts)
+    dist.all_to_all_single(found, parts, group=group)
+    return found
+
+
+def _gathered(mask: Tensor, size: int, group: Any) -> Tensor:
+    """The members' masks of their own keys, `[..., S / N]`, after each other."""
+    parts = [torch.empty_like(mask) for _ in range(size)]
+    dist.all_gather(parts, mask.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def _with_mask_in_order(
+    size: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """HunyuanVideo's mask `[B, 1, 1, S]` in the order in which Ulysses puts keys."""
+    names = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
+    found = dict(zip(names, args, strict=False)) | kwargs
+    mask = found.get("attention_mask")
+    if mask is None:
+        return args, kwargs
+    latents, text = (found[name].shape[1] for name in names[:2])
+    parts = mask.split([mask.shape[-1] * n // (latents + text) for n in (latents, text)], dim=-1)
+    # Member by member, latents before text.
+    ordered = torch.cat(list(chain(*zip(*(part.chunk(size, dim=-1) for part in parts), strict=True))), dim=-1)
+    if len(args) > 3:
+        return (*args[:3], ordered, *args[4:]), kwargs
+    return args, kwargs | {"attention_mask": ordered}
 
 
 def plan_of(model: Any) -> Mapping[str, Any]:
