@@ -25,7 +25,7 @@ from .activations.checkpointing import blocks_of
 SETTING = "train.sequence_parallel"
 RING_SETTING = "train.sequence_kind"
 
-# Attention backends of diffusers with Ulysses around them.
+# Attention backends of diffusers with Ulysses around them, and its ring as checkpoints can have it.
 _ours: set[Any] = set()
 
 
@@ -135,13 +135,38 @@ def split(denoiser: nn.Module, size: int, kind: str, mesh: Any, device: torch.de
 
 def _take_over_attention() -> None:
     """Puts Ulysses around diffusers' attention backends, once; without context parallelism they are as they were."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models import attention_dispatch
 
-    backends = _AttentionBackendRegistry._backends
-    for name in map(AttentionBackendName, _AttentionBackendRegistry._supports_context_parallel):
+    registry = attention_dispatch._AttentionBackendRegistry
+    backends, ring = registry._backends, attention_dispatch.TemplatedRingAttention
+    if ring not in _ours:
+        attention_dispatch.TemplatedRingAttention = _readable_once(ring)
+        _ours.add(attention_dispatch.TemplatedRingAttention)
+    for name in map(attention_dispatch.AttentionBackendName, registry._supports_context_parallel):
         if backends[name] not in _ours:
             backends[name] = _with_exchanges(backends[name])
             _ours.add(backends[name])
+
+
+class _Read:
+    """What a function saved, read once, as torch's checkpoints hand it out."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _readable_once(ring: Any) -> Any:
+    """diffusers' ring attention, whose backward reads what it saved at every turn, for blocks that are checkpointed."""
+
+    class Ring(ring):  # type: ignore[misc]  # diffusers has no types
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return ring.backward(_Read(ctx), *grads)
+
+    return Ring
 
 
 def _with_exchanges(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -6,11 +6,14 @@ Usage: sequence_worker.py RANK STORE OUTPUT
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dancegrpo_fast.memory.trace.result import Trace
 
 WORLD = 2
 # Text of eight tokens, of which masks hide some of every second sample's.
@@ -51,6 +54,12 @@ def trained(model: nn.Module, inputs: dict[str, Any], summed: bool) -> dict[str,
     return {"output": out.detach()} | found
 
 
+def books(found: "Trace") -> dict[str, int]:
+    """Bytes of the peak, of the backward's, and of what the forward keeps."""
+    backward, saved = found.peak_of("backward").bytes, sum(found.saved_by_group.values())
+    return {"peak": found.peak.bytes, "backward": backward, "saved": saved}
+
+
 def ring_on_a_cpu() -> torch.library.Library:
     """CUDA's flash attention by the CPU's, for a ring needs the log-sum-exp, which no backend gives on a CPU."""
     library = torch.library.Library("aten", "IMPL")
@@ -86,6 +95,8 @@ def main(rank: int, store: str, output: str) -> None:
     sys.path.append(str(Path(__file__).parents[1]))
     from dancegrpo_fast import accelerate
     from dancegrpo_fast.activations.checkpointing import apply
+    from dancegrpo_fast.memory.trace.alone import split_alone, without_others
+    from dancegrpo_fast.memory.trace.tracer import measure, trace
     from dancegrpo_fast.sequence import SequenceGroup, check
     from tests.patch.models import TINY, Tiny
 
@@ -99,17 +110,23 @@ def main(rank: int, store: str, output: str) -> None:
         dtype = torch.float32 if kind == "ring" else torch.float64
         inputs = even(name, tiny.inputs(dtype))
 
-        def split(kind: str = kind, tiny: Any = tiny, dtype: torch.dtype = dtype) -> Any:
-            model: Any = tiny.model(dtype)
-            if kind == "ring":
+        def split(
+            change: Any = None,
+            by: Any = groups[kind].split,
+            ring: bool = kind == "ring",
+            tiny: Any = tiny,
+            dtype: Any = dtype,
+        ) -> Any:
+            model = tiny.model(dtype)
+            if ring:
                 model.set_attention_backend("_native_flash")
-            check(model, WORLD, kind, {}, 8)
-            groups[kind].split(model)
+            if change is not None:
+                change(model)
+            check(model, WORLD, "ring" if ring else "ulysses", {}, 8)
+            by(model)
             return model
 
         found[f"{kind} {name}"] = trained(tiny.model(dtype), inputs, False), trained(split(), inputs, True)
-        if kind == "ring":
-            continue
         # Block ops are lossless in the dtypes that models are trained in.
         inputs = even(name, tiny.inputs())
         split = partial(split, dtype=torch.float32)
@@ -119,11 +136,15 @@ def main(rank: int, store: str, output: str) -> None:
             model = split()
             apply(model, policy)
             same[policy] = trained(model, inputs, False)
-        model = tiny.model()
-        accelerate(model, "lossless", recompute="all")
-        groups[kind].split(model)
-        same["block ops"] = trained(model, inputs, False)
-        found[f"{name}, the same bits"] = plain, same
+        same["block ops"] = trained(split(lambda model: accelerate(model, "lossless", recompute="all")), inputs, False)
+        found[f"{kind} {name}, the same bits"] = plain, same
+        if kind == "ring":
+            # Of the kernel that stands in, the bytes are others.
+            continue
+        given = inputs | {"return_dict": False}
+        with without_others():
+            predicted = trace(split(by=partial(split_alone, size=WORLD, kind=kind)), given, attention="cpu")
+        found[f"{kind} {name}, bytes"] = books(predicted), books(measure(split(), given))
     del library
     torch.save(found, f"{output}.{rank}")
     dist.barrier()

@@ -42,6 +42,8 @@ RELEASE: dict[str, tuple[str, dict[str, Any]]] = {
     "win_rate": ("flux", {"rewards": [reward("Brightness", win_rate=True)]}),
 }
 EVERY = SETTINGS | RELEASE
+# Autocast, and what the planner is asked for.
+BF16 = {"mixed_precision": "bf16", "attention": "auto", "checkpointing": "auto", "memory_gib": 4.0}
 CASES = [*SETTINGS, *(pytest.param(name, marks=pytest.mark.release) for name in RELEASE)]
 
 
@@ -79,6 +81,7 @@ def runs(bases: Path, wanted: list[str], tmp_path_factory: pytest.TempPathFactor
     for kind, sharded in (("ddp", False), ("fsdp", True)):
         for name in wanted:
             add(f"{kind}-{name}", sharded, name)
+        add(f"{kind}-bf16", sharded, "lora", lora=False, kl_weight=0.0, **BF16)
         add(f"{kind}-resumed", sharded, "even", str(folder / f"{kind}-even" / "checkpoints" / "000001"))
     return parallel.run_together(folder, made, WORLD)
 
@@ -114,6 +117,15 @@ def test_evaluations_are_those_of_one_process(runs: Path, alone: Alone, kind: st
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
     parallel.test_resumed_runs_end_with_the_same_bits(runs, kind)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_ratio_is_one_under_autocast(runs: Path, kind: str) -> None:
+    (row,) = parallel.rows(runs / f"{kind}-bf16")
+    assert row["ratio_first_update_max_dev"] == 0.0 and row["grad_norm"] > 0.0
+    weights = [torch.load(runs / f"{kind}-bf16.{rank}.pt", weights_only=True)["weights"] for rank in range(WORLD)]
+    for other in weights[1:]:
+        parallel.assert_same_bits(weights[0], other)
 
 
 @pytest.mark.release

@@ -15,6 +15,7 @@ from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
 from .decode import Decode, decode
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
+from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
 
@@ -48,20 +49,26 @@ class Iteration:
                 f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
                 "what its step takes"
             )
+        self.reasons += told(settings, self.replay)
         self.rest: Rest = rest(settings, self.replay)
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
+        # Those that share samples share out decoding and scoring them.
+        self.scored = math.ceil(settings.samples / settings.sequence_parallel)
         self.decode: Decode | None = None
         if self.spec.vae is not None:
             size = settings.frames, settings.height, settings.width
-            self.decode = decode(settings.model, *size, settings.rollout_batch, settings.vae_tiling)
+            rows = min(settings.rollout_batch, self.scored)
+            self.decode = decode(settings.model, *size, rows, settings.vae_tiling)
         else:
             self.reasons.append("the VAE is not known: decode is not in it")
         latents = math.prod(self.grid) * self.spec.latent_channels
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
         self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
-        self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+        self.pixels = (
+            min(settings.rollout_batch, self.scored) * settings.frames * 3 * settings.height * settings.width * 4
+        )
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the models beside the denoiser."""
@@ -149,7 +156,7 @@ class Iteration:
         each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
-        each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
+        each = max(each, 0.0 if gathered_once else self._gather_seconds(1)) + exchange_seconds(s, case)[0]
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -159,7 +166,7 @@ class Iteration:
         fixed = added(
             (1, self.resting(denoiser=False)), (1, self.others("vae")), (1, {"trajectories": self.trajectories})
         )
-        calls = math.ceil(self.settings.samples / self.settings.rollout_batch)
+        calls = math.ceil(self.scored / self.settings.rollout_batch)
         seconds = calls * policies.seconds(self.settings, self.decode.flops, self.decode.traffic)
         seconds += self._carried("vae", denoiser=True)
         moments = [
@@ -200,6 +207,9 @@ class Iteration:
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
         forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
+        exchanging = exchange_seconds(s, self.replay)
+        recomputed = sum(policy != "none" for policy in blocks.policies) / len(blocks.policies)
+        forward, backward = forward + exchanging[0], backward + recomputed * exchanging[0] + exchanging[1]
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
         if s.quantization == "fp8":
