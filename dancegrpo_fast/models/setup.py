@@ -9,6 +9,8 @@ import torch
 
 from .. import sequence
 from ..activations import checkpointing
+from ..allocator import expands
+from ..memory.planning.margins import with_margins
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -162,7 +164,7 @@ def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     decode = None if iteration is None else iteration.decoding()
     if iteration is None or decode is None:
         return
-    needed = (decode.bytes + sum(iteration.margins().values())) / GIB
+    needed = with_margins(iteration.settings, decode.bytes) / GIB
     if needed > iteration.settings.gpu_gib:
         model.tile_vae(True)
         print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
@@ -202,7 +204,7 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
     trained = [p for p in model.denoiser.parameters() if p.requires_grad]
-    return settings_of(
+    found = settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
@@ -213,3 +215,4 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
         device=str(device),
         gpu_gib=gib,
     )
+    return found.changed(expandable_segments=expands(device))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...activations import checkpointing
+from ...progress import working
 from ..trace.alone import without_others
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
@@ -46,7 +47,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     # The trainer hands a model inputs of its own dtype.
     inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    with without_others() if case.sequence_parallel > 1 else nullcontext():
+    alone = without_others() if case.sequence_parallel > 1 else nullcontext()
+    with alone, working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
         return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
 
 
@@ -73,6 +75,7 @@ class Summary:
         static: bytes by category before the call.
         kept: bytes by category at the end of its forward.
         flops, traffic: by phase and group.
+        launches: by phase.
         saved: what the forward keeps, by group.
         made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
         work: of the forward and those blocks by group: FLOPs and traffic.
@@ -84,6 +87,7 @@ class Summary:
     kept: Vector
     flops: dict[str, Vector]
     traffic: dict[str, Vector]
+    launches: dict[str, int]
     saved: Vector
     made: dict[str, dict[str, tuple[int, int]]]
     work: dict[str, dict[str, tuple[float, float]]]
@@ -207,6 +211,7 @@ def _summary(
         ends[found.phases[_forward(found)][1]],
         {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
         {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        found.launches,
         dict(found.saved_by_group),
         _made(found, blocks),
         _work(found, blocks),
