@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import sequence
 from ..activations import checkpointing
 from ..activations.streaming import BlockSwap
 from ..allocator import expands
@@ -56,6 +57,8 @@ def prepare(
         except ValueError as error:
             raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
     text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])
+    if recipe.train.sequence_parallel > 1:
+        check_sequence(model, recipe, text_tokens)
     if settings.attention is not None:
         set_attention(model, recipe, device, text_tokens)
     # Nothing is traced on a CPU whose memory is not said.
@@ -66,6 +69,26 @@ def prepare(
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
     set_swap(model, recipe, device)
+
+
+def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> None:
+    """Raises ValueError where the tokens of the model's calls cannot be split as the recipe says."""
+    from ..memory.planning import specs
+
+    train, spec = recipe.train, specs.resolve(model.planned_as)
+    sampled = {"sampler": recipe.sampler}
+    if recipe.evaluation is not None:
+        sampled["evaluation"] = recipe.evaluation.sampling(recipe.sampler)
+    tokens = {
+        f"a {whose} of {one.frames} x {one.height} x {one.width}": specs.tokens(spec, one.frames, one.height, one.width)
+        for whose, one in sampled.items()
+    }
+    sequence.check(model.denoiser, train.sequence_parallel, train.sequence_kind, tokens, text_tokens)
+    if train.sequence_kind == "ring" and recipe.model.attention is None:
+        raise ValueError(
+            'train.sequence_kind: got "ring" with model.attention null, whose results lack what a ring joins them by, '
+            'want model.attention "auto"'
+        )
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -85,11 +108,12 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else recipe.model.torch_dtype()
     shapes = attention.Shapes(rows, tokens, dtype)
+    parallel = train.sequence_kind if train.sequence_parallel > 1 else ""
     try:
         if asked == "auto":
-            choice = attention.choose(model.denoiser, shapes, device, True)
+            choice = attention.choose(model.denoiser, shapes, device, True, parallel=parallel)
         else:
-            choice = attention.check(model.denoiser, asked, shapes, device, True)
+            choice = attention.check(model.denoiser, asked, shapes, device, True, parallel=parallel)
         attention.apply(model.denoiser, choice)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'model.attention: got "{asked}", {error}') from error

@@ -21,7 +21,7 @@ def call_of(settings: Settings, tile: int | None) -> Call:
     """One decode of a rollout's samples."""
     size = settings.frames, settings.height, settings.width
     kernel = "cpu" if settings.on_cpu else "flash"
-    return Call(settings.model, *size, settings.rollout_batch, tile, settings.frozen_dtype, kernel)
+    return Call(settings.model, *size, settings.scored_batch, tile, settings.frozen_dtype, kernel)
 
 
 def choose(iteration: "Iteration") -> None:
@@ -59,7 +59,7 @@ def phase(iteration: "Iteration", s: Settings, tile: int | None) -> Phase:
     fixed, name, seconds = added(*there), "evaluation decode", 0.0
     if s is iteration.settings:
         fixed, name = added(*there, (1, {"trajectories": iteration.trajectories})), "decode"
-        calls = math.ceil(s.samples / s.rollout_batch)
+        calls = math.ceil(s.scored / s.rollout_batch)
         seconds = calls * policies.seconds(s, found.flops, found.traffic) + iteration._carried("vae", denoiser=True)
     # Pictures become float32 and are rounded, out of place.
     made = call.pixels * (call.torch_dtype.itemsize + 2 * 4)

@@ -21,6 +21,7 @@ from .cases import case_of, kernel, kinds_of, resolved, rows_of
 from .decode import Decode
 from .margins import limit, margins, untraced
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
+from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
 from .swapping import choose
@@ -54,6 +55,7 @@ class Iteration:
                 f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
                 "what its step takes"
             )
+        self.reasons += told(settings, self.replay)
         self.rest: Rest = rest(settings, self.replay)
         self.reasons += self.rest.swap.reasons()
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
@@ -64,7 +66,7 @@ class Iteration:
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
         self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
-        self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+        self.pixels = settings.scored_batch * settings.frames * 3 * settings.height * settings.width * 4
         if self.spec.vae is None:
             self.reasons.append("the VAE is not known: decode is not in it")
         else:
@@ -155,6 +157,7 @@ class Iteration:
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
         each = max(each, 0.0 if gathered_once else self._gather_seconds(1), self._link_seconds(self.rest.swap.rollout))
+        each += exchange_seconds(s, case)[0]
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -207,6 +210,9 @@ class Iteration:
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
         forward, backward = max(forward, carried[0], self._gather_seconds(1)), max(backward, carried[1], reduced)
+        exchanging = exchange_seconds(s, self.replay)
+        recomputed = sum(policy != "none" for policy in blocks.policies) / len(blocks.policies)
+        forward, backward = forward + exchanging[0], backward + recomputed * exchanging[0] + exchanging[1]
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
         if s.quantization == "fp8":

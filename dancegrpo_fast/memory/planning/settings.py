@@ -23,6 +23,7 @@ CHOICES = {
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
     "gradient_sync": ("auto", "update", "call"),
+    "sequence_kind": ("ulysses", "ring"),
     "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
     "vae_tiling": ("auto", "on", "off"),
@@ -75,7 +76,7 @@ class Settings:
         model: a shipped name, a diffusers folder, or a name on the hub.
         frames, height, width: in pixels.
         group_size: samples of each prompt.
-        prompts: of one iteration on this GPU.
+        prompts: of one iteration on this GPU, or on those that share its samples.
         micro_batch: samples of one training call.
         rollout_batch: samples of one rollout, decode and reward call.
         num_steps: of the sampler.
@@ -108,6 +109,8 @@ class Settings:
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
             every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
+        sequence_parallel: how many of the GPUs share a sample's tokens.
+        sequence_kind: how: "ulysses" or "ring".
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
         vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
@@ -163,6 +166,8 @@ class Settings:
     evaluation_height: int | None = None
     evaluation_width: int | None = None
     evaluation_guidance_scale: float | None = None
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
@@ -185,7 +190,7 @@ class Settings:
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
-        for name in (*counts, "fsdp", "trajectory_copies"):
+        for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
         if self.blocks_to_swap != "auto":
@@ -246,6 +251,12 @@ class Settings:
             raise ValueError(
                 f'rollout_replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards'
             )
+        if self.fsdp % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: got {self.sequence_parallel} with fsdp {self.fsdp}, want a divisor of the GPUs"
+            )
+        if self.sequence_kind == "ring" and self.sequence_parallel > 1 and self.attention in ("efficient", "math"):
+            raise ValueError(f'attention: got "{self.attention}" with a ring, want "flash", "cudnn" or "auto"')
         if "block_inputs" in self.offload and (self.checkpointing == "none" or self.first_blocks() == 0):
             raise ValueError(
                 f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
@@ -271,6 +282,16 @@ class Settings:
                 f'checkpointing: got "{self.checkpointing}", want one of {", ".join(POLICIES)} with k an integer'
             )
         return None
+
+    @property
+    def scored(self) -> int:
+        """Samples that this GPU decodes and scores: those that share samples share that out."""
+        return math.ceil(self.samples / self.sequence_parallel)
+
+    @property
+    def scored_batch(self) -> int:
+        """Samples of one decode and reward call."""
+        return min(self.rollout_batch, self.scored)
 
     @property
     def precision(self) -> str:
