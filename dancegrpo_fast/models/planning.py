@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from ..memory.planning.cards import CARDS, USUAL
 from ..memory.planning.cases import case_of
 from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
 from ..memory.planning.sharding import weights_of
@@ -35,7 +36,7 @@ def settings_of(
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
         device: that attention is chosen for.
-        gpu_gib: capacity; None: `model.memory_gib`, or 80.
+        gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
         ValueError: settings that contradict.
@@ -80,7 +81,7 @@ def settings_of(
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
-        gpu_gib=gpu_gib or given.memory_gib or 80.0,
+        gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     return settings.changed(others=_copies(recipe, settings, trained))
 

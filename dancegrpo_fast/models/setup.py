@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..activations import checkpointing
+from ..allocator import expands
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -184,7 +185,7 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
     trained = [p for p in model.denoiser.parameters() if p.requires_grad]
-    return settings_of(
+    found = settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
@@ -195,3 +196,4 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
         device=str(device),
         gpu_gib=gib,
     )
+    return found.changed(expandable_segments=expands(device))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bench.memory import ledger
 from dancegrpo_fast.activations import operators
 from dancegrpo_fast.memory.planning.decode import Call, decode
+from dancegrpo_fast.memory.planning.decoding import call_of, said
 from dancegrpo_fast.memory.planning.planner import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.tiles import rule, set_tile, tile_of
@@ -129,7 +130,7 @@ def lives(*sizes: tuple[int, int, int]) -> Trace:
         storage = Storage(size, "aten.empty", "", "rollout", born, "temporaries", False)
         storage.died = died
         found.append(storage)
-    return Trace(found, {"rollout": (0, 2 * len(found))}, {}, {}, {})
+    return Trace(found, {"rollout": (0, 2 * len(found))}, {}, {}, {}, {})
 
 
 def test_the_allocator_keeps_splits_and_joins() -> None:
@@ -195,15 +196,14 @@ def test_auto_takes_the_largest_tiles_that_fit_and_on_tiles_below_the_own(folder
     on = Iteration(asked.changed(vae_tiling="on"))
     assert on.tile == 64 and on.decode_bytes(64) < on.decode_bytes(None)
     assert Iteration(asked.changed(vae_tiling="on", vae_tile=96)).tile == 96
-    taken = roomy.decode_bytes(None)
-    share = 1 - roomy.margins()["fragmentation"] / (80 * GIB)
-    fixed = taken - roomy.margins()["fragmentation"]
-    tight = Iteration(asked.changed(gpu_gib=(fixed - MIB) / share / GIB))
+    tight = Iteration(asked.changed(gpu_gib=(roomy.decode_bytes(None) - MIB) / GIB))
     assert tight.tile is not None
     limit = tight.settings.gpu_gib * GIB
     assert tight.decode_bytes(tight.tile) <= limit < tight.decode_bytes(tight.tile + 8)
     assert Iteration(tight.settings.changed(vae_tiling="off")).tile is None
-    assert any(f"in tiles of {tight.tile} pixels" in reason for reason in tight.reasons)
+    # On another card, other tiles.
+    assert tight.on(80.0).tile is None and roomy.on(tight.settings.gpu_gib).tile == tight.tile
+    assert f"in tiles of {tight.tile} pixels" in said(call_of(asked, tight.tile))
     with pytest.raises(ValueError, match='vae_tiling: got "on" for pictures of 8 pixels, want larger'):
         Iteration(asked.changed(vae_tiling="on", height=8, width=8))
 

@@ -5,6 +5,8 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .cards import CARDS, USUAL, Rates, card
+
 GIB = 2**30
 _VERSION = re.compile(r"\d+\.\d+")
 
@@ -66,27 +68,6 @@ REWARD_MODELS = {name: name for name in ("hps", "pickscore", "clip_score")} | {
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What a device is assumed to do; seconds are counted work over these, not timings.
-
-    Attributes:
-        tflops: of bfloat16 matrix products and convolutions, TFLOP/s.
-        attention_tflops: of attention.
-        bandwidth_gb_s: of device memory, 10^9 bytes a second.
-        pcie_gb_s: to and from host memory, one way.
-        link_gb_s: between devices, one way.
-        host_gb_s: of host memory, for an optimiser that steps there.
-    """
-
-    tflops: float = 798.0
-    attention_tflops: float = 500.0
-    bandwidth_gb_s: float = 3000.0
-    pcie_gb_s: float = 25.0
-    link_gb_s: float = 300.0
-    host_gb_s: float = 100.0
-
-
-@dataclass(frozen=True)
 class Settings:
     """One GPU's share of a GRPO run.
 
@@ -137,8 +118,10 @@ class Settings:
         others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
         trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
-        gpu_gib: capacity.
+        expandable_segments: of CUDA's allocator, which the trainer asks for.
+        gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
+        card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
     """
 
     model: str
@@ -183,13 +166,16 @@ class Settings:
     others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
     trajectory_copies: int = 1
-    gpu_gib: float = 80.0
-    rates: Rates = Rates()
+    expandable_segments: bool = True
+    gpu_gib: float = CARDS[USUAL].gib
+    rates: Rates = CARDS[USUAL].rates
+    card: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "checkpointing", "attention", "device", "torch_version"):
             _is(name, getattr(self, name), str, "a string")
-        _is("rollout_replica", self.rollout_replica, bool, "True or False")
+        for name in ("rollout_replica", "expandable_segments"):
+            _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
             _tuple(name, getattr(self, name), str, "strings")
@@ -219,6 +205,8 @@ class Settings:
         _number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
+        if self.card:
+            card(self.card)
         self.first_blocks()
         self._check_together()
 
@@ -330,12 +318,28 @@ class Settings:
         """Of one iteration on this GPU."""
         return self.group_size * self.prompts
 
+    @property
+    def capacity(self) -> str:
+        """Of the device, in words."""
+        return f"{CARDS[self.card].label}, {self.gpu_gib:g} GiB" if self.card else f"{self.gpu_gib:g} GiB"
+
+    def on(self, name: str) -> "Settings":
+        """The same on a known card.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        found = card(name)
+        return self.changed(card=name, gpu_gib=found.gib, rates=found.rates, device=found.device)
+
     def changed(self, **changes: Any) -> "Settings":
         """The same with other values.
 
         Raises:
             ValueError: they contradict.
         """
+        if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
+            changes = {"card": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
