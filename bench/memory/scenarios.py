@@ -16,7 +16,7 @@ _FLUX = "flux-dev --height 720 --width 720"
 _SMALL = "--quantization nf4 --offload block_inputs,denoiser,vae --vae_tiling on"
 SCENARIOS = (
     Scenario("HunyuanVideo LoRA, 80 GB", f"{_HUNYUAN} --lora 32 --gpu 80"),
-    Scenario("HunyuanVideo full fine-tuning, 8 x 80 GB", f"{_HUNYUAN} --fsdp 8 --gradient_sync call --gpu 80"),
+    Scenario("HunyuanVideo full fine-tuning, 8 x 80 GB", f"{_HUNYUAN} --fsdp 8 --gpu 80"),
     Scenario("HunyuanVideo LoRA, 24 GB", f"{_HUNYUAN} --lora 32 {_SMALL} --gpu 24"),
     Scenario("FLUX LoRA, 80 GB", f"{_FLUX} --lora 128 --num_steps 12 --timestep_fraction 0.5 --prompts 2 --gpu 80"),
     Scenario("FLUX LoRA, 40 GB", f"{_FLUX} --lora 128 --num_steps 12 --timestep_fraction 0.5 --prompts 2 --gpu 40"),
@@ -24,7 +24,7 @@ SCENARIOS = (
     Scenario(
         "SkyReels-I2V full fine-tuning, 8 x 80 GB",
         "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --guidance_scale 5 --vae_tiling on --fsdp 8"
-        " --gradient_sync call --gpu 80",
+        " --gpu 80",
     ),
     Scenario(
         "Stable Diffusion 1.4 full fine-tuning, 80 GB",

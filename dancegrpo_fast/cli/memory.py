@@ -100,7 +100,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
             "are what is planned"
         )
     recipe.check_trained()
-    processes = given.get("fsdp", 1)
+    processes = given.get("fsdp", recipe.train.sequence_parallel)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
     return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
 

@@ -223,7 +223,9 @@ class DiffusersModel:
         more = quantization.loading(kind, self.device)
         config = self._config_folder(path)
         if not more:
-            return load_denoiser(cls, path, config, self.dtype, self.device)
+            # What is to wait on the host is never all on the device.
+            device = self.device if self.settings.blocks_to_swap == 0 else torch.device("cpu")
+            return load_denoiser(cls, path, config, self.dtype, device)
         try:
             return load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:
@@ -281,8 +283,8 @@ class DiffusersModel:
             texts.append(self.sampler.negative_prompt)
         return list(dict.fromkeys(texts))
 
-    def cut_text(self, prompts: Sequence[Prompt]) -> None:
-        """Cuts text after the longest of the prompts and the negative one, encoded or not.
+    def cut_text(self, prompts: Sequence[Prompt], multiple: int = 1) -> None:
+        """Cuts text after the longest of the prompts and the negative one, encoded or not, at a multiple of a number.
 
         One length for the whole run, and for one that goes on longer: rollout and replay must have equal shapes.
         """
@@ -300,7 +302,7 @@ class DiffusersModel:
         if missing:
             pipeline = self._load_pipeline(names)
             lengths += [self._count_tokens(pipeline, text) for text in missing]
-        self._text_length = max(lengths)
+        self._text_length = -(-max(lengths) // multiple) * multiple
 
     def _text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the store on the device, in the model's dtype where they are floating-point."""

@@ -30,7 +30,7 @@ def settings_of(
     Args:
         recipe: the run.
         model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
-        processes: that share the samples.
+        processes: that share the samples, or those of `train.sequence_parallel` of them.
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
         trained: numbers that are trained and bytes of each; None counts them on the meta device.
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
@@ -43,7 +43,8 @@ def settings_of(
     """
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
-    samples = -(-train.prompts_per_iteration * train.group_size // processes)
+    groups = max(1, processes // train.sequence_parallel)
+    samples = -(-train.prompts_per_iteration * train.group_size // groups)
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -64,6 +65,7 @@ def settings_of(
         lora=given.lora.rank if given.lora else 0,
         target_modules=tuple(given.lora.target_modules) if given.lora else (),
         quantization=given.quantization or "none",
+        blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
         # As torch's own SDPA keeps it.
         attention=given.attention or "flash",
@@ -73,6 +75,8 @@ def settings_of(
         strategy=strategy,
         rollout_replica=train.rollout_replica and shards > 1,
         gradient_sync=train.gradient_sync,
+        sequence_parallel=train.sequence_parallel,
+        sequence_kind=train.sequence_kind,
         offload=tuple(train.offload),
         vae_tiling=given.vae_tiling,
         vae_tile=given.vae_tile,

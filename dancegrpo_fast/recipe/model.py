@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 
-from .checks import check_fields, positive
+from ..checks import shown
+from .checks import at_least, check_fields, positive
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +65,9 @@ class ModelSettings:
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
             row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
             blocks that are not checkpointed); null: as they are.
+        blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
+            through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
+            needs, or more where an iteration is counted to be shorter.
     """
 
     family: str
@@ -84,6 +88,7 @@ class ModelSettings:
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
     quantization: Literal["nf4", "int8", "fp8"] | None = None
+    blocks_to_swap: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         check_fields("model", self, ["path", "denoiser", "start_from", "prompt_cache"])
@@ -108,6 +113,14 @@ class ModelSettings:
             raise ValueError(f'model.quantization: got "{self.quantization}" without model.lora, want both, or null')
         if self.quantization is not None and self.dtype != "bfloat16":
             raise ValueError(f'model.quantization: got "{self.quantization}" with {self.dtype}, want bfloat16, or null')
+        if self.blocks_to_swap != 0:
+            if self.blocks_to_swap != "auto":
+                at_least("model.blocks_to_swap", self.blocks_to_swap, 0)
+            if self.lora is None:
+                raise ValueError(
+                    f"model.blocks_to_swap: got {shown(self.blocks_to_swap)} without model.lora, want both, or 0: only "
+                    "weights that stay as they are can be copied from the host at every call"
+                )
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""

@@ -27,6 +27,7 @@ FREE = frozenset(
         "model.start_from",  # likewise
         "model.prompt_cache",  # a store of other rows is not used
         "model.checkpointing",  # every policy recomputes the same bits
+        "model.blocks_to_swap",  # copies keep their bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
         "model.vae_tiling",  # whether it does, and in which, is compared
         "model.vae_tile",  # likewise

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bench.memory import ledger
 from dancegrpo_fast.activations import operators
 from dancegrpo_fast.memory.planning.decode import Call, decode
-from dancegrpo_fast.memory.planning.decoding import call_of, said
 from dancegrpo_fast.memory.planning.planner import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.tiles import rule, set_tile, tile_of
@@ -202,8 +201,8 @@ def test_auto_takes_the_largest_tiles_that_fit_and_on_tiles_below_the_own(folder
     assert tight.decode_bytes(tight.tile) <= limit < tight.decode_bytes(tight.tile + 8)
     assert Iteration(tight.settings.changed(vae_tiling="off")).tile is None
     # On another card, other tiles.
-    assert tight.on(80.0).tile is None and roomy.on(tight.settings.gpu_gib).tile == tight.tile
-    assert f"in tiles of {tight.tile} pixels" in said(call_of(asked, tight.tile))
+    assert tight.at(80.0).tile is None and roomy.at(tight.settings.gpu_gib).tile == tight.tile
+    assert any(f"in tiles of {tight.tile} pixels" in reason for reason in tight.reasons)
     with pytest.raises(ValueError, match='vae_tiling: got "on" for pictures of 8 pixels, want larger'):
         Iteration(asked.changed(vae_tiling="on", height=8, width=8))
 

@@ -25,7 +25,7 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "replay backward",
         "peak:",
         "margins (guesses)",
-        "80 GB yes",
+        "32 GB yes and every larger one",
         "checkpointing none",
         "one change at a time",
     ):

@@ -8,6 +8,7 @@ checkpointed, everything. Models without kinds of blocks are traced as a whole.
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 
 from ...activations import checkpointing
 from ...progress import working
+from ..trace.alone import without_others
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
@@ -45,7 +47,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     # The trainer hands a model inputs of its own dtype.
     inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    with working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
+    alone = without_others() if case.sequence_parallel > 1 else nullcontext()
+    with alone, working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
         return trace(
             *(model, inputs),
             train=case.train,

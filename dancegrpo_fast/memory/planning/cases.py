@@ -41,6 +41,8 @@ class Case:
     train: bool
     fresh: bool = False
     fused_norm: bool = True
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
 
 
 class Kind(NamedTuple):
@@ -122,7 +124,27 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     if case.block_ops != "off":
         # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
         accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
+    if case.sequence_parallel > 1:
+        _split(model, case)
     return model
+
+
+def _split(model: nn.Module, case: Case) -> None:
+    from ... import sequence
+    from ..trace.alone import split_alone
+
+    spec = resolved(case.spec)
+    count = specs.tokens(spec, case.frames, case.height, case.width)
+    tokens = {f"a sample of {case.frames} x {case.height} x {case.width}": count}
+    text = case.text_tokens or spec.text_tokens
+    try:
+        sequence.check(model, case.sequence_parallel, case.sequence_kind, tokens, text)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+    if case.sequence_kind == "ring":
+        # The one of torch's that hands out what a ring needs.
+        model.set_attention_backend("_native_flash")  # type: ignore[operator]  # diffusers' ModelMixin
+    split_alone(model, case.sequence_parallel, case.sequence_kind)
 
 
 def least_of(spec: specs.Spec) -> tuple[int, ...]:
@@ -209,4 +231,6 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         train,
         fresh and train,
         settings.fused_norm,
+        settings.sequence_parallel,
+        settings.sequence_kind,
     )

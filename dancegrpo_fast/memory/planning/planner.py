@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ...activations.checkpointing import NAMED
+from ...quantization import BITSANDBYTES
 from ..trace.tracer import collected
 from . import decoding, specs
 from . import policy as policies
@@ -16,12 +17,14 @@ from .advice import advice, dominated
 from .blocks import Blocks, compose
 from .budget import CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
-from .cases import case_of, kernel, resolved, rows_of
-from .decode import Decode, decode
+from .cases import case_of, kernel, kinds_of, resolved, rows_of
+from .decode import Decode
 from .margins import limit, margins, untraced
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
+from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
+from .swapping import choose
 from .verdict import Verdict, verdicts
 
 __all__ = ["CATEGORIES", "Advice", "Phase", "Plan", "plan"]
@@ -31,6 +34,8 @@ class Iteration:
     """The pieces of one plan."""
 
     def __init__(self, settings: Settings) -> None:
+        if settings.gradient_sync == "auto":
+            settings = settings.changed(gradient_sync="update")
         self.settings = settings
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
@@ -50,7 +55,9 @@ class Iteration:
                 f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
                 "what its step takes"
             )
+        self.reasons += told(settings, self.replay)
         self.rest: Rest = rest(settings, self.replay)
+        self.reasons += self.rest.swap.reasons()
         self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
@@ -59,23 +66,11 @@ class Iteration:
         self.embeddings = settings.prompts * _conditioning(self.spec, settings)
         self.latents = settings.samples * (settings.num_steps + 1) * latents * 4
         self.trajectories = self.latents + self.embeddings
-        self.pixels = settings.rollout_batch * settings.frames * 3 * settings.height * settings.width * 4
+        self.pixels = settings.scored_batch * settings.frames * 3 * settings.height * settings.width * 4
         if self.spec.vae is None:
             self.reasons.append("the VAE is not known: decode is not in it")
         else:
-            self.decode = decode(decoding.call_of(settings, None))
-            self._tile(settings.gpu_gib)
-
-    def _tile(self, gib: float) -> None:
-        self.tile = decoding.choose(self, gib)
-        self.decode = decode(decoding.call_of(self.settings, self.tile))
-
-    def on(self, gib: float) -> "Iteration":
-        """The same with the tiles that a card of so many GiB asks for."""
-        found = copy.copy(self)
-        if self.decode is not None:
-            found._tile(gib)
-        return found
+            decoding.choose(self)
 
     def decode_bytes(self, tile: int | None) -> int:
         """Of training's and evaluation's decodes with their margins, in tiles of this side or whole."""
@@ -130,6 +125,9 @@ class Iteration:
     def weights(self) -> Phase:
         """Everything that rests, before anything runs."""
         there = added((1, self.resting(denoiser=True)), (1, self.others()))
+        if self.settings.quantization in BITSANDBYTES:
+            # Quantised on the device, all of it, before what is swapped leaves.
+            there = added((1, there), (1, {"parameters": self.rest.swap.saved}))
         return self._phase("weights", [Moment(there, "load", "")], {}, 0.0)
 
     def encoding(self) -> Phase:
@@ -158,7 +156,8 @@ class Iteration:
         each = self._seconds(blocks, "rollout")
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
-        each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
+        each = max(each, 0.0 if gathered_once else self._gather_seconds(1), self._link_seconds(self.rest.swap.rollout))
+        each += exchange_seconds(s, case)[0]
         return self._call("rollout", "rollout", blocks, fixed, calls * each)
 
     def decoding(self) -> Phase | None:
@@ -205,10 +204,15 @@ class Iteration:
         forward, backward = self._seconds(blocks, "forward"), self._seconds(blocks, "backward", "recompute")
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
-        moved = blocks.host_bytes() / (s.rates.pcie_gb_s * 1e9)
+        inputs, swap = blocks.host_bytes(), self.rest.swap
+        # Inputs leave in the forward, beside weights that come, and come with them in the backward.
+        carried = self._link_seconds(max(inputs, swap.forward)), self._link_seconds(inputs + swap.backward)
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
-        forward, backward = max(forward, moved, self._gather_seconds(1)), max(backward, moved, reduced)
+        forward, backward = max(forward, carried[0], self._gather_seconds(1)), max(backward, carried[1], reduced)
+        exchanging = exchange_seconds(s, self.replay)
+        recomputed = sum(policy != "none" for policy in blocks.policies) / len(blocks.policies)
+        forward, backward = forward + exchanging[0], backward + recomputed * exchanging[0] + exchanging[1]
         there = added((1, self._replay_fixed(self.rest.gradients)), (1, self.rest.call))
         back = there
         if s.quantization == "fp8":
@@ -252,6 +256,10 @@ class Iteration:
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
 
+    def _link_seconds(self, size: float) -> float:
+        """Of so many bytes on their way to or from the host."""
+        return size / (self.settings.rates.pcie_gb_s * 1e9)
+
     def _gather_seconds(self, times: int, reductions: float = 0) -> float:
         """Of gathering all weights and reducing their gradients so often, which overlaps with computing."""
         s = self.settings
@@ -272,8 +280,16 @@ class Iteration:
             seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
-    def pick(self, gib: float | None = None) -> policies.Picked:
-        """The policy; `auto` solves for what the device, or another of so many GiB, has left.
+    def at(self, gib: float) -> "Iteration":
+        """The same on a device of so many GiB, at the same speed; its decode in tiles that fit there."""
+        other = copy.copy(self)
+        other.settings, other.reasons = self.settings.changed(gpu_gib=gib), []
+        if self.decode is not None:
+            decoding.choose(other)
+        return other
+
+    def pick(self, among: Collection[str] | None = None) -> policies.Picked:
+        """The policy; `auto` solves for what the device has left, with policies of these names for the blocks or all.
 
         Raises:
             ValueError: a policy that the model cannot have.
@@ -281,7 +297,7 @@ class Iteration:
         s = self.settings
         if s.checkpointing != "auto":
             return policies.named(s, self.replay)
-        room = limit(s, gib or s.gpu_gib)
+        room = limit(s, s.gpu_gib)
 
         def peak(blocks: Blocks) -> float:
             return max(phase.bytes for phase in self.training(blocks))
@@ -289,14 +305,13 @@ class Iteration:
         def replay_seconds(blocks: Blocks) -> float:
             return sum(phase.seconds for phase in self.training(blocks))
 
-        # For another capacity the named policies are enough to say whether it fits, and are traced already.
-        found = policies.automatic(s, self.replay, peak, replay_seconds, room, NAMED if gib else None)
+        found = policies.automatic(s, self.replay, peak, replay_seconds, room, among)
         resting = sum(self._replay_fixed(self.rest.gradients).values())
         if resting <= room:
             return found
         why = (
             f"weights, gradients and states take {resting / GIB:.1f} GiB, and {room / GIB:.1f} GiB are there:"
-            " smaller ones (lora, quantization, fsdp, offload, adamw8bit) would help"
+            " smaller ones (lora, quantization, blocks_to_swap, fsdp, offload, adamw8bit) would help"
         )
         return replace(found, reasons=(*found.reasons, why))
 
@@ -315,6 +330,21 @@ def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
+def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why; `quick`: under named policies only."""
+    if settings.blocks_to_swap != "auto":
+        return settings, ()
+
+    def attempt(changed: Settings) -> Plan:
+        iteration = Iteration(changed)
+        return _plan(iteration, iteration.pick(NAMED if quick else None))
+
+    case = case_of(settings, 1, "flash", train=True)
+    blocks = weights_of(case).blocks
+    count, why = choose(settings, len(blocks), bool(kinds_of(resolved(settings.model))), attempt)
+    return settings.changed(blocks_to_swap=count), (f"blocks_to_swap auto: {why}",)
+
+
 def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
     """Predicts one GRPO iteration on one GPU: `plan("flux-dev", height=720, width=720, lora=32)`.
 
@@ -329,18 +359,39 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
     """
     asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
-        iteration = Iteration(asked)
-        picked = iteration.pick()
-        found = _plan(iteration, picked)
-        found = replace(found, cards=_cards(iteration, found))
+        settings, reasons = with_swap(asked)
+        iteration, picked, found = _asked(settings)
+        found = replace(found, reasons=(*found.reasons, *reasons), cards=_cards(asked, iteration, found))
         if not advise:
             return found
         advised = _advised(iteration, found, picked, thorough)
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def _cards(iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
-    return verdicts(found, lambda gib: _plan(iteration.on(gib), iteration.pick(gib)))
+def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
+    iteration = Iteration(settings)
+    picked = iteration.pick()
+    found = _plan(iteration, picked)
+    if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
+        return iteration, picked, found
+    kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
+    iteration = Iteration(settings.changed(gradient_sync="call"))
+    iteration.reasons.append(kept)
+    picked = iteration.pick()
+    return iteration, picked, _plan(iteration, picked)
+
+
+def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
+    def on(gib: float) -> Plan:
+        if asked.blocks_to_swap == "auto":
+            other = Iteration(with_swap(asked.changed(gpu_gib=gib), quick=True)[0])
+        else:
+            other = iteration.at(gib)
+        # The named policies are enough to say whether it fits, and are traced already.
+        return _plan(other, other.pick(NAMED))
+
+    return verdicts(found, on)
 
 
 def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
@@ -369,7 +420,6 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
         phases.append(iteration.rewarding())
     phases += [*iteration.training(picked.blocks), iteration.step()]
     there = tuple(phase for phase in phases if phase is not None)
-    decodes = [] if iteration.decode is None else [decoding.said(decoding.call_of(settings, iteration.tile))]
     held = margins(settings, max(phase.bytes for phase in there)) | untraced(there)
     return Plan(
         settings,
@@ -377,5 +427,5 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
         held,
         {name.replace("_", " "): size for name, size in numbers(picked.blocks.saved()).items()},
         picked.name,
-        (*picked.reasons, *iteration.reasons, *decodes, *iteration.bound(picked.blocks)),
+        (*picked.reasons, *iteration.reasons, *iteration.bound(picked.blocks)),
     )

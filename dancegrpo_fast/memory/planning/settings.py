@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .cards import CARDS, USUAL, Rates, card
 
@@ -22,7 +22,8 @@ CHOICES = {
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
-    "gradient_sync": ("update", "call"),
+    "gradient_sync": ("auto", "update", "call"),
+    "sequence_kind": ("ulysses", "ring"),
     "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
     "vae_tiling": ("auto", "on", "off"),
@@ -75,7 +76,7 @@ class Settings:
         model: a shipped name, a diffusers folder, or a name on the hub.
         frames, height, width: in pixels.
         group_size: samples of each prompt.
-        prompts: of one iteration on this GPU.
+        prompts: of one iteration on this GPU, or on those that share its samples.
         micro_batch: samples of one training call.
         rollout_batch: samples of one rollout, decode and reward call.
         num_steps: of the sampler.
@@ -94,6 +95,8 @@ class Settings:
             input for the backward.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
+        blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
+            two buffers; "auto": as few as fit, or more where that is faster; see `swapping`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
@@ -105,7 +108,9 @@ class Settings:
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". Without FSDP they are there anyway.
+            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
+        sequence_parallel: how many of the GPUs share a sample's tokens.
+        sequence_kind: how: "ulysses" or "ring".
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
         vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
@@ -143,6 +148,7 @@ class Settings:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
     quantization: str = "none"
+    blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
@@ -152,7 +158,7 @@ class Settings:
     fsdp: int = 1
     strategy: str = "full_shard"
     rollout_replica: bool = False
-    gradient_sync: str = "update"
+    gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
     vae_tiling: str = "auto"
     vae_tile: int | None = None
@@ -160,6 +166,8 @@ class Settings:
     evaluation_height: int | None = None
     evaluation_width: int | None = None
     evaluation_guidance_scale: float | None = None
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
@@ -182,9 +190,11 @@ class Settings:
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
-        for name in (*counts, "fsdp", "trajectory_copies"):
+        for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
+        if self.blocks_to_swap != "auto":
+            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
         for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
@@ -227,6 +237,9 @@ class Settings:
             raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.quantization != "none" and self.dtype != "bfloat16":
             raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
+            kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
+            raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -238,6 +251,12 @@ class Settings:
             raise ValueError(
                 f'rollout_replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards'
             )
+        if self.fsdp % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: got {self.sequence_parallel} with fsdp {self.fsdp}, want a divisor of the GPUs"
+            )
+        if self.sequence_kind == "ring" and self.sequence_parallel > 1 and self.attention in ("efficient", "math"):
+            raise ValueError(f'attention: got "{self.attention}" with a ring, want "flash", "cudnn" or "auto"')
         if "block_inputs" in self.offload and (self.checkpointing == "none" or self.first_blocks() == 0):
             raise ValueError(
                 f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
@@ -263,6 +282,16 @@ class Settings:
                 f'checkpointing: got "{self.checkpointing}", want one of {", ".join(POLICIES)} with k an integer'
             )
         return None
+
+    @property
+    def scored(self) -> int:
+        """Samples that this GPU decodes and scores: those that share samples share that out."""
+        return math.ceil(self.samples / self.sequence_parallel)
+
+    @property
+    def scored_batch(self) -> int:
+        """Samples of one decode and reward call."""
+        return min(self.rollout_batch, self.scored)
 
     @property
     def precision(self) -> str:
@@ -357,9 +386,9 @@ def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
 
 
-def _integer(name: str, value: object, low: int) -> None:
+def _integer(name: str, value: object, low: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}")
+        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
 
 
 def _number(name: str, value: object) -> None:
