@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from dancegrpo_fast.memory.planning.budget import Phase
-from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
 from ..rows import Row, grid, made_with

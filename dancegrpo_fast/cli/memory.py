@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.planning.cards import CARDS, of_size
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Settings
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS
+from ..memory.planning.settings import Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"

@@ -5,7 +5,8 @@ from typing import Any
 
 from ..memory.planning.cards import CARDS, USUAL
 from ..memory.planning.cases import case_of
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
+from ..memory.planning.settings import Settings
 from ..memory.planning.sharding import weights_of
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import Recipe, RewardSettings, TrainSettings

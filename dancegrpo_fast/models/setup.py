@@ -21,7 +21,7 @@ from .base import DiffusersModel
 from .planning import settings_of
 
 if TYPE_CHECKING:
-    from ..memory.planning.planner import Iteration
+    from ..memory.planning.iteration import Iteration
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -226,7 +226,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     gib = _capacity(recipe, device)
     if gib is None:
         return None
-    from ..memory.planning.planner import Iteration
+    from ..memory.planning.iteration import Iteration
 
     return Iteration(_settings(model, recipe, device, text_tokens, gib))
 

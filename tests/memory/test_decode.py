@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench.memory import ledger
 from dancegrpo_fast.activations import operators
 from dancegrpo_fast.memory.planning.decode import Call, decode
-from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.tiles import rule, set_tile, tile_of
 from dancegrpo_fast.memory.trace.allocator import MIB, reserved_bytes

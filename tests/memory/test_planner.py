@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.budget import Advice, Phase
+from dancegrpo_fast.memory.planning.budget import CATEGORIES, Advice, Phase
 from dancegrpo_fast.memory.planning.cards import CARDS, Rates
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.margins import CONTEXT, limit, margins, with_margins
-from dancegrpo_fast.memory.planning.planner import CATEGORIES, Iteration, Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.quantised import INT8, conversion_bytes, quantised
-from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Settings
+from dancegrpo_fast.memory.planning.rewards import REWARDS
+from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.sharding import state_bytes_8bit, weights_of
 
 from ..processes import LIMIT

@@ -14,7 +14,7 @@ from .settings import GIB, Settings
 from .tiles import rule
 
 if TYPE_CHECKING:
-    from .planner import Iteration
+    from .iteration import Iteration
 
 
 def call_of(settings: Settings, tile: int | None) -> Call:
