@@ -1,19 +1,26 @@
 """Block ops, attention, checkpoints, tiles and float8 weights of a recipe: what is put in, and that results stay."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from bench.memory import ledger
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.planning import settings_of
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe, RewardSettings
 
+from ..tolerances import PREDICTED_BYTES
 from ..train.tiny import make_recipe, reward
 from . import checks
+
+diffusers = pytest.importorskip("diffusers")
 
 # The planner keeps whole bytes of margins.
 SLACK = 64
@@ -110,6 +117,35 @@ def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
     with pytest.raises(ValueError, match=r'model.vae_tiling: got "auto" with 0.50 GiB, of which a whole decode takes'):
         loaded(flux, tmp_path, height=64, width=64, memory_gib=0.5)
     assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=small, vae_tiling="off")[1].vae.use_tiling
+
+
+class Decoder(nn.Module):
+    """A loaded model whose call is its decode."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vae = model.vae
+
+    def forward(self, z: torch.Tensor) -> Any:
+        return self.vae.decode(z, return_dict=False)
+
+
+def test_a_tiled_decode_takes_what_the_run_is_planned_with(flux: Path, tmp_path: Path) -> None:
+    """By torch's own CPU allocator, with a VAE wide enough that oneDNN computes its convolutions."""
+    base = shutil.copytree(flux, tmp_path / "base")
+    wide = {"block_out_channels": (32, 64), "norm_num_groups": 8, "latent_channels": 4}
+    kinds = {
+        f"{way}_block_types": (f"{kind}Block2D",) * 2 for way, kind in (("down", "DownEncoder"), ("up", "UpDecoder"))
+    }
+    diffusers.AutoencoderKL(**wide, **kinds).save_pretrained(base / "vae")
+    recipe, model = loaded(base, tmp_path, height=128, width=128, vae_tiling="on", vae_tile=64)
+    latents = torch.randn(recipe.train.micro_batch, 4, 64, 64)
+    taken = ledger.measure(Decoder(model), {"z": latents}, train=False)
+    found = checks.pieces(recipe, model)
+    assert (found.tile, found.decode.weights) == (64, taken.fixed - latents.nbytes)
+    # Of the latents of a micro-batch the plan has one sample's.
+    beside = taken.allocator_peak - taken.fixed + latents[0].nbytes
+    assert sum(found.decode.peak.values()) == pytest.approx(beside, rel=PREDICTED_BYTES)
 
 
 def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None:
