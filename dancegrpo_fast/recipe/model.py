@@ -57,7 +57,9 @@ class ModelSettings:
             GPU.
         attention: a diffusers attention backend by name, or "auto" (`dancegrpo_fast.attention.choice.choose`); null
             leaves the model as it is.
-        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
+        vae_tiling: decode in tiles, and samples one by one: "on", "off", or "auto", where a whole decode would not fit
+            `memory_gib`, in the largest tiles that do.
+        vae_tile: side of a tile in pixels; null: "on" takes the VAE's own, or half of a picture that is no larger.
         prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
         max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
@@ -82,6 +84,7 @@ class ModelSettings:
     on_mismatch: Literal["warn", "eager"] = "warn"
     attention: str | None = None
     vae_tiling: Literal["auto", "on", "off"] = "auto"
+    vae_tile: int | None = None
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
     quantization: Literal["nf4", "int8", "fp8"] | None = None
@@ -93,10 +96,12 @@ class ModelSettings:
         first, _, count = self.checkpointing.partition(":")
         if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):
             raise ValueError(f'model.checkpointing: got "{self.checkpointing}", want one of {known} or "first:K"')
-        for name in ("memory_gib", "max_text_tokens"):
+        for name in ("memory_gib", "max_text_tokens", "vae_tile"):
             value = getattr(self, name)
             if value is not None:
                 positive(f"model.{name}", value)
+        if self.vae_tile is not None and self.vae_tiling == "off":
+            raise ValueError(f'model.vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
         if self.start_as == "merged":
             if self.start_from is None:
                 raise ValueError('model.start_as: got "merged" without model.start_from, want both')

@@ -17,7 +17,8 @@ from dancegrpo_fast.activations import checkpointing
 from dancegrpo_fast.activations.streaming import BUFFERS, BlockSwap
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.budget import Phase
-from dancegrpo_fast.memory.planning.planner import Iteration, plan
+from dancegrpo_fast.memory.planning.iteration import Iteration
+from dancegrpo_fast.memory.planning.planner import plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.swapping import Swap
 from dancegrpo_fast.quantization import store_in_fp8

@@ -45,8 +45,8 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
         yield Knob("text encoders freed after encoding", {"text_encoders": "freed"})
     if s.text_encoders != "precomputed" and top == "text encoding":
         yield Knob("text embeddings computed before", {"text_encoders": "precomputed"})
-    if not s.vae_tiling and (top == "decode" or thorough):
-        yield Knob("VAE tiling", {"vae_tiling": True})
+    if s.vae_tiling == "off" and (top == "decode" or thorough):
+        yield Knob("VAE tiling", {"vae_tiling": "on"})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
     if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
@@ -59,7 +59,7 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
     if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:
         for some in sorted({-(-most // 2), most}):
             yield Knob(f"blocks_to_swap {some}: frozen weights wait on the host", {"blocks_to_swap": some})
-    if s.quantization == "none":
+    if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})

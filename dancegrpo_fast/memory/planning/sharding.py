@@ -81,7 +81,7 @@ def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
 def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
-    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None)
+    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, sequence_parallel=1)
     return _weights_of(replace(case, kernel="flash", train=True, fresh=False))
 
 

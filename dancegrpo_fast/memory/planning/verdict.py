@@ -109,6 +109,7 @@ def sentence(asked: "Plan", every: Sequence[Verdict]) -> str:
 
 
 def line(every: Sequence[Verdict]) -> str:
-    """All sizes in a line."""
-    words = {YES: "yes", GUESSES: "within the guesses", NO: "no"}
-    return "cards: " + ", ".join(f"{each.size} {words[each.state]}" for each in every)
+    """The sizes in a line, up to the first that holds it."""
+    first = next((i for i, each in enumerate(every) if each.state == YES), len(every) - 1)
+    shown = ", ".join(f"{each.size} {each.state}" for each in every[: first + 1])
+    return f"cards: {shown}" + (" and every larger one" if first + 1 < len(every) else "")
