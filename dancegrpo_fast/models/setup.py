@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,12 +152,7 @@ def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text
         gib = torch.cuda.get_device_properties(device).total_memory / GIB
     from ..memory.planning.planner import Iteration
 
-    found = Iteration(_settings(model, recipe, device, text_tokens, gib))
-    if found.decode is not None and recipe.model.frozen_torch_dtype() == torch.float32:
-        # The planner counts in bf16.
-        double = {name: 2 * size for name, size in found.decode.peak.items()}
-        found.decode = replace(found.decode, weights=2 * found.decode.weights, peak=double)
-    return found
+    return Iteration(_settings(model, recipe, device, text_tokens, gib))
 
 
 def processes() -> tuple[int, str]:
@@ -177,13 +171,11 @@ def processes() -> tuple[int, str]:
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
-    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
     return settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
         strategy=strategy,
-        trained=(sum(p.numel() for p in trained), trained[0].itemsize),
         text_tokens=text_tokens,
         text_encoders="precomputed",
         device=str(device),

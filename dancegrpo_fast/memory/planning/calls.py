@@ -42,7 +42,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
         checkpointing.apply(model, policy)
     sizes = case.frames, case.height, case.width, case.rows, case.text_tokens
     # The trainer hands a model inputs of its own dtype.
-    inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    inputs = specs.inputs(spec, *sizes, dtype=dtype, reference=case.reference)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
     return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
 

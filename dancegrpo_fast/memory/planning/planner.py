@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..trace.tracer import collected
 from . import policy as policies
@@ -13,10 +14,11 @@ from .blocks import Blocks, compose
 from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
+from .copies import copies, encoder_bytes, has_second, other_bytes, with_second, words
 from .decode import Decode, decode
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
-from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
+from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, without
 
 __all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
 
@@ -43,18 +45,29 @@ class Iteration:
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
         self.reasons += [INT8] if settings.quantization == "int8" else []
-        if settings.optimizer == "other":
+        if not settings.optimizer.startswith("adamw"):
+            found = ", ".join(f"{state_bytes(settings, dtype):g}" for dtype in set(weights_of(self.replay).dtypes))
             self.reasons.append(
-                f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
-                "what its step takes"
+                f"optimizer {settings.optimizer}: {found} bytes of states for each trained number, and nothing of what "
+                "its step takes"
             )
+        self.second = has_second(settings, self.spec)
         self.rest: Rest = rest(settings, self.replay)
-        self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
+        # Before it is doubled: what a change of the denoiser that runs moves.
+        self.expert = sum(self.rest.weights.values())
+        self.rest = with_second(self.rest, settings) if self.second else self.rest
+        self.copies = copies(settings, weights_of(self.replay), 2 if self.second else 1)
+        self.copies += other_bytes(settings, self.spec)
+        self.reasons += words(settings, self.spec)
+        self.encoders = encoder_bytes(settings, self.spec)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
         if self.spec.vae is not None:
             size = settings.frames, settings.height, settings.width
             self.decode = decode(settings.model, *size, settings.rollout_batch, settings.vae_tiling)
+            if settings.frozen_dtype == "float32":
+                double = {name: 2 * size for name, size in self.decode.peak.items()}
+                self.decode = replace(self.decode, weights=2 * self.decode.weights, peak=double)
         else:
             self.reasons.append("the VAE is not known: decode is not in it")
         latents = math.prod(self.grid) * self.spec.latent_channels
@@ -76,7 +89,7 @@ class Iteration:
             sizes["text_encoders"] = 0
         away = {*s.offload, *(["text_encoders"] if s.text_encoders == "freed" else [])}
         there = sum(size for name, size in sizes.items() if name in running or name not in away)
-        return {"other models": there + sum(other.bytes for other in s.others)}
+        return {"other models": there + self.copies + sum(other.bytes for other in s.others)}
 
     def resting(self, *, denoiser: bool) -> Vector:
         """Weights and states of the denoiser between its calls."""
@@ -92,6 +105,12 @@ class Iteration:
             "fragmentation": round(FRAGMENTATION * self.settings.gpu_gib * GIB),
         }
         return found | ({"NCCL": round(NCCL * GIB)} if self.settings.fsdp > 1 else {})
+
+    def _turns(self, passes: int) -> float:
+        """Seconds to bring both denoisers, one after the other, where the one that does not run is on the host."""
+        if not self.second or "expert" not in self.settings.offload:
+            return 0.0
+        return 2 * passes * self.expert / (self.settings.rates.pcie_gb_s * 1e9)
 
     def _carried(self, *names: str, denoiser: bool = False) -> float:
         """Seconds to bring what waits on the host, and to take the denoiser there and back."""
@@ -150,7 +169,8 @@ class Iteration:
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
         each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
-        return self._call("rollout", "rollout", blocks, fixed, calls * each)
+        turns = self._turns(math.ceil(s.samples / s.rollout_batch))
+        return self._call("rollout", "rollout", blocks, fixed, calls * each + turns)
 
     def decoding(self) -> Phase | None:
         """The VAE."""
@@ -196,6 +216,7 @@ class Iteration:
         )
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
+        forward *= 2 if s.kl_reference else 1
         moved = blocks.host_bytes() / (s.rates.pcie_gb_s * 1e9)
         again = 1 if s.strategy == "full_shard" else 0
         reduced = self._gather_seconds(again, reductions=1 if s.gradient_sync == "call" else 1 / calls)
@@ -207,7 +228,7 @@ class Iteration:
             back = added((1, there), (1, {"saved": kept, "recomputation": cast_again}))
             there = added((1, there), (1, {"saved": kept}))
         return (
-            self._call("replay forward", "forward", blocks, there, calls * forward),
+            self._call("replay forward", "forward", blocks, there, calls * forward + self._turns(1)),
             self._call("replay backward", "backward", blocks, back, calls * backward),
         )
 
@@ -274,10 +295,10 @@ def _ordered(vector: Vector) -> dict[str, int]:
 def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     """Bytes that one prompt is encoded to."""
     given = specs.inputs(spec, settings.frames, settings.height, settings.width, 1, settings.text_tokens)
-    kept = [
-        value for key, value in given.items() if isinstance(value, Tensor) and ("encoder" in key or "pooled" in key)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    kept = tree_leaves(
+        [value for key, value in given.items() if any(word in key for word in ("encoder", "pooled", "cap_", "cond_"))]
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))
 
 
 def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> Plan:
