@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..allocator import expand_segments
 from ..files import append_rows, write_text, writing
 from ..models import load_model
 from ..models.base import DiffusersModel
@@ -261,6 +262,7 @@ def evaluate(
         if by not in prompt.meta:
             raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
     processes = Processes(recipe.train.mixed_precision)
+    expand_segments(processes.device)
     if processes.sharded:
         raise ValueError("accelerate: got FSDP2, want the whole model in every process to evaluate it")
     torch.set_num_threads(recipe.threads or processes.threads())

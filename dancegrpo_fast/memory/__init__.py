@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ..attention.choice import choose as choose
     from ..profile.profiler import profile as profile
     from ..profile.profiler import profile_recipe as profile_recipe
+    from .planning.cards import Rates as Rates
     from .planning.planner import Plan as Plan
     from .planning.planner import plan as plan
-    from .planning.settings import Rates as Rates
     from .planning.settings import Reward as Reward
     from .planning.settings import Settings as Settings
 
@@ -26,7 +26,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "planning.planner": ("Plan", "plan"),
-        "planning.settings": ("Rates", "Reward", "Settings"),
+        "planning.cards": ("Rates",),
+        "planning.settings": ("Reward", "Settings"),
         ".attention": ("choose",),
         ".profile": ("profile", "profile_recipe"),
     },

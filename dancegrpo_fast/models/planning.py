@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from ..memory.planning.cards import CARDS, USUAL
 from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import Recipe, RewardSettings, TrainSettings
@@ -31,7 +32,7 @@ def settings_of(
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
         device: that attention is chosen for.
-        gpu_gib: capacity; None: `model.memory_gib`, or 80.
+        gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
         ValueError: settings that contradict.
@@ -76,7 +77,7 @@ def settings_of(
         frozen_dtype=given.frozen_dtype or given.dtype,
         kl_reference=train.kl_weight > 0,
         ema=train.ema_decay is not None,
-        gpu_gib=gpu_gib or given.memory_gib or 80.0,
+        gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..activations import checkpointing
+from ..allocator import expands
+from ..memory.planning.margins import with_margins
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -137,7 +139,7 @@ def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text
     decode = None if iteration is None else iteration.decoding()
     if iteration is None or decode is None:
         return
-    needed = (decode.bytes + sum(iteration.margins().values())) / GIB
+    needed = with_margins(iteration.settings, decode.bytes) / GIB
     if needed > iteration.settings.gpu_gib:
         model.tile_vae(True)
         print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
@@ -171,7 +173,7 @@ def processes() -> tuple[int, str]:
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
-    return settings_of(
+    found = settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
@@ -181,3 +183,4 @@ def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
         device=str(device),
         gpu_gib=gib,
     )
+    return found.changed(expandable_segments=expands(device))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..allocator import expand_segments
 from ..files import write_text
 from ..models import family_of, load_model
 from ..optimizers import EIGHT_BIT, find_optimizer, probe
@@ -60,7 +61,7 @@ class Setup:
         start: iterations that are done.
         finished: nothing is left to do: all iterations are done and their model is saved. The rest was not built.
         changes: what was accepted and does differ.
-        notes: lines about how the run is continued.
+        notes: lines about the allocator, and about how the run is continued.
 
     Raises:
         ValueError: a recipe that cannot be run, a damaged or foreign checkpoint, an output directory in use.
@@ -74,6 +75,8 @@ class Setup:
         check_trackers(recipe.tracking)
         self.processes = Processes(recipe.train.mixed_precision)
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        if told := expand_segments(self.device):
+            self.notes.append(told)
         self.stop = Stop(
             largest=self.processes.largest,
             leaves=not self.processes.sharded,

@@ -23,6 +23,7 @@ from bench.memory.scenarios import SCENARIOS, Scenario
 from bench.memory.table import Setting
 from dancegrpo_fast.cli.memory import parse
 from dancegrpo_fast.memory.planning import families, specs
+from dancegrpo_fast.memory.planning.cards import CARDS
 
 from ..tolerances import PREDICTED_BYTES
 
@@ -148,7 +149,7 @@ def test_figures_of_the_earlier_count_as_rows(monkeypatch: pytest.MonkeyPatch) -
 def test_scenarios_are_valid_commands(scenario: Scenario) -> None:
     settings = parse(scenario.command.split()).settings
     assert settings.checkpointing == "auto" and settings.model in specs.names()
-    assert f"{settings.gpu_gib:g} GiB" in scenario.name
+    assert CARDS[settings.card].size in scenario.name
     assert sum(s.name == scenario.name for s in SCENARIOS) == 1
 
 

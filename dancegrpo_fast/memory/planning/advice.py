@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from .blocks import Blocks
 from .budget import Advice, Plan
 from .cases import Kind, kinds_of, resolved
-from .policy import HOST
 from .settings import GIB, Settings
+from .verdict import HOST
 
 # From the most recomputation to none.
 LADDER = ("full", "attention", "matmul", "none")
@@ -51,7 +51,7 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
         yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
-    if s.quantization == "none":
+    if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})
@@ -61,7 +61,9 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
             {"rollout_replica": not s.rollout_replica},
         )
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
-        yield Knob("block ops, lossless", {"block_ops": "lossless"})
+        # Of frozen layers the GELU's input is not kept anyway.
+        again = "all" if s.lora else "gelu"
+        yield Knob(f"block ops, lossless, recompute {again}", {"block_ops": "lossless", "recompute": again})
     if thorough:
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
@@ -164,6 +166,16 @@ def _most(
             high = middle - 1
         middle = (low + high + 1) // 2
     return low, best
+
+
+def dominated(plan: Plan, found: Sequence[Advice]) -> list[str]:
+    """Says of a checkpoint policy that another takes no more memory and no more time."""
+    better = [a for a in found if a.text.startswith("checkpointing ") and a.gib <= 0 and a.seconds <= 0]
+    return [
+        f"checkpointing {plan.policy} is dominated: {a.text.removeprefix('checkpointing ')} takes {-a.gib:.2f} GiB and"
+        f" {-100 * a.seconds:.1f} % of the time less"
+        for a in better[:1]
+    ]
 
 
 def advice(

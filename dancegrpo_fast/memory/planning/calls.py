@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...activations import checkpointing
+from ...progress import working
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
@@ -45,7 +46,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     inputs = specs.inputs(spec, *sizes, dtype=dtype, reference=case.reference)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+    with working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
+        return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
 
 
 class Moment(NamedTuple):
@@ -71,6 +73,7 @@ class Summary:
         static: bytes by category before the call.
         kept: bytes by category at the end of its forward.
         flops, traffic: by phase and group.
+        launches: by phase.
         saved: what the forward keeps, by group.
         made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
         work: of the forward and those blocks by group: FLOPs and traffic.
@@ -82,6 +85,7 @@ class Summary:
     kept: Vector
     flops: dict[str, Vector]
     traffic: dict[str, Vector]
+    launches: dict[str, int]
     saved: Vector
     made: dict[str, dict[str, tuple[int, int]]]
     work: dict[str, dict[str, tuple[float, float]]]
@@ -205,6 +209,7 @@ def _summary(
         ends[found.phases[_forward(found)][1]],
         {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
         {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        found.launches,
         dict(found.saved_by_group),
         _made(found, blocks),
         _work(found, blocks),

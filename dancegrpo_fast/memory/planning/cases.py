@@ -162,9 +162,15 @@ def least_of(spec: specs.Spec) -> tuple[int, ...]:
     return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
 
 
+def block_counts(case: Case) -> tuple[int, ...]:
+    """How many blocks of each kind the model has."""
+    return tuple(kind.blocks for kind in kinds_of(resolved(case.spec)))
+
+
+@lru_cache(maxsize=2)
 def whole_model(case: Case) -> nn.Module:
-    """The model with all of its blocks."""
-    return build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
+    """The model with all of its blocks, to look at and not to change."""
+    return build(case, block_counts(case))
 
 
 @lru_cache(maxsize=16)

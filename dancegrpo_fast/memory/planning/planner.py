@@ -3,34 +3,37 @@
 import math
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ...activations.checkpointing import NAMED
 from ..trace.tracer import collected
 from . import policy as policies
 from . import specs
+from .advice import advice, dominated
 from .blocks import Blocks, compose
-from .budget import CAPACITIES, CATEGORIES, Advice, Phase, Plan
+from .budget import CATEGORIES, Advice, Phase, Plan
 from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
 from .copies import copies, encoder_bytes, has_second, other_bytes, with_second, words
 from .decode import Decode, decode
+from .margins import limit, margins, untraced
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, without
+from .verdict import Verdict, verdicts
 
-__all__ = ["CAPACITIES", "CATEGORIES", "Advice", "Phase", "Plan", "plan"]
-
-# Guesses, in GiB: they are shown apart and never added to exact bytes.
-CONTEXT, WORKSPACES, NCCL, UNTRACED = 0.5, 0.25, 1.0, 0.5
-FRAGMENTATION = 0.02
+__all__ = ["CATEGORIES", "Advice", "Phase", "Plan", "plan"]
 
 
 class Iteration:
     """The pieces of one plan."""
 
     def __init__(self, settings: Settings) -> None:
+        if settings.gradient_sync == "auto":
+            settings = settings.changed(gradient_sync="update")
         self.settings = settings
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
@@ -97,15 +100,6 @@ class Iteration:
         weights = self.rest.weights if there else {}
         return added((1, weights), (1, self.rest.optimizer))
 
-    def margins(self) -> dict[str, int]:
-        """Guesses."""
-        found = {
-            "CUDA context": round(CONTEXT * GIB),
-            "cuBLAS and cuDNN workspace": round(WORKSPACES * GIB),
-            "fragmentation": round(FRAGMENTATION * self.settings.gpu_gib * GIB),
-        }
-        return found | ({"NCCL": round(NCCL * GIB)} if self.settings.fsdp > 1 else {})
-
     def _turns(self, passes: int) -> float:
         """Seconds to bring both denoisers, one after the other, where the one that does not run is on the host."""
         if not self.second or "expert" not in self.settings.offload:
@@ -165,7 +159,7 @@ class Iteration:
             (1, {"trajectories": self.trajectories}),
         )
         calls = math.ceil(s.samples / s.rollout_batch) * s.num_steps
-        each = policies.seconds(s, blocks.flops("rollout"), blocks.traffic("rollout"))
+        each = self._seconds(blocks, "rollout")
         each += self._conversion_seconds(blocks)[0]
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
         each = max(each, 0.0 if gathered_once else self._gather_seconds(1))
@@ -210,10 +204,7 @@ class Iteration:
         """One micro-step's bytes, and the seconds of all."""
         s = self.settings
         calls = math.ceil(s.samples * max(1, round(s.num_steps * s.timestep_fraction)) / s.micro_batch)
-        forward = policies.seconds(s, blocks.flops("forward"), blocks.traffic("forward"))
-        backward = sum(
-            policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in ("backward", "recompute")
-        )
+        forward, backward = self._seconds(blocks, "forward"), self._seconds(blocks, "backward", "recompute")
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
         forward *= 2 if s.kl_reference else 1
@@ -231,6 +222,29 @@ class Iteration:
             self._call("replay forward", "forward", blocks, there, calls * forward + self._turns(1)),
             self._call("replay backward", "backward", blocks, back, calls * backward),
         )
+
+    def _seconds(self, blocks: Blocks, *parts: str) -> float:
+        """Of one call: its work, or what the host takes to start it."""
+        s = self.settings
+        work = sum(policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in parts)
+        return max(work, self._starting(blocks, *parts))
+
+    def _starting(self, blocks: Blocks, *parts: str) -> float:
+        """Seconds that the host takes to start the operators of one call."""
+        return sum(blocks.launches(part) for part in parts) * self.settings.rates.launch_us * 1e-6
+
+    def bound(self, blocks: Blocks) -> list[str]:
+        """Says of a replay that the host takes longer to start it than the device to run it."""
+        parts = ("forward", "backward", "recompute")
+        s, starting = self.settings, self._starting(blocks, *parts)
+        work = sum(policies.seconds(s, blocks.flops(part), blocks.traffic(part)) for part in parts)
+        if starting <= work:
+            return []
+        count = round(sum(blocks.launches(part) for part in parts))
+        return [
+            f"launch-bound: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
+            f" start and {1e3 * work:.0f} ms to run; a larger micro_batch or a compiled model would be faster"
+        ]
 
     def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
         """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
@@ -261,22 +275,16 @@ class Iteration:
             seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
-    def pick(self) -> policies.Picked:
-        """The policy; `auto` solves for what the device has left."""
+    def pick(self, gib: float | None = None) -> policies.Picked:
+        """The policy; `auto` solves for what the device, or another of so many GiB, has left.
+
+        Raises:
+            ValueError: a policy that the model cannot have.
+        """
         s = self.settings
         if s.checkpointing != "auto":
             return policies.named(s, self.replay)
-        margins = self.margins()
-        limit = s.gpu_gib * GIB - sum(margins.values())
-        least = sum(self._replay_fixed(self.rest.gradients).values())
-        if least > limit:
-            # Fragmentation is a share of what is wanted.
-            fixed = least + sum(margins.values()) - margins["fragmentation"]
-            wanted = math.ceil(10 * fixed / (1 - FRAGMENTATION) / GIB) / 10
-            raise ValueError(
-                f"gpu_gib: got {s.gpu_gib:g}, want more than {wanted:.1f}: weights,"
-                f" gradients, states and margins alone; or smaller ones (lora, quantization, fsdp, offload, adamw8bit)"
-            )
+        room = limit(s, gib or s.gpu_gib)
 
         def peak(blocks: Blocks) -> float:
             return max(phase.bytes for phase in self.training(blocks))
@@ -284,7 +292,16 @@ class Iteration:
         def replay_seconds(blocks: Blocks) -> float:
             return sum(phase.seconds for phase in self.training(blocks))
 
-        return policies.automatic(s, self.replay, peak, replay_seconds, limit)
+        # For another capacity the named policies are enough to say whether it fits, and are traced already.
+        found = policies.automatic(s, self.replay, peak, replay_seconds, room, NAMED if gib else None)
+        resting = sum(self._replay_fixed(self.rest.gradients).values())
+        if resting <= room:
+            return found
+        why = (
+            f"weights, gradients and states take {resting / GIB:.1f} GiB, and {room / GIB:.1f} GiB are there:"
+            " smaller ones (lora, quantization, fsdp, offload, adamw8bit) would help"
+        )
+        return replace(found, reasons=(*found.reasons, why))
 
 
 def _ordered(vector: Vector) -> dict[str, int]:
@@ -301,27 +318,47 @@ def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))
 
 
-def plan(settings: Settings, *, advise: bool = True, thorough: bool = False) -> Plan:
-    """Predicts one GRPO iteration on one GPU.
+def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
+    """Predicts one GRPO iteration on one GPU: `plan("flux-dev", height=720, width=720, lora=32)`.
 
     Args:
-        settings: what is run.
+        settings: what is run, or a model, as `Settings` takes it.
         advise: also recompute the plan with each knob changed.
         thorough: also with knobs that need other traces, which takes longer.
+        changes: fields of `Settings`.
 
     Raises:
-        ValueError: settings that the model cannot have, or with policy "auto" a capacity below the weights.
+        ValueError: settings that the model cannot have.
     """
+    asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
-        iteration = Iteration(settings)
-        picked = iteration.pick()
-        found = _plan(iteration, picked)
-        return replace(found, advice=_advised(iteration, found, picked, thorough)) if advise else found
+        iteration, picked, found = _asked(asked)
+        found = replace(found, cards=_cards(iteration, found))
+        if not advise:
+            return found
+        advised = _advised(iteration, found, picked, thorough)
+        return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
+
+
+def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
+    iteration = Iteration(settings)
+    picked = iteration.pick()
+    found = _plan(iteration, picked)
+    if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
+        return iteration, picked, found
+    kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
+    iteration = Iteration(settings.changed(gradient_sync="call"))
+    iteration.reasons.append(kept)
+    picked = iteration.pick()
+    return iteration, picked, _plan(iteration, picked)
+
+
+def _cards(iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
+    return verdicts(found, lambda gib: _plan(iteration, iteration.pick(gib)))
 
 
 def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
-    from .advice import advice
-
     def again(changed: Settings, same_policy: bool) -> Plan:
         other = Iteration(changed)
         if not same_policy:
@@ -347,16 +384,12 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
         phases.append(iteration.rewarding())
     phases += [*iteration.training(picked.blocks), iteration.step()]
     there = tuple(phase for phase in phases if phase is not None)
-    margins = iteration.margins()
-    top = max(phase.bytes for phase in there)
-    untraced = [p.bytes + round(UNTRACED * GIB) - top for p in there if p.name in ("text encoding", "rewards")]
-    if max(untraced, default=0) > 0:
-        margins["activations of models that are not traced"] = max(untraced)
+    held = margins(settings, max(phase.bytes for phase in there)) | untraced(there)
     return Plan(
         settings,
         there,
-        margins,
+        held,
         {name.replace("_", " "): size for name, size in numbers(picked.blocks.saved()).items()},
         picked.name,
-        (*picked.reasons, *iteration.reasons),
+        (*picked.reasons, *iteration.reasons, *iteration.bound(picked.blocks)),
     )

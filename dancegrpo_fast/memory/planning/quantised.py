@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activations import checkpointing
-from .cases import Case, resolved, whole_model
+from .cases import Case, block_counts, build, resolved, whole_model
 
 INT8 = (
     "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"
@@ -81,9 +81,9 @@ def quantised(case: Case, base: str) -> Quantised:
 @lru_cache(maxsize=8)
 def _quantised(case: Case, base: str) -> Quantised:
     spec = resolved(case.spec)
-    model = whole_model(case)
     if base == "fp8":
-        return _layerwise(model, checkpointing.block_paths(model))
+        return _layerwise(case)
+    model = whole_model(case)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     layers = [
         (name, module.weight.shape[0], module.weight.numel(), module.weight.element_size())
@@ -108,10 +108,12 @@ def nf4_bytes(n: int) -> int:
     return -(-n // 2) + 4 * -(-n // 64) + 4 * 16
 
 
-def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
+def _layerwise(case: Case) -> Quantised:
     """On the `meta` device diffusers' own hooks cast what they would cast."""
     from ...quantization import store_in_fp8
 
+    model = build(case, block_counts(case))
+    paths = checkpointing.block_paths(model)
     store_in_fp8(model, torch.bfloat16)
     layers = {
         name: (module, 2 * module.weight.numel())

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .cards import CARDS, USUAL, Rates, card
+
 GIB = 2**30
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
@@ -18,7 +20,7 @@ CHOICES = {
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
-    "gradient_sync": ("update", "call"),
+    "gradient_sync": ("auto", "update", "call"),
     "text_encoders": ("resident", "freed", "precomputed"),
     "text_encoder_quantization": ("none", "int8", "nf4", "fp8"),
     "frozen_dtype": ("bfloat16", "float16", "float32"),
@@ -65,27 +67,6 @@ REWARD_MODELS = {name: name for name in ("hps", "pickscore", "clip_score")} | {
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What a device is assumed to do; seconds are counted work over these, not timings.
-
-    Attributes:
-        tflops: of bfloat16 matrix products and convolutions, TFLOP/s.
-        attention_tflops: of attention.
-        bandwidth_gb_s: of device memory, 10^9 bytes a second.
-        pcie_gb_s: to and from host memory, one way.
-        link_gb_s: between devices, one way.
-        host_gb_s: of host memory, for an optimiser that steps there.
-    """
-
-    tflops: float = 798.0
-    attention_tflops: float = 500.0
-    bandwidth_gb_s: float = 3000.0
-    pcie_gb_s: float = 25.0
-    link_gb_s: float = 300.0
-    host_gb_s: float = 100.0
-
-
-@dataclass(frozen=True)
 class Settings:
     """One GPU's share of a GRPO run.
 
@@ -122,7 +103,7 @@ class Settings:
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". Without FSDP they are there anyway.
+            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles.
         optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), "adafactor",
@@ -145,8 +126,10 @@ class Settings:
         reference_height, reference_width: of a picture to edit, in pixels, whose tokens are in every call (FLUX
             Kontext, FLUX.2, Qwen-Image-Edit); 0: none. Of several beside each other their common height, and the sum
             of their widths.
-        gpu_gib: capacity.
+        expandable_segments: of CUDA's allocator, which the trainer asks for.
+        gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
+        card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
     """
 
     model: str
@@ -176,7 +159,7 @@ class Settings:
     fsdp: int = 1
     strategy: str = "full_shard"
     rollout_replica: bool = False
-    gradient_sync: str = "update"
+    gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
     vae_tiling: bool = False
     optimizer: str = "adamw"
@@ -192,13 +175,15 @@ class Settings:
     second_expert: str = "trained"
     reference_height: int = 0
     reference_width: int = 0
-    gpu_gib: float = 80.0
-    rates: Rates = Rates()
+    expandable_segments: bool = True
+    gpu_gib: float = CARDS[USUAL].gib
+    rates: Rates = CARDS[USUAL].rates
+    card: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "checkpointing", "attention", "device"):
             _is(name, getattr(self, name), str, "a string")
-        for name in ("rollout_replica", "vae_tiling", "kl_reference", "ema"):
+        for name in ("rollout_replica", "vae_tiling", "kl_reference", "ema", "expandable_segments"):
             _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
@@ -230,6 +215,8 @@ class Settings:
         _number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
+        if self.card:
+            card(self.card)
         self.first_blocks()
         self._check_together()
 
@@ -311,12 +298,28 @@ class Settings:
         """Of one iteration on this GPU."""
         return self.group_size * self.prompts
 
+    @property
+    def capacity(self) -> str:
+        """Of the device, in words."""
+        return f"{CARDS[self.card].label}, {self.gpu_gib:g} GiB" if self.card else f"{self.gpu_gib:g} GiB"
+
+    def on(self, name: str) -> "Settings":
+        """The same on a known card.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        found = card(name)
+        return self.changed(card=name, gpu_gib=found.gib, rates=found.rates, device=found.device)
+
     def changed(self, **changes: Any) -> "Settings":
         """The same with other values.
 
         Raises:
             ValueError: they contradict.
         """
+        if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
+            changes = {"card": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Recorder(TorchDispatchMode):
         self.phases: dict[str, tuple[int, int]] = {}
         self.flops: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self.bytes: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self.launches: Counter[str] = Counter()
         self._live: dict[int, Storage] = {}
         self._checkpointed: set[int] = set()
         self.handed: Counter[str] = Counter()
@@ -131,6 +132,8 @@ class Recorder(TorchDispatchMode):
             self.flops[phase][module, known.group] += cost.flops
         if cost.bytes:
             self.bytes[phase][module, known.group] += cost.bytes
+        if cost.flops or cost.bytes:
+            self.launches[phase] += 1
         return out
 
     # Phases, modules, checkpoints.
@@ -242,4 +245,6 @@ class Recorder(TorchDispatchMode):
         """Of all phases; storages are followed no longer."""
         for storage in self.storages:
             storage.reference = None
-        return Trace(self.storages, self.phases, dict(self.flops), dict(self.bytes), dict(self.handed))
+        return Trace(
+            self.storages, self.phases, dict(self.flops), dict(self.bytes), dict(self.launches), dict(self.handed)
+        )

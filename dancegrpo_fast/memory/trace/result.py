@@ -72,6 +72,7 @@ class Trace:
         flops: by (module path, group) of each phase ("recompute" is what a checkpoint or a block op computes again in
             the backward), what matrix products, convolutions, attention and block ops compute.
         traffic: the same of bytes that other operators read and write.
+        launches: operators of each phase that compute or move something; each starts a kernel at least.
         handed: bytes that the checkpoint of a module, by its path, is the first to keep as an input.
     """
 
@@ -79,6 +80,7 @@ class Trace:
     phases: dict[str, tuple[int, int]]
     flops: dict[str, Counter[tuple[str, str]]]
     traffic: dict[str, Counter[tuple[str, str]]]
+    launches: dict[str, int]
     handed: dict[str, int]
 
     @cached_property
