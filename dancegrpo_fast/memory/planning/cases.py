@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...activations import checkpointing
-from . import specs
+from . import guessed, specs
 from .settings import KERNELS, Settings
 
 KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
@@ -94,7 +94,18 @@ def _found(spec: specs.Spec) -> tuple[Kind, ...]:
         else:
             kinds.append(Kind(held, int(place), 1, 1))
         before = like
-    return _merged(kinds)
+    found = _merged(kinds)
+    return found if not spec.assumed or _runs_cut(spec, found) else ()
+
+
+def _runs_cut(spec: specs.Spec, kinds: Sequence[Kind]) -> bool:
+    """Whether a model of a class that is not known takes its inputs with other numbers of blocks."""
+    for more in (0, 1):
+        model = specs.build(spec)
+        _cut(model, kinds, [kind.least + more for kind in kinds])
+        if not guessed.runs(model, specs.small_inputs(spec)):
+            return False
+    return True
 
 
 def _merged(kinds: list[Kind]) -> tuple[Kind, ...]:

@@ -16,6 +16,7 @@ FAILURES = (
     *(TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError),
     *(NotImplementedError, ZeroDivisionError, ImportError, NameError),
 )
+_TIMES = {"timestep", "timesteps", "t"}
 # Of a prompt, where nothing says how long it is.
 TEXT = 512
 # What configurations call the width of text embeddings, the most telling first.
@@ -26,13 +27,12 @@ WIDTHS = (
 
 
 def is_denoiser(cls: Any) -> bool:
-    """Whether it is a model of diffusers whose blocks can be checkpointed and that takes latents."""
-    return (
-        isinstance(cls, type)
-        and issubclass(cls, nn.Module)
-        and bool(getattr(cls, "_supports_gradient_checkpointing", False))
-        and "in_channels" in inspect.signature(cls.__init__).parameters
-    )
+    """Whether it is a model of diffusers whose blocks can be checkpointed and that takes latents and times."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return False
+    made, called = (inspect.signature(inspect.unwrap(f)).parameters for f in (cls.__init__, cls.forward))
+    checkpoints = bool(getattr(cls, "_supports_gradient_checkpointing", False))
+    return checkpoints and "in_channels" in made and not _TIMES.isdisjoint(called)
 
 
 def family(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Family:
@@ -67,7 +67,7 @@ def _sizes(call: Call) -> dict[str, Any]:
 
 
 _GIVEN: dict[str, Callable[[Call], Any]] = {
-    **dict.fromkeys(("timestep", "timesteps", "t", "r_timestep"), Call.times),
+    **dict.fromkeys((*_TIMES, "r_timestep"), Call.times),
     **dict.fromkeys(("encoder_hidden_states", "context", "cap_feats"), _text),
     **dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states_mask"), Call.mask),
     **dict.fromkeys(("original_size", "target_size", "crop_coords"), lambda call: call.floats(2)),
@@ -134,6 +134,15 @@ LAYOUTS: dict[str, Callable[[Call], dict[str, Any]]] = {
 def run(model: nn.Module, given: Mapping[str, Any]) -> None:
     """Calls a model on fake tensors; raises what it raises."""
     trace(model, given, train=False)
+
+
+def runs(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether that works."""
+    try:
+        run(model, given)
+    except FAILURES:
+        return False
+    return True
 
 
 def words(denoiser: str, layout: str, given: Mapping[str, Any]) -> str:

@@ -148,10 +148,8 @@ def _guessed(spec: Spec) -> Spec:
     failed: dict[str, list[str]] = {}
     for layout, make in guessed.LAYOUTS.items():
         tried = replace(spec, family=replace(spec.family, inputs=make))
-        height, width = (8 * n * patch for n, patch in zip(spec.compression[1:], spec.patch[1:], strict=True))
-        frames = (4 * spec.patch[0] - 1) * spec.compression[0] + 1 if spec.is_video else 1
         try:
-            given = inputs(tried, frames, height, width)
+            given = small_inputs(tried)
             guessed.run(build(tried), given)
         except guessed.FAILURES as error:
             [why, *_] = str(error).splitlines() or [type(error).__name__]
@@ -163,6 +161,13 @@ def _guessed(spec: Spec) -> Spec:
         f"{', '.join(FAMILIES)}; tried with latents as "
         + "; as ".join(f"{', '.join(layouts)}: {why}" for why, layouts in failed.items())
     )
+
+
+def small_inputs(spec: Spec) -> dict[str, Any]:
+    """Of a call that takes little time: 8 x 8 tokens of 4 frames or one."""
+    height, width = (8 * n * patch for n, patch in zip(spec.compression[1:], spec.patch[1:], strict=True))
+    frames = (4 * spec.patch[0] - 1) * spec.compression[0] + 1 if spec.is_video else 1
+    return inputs(spec, frames, height, width)
 
 
 def _part(given: Part | dict[str, Any]) -> Part:
