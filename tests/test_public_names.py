@@ -22,6 +22,7 @@ INNER = {
     "optimizers",
     "progress",
     "recipes",
+    "shards",
 }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.planning.cards import CARDS, of_size
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Settings
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS
+from ..memory.planning.settings import Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
@@ -100,7 +101,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
             "are what is planned"
         )
     recipe.check_trained()
-    processes = given.get("fsdp", 1)
+    processes = given.get("fsdp", recipe.train.sequence_parallel)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
     return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
 

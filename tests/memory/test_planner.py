@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.budget import Advice, Phase
+from dancegrpo_fast.memory.planning.budget import CATEGORIES, Advice, Phase
 from dancegrpo_fast.memory.planning.cards import CARDS, Rates
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.margins import CONTEXT, limit, margins, with_margins
-from dancegrpo_fast.memory.planning.planner import CATEGORIES, Iteration, Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.quantised import INT8, conversion_bytes, quantised
-from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Settings
+from dancegrpo_fast.memory.planning.rewards import REWARDS
+from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.sharding import state_bytes_8bit, weights_of
 
 from ..processes import LIMIT
@@ -183,6 +185,8 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert all(advice.gib < 0 or advice.seconds < 0 for advice in advised.advice)
     fitting = [advice for advice in advised.advice if not advice.text.endswith("does not fit")]
     assert fitting == sorted(fitting, key=lambda advice: (advice.seconds, advice.gib))
+    swapped = next(advice for advice in fitting if advice.text.startswith("blocks_to_swap 28: "))
+    assert swapped == printed(swapped.text, plan(advised.settings, advise=False, blocks_to_swap=28), advised)
     ops = next(advice for advice in fitting if advice.text.startswith("block ops"))
     assert ops == printed(
         ops.text, plan(advised.settings.changed(block_ops="lossless", recompute="all"), advise=False), advised

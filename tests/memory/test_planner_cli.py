@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dancegrpo_fast.cli import main
+from dancegrpo_fast.memory.planning.budget import CATEGORIES
 from dancegrpo_fast.memory.planning.cards import CARDS
-from dancegrpo_fast.memory.planning.planner import CATEGORIES
 
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")

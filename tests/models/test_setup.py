@@ -103,8 +103,12 @@ def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
     enough, small = (checks.least_gib(iteration, size) for size in (whole + SLACK, whole - SLACK))
     assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=enough)[1].vae.use_tiling
     assert capsys.readouterr().out == ""
-    assert loaded(flux, tmp_path, height=64, width=64, memory_gib=small)[1].vae.use_tiling
-    assert capsys.readouterr().out.startswith("VAE in tiles: whole, a micro-batch takes")
+    # The largest that fits: 64 does not, and sides are multiples of 8.
+    assert loaded(flux, tmp_path, height=64, width=64, memory_gib=small)[1].tile == 56
+    assert capsys.readouterr().out.startswith("VAE in tiles of 56 pixels: whole, a micro-batch takes")
+    assert loaded(flux, tmp_path, height=64, width=64, memory_gib=small, vae_tile=16)[1].tile == 16
+    with pytest.raises(ValueError, match=r'model.vae_tiling: got "auto" with 0.50 GiB, of which a whole decode takes'):
+        loaded(flux, tmp_path, height=64, width=64, memory_gib=0.5)
     assert not loaded(flux, tmp_path, height=64, width=64, memory_gib=small, vae_tiling="off")[1].vae.use_tiling
 
 

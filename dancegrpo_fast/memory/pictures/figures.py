@@ -57,7 +57,7 @@ def _subject(settings: Settings, *, size: bool = True) -> str:
         else "",
         "rollout replica" if s.rollout_replica else "",
         f"block ops {s.block_ops}" if s.block_ops != "off" else "",
-        "VAE in tiles" if s.vae_tiling else "",
+        "VAE in tiles" if s.vae_tiling == "on" else "",
         s.optimizer.replace("_", " ") if s.optimizer != "adamw" else "",
         "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
         if s.offload

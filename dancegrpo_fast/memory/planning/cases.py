@@ -22,6 +22,7 @@ class Case:
     """What a trace of a denoiser depends on, beside its policy and its number of blocks.
 
     `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `kernel`: of attention; "cpu" is a call as a CPU computes it. `fused_norm`: RMSNorm is one operator.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
     `reference`: height and width of a picture that is edited, in pixels.
     """
@@ -41,6 +42,9 @@ class Case:
     recompute: str
     train: bool
     fresh: bool = False
+    fused_norm: bool = True
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     reference: tuple[int, int] = (0, 0)
 
 
@@ -165,7 +169,27 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     if case.block_ops != "off":
         # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
         accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
+    if case.sequence_parallel > 1:
+        _split(model, case)
     return model
+
+
+def _split(model: nn.Module, case: Case) -> None:
+    from ... import sequence
+    from ..trace.alone import split_alone
+
+    spec = resolved(case.spec)
+    count = specs.tokens(spec, case.frames, case.height, case.width)
+    tokens = {f"a sample of {case.frames} x {case.height} x {case.width}": count}
+    text = case.text_tokens or spec.text_tokens
+    try:
+        sequence.check(model, case.sequence_parallel, case.sequence_kind, tokens, text)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+    if case.sequence_kind == "ring":
+        # The one of torch's that hands out what a ring needs.
+        model.set_attention_backend("_native_flash")  # type: ignore[operator]  # diffusers' ModelMixin
+    split_alone(model, case.sequence_parallel, case.sequence_kind)
 
 
 def least_of(spec: specs.Spec) -> tuple[int, ...]:
@@ -197,6 +221,8 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     Raises:
         ValueError: a backend that cannot be used, or is unknown.
     """
+    if device.startswith("cpu"):
+        return "cpu", "attention: as a CPU computes it"
     if asked in KERNELS:
         return asked, f"attention {asked}: as asked"
     try:
@@ -255,5 +281,8 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.recompute if settings.block_ops != "off" else "gelu",
         train,
         fresh and train,
+        settings.fused_norm,
+        settings.sequence_parallel,
+        settings.sequence_kind,
         (settings.reference_height, settings.reference_width),
     )
