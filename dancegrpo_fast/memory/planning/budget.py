@@ -160,8 +160,8 @@ def _gib(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """Three digits at least, so that small models are not 0."""
-    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3g}" if seconds else "-"
+    """With two digits where it is little, so that small models do not take 0."""
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.2g}" if seconds else "-"
 
 
 def _change(share: float) -> str:

@@ -224,11 +224,25 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     if device.startswith("cpu"):
         return "cpu", "attention: as a CPU computes it"
     if asked in KERNELS:
-        return asked, f"attention {asked}: as asked"
+        return asked, f"attention {asked}: as asked" + (_refused(case, device, equal_text) if asked == "flash" else "")
     try:
         return _chosen(case, asked, device, equal_text)
     except ValueError as error:
         raise ValueError(re.sub("^backend:", "attention:", str(error))) from error
+
+
+def _refused(case: Case, device: str, equal_text: bool) -> str:
+    """Why torch's flash would not run this model's calls, if so."""
+    try:
+        _chosen(case, "_native_flash", device, equal_text)
+    except ValueError as error:
+        found = re.search("which (.*); want", str(error))
+        return (
+            ""
+            if found is None or "mask" not in found[1]
+            else f", but it {found[1]}: such calls are planned with the efficient kernel"
+        )
+    return ""
 
 
 def _chosen(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
