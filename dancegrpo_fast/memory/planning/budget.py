@@ -148,6 +148,7 @@ class Plan:
             ],
             "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
             "margins": self.margins,
+            "answer": sentence(self, self.cards) if self.cards else None,
             "cards": [vars(card) for card in self.cards],
             "saved_by_group": self.saved_by_group,
             "reasons": list(self.reasons),
