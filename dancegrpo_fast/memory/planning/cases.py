@@ -11,8 +11,11 @@ from torch import nn
 
 from ...activations import checkpointing
 from . import specs
+from .converted import KINDS, convert
 from .settings import KERNELS, Settings
 
+# Of `Case.dtype`: those of 16-bit weights whose LoRA layers may be wider.
+NARROW = ("bf16", "autocast")
 KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
 
 
@@ -20,8 +23,10 @@ KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient"
 class Case:
     """What a trace of a denoiser depends on, beside its policy and its number of blocks.
 
-    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `dtype`: "bf16", "autocast" (16-bit weights under it), "fp32_master" (float32 under autocast) or "bf16_autocast", as
+    FSDP2 gathers float32 masters.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
+    `quantization`: "nf4" or "int8" where layers are `converted`'s; fp8 is a formula beside the trace.
     """
 
     spec: str
@@ -39,6 +44,7 @@ class Case:
     recompute: str
     train: bool
     fresh: bool = False
+    quantization: str = "none"
 
 
 class Kind(NamedTuple):
@@ -113,6 +119,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
         if case.lora_dtype == "bf16":
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.quantization != "none":
+        convert(model, case.quantization, spec.keep_in_float32)
     if case.dtype == "bf16_autocast":
         # Also what the model keeps in float32.
         for p in model.parameters():
@@ -178,7 +186,9 @@ def rows_of(settings: Settings, batch: int) -> int:
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
     # A call does not see masters beside its weights.
-    kept, fresh = "bf16" if settings.precision == "bf16_master" else settings.precision, False
+    kept, fresh = settings.precision, False
+    if settings.dtype != "float32":
+        kept = "autocast" if settings.mixed_precision == "bf16" else "bf16"
     if settings.is_sharded:
         # Gathered masters are bf16, of which autocast makes no copies.
         kept = "bf16_autocast" if kept == "fp32_master" else kept
@@ -192,10 +202,11 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         kept,
         settings.lora,
         settings.target_modules if settings.lora else (),
-        "bf16" if settings.lora and kept == "bf16" and settings.lora_dtype == "bfloat16" else "fp32",
+        "bf16" if settings.lora and kept in NARROW and settings.lora_dtype == "bfloat16" else "fp32",
         name,
         settings.block_ops,
         settings.recompute if settings.block_ops != "off" else "gelu",
         train,
         fresh and train,
+        settings.quantization if settings.quantization in KINDS else "none",
     )

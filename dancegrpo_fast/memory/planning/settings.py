@@ -100,8 +100,8 @@ class Settings:
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         dtype: of the denoiser's weights, gradients and states: "bfloat16", "float16" or "float32".
         master_dtype: "float32": the optimiser steps float32 copies of 16-bit weights, with float32 gradients then.
-        mixed_precision: "bf16": autocast, which float32 weights are planned with; under FSDP shards are gathered in
-            bf16 besides.
+        mixed_precision: "bf16": autocast, which float32 weights are planned with and 16-bit weights can have; under
+            FSDP shards are gathered in bf16 besides.
         lora: rank, or 0 for full fine-tuning.
         target_modules: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
@@ -219,6 +219,8 @@ class Settings:
             raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.quantization != "none" and self.dtype != "bfloat16":
             raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.dtype == "float16" and self.mixed_precision != "no":
+            raise ValueError(f'mixed_precision: got "{self.mixed_precision}" with dtype "float16", want "no"')
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -266,8 +268,8 @@ class Settings:
     @property
     def dtypes(self) -> str:
         """In words."""
-        words = {"bf16_master": f"{self.dtype} with float32 masters", "fp32_master": "float32 under bf16 autocast"}
-        return words.get(self.precision, self.dtype)
+        masters = " with float32 masters" if self.precision == "bf16_master" else ""
+        return self.dtype + masters + (" under bf16 autocast" if self.mixed_precision == "bf16" else "")
 
     @property
     def is_sharded(self) -> bool:

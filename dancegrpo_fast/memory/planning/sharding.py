@@ -79,7 +79,7 @@ def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
     case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None)
-    return _weights_of(replace(case, kernel="flash", train=True, fresh=False))
+    return _weights_of(replace(case, kernel="flash", train=True, fresh=False, quantization="none"))
 
 
 @lru_cache(maxsize=16)
@@ -162,7 +162,7 @@ def rest(settings: Settings, case: Case) -> Rest:
         {"gradients": REDUCE * weights.trainable if late else weights.trainable_bytes * wider / shards},
         {"gradients": reduced},
         rests,
-        {} if base is None else {"temporaries": base.largest},
+        {"temporaries": base.largest} if base is not None and base.largest else {},
         {"temporaries": step / shards},
         traffic / shards,
     )
