@@ -47,6 +47,11 @@ def _outlier_columns(it: Iteration) -> float:
     return OUTLIERS * 2 * sum(layer.weight.numel() for layer in _frozen(it))
 
 
+def _modulations(it: Iteration) -> float:
+    model = whole_model(replace(it.replay, quantization="none"))
+    return sum(module.weight.numel() for name, module in model.named_modules() if name.endswith("_mod.1"))
+
+
 def _eager_t5(it: Iteration) -> float:
     tokens = it.settings.text_tokens or it.spec.text_tokens
     return (2 + 2 + 4 + 4) * it.settings.micro_batch * T5_HEADS * tokens**2
@@ -62,6 +67,7 @@ EXTRAS = {
     "int8 outlier columns": Extra(
         f"a 16-bit copy of {100 * OUTLIERS:g} % of all weights; the share is fitted on one row", _outlier_columns
     ),
+    "modulations in 16 bits": Extra("a byte more for each weight of the layers named `_mod`", _modulations),
     "eager T5 attention": Extra(
         "of 64 heads, all pairs of text tokens: biases and scores in 16 bits, scores and their softmax in 32", _eager_t5
     ),

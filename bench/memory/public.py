@@ -28,9 +28,15 @@ PARTS = {
     "C": "Training, and other runs with quantised weights",
     "E": "Seconds",
 }
-# Which guesses a way of reading memory has in it.
+# How memory was read, and the margins that this leaves out. "allocator": torch's, by what two cards differ in.
 OUTSIDE = ("CUDA context", "NCCL")
-KINDS = ("allocated", "reserved", "nvidia-smi", "not said")
+KINDS = {
+    "allocated": (*OUTSIDE, "fragmentation"),
+    "allocator": (*OUTSIDE, "fragmentation"),
+    "reserved": OUTSIDE,
+    "nvidia-smi": (),
+    "not said": (),
+}
 # Low by more than this, a row needs a named cause.
 LOW = 0.05
 BOUNDS = {"A": 0.01, "B": 0.10, "C": 0.10, "E": 0.5}
@@ -162,9 +168,8 @@ def answer(row: Published) -> Answer:
         return Answer(sum(phase.seconds for phase in found), 0.0, 0.0)
     extra = sum(EXTRAS[name].bytes(it) for name in row.besides)
     exact = max(phase.bytes - sum(_taken[name](it, phase) for name in row.without) for phase in found)
-    margins = {} if row.part != "C" or row.kind == "allocated" else it.margins()
-    outside = () if row.kind != "reserved" else OUTSIDE
-    size = sum(size for name, size in margins.items() if name not in outside)
+    margins = it.margins() if row.part == "C" else {}
+    size = sum(size for name, size in margins.items() if name not in KINDS[row.kind])
     return Answer(exact / GIB, size / GIB, extra / GIB)
 
 
@@ -250,10 +255,11 @@ def markdown(found: list[Row]) -> str:
         "",
         "Made by `python -m bench.memory --only public` from `bench/memory/public_rows.jsonl`. The numbers in `measured`",
         "were measured and published by others, on their GPUs; nothing here was run on a GPU. GiB = 2^30. allocated,",
-        "reserved: as torch's allocator counts them; nvidia-smi: with the CUDA context. A plan is of the phases that a",
-        "run went through, less what it did not have. Parts A and B are exact plans, C those with the planner's margins",
-        "(but for allocated bytes), E counted work over assumed rates. `with the cause`: and what the run had that no",
-        "setting of the planner says, computed by the rules below.",
+        "reserved: as torch's allocator counts them; allocator: one of these, as the numbers of two cards differ by what",
+        "cuBLAS takes from it; nvidia-smi: with the CUDA context. A plan is of the phases that a",
+        "run went through, less what it did not have. Parts A and B are exact plans, C has those of the planner's margins",
+        "that this way of reading memory has in it, E is counted work over assumed rates. `with the cause`: with what the",
+        "run had that no setting of the planner says, computed by the rules below.",
         made_with(found[0]),
         "",
         *summary(found),

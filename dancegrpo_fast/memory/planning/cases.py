@@ -45,6 +45,7 @@ class Case:
     train: bool
     fresh: bool = False
     quantization: str = "none"
+    lora_dropout: bool = False
 
 
 class Kind(NamedTuple):
@@ -101,7 +102,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
     """
-    from ...lora import add_lora, unmatched
+    from ...lora import ADAPTER, add_lora, unmatched
+    from ...lora import layers as lora_layers
     from ...patch import accelerate
 
     spec = _sized(resolved(case.spec), counts)
@@ -116,6 +118,9 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
             raise ValueError(
                 f"target_modules: got {', '.join(case.lora_targets)}, want endings of names in it"
             ) from error
+        if case.lora_dropout:
+            for layer in lora_layers(model).values():
+                layer.lora_dropout[ADAPTER] = nn.Dropout()
         if case.lora_dtype == "bf16":
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
@@ -209,4 +214,5 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         train,
         fresh and train,
         settings.quantization if settings.quantization in KINDS else "none",
+        settings.lora_dropout > 0,
     )

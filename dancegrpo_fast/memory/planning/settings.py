@@ -107,6 +107,7 @@ class Settings:
         lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
             them, or "bfloat16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its
             input for the backward.
+        lora_dropout: of what goes into the LoRA layers, whose masks are kept; the trainer has none.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
@@ -151,6 +152,7 @@ class Settings:
     lora: int = 0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
+    lora_dropout: float = 0.0
     quantization: str = "none"
     checkpointing: str = "auto"
     attention: str = "auto"
@@ -200,6 +202,11 @@ class Settings:
             _number("state_bytes", self.state_bytes)
         for field in fields(Rates):
             _number(f"rates.{field.name}", getattr(self.rates, field.name))
+        if self.lora_dropout:
+            _number("lora_dropout", self.lora_dropout)
+        if self.lora_dropout >= 1 or (self.lora_dropout and not self.lora):
+            wanted = "less than 1" if self.lora else "0 without LoRA"
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, want {wanted}")
         _number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")

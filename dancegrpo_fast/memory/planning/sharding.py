@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ...activations.checkpointing import block_paths
+from ..trace.recorder import tensors_in
 from ..trace.tracer import trace
 from .blocks import Blocks
 from .calls import ENTRY, Moment, Vector, added
@@ -57,6 +58,7 @@ class Weights:
         sizes, dtypes: numbers in each trained tensor, and of what type.
         blocks: in the order in which the model runs them.
         root: what is outside the blocks.
+        tables: bytes of buffers and other tensors of modules, which nobody shares.
     """
 
     numbers: int
@@ -67,6 +69,7 @@ class Weights:
     dtypes: tuple[torch.dtype, ...]
     blocks: tuple[Part, ...]
     root: Part
+    tables: int
 
 
 def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
@@ -93,6 +96,7 @@ def _weights_of(case: Case) -> Weights:
         size, trained = p.numel() * p.element_size(), p.numel() * p.requires_grad
         parts[at] = Part(at, parts[at].bytes + size, parts[at].trainable + trained)
     trained_parameters = [p for p in named.values() if p.requires_grad]
+    tables = tensors_in(held for m in model.modules() for held in (*m._buffers.values(), *vars(m).values()))
     return Weights(
         sum(p.numel() for p in named.values()),
         sum(p.numel() * p.element_size() for p in named.values()),
@@ -102,6 +106,7 @@ def _weights_of(case: Case) -> Weights:
         tuple(p.dtype for p in trained_parameters),
         tuple(part for prefix, part in parts.items() if prefix),
         parts[""],
+        sum(t.numel() * t.element_size() for t in {id(t): t for t in tables}.values()),
     )
 
 
@@ -145,7 +150,7 @@ def rest(settings: Settings, case: Case) -> Rest:
     master = settings.precision == "fp32_master"
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
-    stored = weights.bytes * wider / shards if base is None else base.stored
+    stored = weights.tables + (weights.bytes * wider / shards if base is None else base.stored)
     reduced = weights.trainable_bytes * wider / shards
     late = settings.is_sharded and settings.gradient_sync == "update"
     stepped, masters = weights, 0
