@@ -1,8 +1,10 @@
 """Lines and bars of what a run goes through, for a person at a terminal."""
 
+import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -20,6 +22,22 @@ def counted(items: Sequence[_T], what: str) -> Iterable[_T]:
 
     bar: Iterable[_T] = tqdm(items, desc=what, leave=False, dynamic_ncols=True)
     return bar
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Inside, a line on a terminal's standard error says what is being done; it leaves no trace."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = text[: shutil.get_terminal_size().columns - 1]
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def say(text: str, *, error: bool = False) -> None:

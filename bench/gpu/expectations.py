@@ -27,7 +27,7 @@ BLOCK_SPEED = (
 )
 FLUX_MODEL, FLUX_SPEED = "FLUX.1-dev", ("flux-block-speed", "times_eager", 1.0, "eager")
 # Relative deviation of predicted bytes, and of the GPU what the allocator may keep beside tensors.
-MEMORY_OFF, FRAGMENTATION = 0.02, 0.02
+MEMORY_OFF, FRAGMENTATION = 0.02, 0.13
 # Share of the memory's throughput in a kernel.
 NCU_SHARE = 60.0
 BLOCK_FORMS = (
@@ -171,7 +171,7 @@ def _memory(found: Evidence) -> list[Verdict]:
         if row["reserved_bytes"] is not None:
             beside, allocated = row["reserved_bytes"] - row["allocated_bytes"], row["allocated_bytes"]
             text = f"{row['case']}: {beside / 2**30:.2f} GiB reserved beside {allocated / 2**30:.2f} allocated"
-            verdicts.append(Verdict("reserved", beside <= FRAGMENTATION * row["environment"]["memory_bytes"], text))
+            verdicts.append(Verdict("reserved", beside <= FRAGMENTATION * allocated, text))
     for row in (row for row in found.of("attention memory") if row["masked"] and row["attention"] in MASKED):
         text = f"{row['attention']} with a mask: {row.get('error') or row['kernels']}"
         verdicts.append(Verdict("masked-attention", row["runs"], text))

@@ -9,7 +9,8 @@ from torch import nn
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.cases import whole_model
 from dancegrpo_fast.memory.planning.converted import layers
-from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.iteration import Iteration
+from dancegrpo_fast.memory.planning.sharding import Gathers, weights_of
 
 # Heads of T5-XXL.
 T5_HEADS = 64
@@ -49,7 +50,13 @@ def _outlier_columns(it: Iteration) -> float:
 
 def _modulations(it: Iteration) -> float:
     model = whole_model(replace(it.replay, quantization="none"))
-    return sum(module.weight.numel() for name, module in model.named_modules() if name.endswith("_mod.1"))
+    return sum(layer.weight.numel() for name, layer in layers(model, ()).items() if name.endswith("_mod.1"))
+
+
+def _float32_gathers(it: Iteration) -> float:
+    weights = weights_of(it.replay)
+    gathered = sum(Gathers(it.settings, weights, "backward").most().values())
+    return gathered + 2 * max(block.bytes for block in weights.blocks)
 
 
 def _eager_t5(it: Iteration) -> float:
@@ -68,6 +75,11 @@ EXTRAS = {
         f"a 16-bit copy of {100 * OUTLIERS:g} % of all weights; the share is fitted on one row", _outlier_columns
     ),
     "modulations in 16 bits": Extra("a byte more for each weight of the layers named `_mod`", _modulations),
+    "float32 gathers": Extra(
+        "of gathered blocks and their gradients once more what they take in 16 bits, and of one block what autocast"
+        " makes of its weights, and float32 gradients",
+        _float32_gathers,
+    ),
     "eager T5 attention": Extra(
         "of 64 heads, all pairs of text tokens: biases and scores in 16 bits, scores and their softmax in 32", _eager_t5
     ),

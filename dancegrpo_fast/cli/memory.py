@@ -9,7 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Settings
+from ..memory.planning.cards import CARDS, of_size
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS
+from ..memory.planning.settings import Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
@@ -48,8 +50,16 @@ def parse(arguments: Sequence[str]) -> Request:
     known = f"one of {', '.join(shipped)}; a diffusers folder, a name on the hub, or RECIPE.yaml"
     parser.add_argument("what", type=str, metavar="MODEL|RECIPE.yaml", help=known)
     parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
-    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "others", *LISTS})
-    parser.add_argument("--gpu", type=float, help="GiB of the device (default: 80, or the recipe's memory_gib)")
+    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "card", "others", *LISTS})
+    parser.add_argument(
+        "--card", type=str, help=f"one of {', '.join(CARDS)}: its memory as torch sees it, and its speed"
+    )
+    parser.add_argument(
+        "--gpu",
+        type=float,
+        help="instead: 80 is an 80 GB card as torch sees it, a number that no card has are GiB (default: 80, or the "
+        "recipe's memory_gib)",
+    )
     parser.add_argument("--target_modules", type=str, help="comma-separated")
     parser.add_argument("--offload", type=str, help="comma-separated")
     parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARD_MODELS)}")
@@ -60,6 +70,9 @@ def parse(arguments: Sequence[str]) -> Request:
         given: dict[str, Any] = parser.parse_args(list(arguments), defaults=False).as_dict()
     except (ArgumentError, TypeError) as error:
         raise ValueError(_in_short(str(error))) from error
+    if "json" in given and not Path(given["json"]).parent.is_dir():
+        # Before a plan is made, which takes a while.
+        raise ValueError(f"json: got {given['json']}, want a file in a folder that is there")
     what, model = given.pop("what"), given.pop("model", None)
     file, folder, thorough = given.pop("json", None), given.pop("figures", None), given.pop("thorough", False)
     if Path(what).suffix in (".yaml", ".yml"):
@@ -88,7 +101,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
             "are what is planned"
         )
     recipe.check_trained()
-    processes = given.get("fsdp", 1)
+    processes = given.get("fsdp", recipe.train.sequence_parallel)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
     return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
 
@@ -105,11 +118,21 @@ def _changed(base: Settings, given: dict[str, Any]) -> Settings:
         # Rewards of one model share it.
         models = dict.fromkeys(REWARD_MODELS[name] for name in changes["rewards"])
         changes["rewards"] = tuple(REWARDS[name] for name in models)
+    base = _on(base, changes)
     if "rates" in changes:
         changes["rates"] = replace(base.rates, **changes["rates"])
-    if "gpu" in changes:
-        changes["gpu_gib"] = changes.pop("gpu")
     return base.changed(**changes)
+
+
+def _on(base: Settings, changes: dict[str, Any]) -> Settings:
+    """On the card or of the capacity that is asked for, which is taken out of the changes."""
+    name, gib = changes.pop("card", None), changes.pop("gpu", None)
+    if name is not None and gib is not None:
+        raise ValueError(f"gpu: got {gib:g} beside card {name}, want one of them")
+    name = name or (of_size(gib) if gib is not None else None)
+    if name is not None:
+        return base.on(name)
+    return base if gib is None else base.changed(gpu_gib=gib)
 
 
 def main(arguments: Sequence[str]) -> int:

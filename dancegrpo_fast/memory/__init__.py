@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from ..attention.choice import choose as choose
     from ..profile.profiler import profile as profile
     from ..profile.profiler import profile_recipe as profile_recipe
+    from .planning.cards import Rates as Rates
     from .planning.planner import Plan as Plan
     from .planning.planner import plan as plan
-    from .planning.settings import Rates as Rates
-    from .planning.settings import Reward as Reward
+    from .planning.rewards import Reward as Reward
     from .planning.settings import Settings as Settings
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "planning.planner": ("Plan", "plan"),
-        "planning.settings": ("Rates", "Reward", "Settings"),
+        "planning.cards": ("Rates",),
+        "planning.rewards": ("Reward",),
+        "planning.settings": ("Settings",),
         ".attention": ("choose",),
         ".profile": ("profile", "profile_recipe"),
     },

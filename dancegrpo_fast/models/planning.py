@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from ..memory.planning.cards import CARDS, USUAL
 from ..memory.planning.cases import case_of
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
+from ..memory.planning.settings import Settings
 from ..memory.planning.sharding import weights_of
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import Recipe, RewardSettings, TrainSettings
@@ -29,20 +31,21 @@ def settings_of(
     Args:
         recipe: the run.
         model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
-        processes: that share the samples.
+        processes: that share the samples, or those of `train.sequence_parallel` of them.
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
         trained: numbers that are trained and bytes of each; None counts them on the meta device.
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
         device: that attention is chosen for.
-        gpu_gib: capacity; None: `model.memory_gib`, or 80.
+        gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
         ValueError: settings that contradict.
     """
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
-    samples = -(-train.prompts_per_iteration * train.group_size // processes)
+    groups = max(1, processes // train.sequence_parallel)
+    samples = -(-train.prompts_per_iteration * train.group_size // groups)
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -63,6 +66,7 @@ def settings_of(
         lora=given.lora.rank if given.lora else 0,
         target_modules=tuple(given.lora.target_modules) if given.lora else (),
         quantization=given.quantization or "none",
+        blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
         # As torch's own SDPA keeps it.
         attention=given.attention or "flash",
@@ -72,14 +76,27 @@ def settings_of(
         strategy=strategy,
         rollout_replica=train.rollout_replica and shards > 1,
         gradient_sync=train.gradient_sync,
+        sequence_parallel=train.sequence_parallel,
+        sequence_kind=train.sequence_kind,
         offload=tuple(train.offload),
-        vae_tiling=given.vae_tiling == "on",
+        vae_tiling=given.vae_tiling,
+        vae_tile=given.vae_tile,
+        frozen_dtype=given.frozen_dtype or given.dtype,
+        **_evaluation(recipe),
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
-        gpu_gib=gpu_gib or given.memory_gib or 80.0,
+        gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     return settings.changed(others=_copies(recipe, settings, trained))
+
+
+def _evaluation(recipe: Recipe) -> dict[str, Any]:
+    """Sizes and guidance of its samples."""
+    if recipe.evaluation is None:
+        return {}
+    there = recipe.evaluation.sampling(recipe.sampler)
+    return {f"evaluation_{name}": getattr(there, name) for name in ("height", "width", "guidance_scale")}
 
 
 def uncounted(recipe: Recipe) -> list[str]:

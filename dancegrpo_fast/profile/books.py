@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
+from ..activations import operators
 from ..memory.planning.budget import CATEGORIES
 from ..memory.trace.recorder import Recorder, tensors_in
 from ..memory.trace.result import Storage
@@ -88,7 +89,8 @@ class Books(Recorder):
         wait: Callable[[], None] | None = None,
     ) -> None:
         self.module_names: dict[int, str] = {}
-        super().__init__(self.module_names, contextlib.nullcontext)
+        within = operators.workspace if device.type == "cuda" else operators.no_workspace
+        super().__init__(self.module_names, contextlib.nullcontext, within)
         self.device, self.boundary, self.wait = device, boundary, wait
         self.names: list[str] = []
         self._parameters: dict[int, Tensor] = {}

@@ -18,6 +18,7 @@ from dancegrpo_fast.memory.pictures import timeline as _timeline
 from dancegrpo_fast.memory.pictures.comparisons import Point
 from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
+from dancegrpo_fast.memory.planning.verdict import shortened
 
 from ..patch.models import TINY
 from ..tolerances import PREDICTED_BYTES
@@ -105,7 +106,7 @@ def test_the_peak_is_marked_and_told(small: Plan) -> None:
 
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
     small = {"lora": 32, "quantization": "nf4", "optimizer": "adamw8bit", "offload": ("block_inputs", "vae")}
-    said = figures._subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling=True, **small))
+    said = figures._subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling="on", **small))
     for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw8bit", "block inputs + VAE"):
         assert part in said
     shared = figures._subject(Settings("hunyuan-video", fsdp=8, rollout_replica=True))
@@ -141,8 +142,8 @@ def test_front_is_what_none_beats() -> None:
 
 
 def test_policy_names_are_counted_once() -> None:
-    assert figures._short("15 x attention, 5 x none, 25 x attention") == "40 x attention + 5 x none"
-    assert figures._short("full + block inputs on the host") == "full + block inputs on the host"
+    assert shortened("15 x attention, 5 x none, 25 x attention") == "40 x attention, 5 x none"
+    assert shortened("full + block inputs on the host") == "full + block inputs on the host"
 
 
 def test_sizes_are_ones_the_models_can_have() -> None:

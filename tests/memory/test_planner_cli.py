@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.memory.planning.planner import CATEGORIES
+from dancegrpo_fast.memory.planning.budget import CATEGORIES
+from dancegrpo_fast.memory.planning.cards import CARDS
 
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")
@@ -24,13 +25,14 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "replay backward",
         "peak:",
         "margins (guesses)",
-        "80 GiB yes",
+        "32 GB yes and every larger one",
         "checkpointing none",
         "one change at a time",
     ):
         assert part in shown
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["settings"]["lora"] == 16 and found["fits"]["80"] is True
+    assert found["settings"]["lora"] == 16 and found["settings"]["gpu_gib"] == CARDS["h100"].gib
+    assert {card["size"]: card["state"] for card in found["cards"]}["80 GB"] == "yes"
     assert [reward["name"] for reward in found["settings"]["rewards"]] == ["hps", "clip_score"]
     for phase in found["phases"]:
         assert phase["bytes"] == sum(phase["budget"].values()) and set(phase["budget"]) <= set(CATEGORIES)
@@ -40,7 +42,10 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLUX, "--gpu", "20", "--checkpointing", "full"]) == 1
     shown = capsys.readouterr().out
-    assert "20 GiB no" in shown and "missing:" in shown
+    assert shown.startswith("Does not fit 20 GiB: ") and "20 GiB no" in shown
+    assert main([*FLUX, "--gpu", "5"]) == 1
+    tiny = capsys.readouterr().out
+    assert tiny.startswith("Does not fit 5 GiB: ") and "- weights, gradients and states take 22." in tiny
     assert "nf4" in shown and "fits then" in shown
 
 
@@ -48,7 +53,9 @@ def test_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     ("given", "message"),
     [
         (["--frames", "2"], "frames: got 2"),
-        (["--gpu", "5"], "memory: gpu: got 5, want more than"),
+        (["--card", "h1000"], 'memory: card: got "h1000", want one of h100, '),
+        (["--card", "h100", "--gpu", "80"], "memory: gpu: got 80 beside card h100, want one of them"),
+        (["--json", "no/such/folder/plan.json"], "memory: json: got no/such/folder/plan.json, want a file in a folder"),
         (["--gpu", "nan"], "memory: gpu: got nan, want"),
         (["--attention", "foo"], 'memory: attention: got "foo", want'),
         (["--target_modules", "to_q, foo"], "target_modules: got foo, want"),

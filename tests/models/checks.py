@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.memory.planning.margins import with_margins
 from dancegrpo_fast.memory.planning.settings import GIB
 from dancegrpo_fast.models import setup
 from dancegrpo_fast.models.base import DiffusersModel
@@ -67,10 +68,5 @@ def pieces(recipe: Recipe, model: DiffusersModel) -> Any:
 
 
 def least_gib(iteration: Any, size: int) -> float:
-    """Of a device that holds so many bytes with its margins, a part of which grows with the device."""
-    margins = []
-    for gib in (1.0, 2.0):
-        iteration.settings = replace(iteration.settings, gpu_gib=gib)
-        margins.append(sum(iteration.margins().values()) / GIB)
-    growth = margins[1] - margins[0]
-    return (size / GIB + margins[0] - growth) / (1 - growth)
+    """Of a device that holds so many bytes with its margins."""
+    return with_margins(iteration.settings, size) / GIB

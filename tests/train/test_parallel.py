@@ -59,8 +59,8 @@ def recipe(base: Path, output: Path, **changes: Any) -> Any:
     return make_recipe(base, output, **{"micro_batch": 2} | changes)
 
 
-def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]]) -> Path:
-    """Runs of two processes: whether they are sharded, the recipe, and what is resumed."""
+def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]], world: int = WORLD) -> Path:
+    """Runs of some processes: whether they are sharded, the recipe, and what is resumed."""
     whole: dict[str, Any] = {}
     for name, (sharded, recipe, resume) in cases.items():
         made = recipe.as_dict()
@@ -68,7 +68,7 @@ def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]]) -
             one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
         whole[name] = {"sharded": sharded, "recipe": made, "resume": resume}
     (folder / "cases.json").write_text(json.dumps(whole))
-    together([[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(WORLD)], folder)
+    together([[sys.executable, str(WORKER), str(rank), str(world), str(folder)] for rank in range(world)], folder)
     return folder
 
 
@@ -151,10 +151,10 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str) -> None:
+def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str, processes: str = "") -> None:
     folder, before, after = alone[name]
     ranks = seen(runs, f"{kind}-{name}")
-    assert ranks[0]["name"] == f"2 processes ({'FSDP2' if kind == 'fsdp' else 'DDP'})"
+    assert ranks[0]["name"] == (processes or f"2 processes ({'FSDP2' if kind == 'fsdp' else 'DDP'})")
     assert_same_bits(ranks[0]["weights"], ranks[1]["weights"])
     changed = [
         torch.cat([(weights[key] - start).flatten() for key, start in before.items()])

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..planning import specs
+from ..planning import cards, specs
 from ..planning.cases import kinds_of, resolved
-from ..planning.planner import CAPACITIES, Plan
+from ..planning.margins import limit as most_bytes
+from ..planning.planner import Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
 
@@ -45,7 +46,7 @@ def compared(settings: Settings) -> list[Point]:
     found = list(_points(wanted))
     sizes = {point.label: point.bytes / GIB for point in found}
     low, high = sizes.get("full", 0.0), sizes.get("none", 0.0)
-    budgets = {float(size) for size in (*CAPACITIES, settings.gpu_gib) if low < size < high}
+    budgets = {size for size in (*cards.SIZES.values(), settings.gpu_gib) if low < size < high}
     budgets |= {float(f"{low + share * (high - low):.2g}") for share in (0.25, 0.6) if high > low}
     return found + list(
         _points([(f"auto {gib:g}", with_policy(settings, "auto", gpu_gib=gib)) for gib in sorted(budgets)])
@@ -183,7 +184,7 @@ def cells(plan: Plan) -> tuple[list[dict[str, int]], list[dict[str, int]], list[
     """
     settings = plan.settings
     columns, rows = axes_of(settings)
-    limit = settings.gpu_gib * GIB - sum(plan.margins.values())
+    limit = most_bytes(settings, settings.gpu_gib)
     grid = [[settings.changed(**row, **column) for column in columns] for row in rows]
     planned_at = list(dict.fromkeys((grid[0][0], settings, grid[-1][-1])))
     names = list(LADDER[:3])

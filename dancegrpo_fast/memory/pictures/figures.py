@@ -1,7 +1,6 @@
 """Pictures of a plan: an iteration's timeline, policies compared, what is kept, and what fits at which size."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -9,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ...drawing import figure, title, write
-from ..planning.planner import CAPACITIES, Plan
+from ..planning.cards import SIZES
+from ..planning.planner import Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
+from ..planning.verdict import shortened
 from .comparisons import LADDER, Cell, cells, compared, front, with_policy
 from .labels import place
 from .timeline import COLOURS, Strip, bars, legend, mark_peak, stacked
@@ -56,24 +57,13 @@ def _subject(settings: Settings, *, size: bool = True) -> str:
         else "",
         "rollout replica" if s.rollout_replica else "",
         f"block ops {s.block_ops}" if s.block_ops != "off" else "",
-        "VAE in tiles" if s.vae_tiling else "",
+        "VAE in tiles" if s.vae_tiling == "on" else "",
         s.optimizer.replace("_", " ") if s.optimizer != "adamw" else "",
         "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
         if s.offload
         else "",
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _short(policy: str) -> str:
-    """`15 x attention, 5 x none, 25 x attention` with each policy named once."""
-    counts: Counter[str] = Counter()
-    for part in policy.split(", "):
-        count, times, name = part.partition(" x ")
-        if not times:
-            return policy
-        counts[name] += int(count)
-    return " + ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def _margins(plan: Plan) -> float:
@@ -85,7 +75,7 @@ def _margins(plan: Plan) -> float:
 
 def _capacities(plan: Plan, most: float) -> list[float]:
     """GiB of the devices up to the first that holds so much, and of the one that was given."""
-    sizes = sorted({*map(float, CAPACITIES), plan.settings.gpu_gib})
+    sizes = sorted({*SIZES.values(), plan.settings.gpu_gib})
     holding = [size for size in sizes if size >= most]
     return [size for size in sizes if size <= max(holding[:1], default=most) or size == plan.settings.gpu_gib]
 
@@ -101,7 +91,7 @@ def timeline(plan: Plan) -> Any:
     title(
         panel,
         _subject(plan.settings),
-        f"policy {_short(plan.policy)}",
+        f"policy {shortened(plan.policy)}",
         ", ".join(filter(None, (f"peak {most:.1f} GiB", peak.name, peak.op, peak.module))),
         "widths: predicted seconds, short phases widened; shaded: margins",
     )

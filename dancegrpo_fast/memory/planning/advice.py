@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ...activations.streaming import BUFFERS
 from .blocks import Blocks
 from .budget import Advice, Plan
 from .cases import Kind, kinds_of, resolved
-from .policy import HOST
 from .settings import GIB, Settings
+from .verdict import HOST
 
 # From the most recomputation to none.
 LADDER = ("full", "attention", "matmul", "none")
@@ -23,8 +24,11 @@ class Knob(NamedTuple):
     same_policy: bool = True
 
 
-def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
-    """What can be changed; `host`: block inputs wait there; `thorough` also has what takes seconds each."""
+def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Knob]:
+    """What can be changed; `host`: block inputs wait there; `thorough` also has what takes seconds each.
+
+    `count`: of the model's blocks, 0 where they are of no kind.
+    """
     s = plan.settings
     yield from _policies(plan, host, thorough)
     top = plan.peak.name
@@ -41,17 +45,21 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("text encoders freed after encoding", {"text_encoders": "freed"})
     if s.text_encoders != "precomputed" and top == "text encoding":
         yield Knob("text embeddings computed before", {"text_encoders": "precomputed"})
-    if not s.vae_tiling and (top == "decode" or thorough):
-        yield Knob("VAE tiling", {"vae_tiling": True})
+    if s.vae_tiling == "off" and (top == "decode" or thorough):
+        yield Knob("VAE tiling", {"vae_tiling": "on"})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
     if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
         yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
     if s.lora and s.quantization == "none":
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
-        yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
+        yield Knob("frozen weights in int8", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
-    if s.quantization == "none":
+    most = count - BUFFERS
+    if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:
+        for some in sorted({-(-most // 2), most}):
+            yield Knob(f"blocks_to_swap {some}: frozen weights wait on the host", {"blocks_to_swap": some})
+    if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})
@@ -61,7 +69,9 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
             {"rollout_replica": not s.rollout_replica},
         )
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
-        yield Knob("block ops, lossless", {"block_ops": "lossless"})
+        # Of frozen layers the GELU's input is not kept anyway.
+        again = "all" if s.lora else "gelu"
+        yield Knob(f"block ops, lossless, recompute {again}", {"block_ops": "lossless", "recompute": again})
     if thorough:
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
@@ -166,6 +176,16 @@ def _most(
     return low, best
 
 
+def dominated(plan: Plan, found: Sequence[Advice]) -> list[str]:
+    """Says of a checkpoint policy that another takes no more memory and no more time."""
+    better = [a for a in found if a.text.startswith("checkpointing ") and a.gib <= 0 and a.seconds <= 0]
+    return [
+        f"checkpointing {plan.policy} is dominated: {a.text.removeprefix('checkpointing ')} takes {-a.gib:.2f} GiB and"
+        f" {-100 * a.seconds:.1f} % of the time less"
+        for a in better[:1]
+    ]
+
+
 def advice(
     plan: Plan,
     blocks: Blocks,
@@ -186,7 +206,7 @@ def advice(
         thorough: also try what needs other traces.
     """
     found: list[tuple[str, Plan]] = list(partial(plan, blocks, mixed))
-    for knob in knobs(plan, host=blocks.host_inputs, thorough=thorough):
+    for knob in knobs(plan, host=blocks.host_inputs, count=len(blocks.order), thorough=thorough):
         try:
             other = again(plan.settings.changed(**knob.changes), knob.same_policy)
         except ValueError:

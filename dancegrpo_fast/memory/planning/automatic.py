@@ -3,7 +3,8 @@
 from typing import cast
 
 from ...activations import checkpointing
-from .planner import Iteration
+from .iteration import Iteration
+from .margins import with_margins
 from .settings import GIB
 
 
@@ -15,7 +16,7 @@ def automatic(iteration: Iteration) -> tuple[checkpointing.Policy, bool, tuple[s
     """
     gib, picked = iteration.settings.gpu_gib, iteration.pick()
     peak = max(iteration.training(picked.blocks), key=lambda phase: phase.bytes)
-    needed = (peak.bytes + sum(iteration.margins().values())) / GIB
+    needed = with_margins(iteration.settings, peak.bytes) / GIB
     if needed > gib:
         raise ValueError(
             f"want at least {needed:.2f} for the {peak.name} with as much computed again as can be;"

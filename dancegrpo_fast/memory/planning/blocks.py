@@ -58,6 +58,10 @@ class Blocks:
         """Bytes that a phase reads and writes, by group."""
         return self._sum(lambda s: s.traffic.get(phase, {}))
 
+    def launches(self, phase: str) -> float:
+        """Kernels that a phase starts."""
+        return self._sum(lambda s: {"": s.launches.get(phase, 0)})[""]
+
     def saved(self) -> Vector:
         """What the forward keeps, by the group of the operators that made it."""
         return self._sum(lambda s: s.saved)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .settings import GIB, Settings
+from .verdict import Verdict, line, sentence
 
 CATEGORIES = (
     "parameters",
@@ -20,7 +21,6 @@ CATEGORIES = (
     "other models",
     "replica",
 )
-CAPACITIES = (24, 40, 80, 141)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Plan:
         policy: of checkpointing, used or chosen.
         reasons: for the policy and the attention, and what was assumed.
         advice: ranked.
+        cards: whether it fits each size of card, `checkpointing auto` solved for each.
     """
 
     settings: Settings
@@ -78,6 +79,7 @@ class Plan:
     policy: str
     reasons: tuple[str, ...]
     advice: tuple[Advice, ...] = ()
+    cards: tuple[Verdict, ...] = ()
 
     @property
     def peak(self) -> Phase:
@@ -111,7 +113,7 @@ class Plan:
             parts = [phase.budget.get(name, 0) for name in shown]
             rows.append([phase.name, *map(_gib, parts), _gib(phase.bytes), f"{phase.seconds:.1f}"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [_head(self), ""]
+        lines = [*([sentence(self, self.cards)] if self.cards else []), _head(self), ""]
         for name, *cells in rows:
             right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *right]))
@@ -120,10 +122,8 @@ class Plan:
         lines += ["", f"peak: {_gib(peak.bytes)} GiB exact, in {peak.name}: {peak.op}{where}"]
         margins = ", ".join(f"{name} {_gib(size)}" for name, size in self.margins.items())
         lines.append(f"margins (guesses): {margins}; with them {_gib(self.total_bytes)} GiB")
-        sizes = sorted({*CAPACITIES, self.settings.gpu_gib})
-        lines.append("fits: " + ", ".join(f"{size:g} GiB {'yes' if self.fits(size) else 'no'}" for size in sizes))
-        if not self.fits(self.settings.gpu_gib):
-            lines.append(f"missing: {_gib(self.total_bytes - self.settings.gpu_gib * GIB)} GiB")
+        if self.cards:
+            lines.append(line(self.cards))
         if self.saved_by_group:
             ranked = sorted(self.saved_by_group.items(), key=lambda item: -item[1])
             lines.append(
@@ -148,7 +148,7 @@ class Plan:
             ],
             "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
             "margins": self.margins,
-            "fits": {f"{size:g}": self.fits(size) for size in sorted({*CAPACITIES, self.settings.gpu_gib})},
+            "cards": [vars(card) for card in self.cards],
             "saved_by_group": self.saved_by_group,
             "reasons": list(self.reasons),
             "advice": [vars(advice) for advice in self.advice],
@@ -165,4 +165,4 @@ def _head(plan: Plan) -> str:
     base = "" if s.quantization == "none" else f" on {s.quantization}"
     trained = f"LoRA {s.lora}{base}" if s.lora else "full fine-tuning"
     shared = f", {s.strategy} over {s.fsdp} GPUs" if s.is_sharded else ""
-    return f"{s.model}, {size}, {trained}, {s.dtypes}{shared}; checkpointing {plan.policy}; {s.gpu_gib:g} GiB"
+    return f"{s.model}, {size}, {trained}, {s.dtypes}{shared}; checkpointing {plan.policy}; {s.capacity}"

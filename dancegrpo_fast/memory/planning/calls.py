@@ -8,6 +8,7 @@ checkpointed, everything. Models without kinds of blocks are traced as a whole.
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ...activations import checkpointing
+from ...progress import working
+from ..trace.alone import without_others
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
@@ -44,7 +47,17 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
     # The trainer hands a model inputs of its own dtype.
     inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype in NARROW else torch.float32)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+    alone = without_others() if case.sequence_parallel > 1 else nullcontext()
+    with alone, working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
+        return trace(
+            *(model, inputs),
+            train=case.train,
+            attention=case.kernel,
+            grads=not case.fresh,
+            autocast=autocast,
+            fused_norm=case.fused_norm,
+            workspaces=True,
+        )
 
 
 class Moment(NamedTuple):
@@ -70,6 +83,7 @@ class Summary:
         static: bytes by category before the call.
         kept: bytes by category at the end of its forward.
         flops, traffic: by phase and group.
+        launches: by phase.
         saved: what the forward keeps, by group.
         made: what it made and kept by group, of the block more, or by the path of each block of a model without kinds.
         work: of the forward and those blocks by group: FLOPs and traffic.
@@ -81,6 +95,7 @@ class Summary:
     kept: Vector
     flops: dict[str, Vector]
     traffic: dict[str, Vector]
+    launches: dict[str, int]
     saved: Vector
     made: dict[str, dict[str, tuple[int, int]]]
     work: dict[str, dict[str, tuple[float, float]]]
@@ -180,7 +195,7 @@ def _summary(
     live: Counter[str] = Counter()
     moments: dict[tuple[str, str], Moment] = {}
     ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
-    for i, (sign, storage) in enumerate(found._changes):
+    for i, (sign, storage) in enumerate(found.changes):
         if i in ends:
             ends[i] = dict(live)
         if i in begun:
@@ -188,8 +203,8 @@ def _summary(
         live[_category(storage, casts)] += sign * storage.size
         if i in wanted:
             moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
-    if len(found._changes) in ends:
-        ends[len(found._changes)] = dict(live)
+    if len(found.changes) in ends:
+        ends[len(found.changes)] = dict(live)
     if case.fresh:
         _own_gradients(moments, entries)
     for (phase, name), entry in entries.items():
@@ -204,6 +219,7 @@ def _summary(
         ends[found.phases[_forward(found)][1]],
         {phase: dict(groups) for phase, groups in found.flops_by_group.items()},
         {phase: dict(groups) for phase, groups in found.bytes_by_group.items()},
+        found.launches,
         dict(found.saved_by_group),
         _made(found, blocks),
         _work(found, blocks),

@@ -25,6 +25,7 @@ class Case:
 
     `dtype`: "bf16", "autocast" (16-bit weights under it), "fp32_master" (float32 under autocast) or "bf16_autocast", as
     FSDP2 gathers float32 masters.
+    `kernel`: of attention; "cpu" is a call as a CPU computes it. `fused_norm`: RMSNorm is one operator.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
     `quantization`: "nf4" or "int8" where layers are `converted`'s; fp8 is a formula beside the trace.
     """
@@ -44,6 +45,9 @@ class Case:
     recompute: str
     train: bool
     fresh: bool = False
+    fused_norm: bool = True
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     quantization: str = "none"
     lora_dropout: bool = False
 
@@ -133,7 +137,27 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     if case.block_ops != "off":
         # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
         accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
+    if case.sequence_parallel > 1:
+        _split(model, case)
     return model
+
+
+def _split(model: nn.Module, case: Case) -> None:
+    from ... import sequence
+    from ..trace.alone import split_alone
+
+    spec = resolved(case.spec)
+    count = specs.tokens(spec, case.frames, case.height, case.width)
+    tokens = {f"a sample of {case.frames} x {case.height} x {case.width}": count}
+    text = case.text_tokens or spec.text_tokens
+    try:
+        sequence.check(model, case.sequence_parallel, case.sequence_kind, tokens, text)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+    if case.sequence_kind == "ring":
+        # The one of torch's that hands out what a ring needs.
+        model.set_attention_backend("_native_flash")  # type: ignore[operator]  # diffusers' ModelMixin
+    split_alone(model, case.sequence_parallel, case.sequence_kind)
 
 
 def least_of(spec: specs.Spec) -> tuple[int, ...]:
@@ -141,9 +165,15 @@ def least_of(spec: specs.Spec) -> tuple[int, ...]:
     return tuple(min(kind.least, kind.blocks) for kind in kinds_of(spec))
 
 
+def block_counts(case: Case) -> tuple[int, ...]:
+    """How many blocks of each kind the model has."""
+    return tuple(kind.blocks for kind in kinds_of(resolved(case.spec)))
+
+
+@lru_cache(maxsize=2)
 def whole_model(case: Case) -> nn.Module:
-    """The model with all of its blocks."""
-    return build(case, tuple(kind.blocks for kind in kinds_of(resolved(case.spec))))
+    """The model with all of its blocks, to look at and not to change."""
+    return build(case, block_counts(case))
 
 
 @lru_cache(maxsize=16)
@@ -159,6 +189,8 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     Raises:
         ValueError: a backend that cannot be used, or is unknown.
     """
+    if device.startswith("cpu"):
+        return "cpu", "attention: as a CPU computes it"
     if asked in KERNELS:
         return asked, f"attention {asked}: as asked"
     try:
@@ -213,6 +245,9 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.recompute if settings.block_ops != "off" else "gelu",
         train,
         fresh and train,
+        settings.fused_norm,
+        settings.sequence_parallel,
+        settings.sequence_kind,
         settings.quantization if settings.quantization in KINDS else "none",
         settings.lora_dropout > 0,
     )

@@ -25,19 +25,21 @@ library.define("int8_sums(Tensor codes, Tensor weight) -> Tensor")
 library.define("int8_scaled_mm(Tensor sums, Tensor codes) -> Tensor")
 
 
-@torch.library.register_fake("dgf_converted::dequantize", lib=library)
 def _dequantize(stored: Tensor, rows: int, columns: int) -> Tensor:
     return stored.new_empty((rows, columns), dtype=torch.bfloat16)
 
 
-@torch.library.register_fake("dgf_converted::int8_sums", lib=library)
 def _int8_sums(codes: Tensor, weight: Tensor) -> Tensor:
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=torch.int32)
 
 
-@torch.library.register_fake("dgf_converted::int8_scaled_mm", lib=library)
 def _int8_scaled_mm(sums: Tensor, codes: Tensor) -> Tensor:
     return torch.empty_like(sums, dtype=torch.bfloat16)
+
+
+torch.library.register_fake("dgf_converted::dequantize", _dequantize, lib=library)
+torch.library.register_fake("dgf_converted::int8_sums", _int8_sums, lib=library)
+torch.library.register_fake("dgf_converted::int8_scaled_mm", _int8_scaled_mm, lib=library)
 
 
 @register_flop_formula(torch.ops.dgf_converted.int8_scaled_mm)

@@ -1,6 +1,6 @@
 """Which checkpoint policy a plan uses: the one asked for, or by `auto` the cheapest that fits, and why."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
 
 from ...activations import checkpointing
@@ -11,6 +11,7 @@ from .cases import Case, block_paths, kinds_of, resolved
 from .quantised import quantised
 from .settings import GIB, Settings
 from .solve import BlockFigures, GroupFigures, solve
+from .verdict import HOST
 
 UNET = (
     "the blocks are the UNet's ResNets and transformer blocks, as diffusers checkpoints them; what lies between them"
@@ -20,7 +21,6 @@ UNET = (
 CLOSE = 0.01
 # What a choice may recompute more than the cheapest, as a share of that.
 GAP = 0.001
-HOST = " + block inputs on the host"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def automatic(
     peak: Callable[[Blocks], float],
     replay_seconds: Callable[[Blocks], float],
     limit: float,
+    among: Collection[str] | None = None,
 ) -> Picked:
     """The cheapest policy under which the replay's peak stays under the limit, or the smallest there is.
 
@@ -120,6 +121,7 @@ def automatic(
         peak: exact bytes of the replay under some policy.
         replay_seconds: of all replays; copies to the host overlap with computing.
         limit: capacity less the margins.
+        among: names of the policies that a block may have; None: every choice of what it keeps.
     """
     asked = "block_inputs" in settings.offload
     plain = compose(case, "none")
@@ -133,7 +135,7 @@ def automatic(
     least = {host: compose(case, "full", host_inputs=host) for host in places}
     fitting: dict[bool, Picked] = {}
     for host, full in least.items():
-        found = _solved(settings, case, peak, limit, host)
+        found = _solved(settings, case, peak, limit, host, among)
         if found is None and peak(full) <= limit:
             found = Picked("full", full, (f"policy full fits: {peak(full) / GIB:.1f} GiB",))
         if found is not None:
@@ -169,7 +171,14 @@ def _why_host(
     )
 
 
-def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], limit: float, host: bool) -> Picked | None:
+def _solved(
+    settings: Settings,
+    case: Case,
+    peak: Callable[[Blocks], float],
+    limit: float,
+    host: bool,
+    among: Collection[str] | None,
+) -> Picked | None:
     blocks = figures(settings, case)
     full = compose(case, "full", host_inputs=host)
     # A model that is traced as a whole has its inputs on the device.
@@ -181,7 +190,7 @@ def _solved(settings: Settings, case: Case, peak: Callable[[Blocks], float], lim
     # What solve counts of a recomputation is a bound, and the peak may be elsewhere: the budget is corrected by both.
     for _ in range(4):
         try:
-            solution = solve(blocks, max(0, int(budget)), offload=host, gap=GAP)
+            solution = solve(blocks, max(0, int(budget)), offload=host, gap=GAP, among=among)
         except ValueError:
             break
         chosen: list[Hashable] = ["none" if keep is None else str(keep) for keep in solution.policies]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ...activations import checkpointing
-from .cases import Case, resolved, whole_model
+from ...activations.streaming import packed
+from .cases import Case, block_counts, build, resolved, whole_model
 from .converted import layers
 
 INT8 = (
@@ -39,6 +40,7 @@ class Quantised:
         largest: of fp8, the largest layer in bfloat16.
         casts: of fp8, of what autograd keeps of each block that is not checkpointed.
         converted, in_blocks: of fp8, what the layers take in bfloat16, of the whole model and of each block.
+        streams: of each block's frozen weights, as block swap moves them.
     """
 
     stored: int
@@ -46,6 +48,7 @@ class Quantised:
     casts: tuple[int, ...]
     converted: int
     in_blocks: tuple[int, ...]
+    streams: tuple[int, ...]
 
 
 def conversion_bytes(found: Quantised, policies: Sequence[Hashable]) -> tuple[float, float]:
@@ -71,29 +74,39 @@ def quantised(case: Case, base: str) -> Quantised:
 @lru_cache(maxsize=8)
 def _quantised(case: Case, base: str) -> Quantised:
     spec = resolved(case.spec)
-    model = whole_model(case)
     if base == "fp8":
-        return _layerwise(model, checkpointing.block_paths(model))
+        return _layerwise(case)
+    model = whole_model(case)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     frozen = [layer.weight for layer in layers(model, spec.keep_in_float32).values()]
-    stored = sum(nf4_bytes(w.numel()) if base == "nf4" else w.numel() + 4 * len(w) for w in frozen)
-    saved = sum(w.numel() * w.element_size() for w in frozen)
-    return Quantised(whole - saved + stored, 0, (), 0, ())
+    parts = {id(w): nf4_parts(w.numel()) if base == "nf4" else (w.numel(), 4 * len(w)) for w in frozen}
+    saved = sum(w.nbytes for w in frozen)
+    # The last part, nf4's table or int8's scales, stays on the device.
+    streams = _streams(model, {key: part[:-1] for key, part in parts.items()})
+    return Quantised(whole - saved + sum(map(sum, parts.values())), 0, (), 0, (), streams)
+
+
+def nf4_parts(n: int) -> tuple[int, int, int]:
+    """Bytes of one layer's n weights: these, their scales, and the table."""
+    return -(-n // 2), 4 * -(-n // 64), 4 * 16
+
+
+def _streams(model: nn.Module, parts: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
+    """Of each block; `parts` has bytes of parameters by `id`, where they are not as on the `meta` device."""
+    frozen = [[p for p in block.parameters() if not p.requires_grad] for block in checkpointing.blocks_of(model)]
+    return tuple(packed([size for p in block for size in parts.get(id(p), [p.nbytes])])[1] for block in frozen)
 
 
 def _by_block(sizes: Mapping[str, int], paths: Sequence[str]) -> list[int]:
     return [sum(size for name, size in sizes.items() if name.startswith(path + ".")) for path in paths]
 
 
-def nf4_bytes(n: int) -> int:
-    """Of one layer's n weights."""
-    return -(-n // 2) + 4 * -(-n // 64) + 4 * 16
-
-
-def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
+def _layerwise(case: Case) -> Quantised:
     """On the `meta` device diffusers' own hooks cast what they would cast."""
     from ...quantization import store_in_fp8
 
+    model = build(case, block_counts(case))
+    paths = checkpointing.block_paths(model)
     store_in_fp8(model, torch.bfloat16)
     stored_in = {
         name: (module, 2 * module.weight.numel())
@@ -105,7 +118,8 @@ def _layerwise(model: nn.Module, paths: Sequence[str]) -> Quantised:
     sizes = {name: size for name, (_, size) in stored_in.items()}
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(linear.values(), default=0)
-    return Quantised(stored, largest, casts, sum(sizes.values()), tuple(_by_block(sizes, paths)))
+    in_blocks = tuple(_by_block(sizes, paths))
+    return Quantised(stored, largest, casts, sum(sizes.values()), in_blocks, _streams(model, {}))
 
 
 def kept_casts(found: Quantised, policies: Sequence[Hashable]) -> tuple[int, int]:

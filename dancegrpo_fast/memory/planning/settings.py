@@ -1,10 +1,15 @@
 """What a plan is asked for: one frozen dataclass, checked as a whole."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
+
+from .cards import CARDS, USUAL, Rates, card
+from .rewards import Reward
 
 GIB = 2**30
+_VERSION = re.compile(r"\d+\.\d+")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
@@ -18,68 +23,13 @@ CHOICES = {
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
-    "gradient_sync": ("update", "call"),
+    "gradient_sync": ("auto", "update", "call"),
+    "sequence_kind": ("ulysses", "ring"),
     "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
+    "vae_tiling": ("auto", "on", "off"),
+    "frozen_dtype": ("bfloat16", "float16", "float32"),
 }
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward model: how many parameters, bytes of each, and where the number comes from."""
-
-    name: str
-    parameters: int
-    source: str
-    bytes_per_parameter: int = 2
-
-    @property
-    def bytes(self) -> int:
-        """Of all parameters."""
-        return self.parameters * self.bytes_per_parameter
-
-
-_CLIP_H = "transformers.CLIPModel with the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_CLIP_L = "transformers.CLIPModel with the configuration of openai/clip-vit-large-patch14"
-REWARDS = {
-    reward.name: reward
-    for reward in (
-        Reward("hps", 986_109_441, _CLIP_H),
-        Reward("pickscore", 986_109_441, _CLIP_H),
-        Reward("clip_score", 427_616_513, _CLIP_L),
-        Reward("clip_score_h", 986_109_441, _CLIP_H),
-        Reward(
-            "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
-        ),
-    )
-}
-
-
-# A recipe's rewards by the model that they share; HPS-v2.1 and the three of VideoAlign among them.
-REWARD_MODELS = {name: name for name in ("hps", "pickscore", "clip_score")} | {
-    f"videoalign_{part}": "videoalign" for part in ("vq", "mq", "ta")
-}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device is assumed to do; seconds are counted work over these, not timings.
-
-    Attributes:
-        tflops: of bfloat16 matrix products and convolutions, TFLOP/s.
-        attention_tflops: of attention.
-        bandwidth_gb_s: of device memory, 10^9 bytes a second.
-        pcie_gb_s: to and from host memory, one way.
-        link_gb_s: between devices, one way.
-        host_gb_s: of host memory, for an optimiser that steps there.
-    """
-
-    tflops: float = 798.0
-    attention_tflops: float = 500.0
-    bandwidth_gb_s: float = 3000.0
-    pcie_gb_s: float = 25.0
-    link_gb_s: float = 300.0
-    host_gb_s: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +40,7 @@ class Settings:
         model: a shipped name, a diffusers folder, or a name on the hub.
         frames, height, width: in pixels.
         group_size: samples of each prompt.
-        prompts: of one iteration on this GPU.
+        prompts: of one iteration on this GPU, or on those that share its samples.
         micro_batch: samples of one training call.
         rollout_batch: samples of one rollout, decode and reward call.
         num_steps: of the sampler.
@@ -110,19 +60,27 @@ class Settings:
         lora_dropout: of what goes into the LoRA layers, whose masks are kept; the trainer has none.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
+        blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
+            two buffers; "auto": as few as fit, or more where that is faster; see `swapping`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
-        device: that attention is chosen for.
+        device: that attention is chosen for, such as "cuda:sm90"; "cpu": calls are traced as a CPU computes them.
+        torch_version: of the torch that will run, such as "2.7": before 2.9 CUDA has no fused RMSNorm. "": this one.
         block_ops: `accelerate` mode of the blocks, or "off".
         recompute: its argument of that name.
         fsdp: how many GPUs share the weights.
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". Without FSDP they are there anyway.
+            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
+        sequence_parallel: how many of the GPUs share a sample's tokens.
+        sequence_kind: how: "ulysses" or "ring".
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
-        vae_tiling: decode in tiles.
+        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
+        vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
+        frozen_dtype: of the VAE's weights.
+        evaluation_height, evaluation_width, evaluation_guidance_scale: of an evaluation's samples, where they differ.
         optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
             of which nothing is counted but `state_bytes`.
         state_bytes: that an "other" optimiser keeps of each trained number.
@@ -130,8 +88,10 @@ class Settings:
         others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
         trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
-        gpu_gib: capacity.
+        expandable_segments: of CUDA's allocator, which the trainer asks for.
+        gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
+        card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
     """
 
     model: str
@@ -154,30 +114,41 @@ class Settings:
     lora_dtype: str = "float32"
     lora_dropout: float = 0.0
     quantization: str = "none"
+    blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
+    torch_version: str = ""
     block_ops: str = "off"
     recompute: str = "gelu"
     fsdp: int = 1
     strategy: str = "full_shard"
     rollout_replica: bool = False
-    gradient_sync: str = "update"
+    gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
-    vae_tiling: bool = False
+    vae_tiling: str = "auto"
+    vae_tile: int | None = None
+    frozen_dtype: str = "bfloat16"
+    evaluation_height: int | None = None
+    evaluation_width: int | None = None
+    evaluation_guidance_scale: float | None = None
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
     others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
     trajectory_copies: int = 1
-    gpu_gib: float = 80.0
-    rates: Rates = Rates()
+    expandable_segments: bool = True
+    gpu_gib: float = CARDS[USUAL].gib
+    rates: Rates = CARDS[USUAL].rates
+    card: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("model", "checkpointing", "attention", "device"):
+        for name in ("model", "checkpointing", "attention", "device", "torch_version"):
             _is(name, getattr(self, name), str, "a string")
-        for name in ("rollout_replica", "vae_tiling"):
+        for name in ("rollout_replica", "expandable_segments"):
             _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
@@ -185,11 +156,16 @@ class Settings:
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
-        for name in (*counts, "fsdp", "trajectory_copies"):
+        for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
         _integer("lora", self.lora, 0)
-        if self.text_tokens is not None:
-            _integer("text_tokens", self.text_tokens, 1)
+        if self.blocks_to_swap != "auto":
+            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
+        for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        if self.evaluation_guidance_scale is not None:
+            _number("evaluation_guidance_scale", self.evaluation_guidance_scale)
         for name, known in CHOICES.items():
             _one_of(name, getattr(self, name), known)
         for what in self.offload:
@@ -210,11 +186,17 @@ class Settings:
         _number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
+        if self.card:
+            card(self.card)
         self.first_blocks()
         self._check_together()
 
     def _check_together(self) -> None:
         samples = self.group_size * self.prompts
+        if self.vae_tile is not None and self.vae_tiling == "off":
+            raise ValueError(f'vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
+        if self.torch_version and not _VERSION.match(self.torch_version):
+            raise ValueError(f'torch_version: got "{self.torch_version}", want one such as "2.7"')
         for name in ("micro_batch", "rollout_batch"):
             if getattr(self, name) > samples:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at most group_size * prompts = {samples}")
@@ -226,6 +208,9 @@ class Settings:
             raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.quantization != "none" and self.dtype != "bfloat16":
             raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
+            kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
+            raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
         if self.dtype == "float16" and self.mixed_precision != "no":
             raise ValueError(f'mixed_precision: got "{self.mixed_precision}" with dtype "float16", want "no"')
         if self.dtype == "float32" and self.mixed_precision == "no":
@@ -239,6 +224,12 @@ class Settings:
             raise ValueError(
                 f'rollout_replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards'
             )
+        if self.fsdp % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: got {self.sequence_parallel} with fsdp {self.fsdp}, want a divisor of the GPUs"
+            )
+        if self.sequence_kind == "ring" and self.sequence_parallel > 1 and self.attention in ("efficient", "math"):
+            raise ValueError(f'attention: got "{self.attention}" with a ring, want "flash", "cudnn" or "auto"')
         if "block_inputs" in self.offload and (self.checkpointing == "none" or self.first_blocks() == 0):
             raise ValueError(
                 f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
@@ -266,6 +257,16 @@ class Settings:
         return None
 
     @property
+    def scored(self) -> int:
+        """Samples that this GPU decodes and scores: those that share samples share that out."""
+        return math.ceil(self.samples / self.sequence_parallel)
+
+    @property
+    def scored_batch(self) -> int:
+        """Samples of one decode and reward call."""
+        return min(self.rollout_batch, self.scored)
+
+    @property
     def precision(self) -> str:
         """ "bf16" (any 16 bits), "bf16_master" (beside float32 copies) or "fp32_master" (float32 under autocast)."""
         if self.dtype == "float32":
@@ -284,9 +285,54 @@ class Settings:
         return self.fsdp > 1 and self.strategy != "none"
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU runs it."""
+        return self.device.startswith("cpu")
+
+    @property
+    def fused_norm(self) -> bool:
+        """Whether RMSNorm is one operator there."""
+        if self.on_cpu:
+            return False
+        version = self.torch_version
+        if not version:
+            import torch
+
+            version = torch.__version__
+        major, minor = version.split(".")[:2]
+        # github.com/pytorch/pytorch/pull/153666, which 2.8 had not; issue 157345 there.
+        return (int(major), int(minor)) >= (2, 9)
+
+    @property
+    def evaluation(self) -> "Settings | None":
+        """The same with evaluation's sizes and guidance, where calls are larger then."""
+        own = {
+            name: getattr(self, f"evaluation_{name}")
+            for name in ("height", "width", "guidance_scale")
+            if getattr(self, f"evaluation_{name}") is not None
+        }
+        there = replace(self, **own)
+        more_rows = there.guidance_scale != 1 and self.guidance_scale == 1
+        return there if there.height * there.width > self.height * self.width or more_rows else None
+
+    @property
     def samples(self) -> int:
         """Of one iteration on this GPU."""
         return self.group_size * self.prompts
+
+    @property
+    def capacity(self) -> str:
+        """Of the device, in words."""
+        return f"{CARDS[self.card].label}, {self.gpu_gib:g} GiB" if self.card else f"{self.gpu_gib:g} GiB"
+
+    def on(self, name: str) -> "Settings":
+        """The same on a known card.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        found = card(name)
+        return self.changed(card=name, gpu_gib=found.gib, rates=found.rates, device=found.device)
 
     def changed(self, **changes: Any) -> "Settings":
         """The same with other values.
@@ -294,6 +340,8 @@ class Settings:
         Raises:
             ValueError: they contradict.
         """
+        if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
+            changes = {"card": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -311,9 +359,9 @@ def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
 
 
-def _integer(name: str, value: object, low: int) -> None:
+def _integer(name: str, value: object, low: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}")
+        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
 
 
 def _number(name: str, value: object) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ...activations.checkpointing import block_paths
+from ...activations.streaming import packed
 from ..trace.recorder import tensors_in
 from ..trace.tracer import trace
 from .blocks import Blocks
@@ -35,17 +36,19 @@ from .calls import ENTRY, Moment, Vector, added
 from .cases import Case, Kind, kinds_of, resolved, whole_model
 from .quantised import quantised
 from .settings import Settings
+from .swapping import Swap, swap_of
 
 # Bytes of a gradient that is reduced.
 REDUCE = 4
 
 
 class Part(NamedTuple):
-    """Of a model's parameters: how its names start, bytes, and how many numbers are trained."""
+    """Of a model's parameters: how its names start, bytes, how many numbers are trained, and bytes that may stream."""
 
     prefix: str
     bytes: int
     trainable: int
+    streams: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
 def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
-    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None)
+    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, sequence_parallel=1)
     return _weights_of(replace(case, kernel="flash", train=True, fresh=False, quantization="none"))
 
 
@@ -90,11 +93,18 @@ def _weights_of(case: Case) -> Weights:
     kinds = kinds_of(resolved(case.spec))
     model = whole_model(case)
     named = dict(model.named_parameters())
-    parts = {prefix: Part(prefix, 0, 0) for prefix in (*_prefixes(model, kinds), "")}
+    held: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in (*_prefixes(model, kinds), "")}
     for name, p in named.items():
-        at = next(prefix for prefix in parts if name.startswith(prefix))
-        size, trained = p.numel() * p.element_size(), p.numel() * p.requires_grad
-        parts[at] = Part(at, parts[at].bytes + size, parts[at].trainable + trained)
+        held[next(prefix for prefix in held if name.startswith(prefix))].append(p)
+    parts = [
+        Part(
+            prefix,
+            sum(p.nbytes for p in inside),
+            sum(p.numel() for p in inside if p.requires_grad),
+            packed([p.nbytes for p in inside if not p.requires_grad])[1],
+        )
+        for prefix, inside in held.items()
+    ]
     trained_parameters = [p for p in named.values() if p.requires_grad]
     tables = tensors_in(held for m in model.modules() for held in (*m._buffers.values(), *vars(m).values()))
     return Weights(
@@ -104,8 +114,8 @@ def _weights_of(case: Case) -> Weights:
         sum(p.numel() * p.element_size() for p in trained_parameters),
         tuple(p.numel() for p in trained_parameters),
         tuple(p.dtype for p in trained_parameters),
-        tuple(part for prefix, part in parts.items() if prefix),
-        parts[""],
+        tuple(parts[:-1]),
+        parts[-1],
         sum(t.numel() * t.element_size() for t in {id(t): t for t in tables}.values()),
     )
 
@@ -121,6 +131,7 @@ class Rest:
         call: what a call brings besides its trace.
         step: what the optimiser's step brings.
         step_traffic: bytes that it reads and writes.
+        swap: what waits on the host, which is not in the weights.
     """
 
     weights: Vector
@@ -130,6 +141,7 @@ class Rest:
     call: Vector
     step: Vector
     step_traffic: float
+    swap: Swap
 
 
 def state_bytes_8bit(sizes: Sequence[int]) -> int:
@@ -151,6 +163,8 @@ def rest(settings: Settings, case: Case) -> Rest:
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
     stored = weights.tables + (weights.bytes * wider / shards if base is None else base.stored)
+    swap = swap_of(settings, [part.streams for part in weights.blocks] if base is None else base.streams)
+    stored -= swap.saved
     reduced = weights.trainable_bytes * wider / shards
     late = settings.is_sharded and settings.gradient_sync == "update"
     stepped, masters = weights, 0
@@ -170,6 +184,7 @@ def rest(settings: Settings, case: Case) -> Rest:
         {"temporaries": base.largest} if base is not None and base.largest else {},
         {"temporaries": step / shards},
         traffic / shards,
+        swap,
     )
 
 

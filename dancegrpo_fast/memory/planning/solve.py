@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import NamedTuple, TypeAlias
@@ -97,16 +97,19 @@ class Solution:
     explanation: str
 
 
-def options_of(block: BlockFigures, offload: bool = False) -> list[Option]:
+def options_of(block: BlockFigures, offload: bool = False, among: Collection[str] | None = None) -> list[Option]:
     """Every choice for one block that no other beats in all of kept bytes, transient bytes and cost.
 
-    With `offload`, inputs of checkpointed blocks are on the host; those of two blocks are on the device at a time.
+    With `offload`, inputs of checkpointed blocks are on the host; those of two blocks are on the device at a time. With
+    `among`, policies of these names only.
     """
     groups = block.groups
     names = [n for n in KEEPABLE if n in groups and (groups[n].cost > 0 or groups[n].saved_bytes > 0)]
     found = [Option(block.input_bytes + block.saved_bytes, 0, 0, None)]
     for size in range(len(names) + 1):
         for chosen in combinations(names, size):
+            if among is not None and str(Keep(chosen)) not in among:
+                continue
             kept = sum(groups[name].kept_bytes for name in chosen)
             transient = block.saved_bytes - sum(groups[name].saved_bytes for name in chosen)
             cost = sum(group.cost for name, group in groups.items() if name not in chosen)
@@ -251,7 +254,14 @@ def _rounded(bound: _Relaxation, kind: int, done: int, budget: int) -> float:
     return cost
 
 
-def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = False, gap: float = 0.0) -> Solution:
+def solve(
+    blocks: Sequence[BlockFigures],
+    budget_bytes: int,
+    *,
+    offload: bool = False,
+    gap: float = 0.0,
+    among: Collection[str] | None = None,
+) -> Solution:
     """What each block keeps, so that recomputation costs least within the budget; the optimum, and always the same.
 
     The budget bounds what all blocks keep plus the largest recomputation of one. Blocks with equal figures are
@@ -262,6 +272,7 @@ def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = 
         budget_bytes: for what blocks keep and compute again; weights, gradients and the rest are not in it.
         offload: inputs of checkpointed blocks wait in host memory.
         gap: the share of its cost that the choice may cost more than the optimum, which is found sooner then.
+        among: names of the policies that a block may have; None: every choice of what it keeps.
 
     Raises:
         ValueError: impossible figures, or a budget below the minimum, which the message gives.
@@ -281,7 +292,7 @@ def solve(blocks: Sequence[BlockFigures], budget_bytes: int, *, offload: bool = 
             members.append((block, [i]))
         else:
             same.append(i)
-    kinds: Kinds = [(where, options_of(block, offload)) for block, where in members]
+    kinds: Kinds = [(where, options_of(block, offload, among)) for block, where in members]
     caps = sorted({option.transient for _, options in kinds for option in options})
     allowed = {
         cap: [(where, [option for option in options if option.transient <= cap]) for where, options in kinds]

@@ -211,13 +211,16 @@ def _cached_methods(cls: type) -> list[tuple[str, Callable[..., Any]]]:
 
 
 @contextlib.contextmanager
-def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Callable[[Any], Any]]:
+def fake_tensors(
+    *models: nn.Module, attention: str = "flash", fused_norm: bool = True
+) -> Iterator[Callable[[Any], Any]]:
     """Inside, the models' parameters, gradients, buffers and other tensors are fake ones, and so is all that is made.
 
     Args:
         models: on the `meta` device, or real; they get their own tensors back at the end.
-        attention: "flash", "efficient", "cudnn" or "math", as on CUDA (with its fused RMSNorm and its autocast), or
-            "cpu": whatever the CPU runs.
+        attention: "flash", "efficient", "cudnn" or "math", as on CUDA (with its autocast), or "cpu": whatever the CPU
+            runs.
+        fused_norm: on CUDA, RMSNorm is one operator.
 
     Yields:
         A function that makes fakes of all tensors in a pytree, such as inputs; storages that are shared stay shared.
@@ -225,7 +228,7 @@ def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Calla
     Raises:
         ValueError: an unknown `attention`.
     """
-    operators = CudaOperators(attention)
+    operators = CudaOperators(attention, fused_norm)
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def convert(tensor: Tensor) -> Tensor:

@@ -39,15 +39,23 @@ class Recorder(TorchDispatchMode):
         # Nothing is compiled here, and torch's guard against it costs more than the books.
         return False
 
-    def __init__(self, paths: Mapping[int, str], modes: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        modes: Callable[[], contextlib.AbstractContextManager[Any]],
+        workspace: Callable[[Any, Any, Any], int],
+    ) -> None:
         super().__init__()
         self.paths = paths
+        # Bytes that an operator takes within itself, from its overload, arguments and result.
+        self.workspace = workspace
         # Torch's function modes are off inside its backward; what is computed again there needs them.
         self.modes = modes
         self.storages: list[Storage] = []
         self.phases: dict[str, tuple[int, int]] = {}
         self.flops: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self.bytes: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self.launches: Counter[str] = Counter()
         self._live: dict[int, Storage] = {}
         self._checkpointed: set[int] = set()
         self.handed: Counter[str] = Counter()
@@ -123,7 +131,7 @@ class Recorder(TorchDispatchMode):
         known = operators.kind(func)
         for tensor in made:
             self.note(tensor, known.name, module)
-        if size := operators.workspace(func, args):
+        if size := self.workspace(func, args, out):
             self._workspace(size, known.name, module)
         phase = "recompute" if self._recomputing and self._phase == "backward" else self._phase
         cost = operators.cost(func, args, kwargs, out, given, made)
@@ -131,6 +139,8 @@ class Recorder(TorchDispatchMode):
             self.flops[phase][module, known.group] += cost.flops
         if cost.bytes:
             self.bytes[phase][module, known.group] += cost.bytes
+        if cost.flops or cost.bytes:
+            self.launches[phase] += 1
         return out
 
     # Phases, modules, checkpoints.
@@ -242,4 +252,6 @@ class Recorder(TorchDispatchMode):
         """Of all phases; storages are followed no longer."""
         for storage in self.storages:
             storage.reference = None
-        return Trace(self.storages, self.phases, dict(self.flops), dict(self.bytes), dict(self.handed))
+        return Trace(
+            self.storages, self.phases, dict(self.flops), dict(self.bytes), dict(self.launches), dict(self.handed)
+        )

@@ -72,6 +72,7 @@ class Trace:
         flops: by (module path, group) of each phase ("recompute" is what a checkpoint or a block op computes again in
             the backward), what matrix products, convolutions, attention and block ops compute.
         traffic: the same of bytes that other operators read and write.
+        launches: operators of each phase that compute or move something; each starts a kernel at least.
         handed: bytes that the checkpoint of a module, by its path, is the first to keep as an input.
     """
 
@@ -79,6 +80,7 @@ class Trace:
     phases: dict[str, tuple[int, int]]
     flops: dict[str, Counter[tuple[str, str]]]
     traffic: dict[str, Counter[tuple[str, str]]]
+    launches: dict[str, int]
     handed: dict[str, int]
 
     @cached_property
@@ -92,7 +94,7 @@ class Trace:
         return _by_group(self.traffic)
 
     @cached_property
-    def _changes(self) -> list[tuple[int, Storage]]:
+    def changes(self) -> list[tuple[int, Storage]]:
         """Births (+1) and deaths (-1), in order."""
         born = [(s.born, 1, s) for s in self.storages]
         died = [(s.died, -1, s) for s in self.storages if s.died is not None]
@@ -103,14 +105,14 @@ class Trace:
         """Every change of the live bytes, in order."""
         return [
             Event(sign * s.size, s.category, s.op, s.module, s.phase if sign > 0 else str(s.died_phase))
-            for sign, s in self._changes
+            for sign, s in self.changes
         ]
 
     @cached_property
     def timeline(self) -> list[int]:
         """Live bytes after each event."""
         live, found = 0, []
-        for sign, storage in self._changes:
+        for sign, storage in self.changes:
             live += sign * storage.size
             found.append(live)
         return found
@@ -132,7 +134,7 @@ class Trace:
                 if self.timeline[index] > best:
                     best, at = self.timeline[index], index
         alive = self.alive(at + 1)
-        sign, last = self._changes[at]
+        sign, last = self.changes[at]
         phase = last.phase if sign > 0 else str(last.died_phase)
         return Peak(max(best, 0), phase, last.op, last.module, _sums(alive, lambda s: s.category))
 
