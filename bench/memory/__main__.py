@@ -10,10 +10,10 @@ from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
-from . import choices, earlier, fsdp, margins, report, table
+from . import choices, earlier, fsdp, margins, public, report, table
 from .families import FAMILIES
 
-PARTS = ("table", "rows", "fsdp", "scenarios", "margins")
+PARTS = ("table", "rows", "public", "fsdp", "scenarios", "margins")
 
 
 def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
@@ -48,6 +48,11 @@ def main() -> None:
         answers = earlier.rows(where, options.name)
         if answers:
             _write(options.output, "memory-rows", answers, earlier.markdown(answers))
+    if "public" in parts:
+        measured = public.results(where, options.name)
+        if measured:
+            _write(options.output, "memory-public", measured, public.markdown(measured))
+            print("\n".join(public.summary(measured)))
     if "fsdp" in parts:
         shards = [row for name in fsdp.MODELS if options.name in name for row in fsdp.rows(name, where)]
         if shards:

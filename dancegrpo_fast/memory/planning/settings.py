@@ -52,13 +52,14 @@ class Settings:
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         dtype: of the denoiser's weights, gradients and states: "bfloat16", "float16" or "float32".
         master_dtype: "float32": the optimiser steps float32 copies of 16-bit weights, with float32 gradients then.
-        mixed_precision: "bf16": autocast, which float32 weights are planned with; under FSDP shards are gathered in
-            bf16 besides.
+        mixed_precision: "bf16": autocast, which float32 weights are planned with and 16-bit weights can have; under
+            FSDP shards are gathered in bf16 besides.
         lora: rank, or 0 for full fine-tuning.
         target_modules: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
             them, or "bfloat16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its
             input for the backward.
+        lora_dropout: of what goes into the LoRA layers, whose masks are kept; the trainer has none.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
         blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
@@ -125,6 +126,7 @@ class Settings:
     lora: int = 0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
+    lora_dropout: float = 0.0
     quantization: str = "none"
     blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
@@ -200,6 +202,11 @@ class Settings:
             _number("state_bytes", self.state_bytes)
         for field in fields(Rates):
             _number(f"rates.{field.name}", getattr(self.rates, field.name))
+        if self.lora_dropout:
+            _number("lora_dropout", self.lora_dropout)
+        if self.lora_dropout >= 1 or (self.lora_dropout and not self.lora):
+            wanted = "less than 1" if self.lora else "0 without LoRA"
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, want {wanted}")
         _number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
@@ -228,6 +235,8 @@ class Settings:
         if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
             kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
             raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
+        if self.dtype == "float16" and self.mixed_precision != "no":
+            raise ValueError(f'mixed_precision: got "{self.mixed_precision}" with dtype "float16", want "no"')
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -296,8 +305,8 @@ class Settings:
     @property
     def dtypes(self) -> str:
         """In words."""
-        words = {"bf16_master": f"{self.dtype} with float32 masters", "fp32_master": "float32 under bf16 autocast"}
-        return words.get(self.precision, self.dtype)
+        masters = " with float32 masters" if self.precision == "bf16_master" else ""
+        return self.dtype + masters + (" under bf16 autocast" if self.mixed_precision == "bf16" else "")
 
     @property
     def is_sharded(self) -> bool:
