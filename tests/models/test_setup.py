@@ -158,15 +158,16 @@ def test_the_planner_is_asked_about_this_run(flux: Path, tmp_path: Path) -> None
     assert (asked.precision, asked.block_ops, asked.device, asked.gpu_gib) == ("fp32_master", "fast", "cpu", 24.0)
     # The model that the KL is taken to is a second one.
     parameters = sum(p.numel() for p in model.denoiser.parameters())
-    assert [(one.parameters, one.bytes_per_parameter) for one in asked.others] == [(parameters, 4)]
+    assert asked.kl_reference and not asked.ema and asked.frozen_dtype == "float32"
+    assert checks.pieces(recipe, model).copies == 4 * parameters
 
 
 def test_float16_is_planned_as_bfloat16(flux: Path, tmp_path: Path) -> None:
     for more in ({"lora": LoraSettings()}, {"master_dtype": "float32"}):
         narrow, other = (make_recipe(flux, tmp_path, dtype=name, **more) for name in ("float16", "bfloat16"))
-        wide = settings_of(narrow, trained=(1, 4)).changed(dtype="bfloat16", frozen_dtype="bfloat16")
-        assert wide == settings_of(other, trained=(1, 4))
-        assert settings_of(narrow, trained=(1, 4)).precision.startswith("bf16")
+        same = settings_of(narrow).changed(dtype="bfloat16", frozen_dtype="bfloat16")
+        assert same == settings_of(other)
+        assert settings_of(narrow).precision.startswith("bf16")
 
 
 def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_path: Path) -> None:
@@ -180,13 +181,10 @@ def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_
 
 def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, model = loaded(flux, tmp_path, micro_batch=2, ema_decay=0.9, offload=["vae", "rewards"])
-    parameters = sum(p.numel() for p in model.denoiser.parameters())
     alone = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (alone.samples, alone.fsdp, alone.strategy, alone.offload) == (12, 1, "none", ("vae", "rewards"))
-    assert [(one.parameters, one.bytes_per_parameter) for one in alone.others] == [(parameters, 4)]
+    assert alone.ema and not alone.kl_reference
     monkeypatch.setattr(setup, "processes", lambda: (8, "full_shard"))
     shared = setup._settings(model, recipe, checks.CPU, 3, 24.0)
     assert (shared.samples, shared.fsdp, shared.strategy) == (2, 8, "full_shard")
-    # The average is in shards.
-    assert [one.parameters for one in shared.others] == [parameters // 8]
     assert shared.gradient_sync == "update"
