@@ -10,10 +10,10 @@ from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
-from . import choices, earlier, fsdp, margins, public, report, table
+from . import choices, earlier, fsdp, margins, public, report, swaps, table
 from .families import FAMILIES
 
-PARTS = ("table", "rows", "public", "fsdp", "scenarios", "margins")
+PARTS = ("table", "rows", "public", "fsdp", "scenarios", "margins", "swaps")
 
 
 def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
@@ -59,6 +59,10 @@ def main() -> None:
             _write(options.output, "memory-fsdp", shards, fsdp.markdown(shards))
     if "margins" in parts:
         (options.output / "memory-margins.md").write_text(margins.markdown(margins.read("allocators")))
+    if "swaps" in parts:
+        small = list(swaps.rows(where, options.name))
+        if small:
+            _write(options.output, "memory-swaps", small, swaps.markdown(small))
     if "scenarios" in parts:
         plans = choices.rows(where, options.name)
         if plans:
