@@ -5,6 +5,7 @@ from typing import Any
 
 from ..memory.planning.cards import CARDS, USUAL
 from ..memory.planning.cases import case_of
+from ..memory.planning.measured import at_hand
 from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
 from ..memory.planning.sharding import weights_of
 from ..optimizers import ADAMW, EIGHT_BIT, probe
@@ -35,7 +36,7 @@ def settings_of(
         trained: numbers that are trained and bytes of each; None counts them on the meta device.
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
-        device: that attention is chosen for.
+        device: that attention is chosen for; one of this machine that `rates` measured is planned at that speed.
         gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
@@ -80,6 +81,8 @@ def settings_of(
         text_encoders=text_encoders,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
+    # Several processes choose alike, wherever they run.
+    settings = at_hand(settings, device) if processes == 1 else settings
     return settings.changed(others=_copies(recipe, settings, trained))
 
 
