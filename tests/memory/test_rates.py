@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,21 @@ def test_plans_of_this_device_count_with_them_and_no_others(flux: Path, tmp_path
     assert settings_of(recipe, trained=(1, 4), device="cpu", processes=2).measured == ""
     assert settings_of(recipe, trained=(1, 4)).measured == ""
     assert found.on("h100").measured == "" and Settings("sd14").measured == ""
+
+
+def test_a_gpu_at_hand_is_planned_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = SimpleNamespace(total_memory=150_000_000_000, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: seen)
+    assert parse(["sd14"]).settings.measured == ""
+    measured.keep("NVIDIA H200", REACHED, "2.13", "2026-01-01")
+    found = parse(["sd14"]).settings
+    assert (found.measured, found.device, found.gpu_gib) == ("NVIDIA H200", "cuda:sm90", 139.69)
+    assert found.rates == measured.planned(REACHED)
+    assert (
+        parse(["sd14", "--gpu", "100"]).settings.measured == parse(["sd14", "--card", "h200"]).settings.measured == ""
+    )
 
 
 @pytest.mark.parametrize(
