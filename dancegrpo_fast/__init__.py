@@ -36,6 +36,6 @@ __getattr__, __dir__, __all__ = lazy(
     (
         *("activations", "advantages", "attention", "backends", "compat", "demo", "dropin", "evaluate", "lora"),
         *("marks", "memory", "models", "ops", "patch", "plugins", "processes", "profile", "prompts", "quantization"),
-        *("recipe", "rewards", "rng", "run", "stopping", "train", "transitions"),
+        *("recipe", "rewards", "rng", "run", "sequence", "stopping", "train", "transitions"),
     ),
 )

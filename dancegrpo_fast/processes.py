@@ -9,14 +9,17 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .sequence import SequenceGroup
+from .shards import whole
 
 T = TypeVar("T")
 
@@ -63,10 +66,14 @@ class Processes:
 
     Args:
         mixed_precision: "no" or "bf16": autocast of the denoiser; under FSDP2 parameters are also gathered in it.
+        sequence_parallel, sequence_kind: how many share the tokens of a sample, and how (`dancegrpo_fast.sequence`).
 
     Attributes:
         accelerator: accelerate's.
         index, count: of this process, and how many there are.
+        sequence: those that have this one's samples, too; None where none does.
+        group, groups: of this process and those with its samples, and how many such groups there are.
+        leads: of its group this process is the first.
         is_main: this one writes the files.
         device: of this process.
         sharded: FSDP2.
@@ -75,10 +82,10 @@ class Processes:
     Raises:
         ValueError: an engine of accelerate other than DDP and FSDP2, FSDP2 with parameters on the host, or on CPUs with
             a torch before 2.9; an environment that asks for what the recipe does not; more processes than accelerate
-            sees.
+            sees; a number of processes that cannot share samples.
     """
 
-    def __init__(self, mixed_precision: str) -> None:
+    def __init__(self, mixed_precision: str, sequence_parallel: int = 1, sequence_kind: str = "ulysses") -> None:
         from accelerate import Accelerator
         from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -115,13 +122,25 @@ class Processes:
         self._units: Sequence[str] = (plugin and plugin.transformer_cls_names_to_wrap) or ()
         self._gather_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
         self._plain: dict[nn.Module, nn.Module] = {}
+        self.sequence: SequenceGroup | None = None
+        self.group, self.groups, self.leads = self.index, self.count, True
+        if sequence_parallel > 1:
+            self.sequence = SequenceGroup(self.device, self.count, sequence_parallel, sequence_kind)
+            self.group, self.groups = self.sequence.index, self.sequence.count
+            self.leads = self.sequence.member == 0
 
     @property
     def name(self) -> str:
         """How many processes, and how they hold the weights."""
         if not self.distributed:
             return "one process"
-        return f"{self.count} processes ({'FSDP2' if self.sharded else 'DDP'})"
+        sequence = "" if self.sequence is None else f", {self.sequence.size} a sample by {self.sequence.kind}"
+        return f"{self.count} processes ({'FSDP2' if self.sharded else 'DDP'}{sequence})"
+
+    @property
+    def wait(self) -> bool:
+        """Whether work on a sample waits for other processes."""
+        return self.sharded or self.sequence is not None
 
     def threads(self) -> int:
         """CPU threads of this process when those of its host are shared out."""
@@ -130,20 +149,53 @@ class Processes:
 
     def share(self, count: int) -> range:
         """The part of `count` samples that this process has."""
-        return share(count, self.index, self.count)
+        return share(count, self.group, self.groups)
+
+    def scored(self, places: range, whole: int) -> range:
+        """Of samples that this process has, those that it decodes and scores; `whole` neighbours stay together."""
+        if self.sequence is None:
+            return places
+        part = share(len(places) // whole, self.sequence.member, self.sequence.size)
+        return places[part.start * whole : part.stop * whole]
+
+    def scores(self, values: Tensor) -> Tensor:
+        """The sum of what each process with the same samples `scored`, zero elsewhere; a copy."""
+        if self.sequence is None:
+            return values
+        there = values.to(self.device, copy=True)
+        self.sequence.sum(there)
+        return there.to(values.device)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` returns, or the RuntimeError it raises, in the first of the processes with the same samples."""
+        if self.sequence is None:
+            return work()
+        found: tuple[T | None, str | None] = None, None
+        failed: RuntimeError | None = None
+        if self.leads:
+            try:
+                found = work(), None
+            except RuntimeError as error:
+                found, failed = (None, str(error)), error
+        made, reason = self.sequence.first(found)
+        if reason is not None:
+            raise failed or RuntimeError(reason)
+        return cast(T, made)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over the processes; a copy on the device."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        """Elementwise over the processes, those with the same samples being one; a copy on the device."""
+        there = values.to(self.device, copy=True)
+        if self.sequence is not None:
+            self.sequence.sum_of_groups(there)
+        elif self.distributed:
+            dist.all_reduce(there)
+        return there
 
     def max(self, values: Tensor) -> Tensor:
         """Elementwise over the processes; a copy on the device."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: Tensor, op: Any) -> Tensor:
         there = values.to(self.device, copy=True)
         if self.distributed:
-            dist.all_reduce(there, op)
+            dist.all_reduce(there, dist.ReduceOp.MAX)
         return there
 
     def largest(self, number: int) -> int:
@@ -158,12 +210,15 @@ class Processes:
         return found
 
     def prepare(self, denoiser: nn.Module) -> nn.Module:
-        """The denoiser as rollout calls it: split under FSDP2, and run in the precision of the recipe.
+        """The denoiser as rollout calls it: its tokens and, under FSDP2, weights split, in the recipe's precision.
 
         Under FSDP2 the main process's weights are handed out, and parameters are other objects afterwards.
         """
         if self.sharded:
             self._plain[denoiser] = _without_data(denoiser)
+        if self.sequence is not None:
+            self.sequence.split(denoiser)
+        if self.sharded:
             self._split(denoiser)
         prepared: nn.Module = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
         return prepared
@@ -329,57 +384,6 @@ def _fsdp_plugin() -> Any:
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_offload_params: got true in accelerate's configuration, want false")
     return plugin
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor with the parts of every process, on each of them."""
-    from torch.distributed.tensor import DTensor
-
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def local(value: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def is_shard(value: Tensor) -> bool:
-    """Whether it is a process's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
-
-
-def shard(value: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """This process's part of a tensor, and where it begins in the whole."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not isinstance(value, DTensor):
-        return value, [0] * value.ndim
-    return value.to_local(), compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)[1]
-
-
-def like(value: Any, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter is: on its device, and split as it is.
-
-    Args:
-        value: it, or what gives parts of it when sliced; of a split parameter only this process's are asked for.
-        parameter: of the same shape.
-    """
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not isinstance(parameter, DTensor):
-        whole: Tensor = value[...].to(parameter.device)
-        return whole
-    mesh, placements = parameter.device_mesh, parameter.placements
-    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    part = value[tuple(slice(start, start + size) for size, start in zip(sizes, offsets, strict=True))]
-    there = part.contiguous().to(parameter.device)
-    return DTensor.from_local(there, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 def _without_data(module: nn.Module) -> nn.Module:

@@ -14,12 +14,13 @@ from pathlib import Path
 PACKAGE = "dancegrpo_fast"
 # From the bottom. A room imports from those of the lines above its own.
 ORDER = (
-    "kernels lazy install allocator progress stopping checks files marks rng drawing lora quantization",
+    "kernels lazy install allocator progress stopping checks files marks rng drawing lora quantization shards",
     "transitions advantages prompts",
     "backends recipe",
     "ops optimizers",
     "patch",
     "activations dropin",
+    "sequence",
     "attention processes compat",
     "memory rewards",
     "run",

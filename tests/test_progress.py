@@ -16,7 +16,7 @@ def test_a_line_on_a_terminal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(sys, "stderr", terminal)
         with working("tracing a model with a long name"):
             shown = os.read(reader, 1000).decode()
-        assert shown == "\r\x1b[Ktracing a model wi" and os.read(reader, 1000) == b"\r\x1b[K"
+        assert shown == "\r\x1b[Ktracing a model wit" and os.read(reader, 1000) == b"\r\x1b[K"
     os.close(reader)
 
 

@@ -9,7 +9,21 @@ import dancegrpo_fast as dgf
 from dancegrpo_fast import compat, memory, train
 
 # Modules of the package that are nobody's business, or commands.
-INNER = {"checks", "cli", "drawing", "files", "info", "install", "kernels", "lazy", "optimizers", "progress", "recipes"}
+INNER = {
+    "allocator",
+    "checks",
+    "cli",
+    "drawing",
+    "files",
+    "info",
+    "install",
+    "kernels",
+    "lazy",
+    "optimizers",
+    "progress",
+    "recipes",
+    "shards",
+}
 
 
 def test_every_public_module_is_shown() -> None:

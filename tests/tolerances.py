@@ -171,6 +171,8 @@ def assert_same_training(ours: Tensor, other: Tensor) -> None:
 
 # Sums of float32 numbers in another order, through a few calls of a tiny model.
 REORDERED_SUMS = torch.finfo(torch.float32).eps ** 0.5
+# The same of float64 numbers, through one call.
+REORDERED_DOUBLE_SUMS = torch.finfo(torch.float64).eps ** 0.75
 
 
 def assert_same_gradient(actual: Tensor, truth: Tensor, plain: Tensor) -> None:

@@ -20,4 +20,6 @@ rest with the planner, which leaves them out.
 `rows`: figures of an earlier count of published models at real size, and the planner's beside them (`earlier.py`).
 
 `scenarios`: what `--checkpointing auto` does with the settings in `scenarios.py`, each in a process of its own.
+
+`margins`: what others saw allocators and processes hold beside tensors (`evidence/`), and what the planner takes.
 """

@@ -10,10 +10,10 @@ from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
-from . import choices, earlier, fsdp, report, table
+from . import choices, earlier, fsdp, margins, report, table
 from .families import FAMILIES
 
-PARTS = ("table", "rows", "fsdp", "scenarios")
+PARTS = ("table", "rows", "fsdp", "scenarios", "margins")
 
 
 def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
@@ -52,6 +52,8 @@ def main() -> None:
         shards = [row for name in fsdp.MODELS if options.name in name for row in fsdp.rows(name, where)]
         if shards:
             _write(options.output, "memory-fsdp", shards, fsdp.markdown(shards))
+    if "margins" in parts:
+        (options.output / "memory-margins.md").write_text(margins.markdown(margins.read("allocators")))
     if "scenarios" in parts:
         plans = choices.rows(where, options.name)
         if plans:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from dancegrpo_fast.memory.planning.budget import Phase
-from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
 from ..rows import Row, grid, made_with
@@ -193,8 +193,8 @@ def _all() -> Iterator[Figure]:
     yield Figure(f"{video}, float32 masters on 8 GPUs", "bf16 replica", shards | {"fsdp": 8}, _replica, "25.6", "GB")
     for subject, given, untiled, tiled in ((video, VIDEO, "11.8", "3.0"), (hd, HD, "35", "3.8")):
         decoded = given | LORA | {"offload": ("denoiser",)}
-        yield Figure(subject, "decode, untiled", decoded | {"vae_tiling": False}, _decode, untiled)
-        yield Figure(subject, "decode, tiled", decoded | {"vae_tiling": True}, _decode, tiled)
+        yield Figure(subject, "decode, untiled", decoded | {"vae_tiling": "off"}, _decode, untiled)
+        yield Figure(subject, "decode, tiled", decoded | {"vae_tiling": "on"}, _decode, tiled)
     for subject, given, size in ((video, VIDEO, "1.75"), (hd, HD, "12.4")):
         yield Figure(subject, "trajectories of 24 generations", given | GROUP, _trajectories, size, "GB")
     indexed = VIDEO | GROUP | {"trajectory_copies": 2}

@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from dancegrpo_fast.activations import checkpointing
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.planner import Iteration
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.settings import Settings
-from dancegrpo_fast.processes import Processes, local
+from dancegrpo_fast.processes import Processes
+from dancegrpo_fast.shards import local
 
 from ..rows import Row, grid, made_with
 from .families import FAMILIES, RANK, TARGETS, Family, prepare, real, real_inputs

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -46,9 +46,10 @@ class Ledger(TorchDispatchMode):
 
     Args:
         fixed: tensors that are there before and outlive the call.
+        host: of weights that wait in host memory.
     """
 
-    def __init__(self, fixed: Any) -> None:
+    def __init__(self, fixed: Any, host: Any = ()) -> None:
         super().__init__()
         self._fixed: set[int] = set()
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -57,6 +58,9 @@ class Ledger(TorchDispatchMode):
         self._add(fixed)
         self.fixed = sum(size for _, size in self._known.values())
         self._fixed, self._known = set(self._known), {}
+        self._leaving = True
+        self._add(host)
+        self._leaving = False
         self.peak = self.device_peak = self.fixed
 
     def _add(self, tree: Any) -> bool:
@@ -146,7 +150,12 @@ def _collected() -> Iterator[None]:
 
 
 def measure(
-    model: nn.Module, inputs: Mapping[str, Any], *, train: bool, autocast: torch.dtype | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    train: bool,
+    autocast: torch.dtype | None = None,
+    host: Sequence[Tensor] = (),
 ) -> Account:
     """Runs a real model once on the CPU; of a training call with gradients there before.
 
@@ -155,6 +164,7 @@ def measure(
         inputs: keyword arguments.
         train: forward and backward; else a forward without gradients.
         autocast: of the forward.
+        host: of weights that wait in host memory.
     """
     for p in model.parameters():
         if train and p.requires_grad:
@@ -162,7 +172,7 @@ def measure(
     grads = [p.grad for p in model.parameters()]
     # Qwen-Image has its rotary tables as plain attributes.
     tables = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    ledger = Ledger([*model.parameters(), *model.buffers(), *grads, *tables, dict(inputs)])
+    ledger = Ledger([*model.parameters(), *model.buffers(), *grads, *tables, dict(inputs)], host)
     mixed = torch.autocast("cpu", autocast, enabled=autocast is not None)
     with _collected(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         with ledger.watching(), torch.set_grad_enabled(train):

@@ -190,7 +190,8 @@ def _contexts(policy: Keep) -> Contexts:
     return partial(create_selective_checkpoint_contexts, partial(_choose, policy.groups))
 
 
-def _is_compiled(block: nn.Module) -> bool:
+def is_compiled(block: nn.Module) -> bool:
+    """Whether a block was compiled by itself."""
     return block._compiled_call_impl is not None or hasattr(block, "_orig_mod")
 
 
@@ -241,7 +242,7 @@ class Checkpointed:
 
     def _check_compiled(self, block: nn.Module) -> None:
         contexts = self._contexts[block]
-        if contexts is None or contexts is noop_context_fn or not _is_compiled(block):
+        if contexts is None or contexts is noop_context_fn or not is_compiled(block):
             return
         raise ValueError(
             "policy: got one that keeps results of single ops, with blocks compiled one by one (their ops cannot be"

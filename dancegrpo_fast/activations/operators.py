@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -108,9 +109,16 @@ def cost(
     return Cost(flops, sum(map(stored_bytes, given[known.unread :])) + sum(map(stored_bytes, made)))
 
 
-def workspace(func: Any, args: Any) -> int:
-    """Bytes that CUDA's attention takes beside its outputs: float32 sums of the queries' gradients, and one row sum."""
+def workspace(func: Any, args: Any, out: Any) -> int:
+    """Bytes that one of CUDA's operators takes beside its outputs while it runs.
+
+    A backward of attention takes float32 sums of the queries' gradients, and one row sum. A convolution takes copies of
+    its input, output and weight with the channels last, as cuDNN's tensor core kernels want them, unless they are so.
+    That is read off public measurements of decodes (docs/memory.md), not off a document.
+    """
     name = kind(func).name
+    if name in CONVOLUTIONS:
+        return sum(_copies(func, args, out, 8))
     if not name.endswith("attention_backward") or not name.startswith("aten._scaled_dot_product_"):
         return 0
     query: Tensor = args[1]
@@ -120,3 +128,44 @@ def workspace(func: Any, args: Any) -> int:
     # Float32 gradients are summed in place.
     sums = columns if query.element_size() < 4 else 0
     return int(4 * batch * heads * rows * (sums + 1))
+
+
+def no_workspace(func: Any, args: Any, out: Any) -> int:
+    """Nothing: what an operator takes within itself is not counted."""
+    return 0
+
+
+def cpu_workspace(func: Any, args: Any, out: Any) -> int:
+    """The same on a CPU, for convolutions: oneDNN's copies of input and output in blocks of channels.
+
+    The output's own memory is taken when the input's copy is gone. Small and 1 x 1 convolutions, which torch computes
+    otherwise there, are counted alike.
+    """
+    if kind(func).name not in CONVOLUTIONS:
+        return 0
+    given, made, weight = _copies(func, args, out, 16)
+    later = stored_bytes(out) if isinstance(out, Tensor) else made
+    return weight + max(given + made - later, made)
+
+
+CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
+# A tensor of more elements than 32 bits count.
+LARGE = 2**31
+
+
+def _copies(func: Any, args: Any, out: Any, block: int) -> tuple[int, int, int]:
+    """Bytes of a convolution's input, output and weight with channels in multiples of `block`."""
+    forward = kind(func).name == CONVOLUTIONS[0]
+    # The gradients of the input and of the weight are computed one after the other, from the same two copies.
+    given, made, weight = (args[0], out, args[1]) if forward else (args[1], args[0], args[2])
+    groups = args[8] if forward else args[9]
+    last = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+    # Of the weight: results of fake convolutions lie as a CPU would have them.
+    lies_so = weight.ndim > 3 and not weight.is_contiguous() and weight.is_contiguous(memory_format=last)
+    if lies_so or groups == given.shape[1] > 1:
+        return 0, 0, 0
+    copies = [t.numel() // t.shape[1] * -(-t.shape[1] // block) * block * t.element_size() for t in (given, made)]
+    if len(made) > 1 and made.numel() >= LARGE:
+        # Measured decodes of 8 and 16 pictures have no room for it.
+        copies[1] = 0
+    return copies[0], copies[1], weight.numel() * weight.element_size()

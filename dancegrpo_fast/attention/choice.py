@@ -115,6 +115,7 @@ def choose(
     *,
     max_scores_gib: float = 1.0,
     hub_kernels: bool = False,
+    parallel: str | None = None,
 ) -> Choice:
     """Picks the fastest backend that is safe; roll out and replay under the one chosen with `training=True`.
 
@@ -126,12 +127,13 @@ def choose(
         training: whether a backward follows.
         max_scores_gib: the most GiB of attention scores a layer that an unfused formula may hold.
         hub_kernels: allow backends that download and run kernels from the Hub.
+        parallel: how its tokens will be split: "ulysses", "ring" or "" for not; None: as they are.
 
     Raises:
         ValueError: an unknown model or device, or no backend is safe; the message says why for each.
     """
     check_bool("hub_kernels", hub_kernels)
-    case = case_of(model, shapes, device, training, max_scores_gib)
+    case = case_of(model, shapes, device, training, max_scores_gib, parallel)
     refused: dict[str, str] = {}
     usable, passed = [], {}
     for name in known():
@@ -169,13 +171,14 @@ def check(
     training: bool,
     *,
     max_scores_gib: float = 1.0,
+    parallel: str | None = None,
 ) -> Choice:
     """Judges a backend that was set by hand as `choose` would; arguments as there.
 
     Raises:
         ValueError: the backend is unknown or must not be used; the message says why.
     """
-    case = case_of(model, shapes, device, training, max_scores_gib)
+    case = case_of(model, shapes, device, training, max_scores_gib, parallel)
     if backend not in FACTS or backend not in known():
         judged = ", ".join(name for name in known() if name in FACTS)
         raise ValueError(f'backend: got "{backend}", want one of {judged}')

@@ -120,9 +120,14 @@ def attentions(model: nn.Module) -> list[Any]:
 
 
 def case_of(
-    model: nn.Module, shapes: Shapes, device: torch.device | str, training: bool, max_scores_gib: float
+    model: nn.Module,
+    shapes: Shapes,
+    device: torch.device | str,
+    training: bool,
+    max_scores_gib: float,
+    parallel: str | None = None,
 ) -> Case:
-    """What the rules look at, of a model called with `shapes` on `device`."""
+    """What the rules look at, of a model called with `shapes` on `device`; None: as parallel as it is."""
     if not isinstance(shapes, Shapes):
         raise ValueError(f"shapes: got {shapes!r}, want attention.Shapes(batch, tokens, dtype)")
     check_bool("training", training)
@@ -133,10 +138,10 @@ def case_of(
     layers = attentions(model)
     widths = sorted({(m.inner_dim, m.heads, m.inner_dim // m.heads) for m in layers})
     told = [m.processor for m in layers if hasattr(m.processor, "_attention_backend")]
-    configs = [c for p in told if (c := getattr(p, "_parallel_config", None)) is not None]
-    parallel = ""
-    if configs:
-        parallel = "ring" if configs[0].context_parallel_config.ring_degree > 1 else "ulysses"
+    if parallel is None:
+        configs = [c for p in told if (c := getattr(p, "_parallel_config", None)) is not None]
+        ring = bool(configs) and configs[0].context_parallel_config.ring_degree > 1
+        parallel = "ring" if ring else "ulysses" if configs else ""
     kind, capability = _device(device)
     mask, condition = _mask_of(model, shapes)
     return Case(

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..memory.planning import measured
 from ..memory.planning.cards import CARDS, USUAL, of_size
-from ..memory.planning.settings import GIB, REWARD_MODELS, REWARDS, Settings
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS
+from ..memory.planning.settings import GIB, Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
@@ -51,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Request:
     known = f"one of {', '.join(shipped)}; a diffusers folder, a name on the hub, or RECIPE.yaml"
     parser.add_argument("what", type=str, metavar="MODEL|RECIPE.yaml", help=known)
     parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
-    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "card", "others", *LISTS})
+    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "card", "measured", "others", *LISTS})
     parser.add_argument(
         "--card", type=str, help=f"one of {', '.join(CARDS)}: its memory as torch sees it, and its speed"
     )
@@ -102,7 +103,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
             "are what is planned"
         )
     recipe.check_trained()
-    processes = given.get("fsdp", 1)
+    processes = given.get("fsdp", recipe.train.sequence_parallel)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
     return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
 

@@ -261,7 +261,7 @@ def evaluate(
     for prompt in prompts if by is not None else ():
         if by not in prompt.meta:
             raise ValueError(f'by: got "{by}", which prompt "{prompt.text}" lacks; it has {sorted(prompt.meta)}')
-    processes = Processes(recipe.train.mixed_precision)
+    processes = Processes(recipe.train.mixed_precision, recipe.train.sequence_parallel, recipe.train.sequence_kind)
     expand_segments(processes.device)
     if processes.sharded:
         raise ValueError("accelerate: got FSDP2, want the whole model in every process to evaluate it")
@@ -298,13 +298,14 @@ def evaluate(
     for sampler in settings.samplers:
         sets = evaluator.sets()
         missing = [part for part in sets if not scores.has(sampler, places[part], samples)]
-        for first in range(0, len(missing), processes.count):
-            turn = missing[first : first + processes.count]
+        for first in range(0, len(missing), processes.groups):
+            turn = missing[first : first + processes.groups]
             rows: list[dict[str, Any]] = []
-            for part in turn[processes.index : processes.index + 1]:
+            for part in turn[processes.group : processes.group + 1]:
                 found = evaluator.score(sampler, part)
                 accepted, names = evaluator.accepted(found), evaluator.rewards.names
-                rows += _rows(found, accepted, sampler, names, samples, output, recipe.sampler.fps)
+                if processes.leads:
+                    rows += _rows(found, accepted, sampler, names, samples, output, recipe.sampler.fps)
             rows = processes.collect(rows)
             scores.add(rows)
             if processes.is_main:

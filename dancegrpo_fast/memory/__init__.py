@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .planning.cards import Rates as Rates
     from .planning.planner import Plan as Plan
     from .planning.planner import plan as plan
-    from .planning.settings import Reward as Reward
+    from .planning.rewards import Reward as Reward
     from .planning.settings import Settings as Settings
 
 __getattr__, __dir__, __all__ = lazy(
@@ -27,7 +27,8 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "planning.planner": ("Plan", "plan"),
         "planning.cards": ("Rates",),
-        "planning.settings": ("Reward", "Settings"),
+        "planning.rewards": ("Reward",),
+        "planning.settings": ("Settings",),
         ".attention": ("choose",),
         ".profile": ("profile", "profile_recipe"),
     },

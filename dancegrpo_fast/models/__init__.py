@@ -46,6 +46,6 @@ def load_model(
     encoded = prompts if reached is None else reached
     evaluation = None if recipe.evaluation is None else recipe.evaluation.sampling(recipe.sampler)
     model: DiffusersModel = factory(recipe.model, recipe.sampler, device, encoded, evaluation)
-    model.cut_text(prompts)
+    model.cut_text(prompts, recipe.train.sequence_parallel)
     prepare(model, recipe, device, encoded, training=training)
     return cast(GeneratorModel, model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import quantization
 from ..lora import add_lora, check_targets
+from ..memory.planning import tiles
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
@@ -78,12 +79,15 @@ class DiffusersModel:
         self.start = None if given is None else find_source(given, self.denoiser_part, "model.start_from")
         self.denoiser_path = self._find_denoiser()
         self.vae = self._load_vae()
-        if settings.vae_tiling == "on":
-            self.tile_vae(True)
         if evaluation is not None:
             with of_evaluation():
                 self._shape(evaluation)
         self.latent_shape = self._shape(sampler)
+        if settings.vae_tiling == "on":
+            try:
+                self.tile_vae(self._usual_tile())
+            except ValueError as error:
+                raise ValueError(f"model.{error}") from error
         # What the family cannot sample or train is said before text is encoded and the denoiser is loaded.
         self.table(sampler)
         if settings.lora is not None:
@@ -113,6 +117,20 @@ class DiffusersModel:
     @classmethod
     def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
+
+    def _usual_tile(self) -> int:
+        """The side of the tiles that "on" means.
+
+        Raises:
+            ValueError: the VAE does not tile, or pictures are too small for its tiles.
+        """
+        side = max(self.sampler.height, self.sampler.width)
+        found = self.settings.vae_tile or tiles.rule(self.vae).usual(side)
+        if found is None:
+            raise ValueError(
+                f'vae_tiling: got "on" for pictures of {side} pixels, want larger ones for tiles, or "auto"'
+            )
+        return found
 
     def _set_up(self, config: Any) -> None:
         """Takes what calls need from the denoiser's configuration; raises ValueError for one that the family lacks."""
@@ -205,7 +223,9 @@ class DiffusersModel:
         more = quantization.loading(kind, self.device)
         config = self._config_folder(path)
         if not more:
-            return load_denoiser(cls, path, config, self.dtype, self.device)
+            # What is to wait on the host is never all on the device.
+            device = self.device if self.settings.blocks_to_swap == 0 else torch.device("cpu")
+            return load_denoiser(cls, path, config, self.dtype, device)
         try:
             return load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:
@@ -263,8 +283,8 @@ class DiffusersModel:
             texts.append(self.sampler.negative_prompt)
         return list(dict.fromkeys(texts))
 
-    def cut_text(self, prompts: Sequence[Prompt]) -> None:
-        """Cuts text after the longest of the prompts and the negative one, encoded or not.
+    def cut_text(self, prompts: Sequence[Prompt], multiple: int = 1) -> None:
+        """Cuts text after the longest of the prompts and the negative one, encoded or not, at a multiple of a number.
 
         One length for the whole run, and for one that goes on longer: rollout and replay must have equal shapes.
         """
@@ -282,7 +302,7 @@ class DiffusersModel:
         if missing:
             pipeline = self._load_pipeline(names)
             lengths += [self._count_tokens(pipeline, text) for text in missing]
-        self._text_length = max(lengths)
+        self._text_length = -(-max(lengths) // multiple) * multiple
 
     def _text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the store on the device, in the model's dtype where they are floating-point."""
@@ -321,11 +341,13 @@ class DiffusersModel:
         pixels = self.vae.decode(self._unscaled(latents).to(self.frozen_dtype), return_dict=False)[0]
         return to_frames(pixels)
 
-    def tile_vae(self, on: bool) -> None:
-        if on:
-            self.vae.enable_tiling()
-        else:
-            self.vae.disable_tiling()
+    def tile_vae(self, size: int | None) -> None:
+        tiles.set_tile(self.vae, size)
+
+    @property
+    def tile(self) -> int | None:
+        """The side of the tiles that are set, in pixels; None: whole."""
+        return tiles.tile_of(self.vae)
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:
         if not getattr(denoiser, "peft_config", None):

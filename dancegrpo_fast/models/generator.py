@@ -61,8 +61,8 @@ class GeneratorModel(Protocol):
         """Frames `[B, T, 3, H, W]`, float32 in [0, 1] on the 8-bit grid."""
         ...
 
-    def tile_vae(self, on: bool) -> None:
-        """Decodes in tiles, or whole."""
+    def tile_vae(self, size: int | None) -> None:
+        """Decodes in tiles of so many pixels, one sample after another, or whole."""
         ...
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:

@@ -4,10 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..memory.planning.cards import CARDS, USUAL
-from ..memory.planning.cases import case_of
 from ..memory.planning.measured import at_hand
-from ..memory.planning.settings import REWARD_MODELS, REWARDS, Reward, Settings
-from ..memory.planning.sharding import weights_of
+from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
+from ..memory.planning.settings import Settings
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import Recipe, RewardSettings, TrainSettings
 
@@ -20,7 +19,6 @@ def settings_of(
     model: str | None = None,
     processes: int = 1,
     strategy: str = "none",
-    trained: tuple[int, int] | None = None,
     text_tokens: int | None = None,
     text_encoders: str = "freed",
     device: str = "cuda:sm90",
@@ -31,9 +29,8 @@ def settings_of(
     Args:
         recipe: the run.
         model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
-        processes: that share the samples.
+        processes: that share the samples, or those of `train.sequence_parallel` of them.
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
-        trained: numbers that are trained and bytes of each; None counts them on the meta device.
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
         device: that attention is chosen for; one of this machine that `rates` measured is planned at that speed.
@@ -44,7 +41,8 @@ def settings_of(
     """
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
-    samples = -(-train.prompts_per_iteration * train.group_size // processes)
+    groups = max(1, processes // train.sequence_parallel)
+    samples = -(-train.prompts_per_iteration * train.group_size // groups)
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -65,6 +63,7 @@ def settings_of(
         lora=given.lora.rank if given.lora else 0,
         target_modules=tuple(given.lora.target_modules) if given.lora else (),
         quantization=given.quantization or "none",
+        blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
         # As torch's own SDPA keeps it.
         attention=given.attention or "flash",
@@ -74,16 +73,30 @@ def settings_of(
         strategy=strategy,
         rollout_replica=train.rollout_replica and shards > 1,
         gradient_sync=train.gradient_sync,
+        sequence_parallel=train.sequence_parallel,
+        sequence_kind=train.sequence_kind,
         offload=tuple(train.offload),
-        vae_tiling=given.vae_tiling == "on",
+        vae_tiling=given.vae_tiling,
+        vae_tile=given.vae_tile,
+        frozen_dtype=given.frozen_dtype or given.dtype,
+        **_evaluation(recipe),
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
+        kl_reference=train.kl_weight > 0,
+        ema=train.ema_decay is not None,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     # Several processes choose alike, wherever they run.
-    settings = at_hand(settings, device) if processes == 1 else settings
-    return settings.changed(others=_copies(recipe, settings, trained))
+    return at_hand(settings, device) if processes == 1 else settings
+
+
+def _evaluation(recipe: Recipe) -> dict[str, Any]:
+    """Sizes and guidance of its samples."""
+    if recipe.evaluation is None:
+        return {}
+    there = recipe.evaluation.sampling(recipe.sampler)
+    return {f"evaluation_{name}": getattr(there, name) for name in ("height", "width", "guidance_scale")}
 
 
 def uncounted(recipe: Recipe) -> list[str]:
@@ -117,22 +130,3 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
             width = 4 if reward.args.get("dtype", unasked) == "float32" else 2
             found[name] = replace(REWARDS[name], bytes_per_parameter=width)
     return tuple(found.values())
-
-
-def _copies(recipe: Recipe, settings: Settings, trained: tuple[int, int] | None) -> tuple[Reward, ...]:
-    """What is as large as what is trained."""
-    train = recipe.train
-    wanted = train.kl_weight > 0 and recipe.model.lora is None, train.ema_decay is not None
-    if not any(wanted):
-        return ()
-    if trained is None:
-        weights = weights_of(case_of(settings, 1, "flash", train=True))
-        trained = weights.trainable, weights.dtypes[0].itemsize
-    count, width = trained
-    share = count // (settings.fsdp if settings.is_sharded else 1)
-    copies = (("the model of the KL", width), ("the moving average", 4))
-    return tuple(
-        Reward(name, share, "as many as are trained", bytes_each)
-        for (name, bytes_each), there in zip(copies, wanted, strict=True)
-        if there
-    )

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import sequence
 from ..activations import checkpointing
+from ..activations.streaming import BlockSwap
 from ..allocator import expands
-from ..memory.planning.margins import with_margins
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -20,7 +21,7 @@ from .base import DiffusersModel
 from .planning import settings_of
 
 if TYPE_CHECKING:
-    from ..memory.planning.planner import Iteration
+    from ..memory.planning.iteration import Iteration
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -34,7 +35,7 @@ JOINT = (
 def prepare(
     model: DiffusersModel, recipe: Recipe, device: torch.device, prompts: Sequence[Prompt], *, training: bool
 ) -> None:
-    """Stores frozen weights in float8, puts in block ops and attention, chooses what is recomputed and tiled.
+    """Stores frozen weights in float8, puts in block ops and attention, chooses what is recomputed, tiled and streamed.
 
     Args:
         model: as its family loads it.
@@ -56,14 +57,38 @@ def prepare(
         except ValueError as error:
             raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
     text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])
+    if recipe.train.sequence_parallel > 1:
+        check_sequence(model, recipe, text_tokens)
     if settings.attention is not None:
         set_attention(model, recipe, device, text_tokens)
     # Nothing is traced on a CPU whose memory is not said.
     traces = settings.memory_gib is not None or device.type == "cuda"
     with collected() if traces else nullcontext():
+        recipe = with_swap(model, recipe, device, text_tokens)
         if training:
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
+    set_swap(model, recipe, device)
+
+
+def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> None:
+    """Raises ValueError where the tokens of the model's calls cannot be split as the recipe says."""
+    from ..memory.planning import specs
+
+    train, spec = recipe.train, specs.resolve(model.planned_as)
+    sampled = {"sampler": recipe.sampler}
+    if recipe.evaluation is not None:
+        sampled["evaluation"] = recipe.evaluation.sampling(recipe.sampler)
+    tokens = {
+        f"a {whose} of {one.frames} x {one.height} x {one.width}": specs.tokens(spec, one.frames, one.height, one.width)
+        for whose, one in sampled.items()
+    }
+    sequence.check(model.denoiser, train.sequence_parallel, train.sequence_kind, tokens, text_tokens)
+    if train.sequence_kind == "ring" and recipe.model.attention is None:
+        raise ValueError(
+            'train.sequence_kind: got "ring" with model.attention null, whose results lack what a ring joins them by, '
+            'want model.attention "auto"'
+        )
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -83,15 +108,53 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else recipe.model.torch_dtype()
     shapes = attention.Shapes(rows, tokens, dtype)
+    parallel = train.sequence_kind if train.sequence_parallel > 1 else ""
     try:
         if asked == "auto":
-            choice = attention.choose(model.denoiser, shapes, device, True)
+            choice = attention.choose(model.denoiser, shapes, device, True, parallel=parallel)
         else:
-            choice = attention.check(model.denoiser, asked, shapes, device, True)
+            choice = attention.check(model.denoiser, asked, shapes, device, True, parallel=parallel)
         attention.apply(model.denoiser, choice)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'model.attention: got "{asked}", {error}') from error
     print(f"attention {choice.reasons[0]}", flush=True)
+
+
+def with_swap(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> Recipe:
+    """The recipe with a number for `blocks_to_swap`; "auto" asks the planner for it, and says why.
+
+    Raises:
+        ValueError: "auto" on a CPU whose memory is not said.
+    """
+    if recipe.model.blocks_to_swap != "auto":
+        return recipe
+    gib = _capacity(recipe, device)
+    if gib is None:
+        raise ValueError('model.blocks_to_swap: got "auto" on the CPU, want model.memory_gib, or a number')
+    from ..memory.planning import planner
+
+    settings, (why,) = planner.with_swap(_settings(model, recipe, device, text_tokens, gib))
+    print(f"blocks_to_swap {settings.blocks_to_swap}: {why}", flush=True)
+    return replace(recipe, model=replace(recipe.model, blocks_to_swap=settings.blocks_to_swap))
+
+
+def set_swap(model: DiffusersModel, recipe: Recipe, device: torch.device) -> None:
+    """Moves the denoiser to the device, but for the weights that wait on the host until their block runs.
+
+    Raises:
+        ValueError: more blocks than can wait.
+    """
+    count = recipe.model.blocks_to_swap
+    assert count != "auto"
+    if count == 0:
+        # Where "auto" was asked for, it waits there for the answer.
+        if model.settings.blocks_to_swap == "auto":
+            model.denoiser.to(device)
+        return
+    try:
+        BlockSwap(model.denoiser, count, device)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
 
 
 def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -133,34 +196,46 @@ def _automatic(iteration: "Iteration | None") -> tuple[checkpointing.Policy, boo
 
 
 def set_tiling(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
-    """With "auto", decodes in tiles where a whole micro-batch would not fit the memory, as the planner counts it."""
-    if recipe.model.vae_tiling != "auto":
+    """Says the tiles; with "auto", sets the largest that fit where whole decodes do not, as the planner counts them.
+
+    Raises:
+        ValueError: "auto", and no tiles that fit.
+    """
+    asked = recipe.model.vae_tiling
+    if asked == "on":
+        print(f"VAE in tiles of {model.tile} pixels, as asked", flush=True)
+    iteration = None if asked != "auto" else _iteration(model, recipe, device, text_tokens)
+    if iteration is None or iteration.decode is None:
         return
-    iteration = _iteration(model, recipe, device, text_tokens)
-    decode = None if iteration is None else iteration.decoding()
-    if iteration is None or decode is None:
+    gib, tile = iteration.settings.gpu_gib, iteration.tile
+    taken = iteration.decode_bytes(None) / GIB
+    if taken <= gib:
         return
-    needed = with_margins(iteration.settings, decode.bytes) / GIB
-    if needed > iteration.settings.gpu_gib:
-        model.tile_vae(True)
-        print(f"VAE in tiles: whole, a micro-batch takes {needed:.2f} of {iteration.settings.gpu_gib:.2f} GiB")
+    found = f'model.vae_tiling: got "auto" with {gib:.2f} GiB, of which a whole decode takes {taken:.2f}'
+    more = "want more memory, or less beside the decode (train.offload, train.micro_batch)"
+    if tile is None:
+        raise ValueError(f"{found} and {type(model.vae).__name__} has no smaller tiles, {more}")
+    if iteration.decode_bytes(tile) > gib * GIB:
+        raise ValueError(f"{found}, one in tiles of {tile} pixels {iteration.decode_bytes(tile) / GIB:.2f}, {more}")
+    model.tile_vae(tile)
+    print(f"VAE in tiles of {tile} pixels: whole, a micro-batch takes {taken:.2f} of {gib:.2f} GiB", flush=True)
 
 
 def _iteration(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> "Iteration | None":
     """The planner's pieces for this run, or None on a CPU whose memory is not said."""
-    gib = recipe.model.memory_gib
+    gib = _capacity(recipe, device)
     if gib is None:
-        if device.type != "cuda":
-            return None
-        gib = torch.cuda.get_device_properties(device).total_memory / GIB
-    from ..memory.planning.planner import Iteration
+        return None
+    from ..memory.planning.iteration import Iteration
 
-    found = Iteration(_settings(model, recipe, device, text_tokens, gib))
-    if found.decode is not None and recipe.model.frozen_torch_dtype() == torch.float32:
-        # The planner counts in bf16.
-        double = {name: 2 * size for name, size in found.decode.peak.items()}
-        found.decode = replace(found.decode, weights=2 * found.decode.weights, peak=double)
-    return found
+    return Iteration(_settings(model, recipe, device, text_tokens, gib))
+
+
+def _capacity(recipe: Recipe, device: torch.device) -> float | None:
+    """GiB that the run may use; None on a CPU whose memory is not said."""
+    if recipe.model.memory_gib is not None or device.type != "cuda":
+        return recipe.model.memory_gib
+    return torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def processes() -> tuple[int, str]:
@@ -179,13 +254,11 @@ def processes() -> tuple[int, str]:
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
-    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
     found = settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
         strategy=strategy,
-        trained=(sum(p.numel() for p in trained), trained[0].itemsize),
         text_tokens=text_tokens,
         text_encoders="precomputed",
         device=str(device),

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.planning.settings import GIB, Reward, Settings
+from ..memory.planning.rewards import Reward
+from ..memory.planning.settings import GIB, Settings
 from ..models.setup import processes
 
 

@@ -169,7 +169,7 @@ def _setup_checkpointing(self: Any, adapter: Any) -> None:
         reasons: tuple[str, ...] = (policy,)
         if policy == "auto":
             from ..memory.planning.automatic import automatic
-            from ..memory.planning.planner import Iteration
+            from ..memory.planning.iteration import Iteration
             from ..memory.trace.tracer import collected
             from ._planned import settings_of
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 
-from .checks import check_fields, positive
+from ..checks import shown
+from .checks import at_least, check_fields, positive
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,12 +57,17 @@ class ModelSettings:
             GPU.
         attention: a diffusers attention backend by name, or "auto" (`dancegrpo_fast.attention.choice.choose`); null
             leaves the model as it is.
-        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode would not fit `memory_gib`.
+        vae_tiling: decode in tiles, and samples one by one: "on", "off", or "auto", where a whole decode would not fit
+            `memory_gib`, in the largest tiles that do.
+        vae_tile: side of a tile in pixels; null: "on" takes the VAE's own, or half of a picture that is no larger.
         prompt_cache: folder of prompt embeddings, made once per model and prompt; text encoders are freed afterwards.
         max_text_tokens: of a prompt, where the family has a choice; null: its pipeline's own.
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
             row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
             blocks that are not checkpointed); null: as they are.
+        blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
+            through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
+            needs, or more where an iteration is counted to be shorter.
     """
 
     family: str
@@ -78,9 +84,11 @@ class ModelSettings:
     on_mismatch: Literal["warn", "eager"] = "warn"
     attention: str | None = None
     vae_tiling: Literal["auto", "on", "off"] = "auto"
+    vae_tile: int | None = None
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
     quantization: Literal["nf4", "int8", "fp8"] | None = None
+    blocks_to_swap: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         check_fields("model", self, ["path", "denoiser", "start_from", "prompt_cache"])
@@ -88,10 +96,12 @@ class ModelSettings:
         first, _, count = self.checkpointing.partition(":")
         if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):
             raise ValueError(f'model.checkpointing: got "{self.checkpointing}", want one of {known} or "first:K"')
-        for name in ("memory_gib", "max_text_tokens"):
+        for name in ("memory_gib", "max_text_tokens", "vae_tile"):
             value = getattr(self, name)
             if value is not None:
                 positive(f"model.{name}", value)
+        if self.vae_tile is not None and self.vae_tiling == "off":
+            raise ValueError(f'model.vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
         if self.start_as == "merged":
             if self.start_from is None:
                 raise ValueError('model.start_as: got "merged" without model.start_from, want both')
@@ -103,6 +113,14 @@ class ModelSettings:
             raise ValueError(f'model.quantization: got "{self.quantization}" without model.lora, want both, or null')
         if self.quantization is not None and self.dtype != "bfloat16":
             raise ValueError(f'model.quantization: got "{self.quantization}" with {self.dtype}, want bfloat16, or null')
+        if self.blocks_to_swap != 0:
+            if self.blocks_to_swap != "auto":
+                at_least("model.blocks_to_swap", self.blocks_to_swap, 0)
+            if self.lora is None:
+                raise ValueError(
+                    f"model.blocks_to_swap: got {shown(self.blocks_to_swap)} without model.lora, want both, or 0: only "
+                    "weights that stay as they are can be copied from the host at every call"
+                )
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""

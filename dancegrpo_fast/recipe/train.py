@@ -43,6 +43,8 @@ class TrainSettings:
             keeps gradients in shards throughout.
         rollout_replica: under FSDP2, gather each parameter once a rollout and keep it, in the precision of the forward,
             until the samples are drawn. Samples are the same.
+        sequence_parallel: how many processes share the tokens of a sample; the samples are dealt to groups of them.
+        sequence_kind: how: "ulysses" changes tokens for heads around attention, "ring" hands keys and values round.
         ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
             beside them; null: none.
         offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards", and
@@ -75,6 +77,8 @@ class TrainSettings:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_sync: Literal["update", "call"] = "update"
     rollout_replica: bool = False
+    sequence_parallel: int = 1
+    sequence_kind: Literal["ulysses", "ring"] = "ulysses"
     ema_decay: float | None = None
     offload: list[Literal["denoiser", "vae", "rewards", "block_inputs"]] = field(default_factory=list)
 
@@ -82,6 +86,7 @@ class TrainSettings:
         check_fields("train", self)
         for name in ("iterations", "prompts_per_iteration", "micro_batch", "updates_per_rollout", "inner_epochs"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.sequence_parallel", self.sequence_parallel, 1)
         at_least("train.group_size", self.group_size, 2)
         for name in ("learning_rate", "max_grad_norm", "advantage_clip"):
             positive(f"train.{name}", getattr(self, name))

@@ -27,8 +27,10 @@ FREE = frozenset(
         "model.start_from",  # likewise
         "model.prompt_cache",  # a store of other rows is not used
         "model.checkpointing",  # every policy recomputes the same bits
+        "model.blocks_to_swap",  # copies keep their bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
-        "model.vae_tiling",  # whether it does is compared
+        "model.vae_tiling",  # whether it does, and in which, is compared
+        "model.vae_tile",  # likewise
         "train.iterations",  # a constant learning rate does not look at it, see `check_run`
         "train.offload",  # copies keep their bits
         "train.rollout_replica",  # parameters are the same, gathered once or at every call

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..files import CHUNK, checksum, leftovers, replacing, sha256, sync, write_text, writing
-from ..processes import Processes, is_shard, shard
+from ..processes import Processes
+from ..shards import is_shard, shard
 from .stored import OFFSETS, Stored, read
 
 FORMAT = 2  # 1 has SHA-256 of whole files, and none of state.json

@@ -53,7 +53,8 @@ def model_identity(model: Any) -> dict[str, Any]:
         files |= {f"{START}/{file.relative_to(root).as_posix()}": file for file in start.files()}
     return {
         "files": {name: fingerprint(file) for name, file in files.items() if file.is_file()},
-        "vae_in_tiles": bool(getattr(model.vae, "use_tiling", False)),
+        # Of which side in pixels; earlier checkpoints only say whether.
+        "vae_in_tiles": model.tile or False,
     }
 
 
@@ -101,6 +102,12 @@ def _described(identity: Mapping[str, Any], kind: str) -> str:
     return f"{found['count']} prompts {found['sha256'][:8]}"
 
 
+def _decodes(tile: int | bool | None) -> str:
+    if not tile:
+        return "whole"
+    return "in tiles" if tile is True else f"in tiles of {tile} pixels"
+
+
 def check_model(
     folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], accepted: Collection[str] = ()
 ) -> list[Change]:
@@ -118,6 +125,6 @@ def check_model(
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(Change(field, f"another {names[0]}{more}", "the files that it was made with"))
     if now["vae_in_tiles"] != then.get("vae_in_tiles"):
-        decodes = ["in tiles" if one.get("vae_in_tiles") else "whole" for one in (now, then)]
+        decodes = [_decodes(one.get("vae_in_tiles")) for one in (now, then)]
         found.append(Change("model.vae_tiling", f"a VAE that decodes {decodes[0]}", f"one that decodes {decodes[1]}"))
     return settle(folder, found, accepted)

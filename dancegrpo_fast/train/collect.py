@@ -98,7 +98,7 @@ class Collector:
     stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
-        train, count = self.recipe.train, self.processes.count
+        train, count = self.recipe.train, self.processes.groups
         self.batch = train.prompts_per_iteration * train.group_size
         self._group, self._mine = train.group_size, self.processes.share(self.batch)
         self._shared_step = shared_step(self.table) if self.recipe.sampler.shared_noise else None
@@ -141,15 +141,13 @@ class Collector:
                 prompt_rows = self._on_device(self._prompt_rows(part))
                 trajectory = phase("rollout")(draw.samples)(own, prompt_rows, self._on_device(part) + first)
                 if part is parts[-1] and self.processes.sharded:
-                    fill_calls(policy, self.table, conditioning, self._calls(), self.processes.index)
-            self.residence.use("vae")
-            frames = phase("decode")(decode)(policy.model, trajectory.final, policy.rows)
-            check_frames(frames, trajectory.final)
+                    fill_calls(policy, self.table, conditioning, self._calls(), self.processes.group)
             clock.stop("sample")
-            self.residence.use(self.rewards)
-            groups = [place // self._group for place in part]
-            scored = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
-            rewards[:, part.start : part.stop] = phase("rewards")(self.rewards)(scored)
+            # Processes with the same samples share them out here; one may have none.
+            if dealt := self.processes.scored(part, self._group if self.rewards.compares_groups else 1):
+                final = trajectory.final[dealt.start - part.start : dealt.stop - part.start]
+                rewards[:, dealt.start : dealt.stop] = self._scores(dealt, final, prompts, clock)
+            rewards[:, part.start : part.stop] = self.processes.scores(rewards[:, part.start : part.stop])
             clock.stop("reward")
             if len(parts) > 1:
                 found = [place for place in self._choose(rewards)[2] if place in part]
@@ -159,6 +157,17 @@ class Collector:
                 buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
                 kept += found
         return clock, conditioning, trajectory, buffer, kept, rewards
+
+    def _scores(self, places: range, final: Tensor, prompts: Sequence[Prompt], clock: Clock) -> Tensor:
+        """`[K, n]` of the n samples at `places`."""
+        self.residence.use("vae")
+        frames = phase("decode")(decode)(self.policy.model, final, self.policy.rows)
+        check_frames(frames, final)
+        clock.stop("sample")
+        self.residence.use(self.rewards)
+        groups = [place // self._group for place in places]
+        scored = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
+        return phase("rewards")(self.rewards)(scored)
 
     def _batch(
         self,
@@ -211,10 +220,10 @@ class Collector:
         return [mine[first : first + size] for first in range(0, len(mine), size)]
 
     def _calls(self) -> list[int]:
-        """Model calls of every process."""
+        """Model calls of every process, those with the same samples being one."""
         shared, calls = 0 if self._shared_step is None else self._shared_step + 1, []
-        for index in range(self.processes.count):
-            part = share(self.batch, index, self.processes.count)
+        for index in range(self.processes.groups):
+            part = share(self.batch, index, self.processes.groups)
             prompts = -(-part.stop // self._group) - part.start // self._group
             calls.append(model_calls(self.policy.rows, len(self.table), prompts, len(part), shared=shared))
         return calls

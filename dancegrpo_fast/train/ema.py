@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processes import like, local
+from ..shards import like, local
 
 
 class MovingAverage:

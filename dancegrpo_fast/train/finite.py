@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..processes import Processes, local
+from ..processes import Processes
+from ..shards import local
 
 
 def check_finite(

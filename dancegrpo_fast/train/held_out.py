@@ -165,7 +165,8 @@ class Evaluator:
         self.residence.use(self.rewards)
         groups = [group for group in range(len(prompts)) for _ in range(samples)]
         with _rewards_fail():
-            scores = self.rewards(reward_input(frames, prompts, groups, self.recipe.sampler.fps))
+            given = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
+            scores = self.processes.once(lambda: self.rewards(given))
         return ScoredSet(part.start, prompts, frames, scores)
 
     def accepted(self, found: ScoredSet) -> list[float | None]:
@@ -185,13 +186,13 @@ class Evaluator:
             Stopped: in every process.
         """
         sets, processes = self.sets(), self.processes
-        shares = [sets[index :: processes.count] for index in range(processes.count)]
+        shares = [sets[index :: processes.groups] for index in range(processes.groups)]
         parts, failed = self.stop.leave_when_asked(lambda: self._parts(sampler, shares))
         self.residence.use("denoiser")
         for reason in processes.collect([failed and str(failed)]):
             if reason is not None:
                 raise failed or RewardFailedError(reason)
-        parts = sorted(processes.collect(parts), key=lambda part: part[0])
+        parts = sorted(processes.collect(parts if processes.leads else []), key=lambda part: part[0])
         scores = torch.cat([scores for _, scores, *_ in parts], dim=1)
         with _rewards_fail():
             self.rewards.check_dropped(scores)
@@ -213,7 +214,7 @@ class Evaluator:
         settings, samples, processes = self.settings, self.settings.samples_per_prompt, self.processes
         parts: list[Part] = []
         done, failed = 0, None
-        for part in shares[processes.index]:
+        for part in shares[processes.group]:
             done += 1
             try:
                 found = self.score(sampler, part)
@@ -230,7 +231,7 @@ class Evaluator:
             table, rows = self._tables[sampler], self.policy.rows
             sizes = [[len(self.prompts[part]) * samples for part in share] for share in shares]
             calls = [[model_calls(rows, len(table), 0, size) for size in each] for each in sizes]
-            made, most = sum(calls[processes.index][:done]), max(map(sum, calls))
+            made, most = sum(calls[processes.group][:done]), max(map(sum, calls))
             one = self.residence.encode(self.prompts[:1], self.policy.model)
             fill_calls(self.policy, table, one, [made, most], 0)
         return parts, failed

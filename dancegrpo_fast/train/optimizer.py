@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..optimizers import ADAMW, changed_settings, make_optimizer, probe
-from ..processes import like, whole
 from ..recipe import TrainSettings
+from ..shards import like, whole
 
 LOSS_SCALE = 2.0**16  # a power of two: nothing but the range of gradients changes
 SCALE_NAME = "/loss_scale"  # among the optimiser's tensors

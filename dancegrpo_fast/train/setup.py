@@ -73,13 +73,15 @@ class Setup:
             raise ValueError(f"accept-changes: got {accept_changes} without --resume, want both")
         self.directory = RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}"))
         check_trackers(recipe.tracking)
-        self.processes = Processes(recipe.train.mixed_precision)
+        self.processes = Processes(
+            recipe.train.mixed_precision, recipe.train.sequence_parallel, recipe.train.sequence_kind
+        )
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         if told := expand_segments(self.device):
             self.notes.append(told)
         self.stop = Stop(
             largest=self.processes.largest,
-            leaves=not self.processes.sharded,
+            leaves=not self.processes.wait,
             notice=NOTICE if self.processes.is_main else None,
         )
         torch.set_num_threads(recipe.threads or self.processes.threads())
@@ -171,6 +173,8 @@ class Setup:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
+        if recipe.model.blocks_to_swap != 0 and processes.sharded:
+            raise ValueError(f"model.blocks_to_swap: got {recipe.model.blocks_to_swap} under FSDP2, want 0")
         if "denoiser" in recipe.train.offload and processes.count > 1:
             raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
@@ -236,7 +240,7 @@ class Setup:
             with self.processes.sampling(self.model.denoiser, resident=False):
                 row = flops_of_a_row(self.policy, self.table, conditioning)
         shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
-        whole = None if peak is None else peak * self.processes.count
+        whole = None if peak is None else peak * self.processes.groups
         return Speed(self.recipe, len(self.table), shared, row, whole)
 
     def _probe_rows(self) -> bool:

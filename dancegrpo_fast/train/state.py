@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..processes import Processes, like
+from ..processes import Processes
 from ..run import checkpoint
 from ..run.changes import Change, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_model
+from ..shards import like
 from .ema import MovingAverage
 from .finite import check_finite
 from .optimizer import Optimizer

@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 
 from bench.gpu.memory import gauge
-from bench.memory import choices, earlier, report, table
+from bench.memory import choices, earlier, margins, report, table
 from bench.memory.families import FAMILIES
 from bench.memory.ledger import measure
 from bench.memory.scenarios import SCENARIOS, Scenario
@@ -214,3 +214,14 @@ def test_a_gpu_is_asked_after_a_first_call() -> None:
     # A call without gradients keeps nothing.
     cuda.told = [100] * 2
     assert gauge.on_cuda(lambda: 2 * weight, cuda, train=False) == gauge.Taken(900, 0, 1000, 2000)
+
+
+def test_margins_are_what_others_saw() -> None:
+    """Rows with an address each, the planner's figures beside their spread, and no card with more than torch has."""
+    rows = margins.read("allocators")
+    assert all(row["source"].startswith("https://") for row in rows)
+    text = margins.markdown(rows)
+    assert "| 13.08 % | 13 % |" in text and "| 27.06 % | 36.47 % | 27 % |" in text
+    for row in margins.read("cards"):
+        seen = [row["torch_gib"], *(row.get("torch_gib_seen") or ())]
+        assert row["card"] not in CARDS or CARDS[row["card"]].gib <= min(seen)

@@ -18,11 +18,11 @@ def main(rank: int, folder: Path) -> None:
     from dancegrpo_fast.recipe import load_recipe
     from tests.train.parallel_worker import group
 
-    with group(folder, "evaluate", False, rank):
+    with group(folder, "evaluate", False, rank, 2):
         recipe, _ = load_recipe([str(folder / "recipe.json")])
         table = evaluate(recipe, None, folder / "scores", samplers=["ode"])
         assert (table is None) == (rank != 0)
-    with group(folder, "sharded", True, rank):
+    with group(folder, "sharded", True, rank, 2):
         try:
             evaluate(recipe, None, folder / "sharded", samplers=["ode"])
         except ValueError as error:

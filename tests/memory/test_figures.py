@@ -203,7 +203,7 @@ def test_cells_say_whether_a_card_holds_it(small: Plan) -> None:
 
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
     small = {"lora": 32, "quantization": "nf4", "optimizer": "adamw8bit", "offload": ("block_inputs", "vae")}
-    said = words.subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling=True, **small))
+    said = words.subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling="on", **small))
     for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw8bit", "block inputs + VAE"):
         assert part in said
     shared = words.subject(Settings("hunyuan-video", fsdp=8, rollout_replica=True))

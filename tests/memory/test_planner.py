@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.memory.planning.blocks import compose
-from dancegrpo_fast.memory.planning.budget import Advice, Phase
+from dancegrpo_fast.memory.planning.budget import CATEGORIES, Advice, Phase
 from dancegrpo_fast.memory.planning.cards import CARDS, Rates
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.margins import CONTEXT, limit, margins, with_margins
-from dancegrpo_fast.memory.planning.planner import CATEGORIES, Iteration, Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.quantised import INT8, conversion_bytes, quantised
-from dancegrpo_fast.memory.planning.settings import GIB, REWARDS, Settings
+from dancegrpo_fast.memory.planning.rewards import REWARDS
+from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.sharding import state_bytes_8bit, weights_of
 
 from ..processes import LIMIT
@@ -183,6 +185,8 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert all(advice.gib < 0 or advice.seconds < 0 for advice in advised.advice)
     fitting = [advice for advice in advised.advice if not advice.text.endswith("does not fit")]
     assert fitting == sorted(fitting, key=lambda advice: (advice.seconds, advice.gib))
+    swapped = next(advice for advice in fitting if advice.text.startswith("blocks_to_swap 28: "))
+    assert swapped == printed(swapped.text, plan(advised.settings, advise=False, blocks_to_swap=28), advised)
     ops = next(advice for advice in fitting if advice.text.startswith("block ops"))
     assert ops == printed(
         ops.text, plan(advised.settings.changed(block_ops="lossless", recompute="all"), advise=False), advised
@@ -257,6 +261,16 @@ def test_the_answer_comes_first(flux: Plan) -> None:
     bare = plan(asked.changed(checkpointing="none"), advise=False)
     smallest = [min(each.gib for each in found.cards if each.state == "yes") for found in (fits, bare)]
     assert smallest[0] < smallest[1]
+
+
+def test_gradients_are_reduced_as_often_as_the_card_wants() -> None:
+    given = Settings("flux-dev", height=256, width=256, attention="flash", checkpointing="full", fsdp=8)
+    update, call = (plan(given.changed(gradient_sync=name), advise=False) for name in ("update", "call"))
+    assert update.total_bytes > call.total_bytes
+    for gib, wanted in ((update.total_bytes / GIB, update), (update.total_bytes / GIB - 0.1, call)):
+        found = plan(given.changed(gpu_gib=gib), advise=False)
+        assert found.phases == wanted.phases and found.fits(gib)
+        assert any(reason.startswith("gradient_sync call: ") for reason in found.reasons) == (wanted is call)
 
 
 def test_three_states(flux: Plan) -> None:
@@ -356,7 +370,7 @@ def test_rates_scale_seconds(flux: Plan) -> None:
         ({"model": "flux-dev", "checkpointing": "none", "offload": ("block_inputs",)}, "offload: got block_inputs"),
         ({"model": "flux-dev", "checkpointing": "first:0", "offload": ("block_inputs",)}, "offload: got block_inputs"),
         ({"model": "flux-dev", "optimizer": "adamw8bit", "offload": ("optimizer",)}, "offload: got optimizer with"),
-        ({"model": "flux-dev", "gradient_sync": "never"}, 'gradient_sync: got "never", want one of update, call'),
+        ({"model": "flux-dev", "gradient_sync": "never"}, 'gradient_sync: got "never", want one of auto, update, call'),
         ({"model": "flux-dev", "rollout_replica": True}, "rollout_replica: got True"),
         ({"model": "flux-dev", "micro_batch": 13}, "micro_batch: got 13, want at most"),
         ({"model": "flux-dev", "attention": "xformers9"}, 'attention: got "xformers9"'),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dancegrpo_fast.cli import main
+from dancegrpo_fast.memory.planning.budget import CATEGORIES
 from dancegrpo_fast.memory.planning.cards import CARDS
-from dancegrpo_fast.memory.planning.planner import CATEGORIES
 
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")
@@ -25,7 +25,7 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "replay backward",
         "peak:",
         "margins (guesses)",
-        "80 GB yes",
+        "32 GB yes and every larger one",
         "checkpointing none",
         "one change at a time",
     ):

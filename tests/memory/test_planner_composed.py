@@ -9,7 +9,8 @@ from dancegrpo_fast.activations import checkpointing
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.blocks import Blocks, compose
 from dancegrpo_fast.memory.planning.cases import Case, build, kinds_of, resolved
-from dancegrpo_fast.memory.planning.decode import decode
+from dancegrpo_fast.memory.planning.decode import Call, decode
+from dancegrpo_fast.memory.planning.tiles import set_tile
 from dancegrpo_fast.memory.trace.tracer import trace
 
 from ..release import release_but
@@ -40,9 +41,15 @@ def composed(blocks: Blocks, train: bool = True) -> dict[str, float]:
     return peaks | {f"flops {phase}": float(sum(blocks.flops(phase).values())) for phase in phases}
 
 
-@pytest.mark.parametrize("model", release_but(("wan21-1.3b",), ["flux-dev", "sd35-medium", "wan21-1.3b"]))
+SHIPPED = ["flux-dev", "sd35-medium", "wan21-1.3b"]
+SHIPPED += ["z-image", "flux2-dev", "chroma", "wan22-5b", "hunyuan-video-15", "ltx-video", "ltx-2"]
+SHIPPED += ["cogvideox-2b", "cogvideox-5b"]
+
+
+@pytest.mark.parametrize("model", release_but(("wan21-1.3b",), SHIPPED))
 def test_few_blocks_say_what_all_do(model: str) -> None:
-    case = case_of(model, 512, frames=5 if specs.resolve(model).is_video else 1)
+    spec = specs.resolve(model)
+    case = case_of(model, 512, frames=spec.compression[0] + 1 if spec.is_video else 1)
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
 
 
@@ -61,13 +68,22 @@ def test_rollout_is_composed_too() -> None:
 
 def test_tiles_are_traced_once() -> None:
     """Against the decode that runs every tile."""
-    case = ("flux-dev", 1, 1536, 1536, 1, True)
-    found = decode(*case)
-    spec = specs.resolve("flux-dev")
-    vae = specs.build_vae(spec)
-    vae.enable_tiling()
-    z = torch.empty(1, 16, 192, 192, dtype=torch.bfloat16, device="meta")
+    call = Call("flux-dev", 1, 768, 1024, 1, tile=512)
+    found = decode(call)
+    vae = specs.build_vae(specs.resolve("flux-dev"))
+    set_tile(vae, 512)
+    z = torch.empty(1, 16, 96, 128, dtype=torch.bfloat16, device="meta")
     whole = trace(vae, {"z": z, "return_dict": False}, train=False, call=vae.decode)
     assert found.weights + sum(found.peak.values()) == pytest.approx(whole.peak.bytes, rel=COMPOSED)
-    untiled = decode("flux-dev", 1, 1536, 1536, 1, False)
-    assert sum(found.peak.values()) < sum(untiled.peak.values())
+    assert sum(found.peak.values()) < sum(decode(replace(call, tile=None)).peak.values())
+
+
+@pytest.mark.release
+def test_tiles_of_a_video_are_traced_once_frame_by_frame() -> None:
+    call = Call("wan21-1.3b", 9, 128, 192, 1, tile=128)
+    vae = specs.build_vae(specs.resolve("wan21-1.3b"))
+    set_tile(vae, 128)
+    z = torch.empty(1, 16, 3, 16, 24, dtype=torch.bfloat16, device="meta")
+    whole = trace(vae, {"z": z, "return_dict": False}, train=False, call=vae.decode)
+    found = decode(call)
+    assert found.weights + sum(found.peak.values()) == pytest.approx(whole.peak.bytes, rel=COMPOSED)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.lora import add_lora
-from dancegrpo_fast.memory.planning.quantised import Quantised, kept_casts, nf4_bytes, quantised
+from dancegrpo_fast.memory.planning.quantised import Quantised, kept_casts, nf4_parts, quantised
 from dancegrpo_fast.memory.trace.tracer import measure
 from dancegrpo_fast.quantization import store_in_fp8
 
@@ -74,6 +74,6 @@ def test_formulas_are_what_bitsandbytes_stores(rows: int, columns: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(rows, columns, dtype=torch.bfloat16)
     four = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
-    assert _held([four.data, four.quant_state.absmax, four.quant_state.code]) == nf4_bytes(rows * columns)
+    assert _held([four.data, four.quant_state.absmax, four.quant_state.code]) == sum(nf4_parts(rows * columns))
     eight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
     assert _held([eight.CB, eight.SCB]) == rows * columns + 4 * rows

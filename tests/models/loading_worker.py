@@ -18,8 +18,9 @@ def tensors(denoiser: nn.Module) -> dict[str, Tensor]:
 
 def run(recipe_file: Path) -> dict[str, Any]:
     """Where the tensors are before they are handed out, and what they are afterwards."""
-    from dancegrpo_fast.processes import Processes, whole
+    from dancegrpo_fast.processes import Processes
     from dancegrpo_fast.recipe import load_recipe
+    from dancegrpo_fast.shards import whole
     from dancegrpo_fast.train.loop import Trainer
 
     found: dict[str, Any] = {}

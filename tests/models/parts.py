@@ -77,17 +77,15 @@ def image_vae(**settings: Any) -> nn.Module:
 
 
 def flux_transformer(width: int, **settings: Any) -> nn.Module:
-    """One block of either kind; `width` is the text's."""
+    """One block of either kind, if `settings` says no other number; `width` is the text's."""
     return diffusers.FluxTransformer2DModel(
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=width,
         pooled_projection_dim=width,
         axes_dims_rope=(2, 2, 4),
-        **settings,
+        **{"num_layers": 1, "num_single_layers": 1} | settings,
     )
 
 

@@ -105,11 +105,23 @@ def test_qwen_images_text_is_as_long_as_the_longest_prompt_of_the_run(base: Base
 
 
 def test_tiles(base: Base, tmp_path: Path) -> None:
-    whole, _ = load(make_recipe(CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run"))
-    tiled, _ = load(make_recipe(CASES["hunyuan_video"], base("hunyuan_video"), tmp_path / "run", vae_tiling="on"))
-    assert tiled.vae.use_tiling and not whole.vae.use_tiling
-    tiled.tile_vae(False)
-    assert not tiled.vae.use_tiling
+    folder = base("hunyuan_video")
+
+    def made(**changes: Any) -> Any:
+        return load(make_recipe(CASES["hunyuan_video"], folder, tmp_path / "run", **changes))[0]
+
+    assert made().tile is None
+    tiled = made(vae_tiling="on", height=64, width=64)
+    # Its own tile is larger than the picture: half of that.
+    assert tiled.tile == 32 and (tiled.vae.tile_sample_min_height, tiled.vae.tile_sample_stride_width) == (32, 24)
+    tiled.tile_vae(None)
+    assert tiled.tile is None
+    with pytest.raises(ValueError, match=r'model.vae_tiling: got "on" for pictures of 32 pixels, want larger'):
+        made(vae_tiling="on")
+    with pytest.raises(
+        ValueError, match=r"model.vae_tile: got 48, want a multiple of 32 for AutoencoderKLHunyuanVideo"
+    ):
+        made(vae_tiling="on", vae_tile=48, height=64, width=64)
 
 
 def test_frames_are_on_the_8_bit_grid() -> None:

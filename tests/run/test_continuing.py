@@ -107,7 +107,7 @@ def test_another_model_is_refused(flux: Path, finished: Path, tmp_path: Path) ->
     config.write_text(config.read_text().replace('"shift": 2.0', '"shift": 1.0'))
     with pytest.raises(ValueError, match=r'model\.path: got "another .*scheduler_config\.json", want'):
         Trainer(longer(other, finished), resume="auto")
-    with pytest.raises(ValueError, match=r'model\.vae_tiling: got "a VAE that decodes in tiles"'):
+    with pytest.raises(ValueError, match=r'model\.vae_tiling: got "a VAE that decodes in tiles of 8 pixels"'):
         Trainer(longer(flux, finished, vae_tiling="on"), resume="auto")
 
 

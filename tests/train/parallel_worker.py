@@ -1,6 +1,6 @@
-"""One of two gloo processes that train tiny runs under DDP and FSDP2. Started by test_parallel.py.
+"""One of some gloo processes that train tiny runs under DDP and FSDP2. Started by test_parallel.py.
 
-Usage: parallel_worker.py RANK FOLDER, with the recipes as `FOLDER/cases.json`.
+Usage: parallel_worker.py RANK WORLD FOLDER, with the recipes as `FOLDER/cases.json`.
 """
 
 import faulthandler
@@ -17,22 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORLD = 2
 # What FSDP2 calls, by version of torch.
 REDUCE_SCATTER = [name for name in ("reduce_scatter_tensor", "reduce_scatter_single") if hasattr(dist, name)]
 
 
 @contextmanager
-def group(folder: Path, name: str, sharded: bool, rank: int) -> Iterator[None]:
+def group(folder: Path, name: str, sharded: bool, rank: int, world: int) -> Iterator[None]:
     """A process group and accelerate's environment, as its launcher leaves them."""
     from accelerate.state import AcceleratorState
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     os.environ.update(ACCELERATE_USE_FSDP=str(sharded).lower(), FSDP_VERSION="2")
     store = f"file://{folder}/store-{name}"
     # A process that fails alone must not keep the other one waiting.
-    dist.init_process_group("gloo", store, timedelta(seconds=100), rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", store, timedelta(seconds=100), rank=rank, world_size=world)
     try:
         yield
     finally:
@@ -75,8 +74,8 @@ def count_reductions(trainer: Any) -> list[int]:
 
 def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run; what this process saw of it."""
-    from dancegrpo_fast.processes import whole
     from dancegrpo_fast.recipe import load_recipe
+    from dancegrpo_fast.shards import whole
     from dancegrpo_fast.stopping import Stopped
     from dancegrpo_fast.train.loop import Trainer
 
@@ -118,19 +117,19 @@ def run(case: dict[str, Any], output: Path) -> dict[str, Any]:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2]))
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         # Before the other one gives up, so that a failure says where this one was.
         faulthandler.dump_traceback_later(60)
-        with group(folder, name, case["sharded"], rank):
+        with group(folder, name, case["sharded"], rank, world):
             torch.save(run(case, folder / name), folder / f"{name}.{rank}.pt")
 
 
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]), Path(sys.argv[2]))
+        main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     except BaseException:
         # The other process may wait for this one in a collective.
         traceback.print_exc()

@@ -59,8 +59,8 @@ def recipe(base: Path, output: Path, **changes: Any) -> Any:
     return make_recipe(base, output, **{"micro_batch": 2} | changes)
 
 
-def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]]) -> Path:
-    """Runs of two processes: whether they are sharded, the recipe, and what is resumed."""
+def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]], world: int = WORLD) -> Path:
+    """Runs of some processes: whether they are sharded, the recipe, and what is resumed."""
     whole: dict[str, Any] = {}
     for name, (sharded, recipe, resume) in cases.items():
         made = recipe.as_dict()
@@ -68,7 +68,7 @@ def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]]) -
             one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
         whole[name] = {"sharded": sharded, "recipe": made, "resume": resume}
     (folder / "cases.json").write_text(json.dumps(whole))
-    together([[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(WORLD)], folder)
+    together([[sys.executable, str(WORKER), str(rank), str(world), str(folder)] for rank in range(world)], folder)
     return folder
 
 
@@ -117,6 +117,7 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-continued", sharded, first, **stops | {"evaluation": judged})
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
+    add("fsdp-swap", True, lora=LoraSettings(rank=2, alpha=2), blocks_to_swap=1)
     add("fsdp-bf16", True, **BF16)
     # Nothing is left to do but to save the model.
     of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
@@ -151,10 +152,10 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str) -> None:
+def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str, processes: str = "") -> None:
     folder, before, after = alone[name]
     ranks = seen(runs, f"{kind}-{name}")
-    assert ranks[0]["name"] == f"2 processes ({'FSDP2' if kind == 'fsdp' else 'DDP'})"
+    assert ranks[0]["name"] == (processes or f"2 processes ({'FSDP2' if kind == 'fsdp' else 'DDP'})")
     assert_same_bits(ranks[0]["weights"], ranks[1]["weights"])
     changed = [
         torch.cat([(weights[key] - start).flatten() for key, start in before.items()])
@@ -313,6 +314,8 @@ def test_a_resident_copy_changes_nothing(runs: Path) -> None:
 def test_what_processes_cannot_do_is_refused(runs: Path) -> None:
     for rank in seen(runs, "ddp-replica"):
         assert rank["error"] == "train.rollout_replica: got true in 2 processes (DDP), want FSDP2, or false"
+    for rank in seen(runs, "fsdp-swap"):
+        assert rank["error"] == "model.blocks_to_swap: got 1 under FSDP2, want 0"
     for kind in ("ddp", "fsdp"):
         for rank in seen(runs, f"{kind}-win_rate"):
             assert rank["error"].startswith("train.prompts_per_iteration: got 3 on 2 processes, want a multiple")

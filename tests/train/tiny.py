@@ -45,21 +45,22 @@ class Asked(Brightness):
 
 
 class Interrupted(Brightness):
-    """The second process gets a signal in one of its calls, counted from 1, or fails in it where that is 0.
+    """One process gets a signal in one of its calls, counted from 1, or fails in it where that is 0.
 
     Args:
         call: in which.
         number: of the signal.
         mark: a file that is made then; where it is there already nothing happens.
+        rank: of the process.
     """
 
-    def __init__(self, call: int, number: int, mark: str) -> None:
+    def __init__(self, call: int, number: int, mark: str, rank: int = 1) -> None:
         super().__init__()
-        self.left, self.number, self.mark = call, number, Path(mark)
+        self.left, self.number, self.mark, self.rank = call, number, Path(mark), str(rank)
 
     def __call__(self, inputs: RewardInput) -> torch.Tensor:
         self.left -= 1
-        if self.left == 0 and os.environ.get("RANK") == "1" and not self.mark.exists():
+        if self.left == 0 and os.environ.get("RANK") == self.rank and not self.mark.exists():
             self.mark.touch()
             if self.number == 0:
                 raise KeyError("no such key")

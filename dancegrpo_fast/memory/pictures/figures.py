@@ -14,7 +14,7 @@ from ..planning.planner import plan as planned
 from ..planning.settings import GIB
 from ..planning.verdict import shortened
 from .comparisons import LADDER, Cell, Point, cells, compared, front, with_policy
-from .labels import place
+from .labels import place, together
 from .timeline import COLOURS, Strip, bars, cut, legend, mark_peak, stacked
 from .which_card import which_card
 from .words import capacity, given, margins, subject, verdict
@@ -175,7 +175,7 @@ def _draw_policies(plan: Plan, points: Sequence[Point]) -> Any:
     drawn.draw_without_rendering()
     lines = [((size, low), (size, high)) for size in sizes for low, high in [panel.get_ylim()]]
     lines += [((a.bytes / GIB, a.seconds), (b.bytes / GIB, b.seconds)) for a, b in pairwise(best)]
-    texts = [((size / GIB, seconds), ", ".join(labels)) for (size, seconds), labels in merged.items()]
+    texts = together(panel, [((size / GIB, seconds), ", ".join(labels)) for (size, seconds), labels in merged.items()])
     if (plan.peak_bytes, plan.seconds) not in merged:
         texts.append(((plan.peak_bytes / GIB, plan.seconds), "this plan"))
     place(drawn, panel, texts, lines)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from ...drawing import figure, title
 from ..planning.cards import CARDS, MEANT
+from ..planning.iteration import BOUND
 from ..planning.on_cards import on_cards
-from ..planning.planner import BOUND, Plan
+from ..planning.planner import Plan
 from ..planning.settings import GIB, Settings
 from ..planning.verdict import GUESSES, NO, YES, state
 from .timeline import seconds
@@ -39,7 +40,7 @@ def columns(settings: Settings) -> list[Column]:
         "target_modules": settings.target_modules or Settings.target_modules,
         "master_dtype": "none",
     }
-    full = alone | {"lora": 0}
+    full = alone | {"lora": 0, "blocks_to_swap": 0}
     wanted = {
         f"LoRA {rank}": lora,
         f"LoRA {rank}, nf4": lora | {"quantization": "nf4", "dtype": "bfloat16", "mixed_precision": "no"},
@@ -84,7 +85,7 @@ def draw(settings: Settings, found: Sequence[Column]) -> Any:
                 **centred,
             )
             if answer != NO:
-                panel.text(x, y + 0.04, in_a_word(plan.policy), va="top", **centred)
+                panel.text(x, y + 0.04, in_a_word(plan.policy, plan.settings.blocks_to_swap), va="top", **centred)
     panel.set_xlim(-0.5, len(found) - 0.5)
     panel.set_ylim(len(MEANT) - 0.5, -0.5)
     panel.spines[:].set_visible(False)

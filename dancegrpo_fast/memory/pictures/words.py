@@ -24,8 +24,10 @@ def subject(settings: Settings, *, size: bool = True, trained: bool = True) -> s
         s.dtypes,
         shared if trained and s.fsdp > 1 else "",
         "rollout replica" if trained and s.rollout_replica else "",
+        f"{s.blocks_to_swap} blocks swapped" if s.blocks_to_swap and trained else "",
+        f"{s.sequence_parallel} GPUs a sample" if s.sequence_parallel > 1 and trained else "",
         f"block ops {s.block_ops}" if s.block_ops != "off" else "",
-        "VAE in tiles" if s.vae_tiling else "",
+        "VAE in tiles" if s.vae_tiling == "on" else "",
         s.optimizer.replace("_", " ") if s.optimizer != "adamw" else "",
         "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
         if s.offload
@@ -63,8 +65,8 @@ def verdict(plan: Plan) -> str:
     return f"does not fit the {given(s)}: {-spare:.1f} GiB are missing"
 
 
-def in_a_word(policy: str) -> str:
-    """What most blocks have of a policy, with how many of how many."""
+def in_a_word(policy: str, swapped: int | str = 0) -> str:
+    """What most blocks have of a policy, with how many of how many, and what waits on the host."""
     name, host, _ = policy.partition(HOST)
     counts: Counter[str] = Counter()
     for run in name.split(", "):
@@ -72,4 +74,4 @@ def in_a_word(policy: str) -> str:
         counts[kept or run] += int(count) if times else 1
     [(most, of_it)] = counts.most_common(1)
     share = f" {of_it}/{counts.total()}" if len(counts) > 1 else ""
-    return f"{most}{share}{' + host' if host else ''}"
+    return f"{most}{share}{' + host' if host else ''}{' + swap' if swapped else ''}"

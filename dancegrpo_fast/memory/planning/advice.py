@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ...activations.streaming import BUFFERS
 from .blocks import Blocks
 from .budget import Advice, Plan
 from .cases import Kind, kinds_of, resolved
@@ -23,12 +24,16 @@ class Knob(NamedTuple):
     same_policy: bool = True
 
 
-def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
-    """What can be changed; `host`: block inputs wait there; `thorough` also has what takes seconds each."""
+def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Knob]:
+    """What can be changed; `host`: block inputs wait there; `thorough` also has what takes seconds each.
+
+    `count`: of the model's blocks, 0 where they are of no kind.
+    """
     s = plan.settings
     yield from _policies(plan, host, thorough)
-    top = plan.peak.name
+    top, experts = plan.peak.name, resolved(s.model).experts
     away = [("denoiser", "weights wait on the host while other models run")]
+    away += [("expert", "the denoiser whose turn it is not waits on the host")] if experts > 1 else []
     away += [("vae", "the VAE waits on the host")] if top != "decode" else []
     away += [("rewards", "reward models wait on the host")] if s.rewards else []
     away += [("optimizer", "states and their step on the host")] if s.lora == 0 else []
@@ -41,8 +46,8 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("text encoders freed after encoding", {"text_encoders": "freed"})
     if s.text_encoders != "precomputed" and top == "text encoding":
         yield Knob("text embeddings computed before", {"text_encoders": "precomputed"})
-    if not s.vae_tiling and (top == "decode" or thorough):
-        yield Knob("VAE tiling", {"vae_tiling": True})
+    if s.vae_tiling == "off" and (top == "decode" or thorough):
+        yield Knob("VAE tiling", {"vae_tiling": "on"})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
     if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
@@ -51,6 +56,10 @@ def knobs(plan: Plan, *, host: bool, thorough: bool) -> Iterator[Knob]:
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
         yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
+    most = count - BUFFERS
+    if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:
+        for some in sorted({-(-most // 2), most}):
+            yield Knob(f"blocks_to_swap {some}: frozen weights wait on the host", {"blocks_to_swap": some})
     if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
         yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
@@ -198,7 +207,7 @@ def advice(
         thorough: also try what needs other traces.
     """
     found: list[tuple[str, Plan]] = list(partial(plan, blocks, mixed))
-    for knob in knobs(plan, host=blocks.host_inputs, thorough=thorough):
+    for knob in knobs(plan, host=blocks.host_inputs, count=len(blocks.order), thorough=thorough):
         try:
             other = again(plan.settings.changed(**knob.changes), knob.same_policy)
         except ValueError:

@@ -3,8 +3,8 @@
 from typing import cast
 
 from ...activations import checkpointing
+from .iteration import Iteration
 from .margins import with_margins
-from .planner import Iteration
 from .settings import GIB
 
 

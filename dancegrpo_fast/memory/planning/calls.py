@@ -8,6 +8,7 @@ checkpointed, everything. Models without kinds of blocks are traced as a whole.
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 
 from ...activations import checkpointing
 from ...progress import working
+from ..trace.alone import without_others
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
@@ -43,10 +45,20 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
         checkpointing.apply(model, policy)
     sizes = case.frames, case.height, case.width, case.rows, case.text_tokens
     # The trainer hands a model inputs of its own dtype.
-    inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    inputs = specs.inputs(spec, *sizes, dtype=dtype, reference=case.reference)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
-    with working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
-        return trace(model, inputs, train=case.train, attention=case.kernel, grads=not case.fresh, autocast=autocast)
+    alone = without_others() if case.sequence_parallel > 1 else nullcontext()
+    with alone, working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):
+        return trace(
+            *(model, inputs),
+            train=case.train,
+            attention=case.kernel,
+            grads=not case.fresh,
+            autocast=autocast,
+            fused_norm=case.fused_norm,
+            workspaces=True,
+        )
 
 
 class Moment(NamedTuple):
@@ -184,7 +196,7 @@ def _summary(
     live: Counter[str] = Counter()
     moments: dict[tuple[str, str], Moment] = {}
     ends: dict[int, Vector] = {found.phases[name][1]: {} for name in ("load", _forward(found))}
-    for i, (sign, storage) in enumerate(found._changes):
+    for i, (sign, storage) in enumerate(found.changes):
         if i in ends:
             ends[i] = dict(live)
         if i in begun:
@@ -192,8 +204,8 @@ def _summary(
         live[_category(storage, casts)] += sign * storage.size
         if i in wanted:
             moments[wanted[i]] = Moment(dict(live), storage.op, storage.module)
-    if len(found._changes) in ends:
-        ends[len(found._changes)] = dict(live)
+    if len(found.changes) in ends:
+        ends[len(found.changes)] = dict(live)
     if case.fresh:
         _own_gradients(moments, entries)
     for (phase, name), entry in entries.items():

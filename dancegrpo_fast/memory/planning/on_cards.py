@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from ...activations.checkpointing import NAMED
 from ..trace.tracer import collected
-from .planner import Iteration, Plan, _plan
+from .iteration import Iteration
+from .planner import Plan, _plan, with_swap
 from .settings import Settings
 
 
@@ -18,6 +20,6 @@ def on_cards(settings: Settings, names: Iterable[str]) -> dict[str, Plan]:
     found = {}
     with collected():
         for name in names:
-            iteration = Iteration(settings.on(name))
-            found[name] = _plan(iteration, iteration.pick(iteration.settings.gpu_gib))
+            iteration = Iteration(with_swap(settings.on(name), quick=True)[0])
+            found[name] = _plan(iteration, iteration.pick(NAMED))
     return found

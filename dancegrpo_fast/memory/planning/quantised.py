@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activations import checkpointing
+from ...activations.streaming import packed
 from .cases import Case, block_counts, build, resolved, whole_model
 
 INT8 = (
@@ -40,6 +41,7 @@ class Quantised:
         largest: of the largest layer in bfloat16.
         casts: of what autograd keeps of each block that is not checkpointed.
         converted, in_blocks: what the layers would take in bfloat16, of the whole model and of each block.
+        streams: of each block's frozen weights, as block swap moves them.
     """
 
     stored: int
@@ -47,6 +49,7 @@ class Quantised:
     casts: tuple[int, ...]
     converted: int
     in_blocks: tuple[int, ...]
+    streams: tuple[int, ...]
 
 
 # Read of a weight's two bytes in bfloat16 when it is converted: half a byte and its scale, or one byte.
@@ -85,27 +88,40 @@ def _quantised(case: Case, base: str) -> Quantised:
         return _layerwise(case)
     model = whole_model(case)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    layers = [
-        (name, module.weight.shape[0], module.weight.numel(), module.weight.element_size())
+    layers = {
+        name: module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and not module.weight.requires_grad
         and not set(name.split(".")) & set(spec.keep_in_float32)
-    ]
-    stored = sum(nf4_bytes(n) if base == "nf4" else n + 4 * rows for _, rows, n, _ in layers)
-    saved = sum(n * size for *_, n, size in layers)
-    sizes = {name: 2 * n for name, _, n, _ in layers}
+    }
+    parts = {
+        id(weight): nf4_parts(weight.numel()) if base == "nf4" else (weight.numel(), 4 * len(weight))
+        for weight in layers.values()
+    }
+    stored = sum(map(sum, parts.values()))
+    saved = sum(weight.nbytes for weight in layers.values())
+    sizes = {name: 2 * weight.numel() for name, weight in layers.items()}
     in_blocks = tuple(_by_block(sizes, checkpointing.block_paths(model)))
-    return Quantised(whole - saved + stored, max(sizes.values(), default=0), (), sum(sizes.values()), in_blocks)
+    # The last part, nf4's table or int8's scales, stays on the device.
+    streams = _streams(model, {key: part[:-1] for key, part in parts.items()})
+    largest = max(sizes.values(), default=0)
+    return Quantised(whole - saved + stored, largest, (), sum(sizes.values()), in_blocks, streams)
+
+
+def nf4_parts(n: int) -> tuple[int, int, int]:
+    """Bytes of one layer's n weights: these, their scales, and the table."""
+    return -(-n // 2), 4 * -(-n // 64), 4 * 16
+
+
+def _streams(model: nn.Module, parts: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
+    """Of each block; `parts` has bytes of parameters by `id`, where they are not as on the `meta` device."""
+    frozen = [[p for p in block.parameters() if not p.requires_grad] for block in checkpointing.blocks_of(model)]
+    return tuple(packed([size for p in block for size in parts.get(id(p), [p.nbytes])])[1] for block in frozen)
 
 
 def _by_block(sizes: Mapping[str, int], paths: Sequence[str]) -> list[int]:
     return [sum(size for name, size in sizes.items() if name.startswith(path + ".")) for path in paths]
-
-
-def nf4_bytes(n: int) -> int:
-    """Of one layer's n weights."""
-    return -(-n // 2) + 4 * -(-n // 64) + 4 * 16
 
 
 def _layerwise(case: Case) -> Quantised:
@@ -125,7 +141,8 @@ def _layerwise(case: Case) -> Quantised:
     sizes = {name: size for name, (_, size) in layers.items()}
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(linear.values(), default=0)
-    return Quantised(stored, largest, casts, sum(sizes.values()), tuple(_by_block(sizes, paths)))
+    in_blocks = tuple(_by_block(sizes, paths))
+    return Quantised(stored, largest, casts, sum(sizes.values()), in_blocks, _streams(model, {}))
 
 
 def kept_casts(found: Quantised, policies: Sequence[Hashable]) -> tuple[int, int]:

@@ -1,16 +1,19 @@
 """What a plan is asked for: one frozen dataclass, checked as a whole."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .cards import CARDS, USUAL, Rates, card
+from .rewards import Reward
 
 GIB = 2**30
+_VERSION = re.compile(r"\d+\.\d+")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
-OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
+OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser", "expert")
 CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "master_dtype": ("none", "float32"),
@@ -20,47 +23,15 @@ CHOICES = {
     "block_ops": ("off", "lossless", "fast"),
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
-    "gradient_sync": ("update", "call"),
-    "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
+    "gradient_sync": ("auto", "update", "call"),
+    "sequence_kind": ("ulysses", "ring"),
     "text_encoders": ("resident", "freed", "precomputed"),
+    "vae_tiling": ("auto", "on", "off"),
+    "frozen_dtype": ("bfloat16", "float16", "float32"),
+    "text_encoder_quantization": ("none", "int8", "nf4", "fp8"),
+    "second_expert": ("trained", "frozen", "left_out"),
 }
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward model: how many parameters, bytes of each, and where the number comes from."""
-
-    name: str
-    parameters: int
-    source: str
-    bytes_per_parameter: int = 2
-
-    @property
-    def bytes(self) -> int:
-        """Of all parameters."""
-        return self.parameters * self.bytes_per_parameter
-
-
-_CLIP_H = "transformers.CLIPModel with the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_CLIP_L = "transformers.CLIPModel with the configuration of openai/clip-vit-large-patch14"
-REWARDS = {
-    reward.name: reward
-    for reward in (
-        Reward("hps", 986_109_441, _CLIP_H),
-        Reward("pickscore", 986_109_441, _CLIP_H),
-        Reward("clip_score", 427_616_513, _CLIP_L),
-        Reward("clip_score_h", 986_109_441, _CLIP_H),
-        Reward(
-            "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
-        ),
-    )
-}
-
-
-# A recipe's rewards by the model that they share; HPS-v2.1 and the three of VideoAlign among them.
-REWARD_MODELS = {name: name for name in ("hps", "pickscore", "clip_score")} | {
-    f"videoalign_{part}": "videoalign" for part in ("vq", "mq", "ta")
-}
+OPTIMIZERS = ("adamw", "adamw_foreach", "adamw8bit", "adafactor", "lion", "prodigy", "other")
 
 
 @dataclass(frozen=True)
@@ -71,7 +42,7 @@ class Settings:
         model: a shipped name, a diffusers folder, or a name on the hub.
         frames, height, width: in pixels.
         group_size: samples of each prompt.
-        prompts: of one iteration on this GPU.
+        prompts: of one iteration on this GPU, or on those that share its samples.
         micro_batch: samples of one training call.
         rollout_batch: samples of one rollout, decode and reward call.
         num_steps: of the sampler.
@@ -90,26 +61,46 @@ class Settings:
             input for the backward.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
+        blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
+            two buffers; "auto": as few as fit, or more where that is faster; see `swapping`.
         checkpointing: what the backward recomputes: "none", "full", "attention", "matmul", "first:k" (full
             for the first k), "auto".
         attention: "auto", a kernel ("flash", "efficient", "cudnn", "math"), or a backend by diffusers' name.
-        device: that attention is chosen for.
+        device: that attention is chosen for, such as "cuda:sm90"; "cpu": calls are traced as a CPU computes them.
+        torch_version: of the torch that will run, such as "2.7": before 2.9 CUDA has no fused RMSNorm. "": this one.
         block_ops: `accelerate` mode of the blocks, or "off".
         recompute: its argument of that name.
         fsdp: how many GPUs share the weights.
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". Without FSDP they are there anyway.
+            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
+        sequence_parallel: how many of the GPUs share a sample's tokens.
+        sequence_kind: how: "ulysses" or "ring".
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
-        vae_tiling: decode in tiles.
-        optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
-            of which nothing is counted but `state_bytes`.
+        vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
+        vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
+        frozen_dtype: of the weights of VAE, text encoders and other parts.
+        evaluation_height, evaluation_width, evaluation_guidance_scale: of an evaluation's samples, where they differ.
+        optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), "adafactor",
+            "lion", "prodigy", any torch optimiser as "module:Class", or "other", which keeps `state_bytes`. Of those
+            that are not AdamW the states are counted, and nothing that their step takes.
         state_bytes: that an "other" optimiser keeps of each trained number.
         rewards: reward models.
         others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
         trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
+        text_encoder_quantization: how the linear layers of what makes the conditions are stored, as of
+            `quantization`.
+        kl_reference: whether a KL is taken to the model as it starts: a copy of all weights in full fine-tuning, none
+            under LoRA, whose layers are switched off; and one more forward.
+        ema: whether a float32 moving average of what is trained is kept.
+        second_expert: of models of two denoisers (Wan 2.2 A14B): "trained" as the first is, "frozen", or "left_out".
+            Both are on the device, unless "expert" is in `offload`: then the weights of the one that does not run wait
+            on the host.
+        reference_height, reference_width: of a picture to edit, in pixels, whose tokens are in every call (FLUX
+            Kontext, FLUX.2, Qwen-Image-Edit); 0: none. Of several beside each other their common height, and the sum
+            of their widths.
         expandable_segments: of CUDA's allocator, which the trainer asks for.
         gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
@@ -136,23 +127,38 @@ class Settings:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
     quantization: str = "none"
+    blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
     attention: str = "auto"
     device: str = "cuda:sm90"
+    torch_version: str = ""
     block_ops: str = "off"
     recompute: str = "gelu"
     fsdp: int = 1
     strategy: str = "full_shard"
     rollout_replica: bool = False
-    gradient_sync: str = "update"
+    gradient_sync: str = "auto"
     offload: tuple[str, ...] = ()
-    vae_tiling: bool = False
+    vae_tiling: str = "auto"
+    vae_tile: int | None = None
+    frozen_dtype: str = "bfloat16"
+    evaluation_height: int | None = None
+    evaluation_width: int | None = None
+    evaluation_guidance_scale: float | None = None
+    sequence_parallel: int = 1
+    sequence_kind: str = "ulysses"
     optimizer: str = "adamw"
     state_bytes: float = 8.0
     rewards: tuple[Reward, ...] = ()
     others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
     trajectory_copies: int = 1
+    text_encoder_quantization: str = "none"
+    kl_reference: bool = False
+    ema: bool = False
+    second_expert: str = "trained"
+    reference_height: int = 0
+    reference_width: int = 0
     expandable_segments: bool = True
     gpu_gib: float = CARDS[USUAL].gib
     rates: Rates = CARDS[USUAL].rates
@@ -160,9 +166,9 @@ class Settings:
     measured: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("model", "checkpointing", "attention", "device"):
+        for name in ("model", "checkpointing", "attention", "device", "torch_version"):
             _is(name, getattr(self, name), str, "a string")
-        for name in ("rollout_replica", "vae_tiling", "expandable_segments"):
+        for name in ("rollout_replica", "kl_reference", "ema", "expandable_segments"):
             _is(name, getattr(self, name), bool, "True or False")
         _is("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
@@ -170,13 +176,22 @@ class Settings:
         for name in ("rewards", "others"):
             _tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
-        for name in (*counts, "fsdp", "trajectory_copies"):
+        for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
             _integer(name, getattr(self, name), 1)
-        _integer("lora", self.lora, 0)
-        if self.text_tokens is not None:
-            _integer("text_tokens", self.text_tokens, 1)
+        for name in ("lora", "reference_height", "reference_width"):
+            _integer(name, getattr(self, name), 0)
+        if self.blocks_to_swap != "auto":
+            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
+        for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        if self.evaluation_guidance_scale is not None:
+            _number("evaluation_guidance_scale", self.evaluation_guidance_scale)
         for name, known in CHOICES.items():
             _one_of(name, getattr(self, name), known)
+        _is("optimizer", self.optimizer, str, "a string")
+        if not all(self.optimizer.partition(":")):
+            _one_of("optimizer", self.optimizer, (*OPTIMIZERS, "module:Class"))
         for what in self.offload:
             _one_of("offload", what, OFFLOAD)
         if "" in self.target_modules:
@@ -197,6 +212,10 @@ class Settings:
 
     def _check_together(self) -> None:
         samples = self.group_size * self.prompts
+        if self.vae_tile is not None and self.vae_tiling == "off":
+            raise ValueError(f'vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
+        if self.torch_version and not _VERSION.match(self.torch_version):
+            raise ValueError(f'torch_version: got "{self.torch_version}", want one such as "2.7"')
         for name in ("micro_batch", "rollout_batch"):
             if getattr(self, name) > samples:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at most group_size * prompts = {samples}")
@@ -208,6 +227,9 @@ class Settings:
             raise ValueError(f'quantization: got "{self.quantization}" with fsdp {self.fsdp}, want "none" or fsdp 1')
         if self.quantization != "none" and self.dtype != "bfloat16":
             raise ValueError(f'quantization: got "{self.quantization}" with dtype "{self.dtype}", want "bfloat16"')
+        if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
+            kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
+            raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -219,14 +241,25 @@ class Settings:
             raise ValueError(
                 f'rollout_replica: got True with fsdp {self.fsdp} and strategy "{self.strategy}", want shards'
             )
+        if self.fsdp % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: got {self.sequence_parallel} with fsdp {self.fsdp}, want a divisor of the GPUs"
+            )
+        if self.sequence_kind == "ring" and self.sequence_parallel > 1 and self.attention in ("efficient", "math"):
+            raise ValueError(f'attention: got "{self.attention}" with a ring, want "flash", "cudnn" or "auto"')
         if "block_inputs" in self.offload and (self.checkpointing == "none" or self.first_blocks() == 0):
             raise ValueError(
                 f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
             )
         if "optimizer" in self.offload and self.optimizer == "adamw8bit":
             raise ValueError("offload: got optimizer with adamw8bit, which steps on the device, want another")
-        if "denoiser" in self.offload and self.is_sharded:
-            raise ValueError(f"offload: got denoiser with fsdp {self.fsdp}, want fsdp 1")
+        for what in ("denoiser", "expert"):
+            if what in self.offload and self.is_sharded:
+                raise ValueError(f"offload: got {what} with fsdp {self.fsdp}, want fsdp 1")
+        if bool(self.reference_height) != bool(self.reference_width):
+            raise ValueError(
+                f"reference_height: got {self.reference_height} with reference_width {self.reference_width}, want both"
+            )
         if self.text_encoders == "precomputed" and "text_encoders" in self.offload:
             raise ValueError('offload: got text_encoders with text_encoders "precomputed", want one of them')
 
@@ -246,6 +279,16 @@ class Settings:
         return None
 
     @property
+    def scored(self) -> int:
+        """Samples that this GPU decodes and scores: those that share samples share that out."""
+        return math.ceil(self.samples / self.sequence_parallel)
+
+    @property
+    def scored_batch(self) -> int:
+        """Samples of one decode and reward call."""
+        return min(self.rollout_batch, self.scored)
+
+    @property
     def precision(self) -> str:
         """ "bf16" (any 16 bits), "bf16_master" (beside float32 copies) or "fp32_master" (float32 under autocast)."""
         if self.dtype == "float32":
@@ -262,6 +305,37 @@ class Settings:
     def is_sharded(self) -> bool:
         """Whether weights are shared among GPUs."""
         return self.fsdp > 1 and self.strategy != "none"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU runs it."""
+        return self.device.startswith("cpu")
+
+    @property
+    def fused_norm(self) -> bool:
+        """Whether RMSNorm is one operator there."""
+        if self.on_cpu:
+            return False
+        version = self.torch_version
+        if not version:
+            import torch
+
+            version = torch.__version__
+        major, minor = version.split(".")[:2]
+        # github.com/pytorch/pytorch/pull/153666, which 2.8 had not; issue 157345 there.
+        return (int(major), int(minor)) >= (2, 9)
+
+    @property
+    def evaluation(self) -> "Settings | None":
+        """The same with evaluation's sizes and guidance, where calls are larger then."""
+        own = {
+            name: getattr(self, f"evaluation_{name}")
+            for name in ("height", "width", "guidance_scale")
+            if getattr(self, f"evaluation_{name}") is not None
+        }
+        there = replace(self, **own)
+        more_rows = there.guidance_scale != 1 and self.guidance_scale == 1
+        return there if there.height * there.width > self.height * self.width or more_rows else None
 
     @property
     def samples(self) -> int:
@@ -309,9 +383,9 @@ def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
 
 
-def _integer(name: str, value: object, low: int) -> None:
+def _integer(name: str, value: object, low: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}")
+        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
 
 
 def _number(name: str, value: object) -> None:

@@ -28,23 +28,28 @@ import torch
 from torch import nn
 
 from ...activations.checkpointing import block_paths
+from ...activations.streaming import packed
+from ...optimizers import probe
+from ...recipe import TrainSettings
 from ..trace.tracer import trace
 from .blocks import Blocks
 from .calls import ENTRY, Moment, Vector, added
 from .cases import Case, Kind, kinds_of, resolved, whole_model
 from .quantised import quantised
 from .settings import Settings
+from .swapping import Swap, swap_of
 
 # Bytes of a gradient that is reduced.
 REDUCE = 4
 
 
 class Part(NamedTuple):
-    """Of a model's parameters: how its names start, bytes, and how many numbers are trained."""
+    """Of a model's parameters: how its names start, bytes, how many numbers are trained, and bytes that may stream."""
 
     prefix: str
     bytes: int
     trainable: int
+    streams: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
 def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
-    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None)
+    case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, sequence_parallel=1)
     return _weights_of(replace(case, kernel="flash", train=True, fresh=False))
 
 
@@ -87,11 +92,18 @@ def _weights_of(case: Case) -> Weights:
     kinds = kinds_of(resolved(case.spec))
     model = whole_model(case)
     named = dict(model.named_parameters())
-    parts = {prefix: Part(prefix, 0, 0) for prefix in (*_prefixes(model, kinds), "")}
+    held: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in (*_prefixes(model, kinds), "")}
     for name, p in named.items():
-        at = next(prefix for prefix in parts if name.startswith(prefix))
-        size, trained = p.numel() * p.element_size(), p.numel() * p.requires_grad
-        parts[at] = Part(at, parts[at].bytes + size, parts[at].trainable + trained)
+        held[next(prefix for prefix in held if name.startswith(prefix))].append(p)
+    parts = [
+        Part(
+            prefix,
+            sum(p.nbytes for p in inside),
+            sum(p.numel() for p in inside if p.requires_grad),
+            packed([p.nbytes for p in inside if not p.requires_grad])[1],
+        )
+        for prefix, inside in held.items()
+    ]
     trained_parameters = [p for p in named.values() if p.requires_grad]
     return Weights(
         sum(p.numel() for p in named.values()),
@@ -100,8 +112,8 @@ def _weights_of(case: Case) -> Weights:
         sum(p.numel() * p.element_size() for p in trained_parameters),
         tuple(p.numel() for p in trained_parameters),
         tuple(p.dtype for p in trained_parameters),
-        tuple(part for prefix, part in parts.items() if prefix),
-        parts[""],
+        tuple(parts[:-1]),
+        parts[-1],
     )
 
 
@@ -116,6 +128,7 @@ class Rest:
         call: what a call brings besides its trace.
         step: what the optimiser's step brings.
         step_traffic: bytes that it reads and writes.
+        swap: what waits on the host, which is not in the weights.
     """
 
     weights: Vector
@@ -125,6 +138,7 @@ class Rest:
     call: Vector
     step: Vector
     step_traffic: float
+    swap: Swap
 
 
 def state_bytes_8bit(sizes: Sequence[int]) -> int:
@@ -146,6 +160,8 @@ def rest(settings: Settings, case: Case) -> Rest:
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
     stored = weights.bytes * wider / shards if base is None else base.stored
+    swap = swap_of(settings, [part.streams for part in weights.blocks] if base is None else base.streams)
+    stored -= swap.saved
     reduced = weights.trainable_bytes * wider / shards
     late = settings.is_sharded and settings.gradient_sync == "update"
     stepped, masters = weights, 0
@@ -165,6 +181,7 @@ def rest(settings: Settings, case: Case) -> Rest:
         {} if base is None else {"temporaries": base.largest},
         {"temporaries": step / shards},
         traffic / shards,
+        swap,
     )
 
 
@@ -261,6 +278,29 @@ def _more(moment: Moment, bytes_: Vector) -> Moment:
     return moment._replace(bytes=added((1, moment.bytes), (1, bytes_)))
 
 
+# Tensors as large as the trained ones and of their type that some optimisers keep; another step than a probe's may ask
+# for packages that are not here.
+STATES = {"lion": 1, "prodigy": 4}
+
+
+def state_bytes(settings: Settings, dtype: torch.dtype) -> float:
+    """Of each trained number of this type, under an optimiser that is not AdamW.
+
+    Raises:
+        ValueError: there is no such optimiser here.
+    """
+    if settings.optimizer == "other":
+        return settings.state_bytes
+    if settings.optimizer in STATES:
+        return STATES[settings.optimizer] * dtype.itemsize
+    name = {"adafactor": "torch.optim:Adafactor"}.get(settings.optimizer, settings.optimizer)
+    tried = TrainSettings(1, 1, 2, 1, optimizer=name, weight_decay=0.0)
+    try:
+        return probe(tried, dtype).bytes_per_number
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+
+
 def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float, float, float]:
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
@@ -268,9 +308,13 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
-    if settings.optimizer == "other":
-        kept = settings.state_bytes * weights.trainable
-        return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
+    if not settings.optimizer.startswith("adamw"):
+        pairs = zip(weights.sizes, weights.dtypes, strict=True)
+        each = {dtype: state_bytes(settings, dtype) for dtype in set(weights.dtypes)}
+        kept = sum(n * each[dtype] for n, dtype in pairs)
+        kept *= 1 if settings.optimizer == "other" else scale
+        there = 0 if "optimizer" in settings.offload else kept
+        return there, 0, 2 * kept + 3 * weights.trainable_bytes * scale
     kind = "foreach" if settings.optimizer == "adamw_foreach" else "fused"
     found = step_figures(weights.sizes, weights.dtypes, kind)
     if "optimizer" in settings.offload:

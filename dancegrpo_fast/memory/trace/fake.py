@@ -188,6 +188,19 @@ def _fake(tensor: Tensor) -> Tensor:
     return found.requires_grad_(tensor.requires_grad)
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """A parameter that shares its storage, as weights in a buffer do."""
+    return isinstance(tensor, nn.Parameter) and tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _part(tensor: Tensor, buffers: dict[int, Tensor]) -> nn.Parameter:
+    """A fake of it in a fake of its storage, which `buffers` has by the storage; inside the mode."""
+    storage = tensor.untyped_storage()
+    flat = buffers.setdefault(storage._cdata, torch.empty(storage.nbytes(), dtype=torch.uint8))
+    found = flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return nn.Parameter(found, tensor.requires_grad)
+
+
 @cache
 def _cached_methods(cls: type) -> list[tuple[str, Callable[..., Any]]]:
     """Methods behind an `lru_cache`, by name, without it."""
@@ -201,13 +214,16 @@ def _cached_methods(cls: type) -> list[tuple[str, Callable[..., Any]]]:
 
 
 @contextlib.contextmanager
-def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Callable[[Any], Any]]:
+def fake_tensors(
+    *models: nn.Module, attention: str = "flash", fused_norm: bool = True
+) -> Iterator[Callable[[Any], Any]]:
     """Inside, the models' parameters, gradients, buffers and other tensors are fake ones, and so is all that is made.
 
     Args:
         models: on the `meta` device, or real; they get their own tensors back at the end.
-        attention: "flash", "efficient", "cudnn" or "math", as on CUDA (with its fused RMSNorm and its autocast), or
-            "cpu": whatever the CPU runs.
+        attention: "flash", "efficient", "cudnn" or "math", as on CUDA (with its autocast), or "cpu": whatever the CPU
+            runs.
+        fused_norm: on CUDA, RMSNorm is one operator.
 
     Yields:
         A function that makes fakes of all tensors in a pytree, such as inputs; storages that are shared stay shared.
@@ -215,12 +231,13 @@ def fake_tensors(*models: nn.Module, attention: str = "flash") -> Iterator[Calla
     Raises:
         ValueError: an unknown `attention`.
     """
-    operators = CudaOperators(attention)
+    operators = CudaOperators(attention, fused_norm)
     made: dict[int, tuple[Tensor, Tensor]] = {}
+    buffers: dict[int, Tensor] = {}
 
     def convert(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            found = _fake(tensor)
+            found = _part(tensor, buffers) if _is_part(tensor) else _fake(tensor)
             if tensor.is_leaf and tensor.grad is not None:
                 found.grad = _fake(tensor.grad)
             # The original is kept, so that its id stays its own.

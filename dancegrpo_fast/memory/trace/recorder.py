@@ -39,9 +39,16 @@ class Recorder(TorchDispatchMode):
         # Nothing is compiled here, and torch's guard against it costs more than the books.
         return False
 
-    def __init__(self, paths: Mapping[int, str], modes: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        modes: Callable[[], contextlib.AbstractContextManager[Any]],
+        workspace: Callable[[Any, Any, Any], int],
+    ) -> None:
         super().__init__()
         self.paths = paths
+        # Bytes that an operator takes within itself, from its overload, arguments and result.
+        self.workspace = workspace
         # Torch's function modes are off inside its backward; what is computed again there needs them.
         self.modes = modes
         self.storages: list[Storage] = []
@@ -124,7 +131,7 @@ class Recorder(TorchDispatchMode):
         known = operators.kind(func)
         for tensor in made:
             self.note(tensor, known.name, module)
-        if size := operators.workspace(func, args):
+        if size := self.workspace(func, args, out):
             self._workspace(size, known.name, module)
         phase = "recompute" if self._recomputing and self._phase == "backward" else self._phase
         cost = operators.cost(func, args, kwargs, out, given, made)

@@ -94,7 +94,7 @@ class Trace:
         return _by_group(self.traffic)
 
     @cached_property
-    def _changes(self) -> list[tuple[int, Storage]]:
+    def changes(self) -> list[tuple[int, Storage]]:
         """Births (+1) and deaths (-1), in order."""
         born = [(s.born, 1, s) for s in self.storages]
         died = [(s.died, -1, s) for s in self.storages if s.died is not None]
@@ -105,14 +105,14 @@ class Trace:
         """Every change of the live bytes, in order."""
         return [
             Event(sign * s.size, s.category, s.op, s.module, s.phase if sign > 0 else str(s.died_phase))
-            for sign, s in self._changes
+            for sign, s in self.changes
         ]
 
     @cached_property
     def timeline(self) -> list[int]:
         """Live bytes after each event."""
         live, found = 0, []
-        for sign, storage in self._changes:
+        for sign, storage in self.changes:
             live += sign * storage.size
             found.append(live)
         return found
@@ -134,7 +134,7 @@ class Trace:
                 if self.timeline[index] > best:
                     best, at = self.timeline[index], index
         alive = self.alive(at + 1)
-        sign, last = self._changes[at]
+        sign, last = self.changes[at]
         phase = last.phase if sign > 0 else str(last.died_phase)
         return Peak(max(best, 0), phase, last.op, last.module, _sums(alive, lambda s: s.category))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ...activations import operators
 from .fake import CudaOperators, fake_tensors
 from .recorder import Recorder, tensors_in
 from .result import Trace
@@ -73,6 +74,7 @@ def _run(
     autocast: torch.dtype | None,
     loss: Callable[[Any], Tensor] | None,
     modes: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    workspace: Callable[[Any, Any, Any], int] = operators.no_workspace,
 ) -> Trace:
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = _optimizer(optimizer, parameters)
@@ -81,7 +83,7 @@ def _run(
         if train and grads:
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        recorder = Recorder({id(module): name for name, module in model.named_modules()}, modes)
+        recorder = Recorder({id(module): name for name, module in model.named_modules()}, modes, workspace)
         with recorder.phase("load"):
             for path, module in model.named_modules():
                 # Tables that are no buffers lie among the attributes.
@@ -136,12 +138,14 @@ def trace(
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     call: Callable[..., Any] | None = None,
+    fused_norm: bool = True,
+    workspaces: bool | None = None,
 ) -> Trace:
     """Runs a model on fake tensors and follows every storage.
 
     Phases: "load" (what is there before: parameters, gradients, optimiser state, inputs), then "forward", "backward"
-    and "optimizer", or "rollout" alone, which is a forward without gradients. Bytes are exact for tensors; what
-    allocators, libraries and kernels take beside them is not in them, but for attention's workspace.
+    and "optimizer", or "rollout" alone, which is a forward without gradients. Bytes are exact for tensors; of what
+    allocators, libraries and kernels take beside them, workspaces of attention and convolutions are in them.
 
     Args:
         model: on the `meta` device, or real; LoRA layers, checkpointing and `accelerate` are put in before. It is the
@@ -155,16 +159,24 @@ def trace(
         autocast: dtype of CUDA's autocast around the forward, or None.
         loss: makes a scalar from the output; by default the backward starts from a gradient of the output.
         call: what to call instead of the model, such as a VAE's `decode`.
+        fused_norm: RMSNorm is one operator, as on CUDA from torch 2.9 on; a CPU takes it apart.
+        workspaces: count what operators take within themselves; None: CUDA's, but not a CPU's, which `measure` does not
+            see.
 
     Raises:
         ValueError: an unknown `attention` or `optimizer`, or training without trainable parameters.
     """
     # A fake step count has no value, which foreach asks for.
     counts = mock.patch.object(_adam, "_get_value", lambda _: 1.0)
-    with counts, fake_tensors(model, attention=attention) as convert:
+    on_cpu = attention == "cpu"
+    counted = not on_cpu if workspaces is None else workspaces
+    workspace = operators.cpu_workspace if on_cpu else operators.workspace
+    with counts, fake_tensors(model, attention=attention, fused_norm=fused_norm) as convert:
         given = convert(dict(inputs))
         return _run(
-            model, given, call or model, train, grads, optimizer, autocast, loss, lambda: CudaOperators(attention)
+            *(model, given, call or model, train, grads, optimizer, autocast, loss),
+            lambda: CudaOperators(attention, fused_norm),
+            workspace if counted else operators.no_workspace,
         )
 
 
@@ -176,11 +188,13 @@ def measure(
     optimizer: str | None = None,
     autocast: torch.dtype | None = None,
 ) -> Trace:
-    """Keeps the same books while a real model runs on the CPU; its gradients and, at a step, its weights change.
+    """Keeps the same books while a real model runs; its gradients and, at a step, its weights change.
 
     See `trace` for the arguments; `trace(..., attention="cpu")` predicts what this measures.
 
     Raises:
         ValueError: an unknown `optimizer`, or training without trainable parameters.
     """
-    return _run(model, inputs, model, train, True, optimizer, autocast, None)
+    on_cuda = any(p.device.type == "cuda" for p in model.parameters())
+    workspace = operators.workspace if on_cuda else operators.no_workspace
+    return _run(model, inputs, model, train, True, optimizer, autocast, None, workspace=workspace)
