@@ -23,6 +23,9 @@ from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, without
 
+# How a reason begins that says it of a replay.
+BOUND = "launch-bound"
+
 
 class Iteration:
     """The pieces of one plan."""
@@ -253,7 +256,7 @@ class Iteration:
             return []
         count = round(sum(blocks.launches(part) for part in parts))
         return [
-            f"launch-bound: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
+            f"{BOUND}: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
             f" start and {1e3 * work:.0f} ms to run; a larger micro_batch or a compiled model would be faster"
         ]
 

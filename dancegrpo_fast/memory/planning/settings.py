@@ -106,6 +106,7 @@ class Settings:
         gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
         card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
+        measured: the name of the device whose speed was measured to be `rates`, or "".
     """
 
     model: str
@@ -164,6 +165,7 @@ class Settings:
     gpu_gib: float = CARDS[USUAL].gib
     rates: Rates = CARDS[USUAL].rates
     card: str = ""
+    measured: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "checkpointing", "attention", "device", "torch_version"):
@@ -371,6 +373,8 @@ class Settings:
         """
         if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
             changes = {"card": ""} | changes
+        if "rates" in changes:
+            changes = {"measured": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
