@@ -43,6 +43,8 @@ MEASURED = {
     "flux-dev 1024, 16": (Call("flux-dev", 1, 1024, 1024, 16), 61.55 - 31.44 + 0.156, TORCHAO),
     "hunyuan-video 121 x 512 x 768": (Call("hunyuan-video", 121, 512, 768, 1, dtype=HALF), 21.99, BLOG),
 }
+# cuDNN takes other algorithms for these, without the one copy or the other.
+HIGH = Call("flux-dev", 1, 1024, 1024, 4), 39.49 - 31.44 + 0.156, TORCHAO
 # GiB that torch reserved, weights among them.
 RESERVED = {
     "qwen-image 1024": (Call("qwen-image", 1, 1024, 1024, 1, dtype=HALF), 5.254 + 0.236, INVOKE),
@@ -57,6 +59,13 @@ def test_decodes_take_what_others_measured(name: str) -> None:
     call, gib, _ = MEASURED[name]
     found = decode(call)
     assert (found.weights + sum(found.peak.values())) / GIB == pytest.approx(gib, rel=PUBLISHED)
+
+
+@pytest.mark.release
+def test_four_pictures_are_planned_too_high() -> None:
+    call, gib, _ = HIGH
+    found = decode(call)
+    assert 1.15 * gib < (found.weights + sum(found.peak.values())) / GIB < 1.2 * gib
 
 
 @pytest.mark.release
@@ -129,7 +138,7 @@ def lives(*sizes: tuple[int, int, int]) -> Trace:
         storage = Storage(size, "aten.empty", "", "rollout", born, "temporaries", False)
         storage.died = died
         found.append(storage)
-    return Trace(found, {"rollout": (0, 2 * len(found))}, {}, {}, {})
+    return Trace(found, {"rollout": (0, 2 * len(found))}, {}, {}, {}, {})
 
 
 def test_the_allocator_keeps_splits_and_joins() -> None:
@@ -195,14 +204,13 @@ def test_auto_takes_the_largest_tiles_that_fit_and_on_tiles_below_the_own(folder
     on = Iteration(asked.changed(vae_tiling="on"))
     assert on.tile == 64 and on.decode_bytes(64) < on.decode_bytes(None)
     assert Iteration(asked.changed(vae_tiling="on", vae_tile=96)).tile == 96
-    taken = roomy.decode_bytes(None)
-    share = 1 - roomy.margins()["fragmentation"] / (80 * GIB)
-    fixed = taken - roomy.margins()["fragmentation"]
-    tight = Iteration(asked.changed(gpu_gib=(fixed - MIB) / share / GIB))
+    tight = Iteration(asked.changed(gpu_gib=(roomy.decode_bytes(None) - MIB) / GIB))
     assert tight.tile is not None
     limit = tight.settings.gpu_gib * GIB
     assert tight.decode_bytes(tight.tile) <= limit < tight.decode_bytes(tight.tile + 8)
     assert Iteration(tight.settings.changed(vae_tiling="off")).tile is None
+    # On another card, other tiles.
+    assert tight.at(80.0).tile is None and roomy.at(tight.settings.gpu_gib).tile == tight.tile
     assert any(f"in tiles of {tight.tile} pixels" in reason for reason in tight.reasons)
     with pytest.raises(ValueError, match='vae_tiling: got "on" for pictures of 8 pixels, want larger'):
         Iteration(asked.changed(vae_tiling="on", height=8, width=8))

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.budget import CATEGORIES, Advice, Phase
 from dancegrpo_fast.memory.planning.cards import CARDS, Rates
+from dancegrpo_fast.memory.planning.cases import case_of as planned_case
+from dancegrpo_fast.memory.planning.cases import kernel
 from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.margins import CONTEXT, limit, margins, with_margins
 from dancegrpo_fast.memory.planning.planner import Plan, plan
@@ -271,6 +273,13 @@ def test_gradients_are_reduced_as_often_as_the_card_wants() -> None:
         found = plan(given.changed(gpu_gib=gib), advise=False)
         assert found.phases == wanted.phases and found.fits(gib)
         assert any(reason.startswith("gradient_sync call: ") for reason in found.reasons) == (wanted is call)
+
+
+def test_flash_says_whose_masks_it_does_not_take() -> None:
+    for model, frames, said in (("hunyuan-video", 5, True), ("flux-dev", 1, False), ("sd14", 1, False)):
+        given = Settings(model, frames=frames, height=256, width=256, attention="flash")
+        _, why = kernel(planned_case(given, 1, "flash", train=True), "flash", "cuda:sm90", True)
+        assert ("takes no mask" in why) is said and why.startswith("attention flash: as asked")
 
 
 def test_three_states(flux: Plan) -> None:
