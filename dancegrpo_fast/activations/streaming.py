@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from .checkpointing import blocks_of, is_compiled
@@ -57,7 +58,7 @@ class _Place(NamedTuple):
         return flat[self.start : self.start + size].view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class _Streamed:
+class Streamed:
     """A block, its frozen weights in one piece of host memory, and its turn."""
 
     def __init__(self, block: nn.Module, turn: int, pinned: bool) -> None:
@@ -148,7 +149,7 @@ class _Buffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = torch.empty(size, dtype=torch.uint8, device=device)
-        self.holds: _Streamed | None = None
+        self.holds: Streamed | None = None
         self.arrives: torch.cuda.Event | None = None
 
 
@@ -189,13 +190,13 @@ class BlockSwap:
         self.device = torch.device("cpu")
         self._side: torch.cuda.Stream | None = None
         self._buffers: list[_Buffer] = []
-        self.streamed = [_Streamed(block, turn, device.type == "cuda") for turn, block in enumerate(chosen)]
+        self.streamed = [Streamed(block, turn, device.type == "cuda") for turn, block in enumerate(chosen)]
         for streamed in self.streamed:
             self._hook(streamed)
         self._enter(device)
         model.to(device)
 
-    def _hook(self, streamed: _Streamed) -> None:
+    def _hook(self, streamed: Streamed) -> None:
         block: Any = streamed.block
         block.register_forward_pre_hook(partial(self._before, streamed), prepend=True)
         block.register_forward_hook(partial(self._after, streamed), with_kwargs=True, always_call=True)
@@ -205,7 +206,7 @@ class BlockSwap:
         block.register_load_state_dict_post_hook(lambda *_: self._back(streamed))
         block._apply = partial(self._apply, streamed, block._apply)
 
-    def _buffer(self, streamed: _Streamed) -> _Buffer:
+    def _buffer(self, streamed: Streamed) -> _Buffer:
         return self._buffers[streamed.turn % BUFFERS]
 
     # Where the weights are.
@@ -226,14 +227,14 @@ class BlockSwap:
         for streamed in self.streamed:
             streamed.point(streamed.host)
 
-    def _back(self, streamed: _Streamed) -> None:
+    def _back(self, streamed: Streamed) -> None:
         """After a state dict, through which the host's weights may change."""
         if self._buffers:
             self._buffer(streamed).holds = None
             streamed.point(self._buffer(streamed).flat)
 
     def _apply(
-        self, streamed: _Streamed, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any
+        self, streamed: Streamed, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any
     ) -> nn.Module:
         """In place of a block's, by which torch moves modules: all that streams moves with the first block."""
         dtypes = {place.dtype for place in streamed.places}
@@ -250,15 +251,19 @@ class BlockSwap:
 
     # Around a block's work.
 
-    def _before(self, streamed: _Streamed, *_: Any) -> None:
+    def _is_idle(self) -> bool:
+        """On the host weights are where they are; and on fake tensors nothing would really be copied."""
+        return not self._buffers or active_fake_mode() is not None
+
+    def _before(self, streamed: Streamed, *_: Any) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("blocks_to_swap: got a model inside torch.compile, want it as it is, or 0")
-        if not self._buffers:
+        if self._is_idle():
             return
         self._use(streamed, streamed.turn + (-1 if _in_backward() else 1))
 
-    def _after(self, streamed: _Streamed, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._buffers:
+    def _after(self, streamed: Streamed, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._is_idle():
             return
         flat = self._buffer(streamed).flat
         if streamed.strayed(flat):
@@ -277,12 +282,12 @@ class BlockSwap:
             if isinstance(value, Tensor) and value.requires_grad and id(value) not in given:
                 value.register_hook(partial(self._again, streamed))
 
-    def _again(self, streamed: _Streamed, _: Tensor) -> None:
+    def _again(self, streamed: Streamed, _: Tensor) -> None:
         """Before a block's backward: those of all later ones are on their way."""
-        if self._buffers:
+        if not self._is_idle():
             self._use(streamed, streamed.turn - 1)
 
-    def _use(self, streamed: _Streamed, following: int) -> None:
+    def _use(self, streamed: Streamed, following: int) -> None:
         """Has a block's weights there, and starts to bring those of the one that follows, if one does."""
         self._bring(streamed)
         buffer = self._buffer(streamed)
@@ -292,7 +297,7 @@ class BlockSwap:
         if 0 <= following < len(self.streamed):
             self._bring(self.streamed[following])
 
-    def _bring(self, streamed: _Streamed) -> None:
+    def _bring(self, streamed: Streamed) -> None:
         buffer = self._buffer(streamed)
         if buffer.holds is streamed:
             return

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
 from ..activations import operators
+from ..activations.streaming import Streamed
 from ..memory.planning.budget import CATEGORIES
 from ..memory.trace.recorder import Recorder, tensors_in
 from ..memory.trace.result import Storage
@@ -173,6 +174,9 @@ class Books(Recorder):
             self.note_optimizer(optimizer)
         for root in roots:
             self.note_model(root, "other models")
+        for streamed in (o for o in objects if type(o) is Streamed):
+            # Where the device is a CPU, what waits for it is there as well.
+            self.note(streamed.host, "load", "", "other models")
         for tensor in objects:
             if type(tensor) in (Tensor, nn.Parameter):
                 self.note(tensor, "existing", "", "trajectories")

@@ -11,12 +11,15 @@ from dancegrpo_fast.activations.streaming import BUFFERS
 from dancegrpo_fast.evaluate.weights import load_weights
 from dancegrpo_fast.memory.planning.planner import plan
 from dancegrpo_fast.models import load_model
+from dancegrpo_fast.profile.profiler import profile_recipe
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import LoraSettings, ModelSettings, Recipe
 from dancegrpo_fast.train.loop import Trainer
 
 from ..release import release_but
-from ..train.tiny import make_flux, make_recipe
+from ..tolerances import PREDICTED_BYTES
+from ..train.test_parallel import run_together
+from ..train.tiny import make_flux, make_recipe, write_recipe
 from . import checks, parts
 from .test_quantization import without_gpu as without_gpu
 
@@ -63,6 +66,15 @@ def test_quantised_weights_stream(deep: Path, tmp_path: Path, kind: str, checkpo
     checks.assert_same_weights(tmp_path / "swapped", tmp_path / "whole")
 
 
+@pytest.mark.release
+def test_two_processes_swap(deep: Path, tmp_path: Path) -> None:
+    small = {"prompts_per_iteration": 2, "group_size": 2, "micro_batch": 2, "num_steps": 3}
+    options = OPTIONS | small | {"checkpointing": "attention"}
+    cases = {name: make_recipe(deep, tmp_path / name, blocks_to_swap=n, **options) for name, n in (("a", 0), ("b", 3))}
+    run_together(tmp_path, {name: (False, recipe, None) for name, recipe in cases.items()})
+    checks.assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
 def test_auto_swaps_what_has_to(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = checks.small_recipe(deep, tmp_path / "run", checkpointing="full", **OPTIONS)
     asked = checks.pieces(recipe, load(recipe))
@@ -100,6 +112,13 @@ def test_a_run_goes_on_swapped_and_is_evaluated(deep: Path, tmp_path: Path) -> N
         with torch.no_grad():
             outputs.append(model.predict(model.denoiser, *rows)[0])
     assert torch.equal(*outputs)
+
+
+def test_what_a_swapped_run_takes_is_predicted(deep: Path, tmp_path: Path) -> None:
+    recipe = checks.small_recipe(deep, tmp_path / "run", checkpointing="full", blocks_to_swap=3, **OPTIONS)
+    report = profile_recipe(write_recipe(recipe, tmp_path / "recipe.yaml"))
+    for name in ("rollout", "decode", "replay forward", "replay backward", "optimizer"):
+        assert report.deviation(name) == pytest.approx(0, abs=PREDICTED_BYTES), (name, report.table())
 
 
 def test_bad_input(deep: Path, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-continued", sharded, first, **stops | {"evaluation": judged})
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
+    add("fsdp-swap", True, lora=LoraSettings(rank=2, alpha=2), blocks_to_swap=1)
     add("fsdp-bf16", True, **BF16)
     # Nothing is left to do but to save the model.
     of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
@@ -313,6 +314,8 @@ def test_a_resident_copy_changes_nothing(runs: Path) -> None:
 def test_what_processes_cannot_do_is_refused(runs: Path) -> None:
     for rank in seen(runs, "ddp-replica"):
         assert rank["error"] == "train.rollout_replica: got true in 2 processes (DDP), want FSDP2, or false"
+    for rank in seen(runs, "fsdp-swap"):
+        assert rank["error"] == "model.blocks_to_swap: got 1 under FSDP2, want 0"
     for kind in ("ddp", "fsdp"):
         for rank in seen(runs, f"{kind}-win_rate"):
             assert rank["error"].startswith("train.prompts_per_iteration: got 3 on 2 processes, want a multiple")

@@ -31,8 +31,9 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
     """
     s = plan.settings
     yield from _policies(plan, host, thorough)
-    top = plan.peak.name
+    top, experts = plan.peak.name, resolved(s.model).experts
     away = [("denoiser", "weights wait on the host while other models run")]
+    away += [("expert", "the denoiser whose turn it is not waits on the host")] if experts > 1 else []
     away += [("vae", "the VAE waits on the host")] if top != "decode" else []
     away += [("rewards", "reward models wait on the host")] if s.rewards else []
     away += [("optimizer", "states and their step on the host")] if s.lora == 0 else []

@@ -29,6 +29,8 @@ from torch import nn
 
 from ...activations.checkpointing import block_paths
 from ...activations.streaming import packed
+from ...optimizers import probe
+from ...recipe import TrainSettings
 from ..trace.recorder import tensors_in
 from ..trace.tracer import trace
 from .blocks import Blocks
@@ -281,6 +283,29 @@ def _more(moment: Moment, bytes_: Vector) -> Moment:
     return moment._replace(bytes=added((1, moment.bytes), (1, bytes_)))
 
 
+# Tensors as large as the trained ones and of their type that some optimisers keep; another step than a probe's may ask
+# for packages that are not here.
+STATES = {"lion": 1, "prodigy": 4}
+
+
+def state_bytes(settings: Settings, dtype: torch.dtype) -> float:
+    """Of each trained number of this type, under an optimiser that is not AdamW.
+
+    Raises:
+        ValueError: there is no such optimiser here.
+    """
+    if settings.optimizer == "other":
+        return settings.state_bytes
+    if settings.optimizer in STATES:
+        return STATES[settings.optimizer] * dtype.itemsize
+    name = {"adafactor": "torch.optim:Adafactor"}.get(settings.optimizer, settings.optimizer)
+    tried = TrainSettings(1, 1, 2, 1, optimizer=name, weight_decay=0.0)
+    try:
+        return probe(tried, dtype).bytes_per_number
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+
+
 def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float, float, float]:
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
@@ -288,9 +313,13 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
-    if settings.optimizer == "other":
-        kept = settings.state_bytes * weights.trainable
-        return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
+    if not settings.optimizer.startswith("adamw"):
+        pairs = zip(weights.sizes, weights.dtypes, strict=True)
+        each = {dtype: state_bytes(settings, dtype) for dtype in set(weights.dtypes)}
+        kept = sum(n * each[dtype] for n, dtype in pairs)
+        kept *= 1 if settings.optimizer == "other" else scale
+        there = 0 if "optimizer" in settings.offload else kept
+        return there, 0, 2 * kept + 3 * weights.trainable_bytes * scale
     kind = "foreach" if settings.optimizer == "adamw_foreach" else "fused"
     found = step_figures(weights.sizes, weights.dtypes, kind)
     if "optimizer" in settings.offload:

@@ -198,6 +198,19 @@ def _fake(tensor: Tensor) -> Tensor:
     return found.requires_grad_(tensor.requires_grad)
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """A parameter that shares its storage, as weights in a buffer do."""
+    return isinstance(tensor, nn.Parameter) and tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _part(tensor: Tensor, buffers: dict[int, Tensor]) -> nn.Parameter:
+    """A fake of it in a fake of its storage, which `buffers` has by the storage; inside the mode."""
+    storage = tensor.untyped_storage()
+    flat = buffers.setdefault(storage._cdata, torch.empty(storage.nbytes(), dtype=torch.uint8))
+    found = flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return nn.Parameter(found, tensor.requires_grad)
+
+
 @cache
 def _cached_methods(cls: type) -> list[tuple[str, Callable[..., Any]]]:
     """Methods behind an `lru_cache`, by name, without it."""
@@ -230,10 +243,11 @@ def fake_tensors(
     """
     operators = CudaOperators(attention, fused_norm)
     made: dict[int, tuple[Tensor, Tensor]] = {}
+    buffers: dict[int, Tensor] = {}
 
     def convert(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            found = _fake(tensor)
+            found = _part(tensor, buffers) if _is_part(tensor) else _fake(tensor)
             if tensor.is_leaf and tensor.grad is not None:
                 found.grad = _fake(tensor.grad)
             # The original is kept, so that its id stays its own.
