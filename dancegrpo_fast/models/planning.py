@@ -8,7 +8,7 @@ from ..memory.planning.measured import at_hand
 from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
 from ..memory.planning.settings import Settings
 from ..optimizers import ADAMW, EIGHT_BIT, probe
-from ..recipe import Recipe, RewardSettings, TrainSettings
+from ..recipe import LoraSettings, Recipe, RewardSettings, TrainSettings
 
 ADAMW_BYTES = 8  # two float32 states
 
@@ -61,7 +61,7 @@ def settings_of(
         # What computes in float32 throughout asks for decodes only.
         mixed_precision="bf16" if given.dtype == "float32" else train.mixed_precision,
         lora=given.lora.rank if given.lora else 0,
-        target_modules=tuple(given.lora.target_modules) if given.lora else (),
+        target_modules=tuple((given.lora or LoraSettings()).target_modules),
         quantization=given.quantization or "none",
         blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,

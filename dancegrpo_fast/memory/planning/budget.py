@@ -149,6 +149,7 @@ class Plan:
             ],
             "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
             "margins": self.margins,
+            "answer": sentence(self, self.cards) if self.cards else None,
             "cards": [vars(card) for card in self.cards],
             "saved_by_group": self.saved_by_group,
             "reasons": list(self.reasons),
@@ -161,8 +162,8 @@ def _gib(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """Three digits at least, so that small models are not 0."""
-    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3g}" if seconds else "-"
+    """With two digits where it is little, so that small models do not take 0."""
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.2g}" if seconds else "-"
 
 
 def _change(share: float) -> str:

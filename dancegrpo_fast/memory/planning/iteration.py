@@ -261,11 +261,11 @@ class Iteration:
         ]
 
     def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
-        """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
+        """Of converting fp8 weights in a forward, and in its backward: their bytes over the bandwidth."""
         s = self.settings
-        if s.quantization == "none":
+        if s.quantization != "fp8":
             return 0.0, 0.0
-        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
+        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
 
