@@ -18,8 +18,7 @@ from dancegrpo_fast.memory.pictures import figures, which_card, words
 from dancegrpo_fast.memory.pictures import timeline as _timeline
 from dancegrpo_fast.memory.pictures.comparisons import Point
 from dancegrpo_fast.memory.planning.cards import CARDS, MEANT
-from dancegrpo_fast.memory.planning.on_cards import on_cards
-from dancegrpo_fast.memory.planning.planner import Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, on_cards, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
 
