@@ -21,6 +21,8 @@ rest with the planner, which leaves them out.
 
 `scenarios`: what `--checkpointing auto` does with the settings in `scenarios.py`, each in a process of its own.
 
+`swaps`: how many blocks `auto` swaps on small cards, and what that costs.
+
 `margins`: what others saw allocators and processes hold beside tensors (`evidence/`), and what the planner takes.
 
 `atlas`: every known model at its usual sizes (`usual.py`) on every size of card, for `docs/atlas.md`; only by name.

@@ -10,10 +10,10 @@ from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
-from . import atlas, choices, earlier, fsdp, margins, report, table
+from . import atlas, choices, earlier, fsdp, margins, public, report, swaps, table
 from .families import FAMILIES
 
-PARTS = ("table", "rows", "fsdp", "scenarios", "margins")
+PARTS = ("table", "rows", "public", "fsdp", "scenarios", "margins", "swaps")
 # Takes long, and is asked for by name.
 ATLAS = "atlas"
 
@@ -55,12 +55,21 @@ def main() -> None:
         answers = earlier.rows(where, options.name)
         if answers:
             _write(options.output, "memory-rows", answers, earlier.markdown(answers))
+    if "public" in parts:
+        measured = public.results(where, options.name)
+        if measured:
+            _write(options.output, "memory-public", measured, public.markdown(measured))
+            print("\n".join(public.summary(measured)))
     if "fsdp" in parts:
         shards = [row for name in fsdp.MODELS if options.name in name for row in fsdp.rows(name, where)]
         if shards:
             _write(options.output, "memory-fsdp", shards, fsdp.markdown(shards))
     if "margins" in parts:
         (options.output / "memory-margins.md").write_text(margins.markdown(margins.read("allocators")))
+    if "swaps" in parts:
+        small = list(swaps.rows(where, options.name))
+        if small:
+            _write(options.output, "memory-swaps", small, swaps.markdown(small))
     if "scenarios" in parts:
         plans = choices.rows(where, options.name)
         if plans:

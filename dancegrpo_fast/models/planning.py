@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..memory.planning.cards import CARDS, USUAL
+from ..memory.planning.measured import at_hand
 from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
 from ..memory.planning.settings import Settings
 from ..optimizers import ADAMW, EIGHT_BIT, probe
-from ..recipe import Recipe, RewardSettings, TrainSettings
+from ..recipe import LoraSettings, Recipe, RewardSettings, TrainSettings
 
 ADAMW_BYTES = 8  # two float32 states
 
@@ -32,7 +33,7 @@ def settings_of(
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
-        device: that attention is chosen for.
+        device: that attention is chosen for; one of this machine that `rates` measured is planned at that speed.
         gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
@@ -42,7 +43,7 @@ def settings_of(
     shards = processes if strategy != "none" else 1
     groups = max(1, processes // train.sequence_parallel)
     samples = -(-train.prompts_per_iteration * train.group_size // groups)
-    return Settings(
+    settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
         sampler.height,
@@ -60,7 +61,7 @@ def settings_of(
         # What computes in float32 throughout asks for decodes only.
         mixed_precision="bf16" if given.dtype == "float32" else train.mixed_precision,
         lora=given.lora.rank if given.lora else 0,
-        target_modules=tuple(given.lora.target_modules) if given.lora else (),
+        target_modules=tuple((given.lora or LoraSettings()).target_modules),
         quantization=given.quantization or "none",
         blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
@@ -86,6 +87,8 @@ def settings_of(
         ema=train.ema_decay is not None,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
+    # Several processes choose alike, wherever they run.
+    return at_hand(settings, device) if processes == 1 else settings
 
 
 def _evaluation(recipe: Recipe) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
         yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
     if s.lora and s.quantization == "none":
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
-        yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
+        yield Knob("frozen weights in int8", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
     most = count - BUFFERS
     if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:

@@ -133,8 +133,9 @@ class Plan:
         if self.advice:
             lines += ["", "one change at a time (peak; iteration):"]
             lines += [f"  {a.gib:+7.2f} GiB  {_change(a.seconds):>8}  {a.text}" for a in self.advice]
-        rates = ", ".join(f"{name} {value:g}" for name, value in vars(self.settings.rates).items())
-        lines += ["", f"seconds are counted work over assumed rates ({rates}), not timings"]
+        rates = ", ".join(f"{name} {value:.4g}" for name, value in vars(self.settings.rates).items())
+        speeds = f"rates measured on {self.settings.measured}" if self.settings.measured else "assumed rates"
+        lines += ["", f"seconds are counted work over {speeds} ({rates}), not timings"]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ class Plan:
             ],
             "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
             "margins": self.margins,
+            "answer": sentence(self, self.cards) if self.cards else None,
             "cards": [vars(card) for card in self.cards],
             "saved_by_group": self.saved_by_group,
             "reasons": list(self.reasons),

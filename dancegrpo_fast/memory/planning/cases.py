@@ -12,8 +12,11 @@ from torch import nn
 
 from ...activations import checkpointing
 from . import guessed, specs
+from .converted import KINDS, convert
 from .settings import KERNELS, Settings
 
+# Of `Case.dtype`: those of 16-bit weights whose LoRA layers may be wider.
+NARROW = ("bf16", "autocast")
 KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
 
 
@@ -21,10 +24,12 @@ KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient"
 class Case:
     """What a trace of a denoiser depends on, beside its policy and its number of blocks.
 
-    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `dtype`: "bf16", "autocast" (16-bit weights under it), "fp32_master" (float32 under autocast) or "bf16_autocast", as
+    FSDP2 gathers float32 masters.
     `kernel`: of attention; "cpu" is a call as a CPU computes it. `fused_norm`: RMSNorm is one operator.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
     `reference`: height and width of a picture that is edited, in pixels.
+    `quantization`: "nf4" or "int8" where layers are `converted`'s; fp8 is a formula beside the trace.
     """
 
     spec: str
@@ -46,6 +51,8 @@ class Case:
     sequence_parallel: int = 1
     sequence_kind: str = "ulysses"
     reference: tuple[int, int] = (0, 0)
+    quantization: str = "none"
+    lora_dropout: bool = False
 
 
 class Kind(NamedTuple):
@@ -143,7 +150,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
     """
-    from ...lora import add_lora, unmatched
+    from ...lora import ADAPTER, add_lora, unmatched
+    from ...lora import layers as lora_layers
     from ...patch import accelerate
 
     spec = resolved(case.spec)
@@ -159,9 +167,14 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
             raise ValueError(
                 f"target_modules: got {', '.join(case.lora_targets)}, want endings of names in it"
             ) from error
+        if case.lora_dropout:
+            for layer in lora_layers(model).values():
+                layer.lora_dropout[ADAPTER] = nn.Dropout()
         if case.lora_dtype == "bf16":
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.quantization != "none":
+        convert(model, case.quantization, spec.keep_in_float32)
     if case.dtype == "bf16_autocast":
         # Also what the model keeps in float32.
         for p in model.parameters():
@@ -275,7 +288,9 @@ def rows_of(settings: Settings, batch: int) -> int:
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
     # A call does not see masters beside its weights.
-    kept, fresh = "bf16" if settings.precision == "bf16_master" else settings.precision, False
+    kept, fresh = settings.precision, False
+    if settings.dtype != "float32":
+        kept = "autocast" if settings.mixed_precision == "bf16" else "bf16"
     if settings.is_sharded:
         # Gathered masters are bf16, of which autocast makes no copies.
         kept = "bf16_autocast" if kept == "fp32_master" else kept
@@ -289,7 +304,7 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         kept,
         settings.lora,
         settings.target_modules if settings.lora else (),
-        "bf16" if settings.lora and kept == "bf16" and settings.lora_dtype == "bfloat16" else "fp32",
+        "bf16" if settings.lora and kept in NARROW and settings.lora_dtype == "bfloat16" else "fp32",
         name,
         settings.block_ops,
         settings.recompute if settings.block_ops != "off" else "gelu",
@@ -299,4 +314,6 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.sequence_parallel,
         settings.sequence_kind,
         (settings.reference_height, settings.reference_width),
+        settings.quantization if settings.quantization in KINDS else "none",
+        settings.lora_dropout > 0,
     )

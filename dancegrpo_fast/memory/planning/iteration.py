@@ -23,6 +23,9 @@ from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
 from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, without
 
+# How a reason begins that says it of a replay.
+BOUND = "launch-bound"
+
 
 class Iteration:
     """The pieces of one plan."""
@@ -253,16 +256,16 @@ class Iteration:
             return []
         count = round(sum(blocks.launches(part) for part in parts))
         return [
-            f"launch-bound: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
+            f"{BOUND}: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
             f" start and {1e3 * work:.0f} ms to run; a larger micro_batch or a compiled model would be faster"
         ]
 
     def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
-        """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
+        """Of converting fp8 weights in a forward, and in its backward: their bytes over the bandwidth."""
         s = self.settings
-        if s.quantization == "none":
+        if s.quantization != "fp8":
             return 0.0, 0.0
-        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
+        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .cards import CARDS, USUAL, Rates, card
+from .checks import check_integer, check_kind, check_number, check_one_of, check_tuple
 from .rewards import Reward
 
 GIB = 2**30
@@ -52,13 +53,14 @@ class Settings:
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         dtype: of the denoiser's weights, gradients and states: "bfloat16", "float16" or "float32".
         master_dtype: "float32": the optimiser steps float32 copies of 16-bit weights, with float32 gradients then.
-        mixed_precision: "bf16": autocast, which float32 weights are planned with; under FSDP shards are gathered in
-            bf16 besides.
+        mixed_precision: "bf16": autocast, which float32 weights are planned with and 16-bit weights can have; under
+            FSDP shards are gathered in bf16 besides.
         lora: rank, or 0 for full fine-tuning.
         target_modules: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
             them, or "bfloat16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its
             input for the backward.
+        lora_dropout: of what goes into the LoRA layers, whose masks are kept; the trainer has none.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
         blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
@@ -105,6 +107,7 @@ class Settings:
         gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
         card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
+        measured: the name of the device whose speed was measured to be `rates`, or "".
     """
 
     model: str
@@ -125,6 +128,7 @@ class Settings:
     lora: int = 0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
+    lora_dropout: float = 0.0
     quantization: str = "none"
     blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
@@ -162,45 +166,51 @@ class Settings:
     gpu_gib: float = CARDS[USUAL].gib
     rates: Rates = CARDS[USUAL].rates
     card: str = ""
+    measured: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "checkpointing", "attention", "device", "torch_version"):
-            _is(name, getattr(self, name), str, "a string")
+            check_kind(name, getattr(self, name), str, "a string")
         for name in ("rollout_replica", "kl_reference", "ema", "expandable_segments"):
-            _is(name, getattr(self, name), bool, "True or False")
-        _is("rates", self.rates, Rates, "Rates")
+            check_kind(name, getattr(self, name), bool, "True or False")
+        check_kind("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
-            _tuple(name, getattr(self, name), str, "strings")
+            check_tuple(name, getattr(self, name), str, "strings")
         for name in ("rewards", "others"):
-            _tuple(name, getattr(self, name), Reward, "Rewards")
+            check_tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
         for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
-            _integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         for name in ("lora", "reference_height", "reference_width"):
-            _integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         if self.blocks_to_swap != "auto":
-            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
+            check_integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
         for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         if self.evaluation_guidance_scale is not None:
-            _number("evaluation_guidance_scale", self.evaluation_guidance_scale)
+            check_number("evaluation_guidance_scale", self.evaluation_guidance_scale)
         for name, known in CHOICES.items():
-            _one_of(name, getattr(self, name), known)
-        _is("optimizer", self.optimizer, str, "a string")
+            check_one_of(name, getattr(self, name), known)
+        check_kind("optimizer", self.optimizer, str, "a string")
         if not all(self.optimizer.partition(":")):
-            _one_of("optimizer", self.optimizer, (*OPTIMIZERS, "module:Class"))
+            check_one_of("optimizer", self.optimizer, (*OPTIMIZERS, "module:Class"))
         for what in self.offload:
-            _one_of("offload", what, OFFLOAD)
+            check_one_of("offload", what, OFFLOAD)
         if "" in self.target_modules:
             raise ValueError(f"target_modules: got {self.target_modules!r}, want endings of module names")
-        _number("gpu_gib", self.gpu_gib)
-        _number("guidance_scale", self.guidance_scale)
+        check_number("gpu_gib", self.gpu_gib)
+        check_number("guidance_scale", self.guidance_scale)
         if self.state_bytes:
-            _number("state_bytes", self.state_bytes)
+            check_number("state_bytes", self.state_bytes)
         for field in fields(Rates):
-            _number(f"rates.{field.name}", getattr(self.rates, field.name))
-        _number("timestep_fraction", self.timestep_fraction)
+            check_number(f"rates.{field.name}", getattr(self.rates, field.name))
+        if self.lora_dropout:
+            check_number("lora_dropout", self.lora_dropout)
+        if self.lora_dropout >= 1 or (self.lora_dropout and not self.lora):
+            wanted = "less than 1" if self.lora else "0 without LoRA"
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, want {wanted}")
+        check_number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
         if self.card:
@@ -228,6 +238,8 @@ class Settings:
         if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
             kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
             raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
+        if self.dtype == "float16" and self.mixed_precision != "no":
+            raise ValueError(f'mixed_precision: got "{self.mixed_precision}" with dtype "float16", want "no"')
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -296,8 +308,8 @@ class Settings:
     @property
     def dtypes(self) -> str:
         """In words."""
-        words = {"bf16_master": f"{self.dtype} with float32 masters", "fp32_master": "float32 under bf16 autocast"}
-        return words.get(self.precision, self.dtype)
+        masters = " with float32 masters" if self.precision == "bf16_master" else ""
+        return self.dtype + masters + (" under bf16 autocast" if self.mixed_precision == "bf16" else "")
 
     @property
     def is_sharded(self) -> bool:
@@ -362,34 +374,10 @@ class Settings:
         """
         if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
             changes = {"card": ""} | changes
+        if "rates" in changes:
+            changes = {"measured": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-def _is(name: str, value: object, kind: type, wanted: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}: got {value!r}, want {wanted}")
-
-
-def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(part, kind) for part in value):
-        raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
-
-
-def _integer(name: str, value: object, low: int, more: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
-
-
-def _number(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]  # is a number
-        raise ValueError(f"{name}: got {value!r}, want a finite number above 0")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f'{name}: got "{value}", want one of {", ".join(known)}')

@@ -31,6 +31,7 @@ from ...activations.checkpointing import block_paths
 from ...activations.streaming import packed
 from ...optimizers import probe
 from ...recipe import TrainSettings
+from ..trace.recorder import tensors_in
 from ..trace.tracer import trace
 from .blocks import Blocks
 from .calls import ENTRY, Moment, Vector, added
@@ -62,6 +63,7 @@ class Weights:
         sizes, dtypes: numbers in each trained tensor, and of what type.
         blocks: in the order in which the model runs them.
         root: what is outside the blocks.
+        tables: bytes of buffers and other tensors of modules, which nobody shares.
     """
 
     numbers: int
@@ -72,6 +74,7 @@ class Weights:
     dtypes: tuple[torch.dtype, ...]
     blocks: tuple[Part, ...]
     root: Part
+    tables: int
 
 
 def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
@@ -84,7 +87,7 @@ def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
     case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, sequence_parallel=1)
-    return _weights_of(replace(case, kernel="flash", train=True, fresh=False))
+    return _weights_of(replace(case, kernel="flash", train=True, fresh=False, quantization="none"))
 
 
 @lru_cache(maxsize=16)
@@ -105,6 +108,7 @@ def _weights_of(case: Case) -> Weights:
         for prefix, inside in held.items()
     ]
     trained_parameters = [p for p in named.values() if p.requires_grad]
+    tables = tensors_in(held for m in model.modules() for held in (*m._buffers.values(), *vars(m).values()))
     return Weights(
         sum(p.numel() for p in named.values()),
         sum(p.numel() * p.element_size() for p in named.values()),
@@ -114,6 +118,7 @@ def _weights_of(case: Case) -> Weights:
         tuple(p.dtype for p in trained_parameters),
         tuple(parts[:-1]),
         parts[-1],
+        sum(t.numel() * t.element_size() for t in {id(t): t for t in tables}.values()),
     )
 
 
@@ -159,7 +164,7 @@ def rest(settings: Settings, case: Case) -> Rest:
     master = settings.precision == "fp32_master"
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
-    stored = weights.bytes * wider / shards if base is None else base.stored
+    stored = weights.tables + (weights.bytes * wider / shards if base is None else base.stored)
     swap = swap_of(settings, [part.streams for part in weights.blocks] if base is None else base.streams)
     stored -= swap.saved
     reduced = weights.trainable_bytes * wider / shards
@@ -178,7 +183,7 @@ def rest(settings: Settings, case: Case) -> Rest:
         {"gradients": REDUCE * weights.trainable if late else weights.trainable_bytes * wider / shards},
         {"gradients": reduced},
         rests,
-        {} if base is None else {"temporaries": base.largest},
+        {"temporaries": base.largest} if base is not None and base.largest else {},
         {"temporaries": step / shards},
         traffic / shards,
         swap,
