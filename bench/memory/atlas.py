@@ -24,7 +24,7 @@ from dancegrpo_fast.files import write_text
 from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.budget import Plan
 from dancegrpo_fast.memory.planning.cards import CARDS, MEANT
-from dancegrpo_fast.memory.planning.planner import on_cards
+from dancegrpo_fast.memory.planning.on_cards import on_cards
 from dancegrpo_fast.memory.planning.rewards import REWARD_MODELS
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import YES, Verdict, judged, shortened

@@ -50,7 +50,7 @@ def columns(settings: Settings) -> list[Column]:
     found = []
     for label, changes in wanted.items():
         try:
-            found.append(Column(label, on_cards(settings.changed(**changes), MEANT)))
+            found.append(Column(label, on_cards(settings.changed(**changes), MEANT, quick=True)))
         except ValueError:
             # Such as 8-bit states on the host.
             continue

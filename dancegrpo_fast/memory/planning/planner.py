@@ -1,6 +1,6 @@
 """Plans a GRPO iteration before there is a GPU, and says what one change would give."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from .advice import advice, dominated
 from .blocks import compose
 from .budget import Advice, Phase, Plan
 from .calls import numbers
-from .cards import MEANT
 from .cases import case_of, kinds_of, resolved
 from .iteration import Iteration
 from .margins import margins, untraced
@@ -20,7 +19,7 @@ from .sharding import weights_of
 from .swapping import choose
 from .verdict import Verdict, verdicts
 
-__all__ = ["Plan", "on_cards", "plan", "with_swap"]
+__all__ = ["Plan", "plan", "with_swap"]
 
 
 def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
@@ -61,31 +60,20 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def on_cards(settings: Settings, names: Iterable[str] = MEANT) -> dict[str, Plan]:
-    """Predicts one run on each of several cards, at the rates of each; what is traced is traced once.
+def _asked(settings: Settings, among: Collection[str] | None = None) -> tuple[Iteration, policies.Picked, Plan]:
+    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise.
 
-    Args:
-        settings: what is run; capacity, rates and device are the cards'.
-        names: of the cards.
-
-    Raises:
-        ValueError: settings that the model cannot have, or a card that is not known.
+    `among`: names of the policies that `checkpointing auto` may choose for a block; None: all.
     """
-    with collected():
-        return {name: _asked(with_swap(settings.on(name))[0])[2] for name in names}
-
-
-def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
-    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
     iteration = Iteration(settings)
-    picked = iteration.pick()
+    picked = iteration.pick(among)
     found = _plan(iteration, picked)
     if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
         return iteration, picked, found
     kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
     iteration = Iteration(settings.changed(gradient_sync="call"))
     iteration.reasons.append(kept)
-    picked = iteration.pick()
+    picked = iteration.pick(among)
     return iteration, picked, _plan(iteration, picked)
 
 
