@@ -5,14 +5,15 @@ from typing import Any
 
 from dancegrpo_fast.memory.planning.cards import card
 from dancegrpo_fast.memory.planning.iteration import Iteration
-from dancegrpo_fast.memory.planning.planner import Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, solved, with_swap
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
+from dancegrpo_fast.memory.trace.tracer import collected
 
 from ..rows import Row, grid, made_with
 
 CARDS = ("4070", "4070-ti-super", "4090")
-WEIGHTS = {"none": "bfloat16", "fp8": "fp8", "nf4": "nf4"}
+WEIGHTS = {"none": "bfloat16", "nf4": "nf4"}
 # Nothing that is not running is on the device, and texts were encoded elsewhere.
 _GIVEN: dict[str, Any] = {"lora": 32, "offload": ("denoiser", "vae"), "text_encoders": "precomputed"}
 _GIVEN |= {"vae_tiling": "on"}
@@ -28,7 +29,10 @@ def rows(where: Row, only: str = "") -> Iterator[Row]:
         for wanted in CARDS if only in name else ():
             for quantization in WEIGHTS:
                 settings = Settings(**model, **_GIVEN, quantization=quantization).on(wanted)
-                without, found = (plan(settings, advise=False, blocks_to_swap=count) for count in (0, "auto"))
+                with collected():
+                    *_, without = solved(settings)
+                    swapped, reasons = with_swap(settings.changed(blocks_to_swap="auto"))
+                    *_, found = solved(swapped)
                 yield {
                     "op": "swap",
                     "name": name,
@@ -36,7 +40,7 @@ def rows(where: Row, only: str = "") -> Iterator[Row]:
                     "gib": settings.gpu_gib,
                     "quantization": quantization,
                     "without": _answer(without),
-                    "swapped": _answer(found),
+                    "swapped": _answer(found) | {"reasons": reasons},
                     "environment": where,
                 }
 
@@ -50,7 +54,6 @@ def _answer(found: Plan) -> Row:
         "total_bytes": found.total_bytes,
         "fits": found.fits(found.settings.gpu_gib),
         "seconds": found.seconds,
-        "reasons": [reason for reason in found.reasons if reason.startswith("blocks_to_swap")],
     }
 
 

@@ -19,17 +19,18 @@ from .sharding import weights_of
 from .swapping import choose
 from .verdict import Verdict, verdicts
 
-__all__ = ["Plan", "plan", "with_swap"]
+__all__ = ["Plan", "plan", "solved", "with_swap"]
 
 
-def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
-    """The settings with a number of blocks to swap, which "auto" finds, and why; `quick`: under named policies only."""
+def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why."""
     if settings.blocks_to_swap != "auto":
         return settings, ()
 
     def attempt(changed: Settings) -> Plan:
         iteration = Iteration(changed)
-        return _plan(iteration, iteration.pick(NAMED if quick else None))
+        # A mixture takes seconds to solve; one policy for all blocks is enough to compare.
+        return _plan(iteration, iteration.pick(NAMED))
 
     case = case_of(settings, 1, "flash", train=True)
     blocks = weights_of(case).blocks
@@ -52,7 +53,7 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
     asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
         settings, reasons = with_swap(asked)
-        iteration, picked, found = _asked(settings)
+        iteration, picked, found = solved(settings)
         found = replace(found, reasons=(*found.reasons, *reasons), cards=_cards(asked, iteration, found))
         if not advise:
             return found
@@ -60,7 +61,7 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+def solved(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
     """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
     iteration = Iteration(settings)
     picked = iteration.pick()
@@ -77,7 +78,7 @@ def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
 def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
     def on(gib: float) -> Plan:
         if asked.blocks_to_swap == "auto":
-            other = Iteration(with_swap(asked.changed(gpu_gib=gib), quick=True)[0])
+            other = Iteration(with_swap(asked.changed(gpu_gib=gib))[0])
         else:
             other = iteration.at(gib)
         # The named policies are enough to say whether it fits, and are traced already.
