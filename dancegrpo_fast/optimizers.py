@@ -23,7 +23,7 @@ class Kept:
     """What an optimiser keeps of each tensor.
 
     Attributes:
-        bytes_per_number: of states that have the tensor's shape; others are small.
+        bytes_per_number: of states of as many numbers as the tensor; others are small.
         others: names of states of another shape, which cannot be split as the tensor is.
         numbers: Python's numbers among the states, and their types.
         names: of all states; None where that is not known.
@@ -101,17 +101,22 @@ def changed_settings(before: Mapping[str, Any], group: Mapping[str, Any]) -> dic
     }
 
 
-def probe(train: TrainSettings) -> Kept:
+def probe(train: TrainSettings, dtype: torch.dtype = torch.float32) -> Kept:
     """Tries the recipe's optimiser on a small tensor on the CPU: that it steps, and what it keeps.
+
+    Args:
+        train: its settings.
+        dtype: of the tensor.
 
     Raises:
         ValueError: it cannot be made, does not step, or keeps what cannot be written into a checkpoint.
     """
     if train.optimizer == EIGHT_BIT:
         return KEPT_IN_8_BIT
-    parameter = nn.Parameter(torch.zeros(PROBE))
+    # No zeros, of which some keep less.
+    parameter = nn.Parameter(torch.ones(PROBE, dtype=dtype))
     optimizer = make_optimizer(train, [parameter])
-    before, parameter.grad = dict(optimizer.param_groups[0]), torch.ones(PROBE)
+    before, parameter.grad = dict(optimizer.param_groups[0]), torch.ones(PROBE, dtype=dtype)
     try:
         optimizer.step()
     except FAILURES as error:
@@ -126,8 +131,9 @@ def probe(train: TrainSettings) -> Kept:
                 f'train.optimizer: got "{train.optimizer}", whose state {name} is {type(value).__name__}, want '
                 "tensors and numbers, which a checkpoint can hold"
             )
-        elif name in state and value.shape == PROBE:
-            kept.bytes_per_number += value.itemsize
         elif name in state and value.ndim > 0:
-            kept.others.append(name)
+            if value.numel() >= parameter.numel():
+                kept.bytes_per_number += value.itemsize
+            if value.shape != PROBE:
+                kept.others.append(name)
     return kept

@@ -1,7 +1,8 @@
 """The site's home is README.md, and files of the repository that a page links to come along.
 
 A link is written as GitHub follows it, from the file that it stands in. On the site README.md is `index.md`, what lies
-in `docs/` keeps its place, and everything else lies in `repository/`.
+in `docs/` keeps its place, and everything else lies in `repository/`. The atlas has its data in the page, as one
+that is opened from a disk may read no other file.
 """
 
 import re
@@ -14,6 +15,7 @@ from mkdocs.structure.pages import Page
 
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)")
 ROOT = Path(__file__).parents[1]
+ATLAS, ATLAS_DATA = "<!-- atlas -->", ROOT / "bench" / "results" / "memory-atlas.json"
 IN_NAV = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -62,3 +64,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return found[1] + (relpath(_place(target), here) if (ROOT / target).is_file() else found[2])
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Puts the atlas' data where its page has a mark."""
+    if ATLAS not in output:
+        return output
+    # Nothing in a script may look like its end.
+    data = ATLAS_DATA.read_text(encoding="utf-8").replace("</", "<\\/")
+    return output.replace(ATLAS, f'<script type="application/json" id="atlas-data">{data}</script>')

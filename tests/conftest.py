@@ -37,6 +37,14 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Plans assume speeds, whatever `dancegrpo-fast rates` kept of this machine; the file that would say otherwise."""
+    file = tmp_path / "cache" / "rates.json"
+    monkeypatch.setattr("dancegrpo_fast.memory.planning.measured.path", lambda: file)
+    return file
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps one precision per process; every test is its own run."""
     yield

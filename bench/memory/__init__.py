@@ -24,4 +24,6 @@ rest with the planner, which leaves them out.
 `swaps`: how many blocks `auto` swaps on small cards, and what that costs.
 
 `margins`: what others saw allocators and processes hold beside tensors (`evidence/`), and what the planner takes.
+
+`atlas`: every known model at its usual sizes (`usual.py`) on every size of card, for `docs/atlas.md`; only by name.
 """

@@ -10,10 +10,12 @@ from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
-from . import choices, earlier, fsdp, margins, report, swaps, table
+from . import atlas, choices, earlier, fsdp, margins, public, report, swaps, table
 from .families import FAMILIES
 
-PARTS = ("table", "rows", "fsdp", "scenarios", "margins", "swaps")
+PARTS = ("table", "rows", "public", "fsdp", "scenarios", "margins", "swaps")
+# Takes long, and is asked for by name.
+ATLAS = "atlas"
 
 
 def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
@@ -25,15 +27,20 @@ def _write(folder: Path, name: str, rows: list[Row], text: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated: " + ", ".join(PARTS))
-    parser.add_argument("--name", default="", help="only families, models or scenarios whose name contains this")
-    parser.add_argument("--jobs", type=int, default=2, help="families at once, each in a process with one thread")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated: " + ", ".join((*PARTS, ATLAS)))
+    parser.add_argument(
+        "--name",
+        default="",
+        help="only families, models or scenarios whose name contains this; of the atlas sizes: flux-dev 1 x 512 x 512",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="families or sizes at once, each in one thread")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     parts = options.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only: got {', '.join(unknown)}, want some of {', '.join(PARTS)}")
-    if options.name and options.output == RESULTS:
+    if unknown := [part for part in parts if part not in (*PARTS, ATLAS)]:
+        parser.error(f"--only: got {', '.join(unknown)}, want some of {', '.join((*PARTS, ATLAS))}")
+    # The atlas keeps what is there of others.
+    if options.name and options.output == RESULTS and parts != [ATLAS]:
         parser.error("--name: got one with the default --output, want another folder for part of the results")
     torch.set_num_threads(1)
     where = environment()
@@ -48,6 +55,11 @@ def main() -> None:
         answers = earlier.rows(where, options.name)
         if answers:
             _write(options.output, "memory-rows", answers, earlier.markdown(answers))
+    if "public" in parts:
+        measured = public.results(where, options.name)
+        if measured:
+            _write(options.output, "memory-public", measured, public.markdown(measured))
+            print("\n".join(public.summary(measured)))
     if "fsdp" in parts:
         shards = [row for name in fsdp.MODELS if options.name in name for row in fsdp.rows(name, where)]
         if shards:
@@ -65,6 +77,8 @@ def main() -> None:
             # An exit status of 1 is an answer; 2 is no plan.
             if any(row["exit_status"] not in (0, 1) for row in plans):
                 sys.exit("some scenarios have no plan")
+    if ATLAS in parts:
+        atlas.make(options.output / atlas.FILE.name, options.name, options.jobs, where)
 
 
 if __name__ == "__main__":

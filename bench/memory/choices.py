@@ -42,7 +42,7 @@ def row(scenario: Scenario, where: Row) -> Row:
         plan = json.loads(file.read_text())
     for phase in plan["phases"]:
         del phase["timeline"]
-    kept = ("settings", "policy", "phases", "peak", "margins", "saved_by_group", "reasons", "advice")
+    kept = ("settings", "policy", "phases", "peak", "margins", "saved_by_group", "reasons", "advice", "answer", "cards")
     found |= {name: plan[name] for name in kept}
     return found | {"environment": where}
 
@@ -69,8 +69,10 @@ def verdict(found: Row) -> str:
     """Whether it fits, or what is missing."""
     if "error" in found:
         return "no plan"
-    missing = found["peak"]["total_bytes"] / GIB - _capacity(found)
-    return "fits" if missing <= 0 else f"{missing:.1f} GiB are missing"
+    mine = next(card for card in found["cards"] if card["gib"] == _capacity(found))
+    spare = mine["spare_bytes"] / GIB
+    said = {"yes": f"fits, {spare:.1f} GiB to spare", "no": f"{-spare:.1f} GiB are missing"}
+    return said.get(mine["state"], str(mine["state"]))
 
 
 def summary(found: list[Row]) -> list[str]:
@@ -107,7 +109,7 @@ def details(each: Row) -> list[str]:
     where = f"{top['op']} in {top['module']}" if top["module"] else top["op"]
     lines += [
         "",
-        f"**{verdict(each)}**, {_capacity(each):g} GiB. Peak: {top['name']}, {where}. Policy: {each['policy']}.",
+        f"**{each['answer']}** Peak: {top['name']}, {where}. Policy: {each['policy']}.",
     ]
     lines += ["Margins (guesses): " + ", ".join(f"{k} {v / GIB:.2f}" for k, v in each["margins"].items()) + "."]
     lines += ["", *(f"- {reason}" for reason in each["reasons"])]

@@ -31,4 +31,26 @@ SCENARIOS = (
         "sd14 --height 512 --width 512 --group_size 16 --prompts 4 --micro_batch 4 --rollout_batch 16 --num_steps 50"
         " --timestep_fraction 0.98 --guidance_scale 5 --dtype float32 --mixed_precision bf16 --rewards hps --gpu 80",
     ),
+    *(
+        Scenario(f"{name}, 8 x 80 GB", f"recipes/{name}.yaml --fsdp 8 --group_size {group} --gpu 80")
+        for name, group in (
+            ("flux_hps", 12),
+            ("hunyuan_t2i_hps", 12),
+            ("hunyuan_video_vq_mq", 24),
+            ("skyreels_i2v_mq", 8),
+        )
+    ),
+    *(
+        Scenario(f"{name}, LoRA 128, 80 GB", f"recipes/{name}.yaml --lora 128 --gpu 80")
+        for name in ("hunyuan_t2i_hps", "hunyuan_video_vq_mq", "skyreels_i2v_mq")
+    ),
+    *(
+        Scenario(f"{name}, {gb} GB", f"recipes/{name}.yaml --gpu {gb}")
+        for name, gb in (
+            ("flux_lora_hps", 80),
+            ("flux_lora_hps_16gib", 16),
+            ("hunyuan_video_lora_24gib", 24),
+            ("sd14_hps", 80),
+        )
+    ),
 )

@@ -5,10 +5,9 @@ from typing import Any
 
 from dancegrpo_fast.memory.planning.cards import card
 from dancegrpo_fast.memory.planning.iteration import Iteration
-from dancegrpo_fast.memory.planning.planner import Plan, solved, with_swap
+from dancegrpo_fast.memory.planning.planner import Plan, on_cards
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
-from dancegrpo_fast.memory.trace.tracer import collected
 
 from ..rows import Row, grid, made_with
 
@@ -26,21 +25,18 @@ MODELS: dict[str, dict[str, Any]] = {
 def rows(where: Row, only: str = "") -> Iterator[Row]:
     """Of every model whose name contains `only`, on every card, with weights as they are and quantised."""
     for name, model in MODELS.items():
-        for wanted in CARDS if only in name else ():
-            for quantization in WEIGHTS:
-                settings = Settings(**model, **_GIVEN, quantization=quantization).on(wanted)
-                with collected():
-                    *_, without = solved(settings)
-                    swapped, reasons = with_swap(settings.changed(blocks_to_swap="auto"))
-                    *_, found = solved(swapped)
+        for quantization in WEIGHTS if only in name else ():
+            settings = Settings(**model, **_GIVEN, quantization=quantization)
+            without, swapped = (on_cards(settings.changed(blocks_to_swap=n), CARDS) for n in (0, "auto"))
+            for wanted in CARDS:
                 yield {
                     "op": "swap",
                     "name": name,
                     "card": card(wanted).label,
-                    "gib": settings.gpu_gib,
+                    "gib": card(wanted).gib,
                     "quantization": quantization,
-                    "without": _answer(without),
-                    "swapped": _answer(found) | {"reasons": reasons},
+                    "without": _answer(without[wanted]),
+                    "swapped": _answer(swapped[wanted]),
                     "environment": where,
                 }
 

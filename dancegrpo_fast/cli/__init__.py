@@ -20,6 +20,7 @@ USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [-
        dancegrpo-fast run [--accelerate lossless|fast] [--latents DTYPE] [--dry-run ...] SCRIPT.py [ARGUMENTS]
        dancegrpo-fast memory MODEL|RECIPE.yaml [--frames 53 --height 480 --width 640 --lora 32 --gpu 80 ...]
                              [--json FILE] [--figures FOLDER]
+       dancegrpo-fast rates [--device cuda:0] [--seconds 20]
        dancegrpo-fast profile RECIPE.yaml [--iterations 1] [--figures FOLDER] [--train.micro_batch 4 ...]
        dancegrpo-fast recipes [copy NAME [FOLDER]]
        dancegrpo-fast info
@@ -30,6 +31,7 @@ USAGE = """usage: dancegrpo-fast train RECIPE.yaml [--resume auto|CHECKPOINT] [-
 `run` executes a published training script with its step functions replaced by this library's, and says which.
 `memory` predicts every phase of an iteration without a GPU; it exits with 0 if the GPU holds it, 1 if not, 2 for bad
 input. With --figures it makes many plans: a minute or more.
+`rates` measures what the device at hand does in a second, and keeps it for plans on this machine.
 `profile` measures iterations of a recipe beside what was predicted, and draws them; the run's folder stays as it is.
 `recipes` lists the recipes that the package brings, and copies one with its prompts.
 `info` says what is installed, and which backends can run.
@@ -41,6 +43,7 @@ COMMANDS = {
     "evaluate": "RECIPE.yaml --output FOLDER",
     "run": None,
     "memory": "MODEL or RECIPE.yaml",
+    "rates": None,
     "profile": "RECIPE.yaml",
     "recipes": None,
     "info": None,

@@ -1,6 +1,7 @@
 """`dancegrpo-fast memory`: a plan of a model or of a recipe, from the command line."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..memory.planning.cards import CARDS, of_size
+from ..memory.planning import measured
+from ..memory.planning.cards import CARDS, USUAL, of_size
 from ..memory.planning.rewards import REWARD_MODELS, REWARDS
-from ..memory.planning.settings import Settings
+from ..memory.planning.settings import GIB, Settings
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
@@ -50,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Request:
     known = f"one of {', '.join(shipped)}; a diffusers folder, a name on the hub, or RECIPE.yaml"
     parser.add_argument("what", type=str, metavar="MODEL|RECIPE.yaml", help=known)
     parser.add_argument("--model", type=str, help="planned instead of the recipe's model.path")
-    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "card", "others", *LISTS})
+    parser.add_class_arguments(Settings, None, skip={"model", "gpu_gib", "card", "measured", "others", *LISTS})
     parser.add_argument(
         "--card", type=str, help=f"one of {', '.join(CARDS)}: its memory as torch sees it, and its speed"
     )
@@ -58,13 +60,13 @@ def parse(arguments: Sequence[str]) -> Request:
         "--gpu",
         type=float,
         help="instead: 80 is an 80 GB card as torch sees it, a number that no card has are GiB (default: 80, or the "
-        "recipe's memory_gib)",
+        "recipe's memory_gib; this machine's GPU where `dancegrpo-fast rates` measured it)",
     )
     parser.add_argument("--target_modules", type=str, help="comma-separated")
     parser.add_argument("--offload", type=str, help="comma-separated")
     parser.add_argument("--rewards", type=str, help=f"comma-separated: {', '.join(REWARD_MODELS)}")
     parser.add_argument("--json", type=str, help="writes the plan to this file")
-    parser.add_argument("--figures", type=str, help="draws four pictures into this folder, which takes about a minute")
+    parser.add_argument("--figures", type=str, help="draws five pictures into this folder, which takes two minutes")
     parser.add_argument("--thorough", type=bool, help="more advice, which takes longer (default: False)")
     try:
         given: dict[str, Any] = parser.parse_args(list(arguments), defaults=False).as_dict()
@@ -132,7 +134,22 @@ def _on(base: Settings, changes: dict[str, Any]) -> Settings:
     name = name or (of_size(gib) if gib is not None else None)
     if name is not None:
         return base.on(name)
-    return base if gib is None else base.changed(gpu_gib=gib)
+    return _at_hand(base, changes) if gib is None else base.changed(gpu_gib=gib)
+
+
+def _at_hand(base: Settings, changes: dict[str, Any]) -> Settings:
+    """On the device of this machine, if `dancegrpo-fast rates` has measured it; a CPU only where it is asked for."""
+    if not measured.path().exists():
+        return base
+    found = measured.at_hand(base, changes.get("device", "cuda"))
+    if not found.measured or changes.get("device") == "cpu":
+        return found
+    import torch
+
+    device = torch.cuda.get_device_properties(changes.get("device", "cuda"))
+    # A recipe may say less.
+    gib = base.gpu_gib if base.gpu_gib != CARDS[USUAL].gib else math.floor(device.total_memory / GIB * 100) / 100
+    return found.changed(gpu_gib=gib, device=f"cuda:sm{device.major}{device.minor}")
 
 
 def main(arguments: Sequence[str]) -> int:

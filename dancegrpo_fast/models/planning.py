@@ -4,12 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..memory.planning.cards import CARDS, USUAL
-from ..memory.planning.cases import case_of
+from ..memory.planning.measured import at_hand
 from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
 from ..memory.planning.settings import Settings
-from ..memory.planning.sharding import weights_of
 from ..optimizers import ADAMW, EIGHT_BIT, probe
-from ..recipe import Recipe, RewardSettings, TrainSettings
+from ..recipe import LoraSettings, Recipe, RewardSettings, TrainSettings
 
 ADAMW_BYTES = 8  # two float32 states
 
@@ -20,7 +19,6 @@ def settings_of(
     model: str | None = None,
     processes: int = 1,
     strategy: str = "none",
-    trained: tuple[int, int] | None = None,
     text_tokens: int | None = None,
     text_encoders: str = "freed",
     device: str = "cuda:sm90",
@@ -33,10 +31,9 @@ def settings_of(
         model: what is planned for, if not `recipe.model.denoiser` or `recipe.model.path`.
         processes: that share the samples, or those of `train.sequence_parallel` of them.
         strategy: how they share the weights: "full_shard", "shard_grad_op" or "none".
-        trained: numbers that are trained and bytes of each; None counts them on the meta device.
         text_tokens: of a prompt; None: `model.max_text_tokens`, or as the model's pipeline pads it.
         text_encoders: as in `Settings`.
-        device: that attention is chosen for.
+        device: that attention is chosen for; one of this machine that `rates` measured is planned at that speed.
         gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
@@ -64,7 +61,7 @@ def settings_of(
         # What computes in float32 throughout asks for decodes only.
         mixed_precision="bf16" if given.dtype == "float32" else train.mixed_precision,
         lora=given.lora.rank if given.lora else 0,
-        target_modules=tuple(given.lora.target_modules) if given.lora else (),
+        target_modules=tuple((given.lora or LoraSettings()).target_modules),
         quantization=given.quantization or "none",
         blocks_to_swap=given.blocks_to_swap,
         checkpointing=given.checkpointing,
@@ -86,9 +83,12 @@ def settings_of(
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
+        kl_reference=train.kl_weight > 0,
+        ema=train.ema_decay is not None,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
-    return settings.changed(others=_copies(recipe, settings, trained))
+    # Several processes choose alike, wherever they run.
+    return at_hand(settings, device) if processes == 1 else settings
 
 
 def _evaluation(recipe: Recipe) -> dict[str, Any]:
@@ -130,22 +130,3 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
             width = 4 if reward.args.get("dtype", unasked) == "float32" else 2
             found[name] = replace(REWARDS[name], bytes_per_parameter=width)
     return tuple(found.values())
-
-
-def _copies(recipe: Recipe, settings: Settings, trained: tuple[int, int] | None) -> tuple[Reward, ...]:
-    """What is as large as what is trained."""
-    train = recipe.train
-    wanted = train.kl_weight > 0 and recipe.model.lora is None, train.ema_decay is not None
-    if not any(wanted):
-        return ()
-    if trained is None:
-        weights = weights_of(case_of(settings, 1, "flash", train=True))
-        trained = weights.trainable, weights.dtypes[0].itemsize
-    count, width = trained
-    share = count // (settings.fsdp if settings.is_sharded else 1)
-    copies = (("the model of the KL", width), ("the moving average", 4))
-    return tuple(
-        Reward(name, share, "as many as are trained", bytes_each)
-        for (name, bytes_each), there in zip(copies, wanted, strict=True)
-        if there
-    )

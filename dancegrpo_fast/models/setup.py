@@ -254,13 +254,11 @@ def processes() -> tuple[int, str]:
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:
     """The recipe in the planner's words, with what is known of the loaded model."""
     count, strategy = processes()
-    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
     found = settings_of(
         recipe,
         model=model.planned_as,
         processes=count,
         strategy=strategy,
-        trained=(sum(p.numel() for p in trained), trained[0].itemsize),
         text_tokens=text_tokens,
         text_encoders="precomputed",
         device=str(device),

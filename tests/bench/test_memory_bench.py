@@ -148,7 +148,7 @@ def test_figures_of_the_earlier_count_as_rows(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[s.name for s in SCENARIOS])
 def test_scenarios_are_valid_commands(scenario: Scenario) -> None:
     settings = parse(scenario.command.split()).settings
-    assert settings.checkpointing == "auto" and settings.model in specs.names()
+    assert settings.checkpointing == "auto" and specs.resolve(settings.model).hub is not None
     assert CARDS[settings.card].size in scenario.name
     assert sum(s.name == scenario.name for s in SCENARIOS) == 1
 
@@ -176,11 +176,14 @@ def test_plans_as_text() -> None:
         "margins": {"NCCL": 2 << 30},
         "reasons": ["as asked"],
         "advice": [{"text": "8-bit AdamW", "gib": -1.0, "seconds": 0.5}],
+        "answer": "Does not fit 4 GiB: 1.0 GiB are missing.",
+        "cards": [{"gib": 4.0, "state": "no", "spare_bytes": -(1 << 30)}],
         "environment": WHERE,
     }
     text = choices.markdown([found])
     assert "| FLUX | 3.0 | 5.0 | 4 | 1.0 GiB are missing | rollout | full |" in text
     assert "| rollout | 3.0 | 3.0 | 5.0 | 1.0 |" in text and "-1.00 GiB, +50.0 %: 8-bit AdamW" in text
+    assert "**Does not fit 4 GiB: 1.0 GiB are missing.** Peak: rollout" in text
 
 
 class FakeCuda:

@@ -73,14 +73,9 @@ def test_blocks_run(page: Path, slow: bool, tmp_path: Path, monkeypatch: pytest.
             example.evaluate()
 
 
-def test_the_site_builds(tmp_path: Path) -> None:
-    """Strictly: every link, anchor, picture and name of the reference is there."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for page in ("index.html", "api/ops.html", "repository/CONTRIBUTING.html"):
-        assert (tmp_path / page).is_file()
+def test_the_site_builds(site: Path) -> None:
+    for page in ("index.html", "atlas.html", "api/ops.html", "repository/CONTRIBUTING.html"):
+        assert (site / page).is_file()
 
 
 def test_every_public_module_is_in_the_reference() -> None:

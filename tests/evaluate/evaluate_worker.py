@@ -6,6 +6,7 @@ Usage: evaluate_worker.py RANK FOLDER, with the recipe as `FOLDER/recipe.json`; 
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ def main(rank: int, folder: Path) -> None:
         recipe, _ = load_recipe([str(folder / "recipe.json")])
         table = evaluate(recipe, None, folder / "scores", samplers=["ode"])
         assert (table is None) == (rank != 0)
+    with group(folder, "split", False, rank, 2):
+        split = replace(recipe, train=replace(recipe.train, sequence_parallel=2))
+        evaluate(split, None, folder / "split", samplers=["ode"])
     with group(folder, "sharded", True, rank, 2):
         try:
             evaluate(recipe, None, folder / "sharded", samplers=["ode"])

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dancegrpo_fast.memory.planning.budget import Phase
 from dancegrpo_fast.memory.planning.cases import Case
+from dancegrpo_fast.memory.planning.planner import Plan
 
 from ..activations.policies import MODELS
 
+FLUX = {"model": "flux-dev", "height": 256, "width": 256, "attention": "flash"}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -23,3 +26,7 @@ def case_of(
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     return MODELS[family].model(dtype).train(), MODELS[family].inputs(dtype) | {"return_dict": False}
+
+
+def phase_of(found: Plan, name: str) -> Phase:
+    return next(phase for phase in found.phases if phase.name == name)

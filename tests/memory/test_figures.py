@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,9 +14,11 @@ import torch
 
 from dancegrpo_fast import drawing
 from dancegrpo_fast.memory.pictures import comparisons as _comparisons
-from dancegrpo_fast.memory.pictures import figures
+from dancegrpo_fast.memory.pictures import figures, which_card, words
 from dancegrpo_fast.memory.pictures import timeline as _timeline
 from dancegrpo_fast.memory.pictures.comparisons import Point
+from dancegrpo_fast.memory.planning.cards import CARDS, MEANT
+from dancegrpo_fast.memory.planning.on_cards import on_cards
 from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
@@ -51,7 +54,7 @@ def _texts(file: Path) -> list[str]:
 
 
 def test_every_picture_is_a_png_of_the_stated_width_and_an_svg(drawn: list[Path]) -> None:
-    names = ("timeline", "policies", "saved", "sizes")
+    names = ("timeline", "policies", "saved", "sizes", "cards")
     assert [file.name for file in drawn] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for file in drawn[::2]:
         with PILImage.open(file) as image:
@@ -67,8 +70,11 @@ def test_labels_name_phases_peak_policies_groups_and_sizes(small: Plan, drawn: l
         assert any(text.startswith(phase.name) for text in texts["timeline"])
     assert any(small.peak.op in text for text in texts["timeline"])
     policies = {label for text in texts["policies"] for label in text.split(", ")}
+    assert not any("none is better" in text for text in texts["policies"])
     assert {"none", "full", "attention", "matmul"} <= policies
-    assert any("24 GiB are given" in text for text in texts["policies"])
+    assert any("24 GiB that are given" in text for text in texts["policies"])
+    assert f"fits the 24 GiB with {24 - small.total_bytes / GIB:.1f} GiB to spare" in texts["policies"]
+    assert {"LoRA 2", "LoRA 2, nf4", "all weights", "all weights, 8 GPUs", "fits"} <= set(texts["cards"])
     assert {name for name, size in small.saved_by_group.items() if size >> 20} <= set(texts["saved"])
     assert {"512 x 512", "micro-batch", "none"} <= set(texts["sizes"])
 
@@ -104,12 +110,103 @@ def test_the_peak_is_marked_and_told(small: Plan) -> None:
     assert f"GiB, {small.peak.name}, {small.peak.op}, {small.peak.module}" in told
 
 
+def _heavier(plan: Plan, more: int) -> Plan:
+    """The same with more weights in every phase."""
+
+    def added(budget: dict[str, int]) -> dict[str, int]:
+        return budget | {"parameters": budget.get("parameters", 0) + more}
+
+    phases = [
+        replace(phase, budget=added(phase.budget), timeline=tuple((at, added(b)) for at, b in phase.timeline))
+        for phase in plan.phases
+    ]
+    return replace(plan, phases=tuple(phases))
+
+
+def test_the_timeline_is_cut_above_what_always_rests(small: Plan) -> None:
+    heavy = _heavier(small, 15 * GIB)
+    with matplotlib.rc_context(drawing.STYLE):
+        plain, cut = figures.timeline(small), figures.timeline(heavy)
+    assert not any("cut: below" in text.get_text() for text in plain.axes[0].texts)
+    [panel] = cut.axes
+    [said] = [text.get_text() for text in panel.texts if "cut: below" in text.get_text()]
+    floor = float(said.split()[2])
+    rests = next(phase.bytes for phase in heavy.phases if phase.name == "weights") / GIB
+    assert floor < rests
+    cut.draw_without_rendering()
+
+    def height(y: float) -> float:
+        return float(panel.transAxes.inverted().transform(panel.transData.transform((0, y)))[1])
+
+    # As the text says it with three digits.
+    assert height(floor) == pytest.approx(_timeline.BELOW, abs=0.02)
+    assert height(panel.get_ylim()[1]) == pytest.approx(1.0)
+    # Straight above it.
+    top = panel.get_ylim()[1]
+    assert height((rests + top) / 2) == pytest.approx((height(rests) + height(top)) / 2)
+    ticks = [tick for tick in panel.get_yticks() if tick > 0]
+    assert len(ticks) >= 3 and min(ticks) > rests * 0.9
+
+
+def test_the_three_answers_are_told(small: Plan) -> None:
+    def told(gib: float) -> str:
+        return words.verdict(replace(small, settings=small.settings.changed(gpu_gib=gib)))
+
+    tensors, total = small.peak_bytes / GIB, small.total_bytes / GIB
+    assert told(total + 1) == f"fits the {total + 1:g} GiB with 1.0 GiB to spare"
+    assert told(total - 0.1).startswith("in the shaded margin of the ") and "within the guesses, 0.1" in told(
+        total - 0.1
+    )
+    assert told(tensors).startswith("does not fit the ")
+    assert words.verdict(replace(small, settings=small.settings.on("l4"))).startswith("fits the L4 with ")
+
+
+def test_policies_are_told_in_a_word() -> None:
+    assert words.in_a_word("none") == "none"
+    assert words.in_a_word("full + block inputs on the host") == "full + host"
+    assert (
+        words.in_a_word("2 x attention, 5 x none, 4 x attention + block inputs on the host") == "attention 6/11 + host"
+    )
+
+
+def test_each_card_is_planned_at_its_own_speed(small: Plan) -> None:
+    found = on_cards(small.settings, ("3060", "h100"))
+    for name, there in found.items():
+        alone = plan(small.settings.on(name), advise=False)
+        assert (there.peak_bytes, there.seconds, there.policy) == (alone.peak_bytes, alone.seconds, alone.policy)
+    assert found["3060"].seconds > found["h100"].seconds
+
+
+def test_cells_say_whether_a_card_holds_it(small: Plan) -> None:
+    plans = {name: replace(small, settings=small.settings.on(name)) for name in MEANT}
+    heavy = {name: _heavier(one, round(50 * GIB)) for name, one in plans.items()}
+    # Tensors of all but the context, and no margin.
+    size = CARDS["h100"].gib * GIB - small.peak_bytes - GIB
+    close = {
+        name: replace(_heavier(one, round(size)), margins={"fragmentation": 2 * GIB}) for name, one in plans.items()
+    }
+    shown = {"light": plans, "heavy": heavy, "close": close}
+    with matplotlib.rc_context(drawing.STYLE):
+        drawn = which_card.draw(small.settings, [which_card.Column(*item) for item in shown.items()])
+    cells = {tuple(map(round, text.get_position())): text.get_text() for text in drawn.axes[0].texts}
+    h100, last = MEANT.index("h100"), len(MEANT) - 1
+    assert cells[0, 0] == "none" and cells[1, last] == "none"
+    spare = CARDS["4070"].gib - heavy["4070"].total_bytes / GIB
+    assert cells[1, 0] == f"\N{MINUS SIGN}{-spare:.1f} GiB"
+    looks = [patch.get_hatch() for patch in drawn.axes[0].patches[: 3 * len(MEANT)]]
+    states = [looks[i * len(MEANT) : (i + 1) * len(MEANT)] for i in range(3)]
+    fits, guesses, no = (look.get("hatch") for look in which_card.LOOKS.values())
+    assert states[0] == [fits] * len(MEANT)
+    assert states[1] == [no if CARDS[name].gib < 50 else fits for name in MEANT]
+    assert states[2][h100] == guesses and set(states[2][:h100]) == {no} and set(states[2][h100 + 1 :]) == {fits}
+
+
 def test_titles_say_what_changes_the_bytes(small: Plan) -> None:
     small = {"lora": 32, "quantization": "nf4", "optimizer": "adamw8bit", "offload": ("block_inputs", "vae")}
-    said = figures._subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling="on", **small))
+    said = words.subject(Settings("hunyuan-video", frames=53, guidance_scale=6.0, vae_tiling="on", **small))
     for part in ("53 frames", "CFG 6", "LoRA 32 on an nf4 base", "VAE in tiles", "adamw8bit", "block inputs + VAE"):
         assert part in said
-    shared = figures._subject(Settings("hunyuan-video", fsdp=8, rollout_replica=True))
+    shared = words.subject(Settings("hunyuan-video", fsdp=8, rollout_replica=True))
     assert "FSDP full shard over 8 GPUs" in shared and "rollout replica" in shared
 
 

@@ -41,9 +41,15 @@ def composed(blocks: Blocks, train: bool = True) -> dict[str, float]:
     return peaks | {f"flops {phase}": float(sum(blocks.flops(phase).values())) for phase in phases}
 
 
-@pytest.mark.parametrize("model", release_but(("wan21-1.3b",), ["flux-dev", "sd35-medium", "wan21-1.3b"]))
+SHIPPED = ["flux-dev", "sd35-medium", "wan21-1.3b"]
+SHIPPED += ["z-image", "flux2-dev", "chroma", "wan22-5b", "hunyuan-video-15", "ltx-video", "ltx-2"]
+SHIPPED += ["cogvideox-2b", "cogvideox-5b"]
+
+
+@pytest.mark.parametrize("model", release_but(("wan21-1.3b",), SHIPPED))
 def test_few_blocks_say_what_all_do(model: str) -> None:
-    case = case_of(model, 512, frames=5 if specs.resolve(model).is_video else 1)
+    spec = specs.resolve(model)
+    case = case_of(model, 512, frames=spec.compression[0] + 1 if spec.is_video else 1)
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
 
 

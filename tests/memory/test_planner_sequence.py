@@ -7,6 +7,7 @@ import pytest
 
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.calls import _traced
+from dancegrpo_fast.memory.planning.cards import Rates
 from dancegrpo_fast.memory.planning.cases import kinds_of, resolved
 from dancegrpo_fast.memory.planning.planner import Plan, plan
 from dancegrpo_fast.memory.planning.sequences import exchanged
@@ -38,9 +39,10 @@ def test_few_blocks_say_what_all_do(which: str) -> None:
 
 @pytest.fixture(scope="module")
 def plans() -> dict[int, Plan]:
-    """Four samples on a process, and sixteen on four that share each."""
-    alone = plan(Settings(**FLUX, group_size=4), advise=False)
-    return {1: alone, 4: plan(Settings(**FLUX, group_size=16, sequence_parallel=4), advise=False)}
+    """Four samples on a process, and sixteen on four that share each; of hosts that are never behind."""
+    given = FLUX | {"rates": Rates(launch_us=1e-3)}
+    alone = plan(Settings(**given, group_size=4), advise=False)
+    return {1: alone, 4: plan(Settings(**given, group_size=16, sequence_parallel=4), advise=False)}
 
 
 def test_activations_are_split_and_weights_are_not(plans: dict[int, Plan]) -> None:

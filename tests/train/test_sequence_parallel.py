@@ -9,8 +9,9 @@ import torch
 
 from dancegrpo_fast.recipe import EvaluationSettings
 
-from ..models import cases, folders
+from ..models import cases, folders, parts
 from . import test_parallel as parallel
+from . import tiny
 from .test_parallel import Alone
 from .tiny import reward
 
@@ -126,6 +127,25 @@ def test_the_ratio_is_one_under_autocast(runs: Path, kind: str) -> None:
     weights = [torch.load(runs / f"{kind}-bf16.{rank}.pt", weights_only=True)["weights"] for rank in range(WORLD)]
     for other in weights[1:]:
         parallel.assert_same_bits(weights[0], other)
+
+
+@pytest.mark.release
+def test_blocks_that_stream_change_no_bit(tmp_path: Path) -> None:
+    """FLUX of two double and four single blocks; LoRA's frozen weights of some wait on the host."""
+    base = tiny.make_flux(tmp_path / "base", text_tokens=4)
+    torch.manual_seed(0)
+    deep: Any = parts.randomised(parts.flux_transformer(16, num_layers=2, num_single_layers=4))
+    deep.save_pretrained(base / "transformer")
+    given = SMALL | {"micro_batch": 2, "lora": tiny.LoraSettings(rank=2, alpha=2), "checkpointing": "attention"}
+    counts = {"whole": 0, "swapped": 3}
+    made = {
+        name: tiny.make_recipe(base, tmp_path / name, sequence_parallel=2, blocks_to_swap=count, **given)
+        for name, count in counts.items()
+    }
+    parallel.run_together(tmp_path, {name: (False, one, None) for name, one in made.items()})
+    whole, swapped = (parallel.newest(tmp_path / name)["model"] for name in counts)
+    parallel.assert_same_bits(whole, swapped)
+    assert [row["ratio_first_update_max_dev"] for row in parallel.rows(tmp_path / "swapped")] == [0.0]
 
 
 @pytest.mark.release

@@ -143,12 +143,12 @@ def _finish(
     return folder
 
 
-def make_flux(folder: Path, prompts: Sequence[str] = PROMPTS) -> Path:
+def make_flux(folder: Path, prompts: Sequence[str] = PROMPTS, text_tokens: int = 3) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(0)
     count = len(prompts)
-    embeds = {"prompt_embeds": torch.randn(count, 3, 16), "pooled_prompt_embeds": torch.randn(count, 16)}
+    embeds = {"prompt_embeds": torch.randn(count, text_tokens, 16), "pooled_prompt_embeds": torch.randn(count, 16)}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     return _finish(folder, "flux", parts.flux_transformer(16), scheduler, prompts, embeds)
 

@@ -13,6 +13,7 @@ from ..planning.margins import limit as most_bytes
 from ..planning.planner import Plan
 from ..planning.planner import plan as planned
 from ..planning.settings import GIB, Settings
+from .words import capacity
 
 # From nothing recomputed to everything, and inputs on the host.
 LADDER = ("none", "attention", "full", "full, inputs on host")
@@ -42,14 +43,22 @@ def compared(settings: Settings) -> list[Point]:
     wanted = [(name, with_policy(settings, name)) for name in ("none", "full", "attention", "matmul")]
     for share in (0.25, 0.5, 0.75):
         if first := round(share * count):
-            wanted.append((f"first {first}", with_policy(settings, f"first:{first}")))
+            wanted.append((f"first:{first}", with_policy(settings, f"first:{first}")))
     found = list(_points(wanted))
     sizes = {point.label: point.bytes / GIB for point in found}
     low, high = sizes.get("full", 0.0), sizes.get("none", 0.0)
     budgets = {size for size in (*cards.SIZES.values(), settings.gpu_gib) if low < size < high}
-    budgets |= {float(f"{low + share * (high - low):.2g}") for share in (0.25, 0.6) if high > low}
+    if len(budgets) < 3 and high > low:
+        between = [float(f"{low + share * (high - low):.2g}") for share in (0.25, 0.6)]
+        # Beside a card's they would say the same again.
+        budgets |= {gib for gib in between if all(abs(gib / size - 1) > 0.05 for size in budgets)}
     return found + list(
-        _points([(f"auto {gib:g}", with_policy(settings, "auto", gpu_gib=gib)) for gib in sorted(budgets)])
+        _points(
+            [
+                (f"auto, {capacity(gib, settings)}", with_policy(settings, "auto", gpu_gib=gib))
+                for gib in sorted(budgets)
+            ]
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a plan: an iteration's timeline, policies compared, what is kept, and what fits at which size."""
+"""Pictures of a plan: an iteration's timeline, policies compared, what is kept, what fits at which size and card."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,19 @@ from ...drawing import figure, title, write
 from ..planning.cards import SIZES
 from ..planning.planner import Plan
 from ..planning.planner import plan as planned
-from ..planning.settings import GIB, Settings
+from ..planning.settings import GIB
 from ..planning.verdict import shortened
-from .comparisons import LADDER, Cell, cells, compared, front, with_policy
-from .labels import place
-from .timeline import COLOURS, Strip, bars, legend, mark_peak, stacked
+from .comparisons import LADDER, Cell, Point, cells, compared, front, with_policy
+from .labels import place, together
+from .timeline import COLOURS, Strip, bars, cut, legend, mark_peak, stacked
+from .which_card import which_card
+from .words import capacity, given, margins, subject, verdict
 
 # Of `LADDER`.
 SHADES = ("#fdf1e4", "#f5bd8a", "#d9642c", "#7a2e0e")
 UNFIT = "#d5d9de"
+# Of the timeline's height: where what rests takes more, it is cut.
+WALL = 0.4
 
 
 def draw(plan: Plan, folder: str | Path) -> list[Path]:
@@ -27,7 +31,7 @@ def draw(plan: Plan, folder: str | Path) -> list[Path]:
 
     Args:
         plan: what `plan` found.
-        folder: made if it is not there; "timeline", "policies", "saved" and "sizes" are written in it.
+        folder: made if it is not there; "timeline", "policies", "saved", "sizes" and "cards" are written in it.
 
     Returns:
         The files.
@@ -35,39 +39,8 @@ def draw(plan: Plan, folder: str | Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    pictures = {"timeline": timeline, "policies": policies, "saved": saved, "sizes": sizes}
+    pictures = {"timeline": timeline, "policies": policies, "saved": saved, "sizes": sizes, "cards": which_card}
     return write(folder, {name: partial(picture, plan) for name, picture in pictures.items()})
-
-
-def _subject(settings: Settings, *, size: bool = True) -> str:
-    """The run in a line."""
-    s = settings
-    trained = f"LoRA {s.lora}" if s.lora else "full fine-tuning"
-    parts = [
-        Path(s.model).name,
-        f"{s.frames} frames" if size and s.frames > 1 else "",
-        f"{s.height} x {s.width}" if size else "",
-        f"CFG {s.guidance_scale:g}" if s.guidance_scale != 1 else "",
-        trained + (f" on an {s.quantization} base" if s.quantization != "none" else ""),
-        s.dtypes,
-        f"FSDP {s.strategy.replace('_', ' ')} over {s.fsdp} GPUs"
-        if s.is_sharded
-        else f"{s.fsdp} GPUs"
-        if s.fsdp > 1
-        else "",
-        "rollout replica" if s.rollout_replica else "",
-        f"block ops {s.block_ops}" if s.block_ops != "off" else "",
-        "VAE in tiles" if s.vae_tiling == "on" else "",
-        s.optimizer.replace("_", " ") if s.optimizer != "adamw" else "",
-        "on the host: " + " + ".join(what.replace("_", " ").replace("vae", "VAE") for what in s.offload)
-        if s.offload
-        else "",
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def _margins(plan: Plan) -> float:
-    return sum(plan.margins.values()) / GIB
 
 
 # The timeline.
@@ -87,10 +60,16 @@ def timeline(plan: Plan) -> Any:
     most = max(drawn.tops)
     sizes = _capacities(plan, most)
     panel.set_ylim(0, max(1.05 * most, 1.03 * sizes[-1]))
+    rests, top = _rests(plan), panel.get_ylim()[1]
+    if rests > WALL * top:
+        floor = rests - 0.04 * (top - rests)
+        sizes = [size for size in sizes if size > floor]
+        cut(drawn, floor)
     _capacity_lines(plan, panel, sizes, across=True)
     title(
         panel,
-        _subject(plan.settings),
+        subject(plan.settings),
+        verdict(plan),
         f"policy {shortened(plan.policy)}",
         ", ".join(filter(None, (f"peak {most:.1f} GiB", peak.name, peak.op, peak.module))),
         "widths: predicted seconds, short phases widened; shaded: margins",
@@ -100,35 +79,40 @@ def timeline(plan: Plan) -> Any:
     return drawn.figure
 
 
+def _rests(plan: Plan) -> float:
+    """GiB that rest before anything runs."""
+    return next(phase.bytes for phase in plan.phases if phase.name == "weights") / GIB
+
+
 def _capacity_lines(plan: Plan, panel: Any, sizes: Sequence[float], *, across: bool) -> None:
     """Dashed, named beside the panel; the given one is heavier, with the margins shaded below it."""
-    gpu = plan.settings.gpu_gib
-    for size in sizes:
+    gpu, last = plan.settings.gpu_gib, [float("-inf")] * 2
+    for size in sorted(sizes):
         mine = size == gpu
         look = {"color": "#222222" if mine else "#777777", "linewidth": 1.2 if mine else 0.8, "linestyle": (0, (4, 2))}
-        if across:
-            panel.axhline(size, **look)
-            spot, offset, where = (1.0, size), (3, 0), {"ha": "left", "va": "center"}
-        else:
-            panel.axvline(size, **look)
-            spot, offset, where = (size, 1.0), (0, 2), {"ha": "center", "va": "bottom"}
-        coordinates = panel.get_yaxis_transform() if across else panel.get_xaxis_transform()
-        panel.annotate(
-            f"{size:g} GiB",
-            spot,
-            offset,
-            xycoords=coordinates,
+        (panel.axhline if across else panel.axvline)(size, **look)
+        name = capacity(size, plan.settings)
+        note = panel.annotate(
+            f"{name}\n{size:g} GiB" if mine and across and plan.settings.card else name,
+            (1.0, size) if across else (size, 1.0),
+            (3, 0) if across else (0, 2),
+            xycoords=panel.get_yaxis_transform() if across else panel.get_xaxis_transform(),
             textcoords="offset points",
             fontsize=7,
             color=look["color"],
             fontweight="bold" if mine else "normal",
             annotation_clip=False,
-            **where,
+            ha="left" if across else "center",
+            va="center" if across else "bottom",
         )
+        if not across:
+            # In a second line where it would lie on the one before it.
+            box = note.get_window_extent()
+            row = 0 if box.x0 > last[0] + 4 else 1
+            note.set_position((0, 2 + 9 * row))
+            last[row] = box.x1
     if gpu in sizes:
-        (panel.axhspan if across else panel.axvspan)(
-            gpu - _margins(plan), gpu, color="#222222", alpha=0.12, linewidth=0
-        )
+        (panel.axhspan if across else panel.axvspan)(gpu - margins(plan), gpu, color="#222222", alpha=0.12, linewidth=0)
 
 
 # Policies.
@@ -136,42 +120,64 @@ def _capacity_lines(plan: Plan, panel: Any, sizes: Sequence[float], *, across: b
 
 def policies(plan: Plan) -> Any:
     """Seconds of an iteration against its peak for every policy."""
-    drawn, panel = figure(3.6)
-    points = compared(plan.settings)
+    return _draw_policies(plan, compared(plan.settings))
+
+
+def _draw_policies(plan: Plan, points: Sequence[Point]) -> Any:
+    drawn, panel = figure(4.2)
     merged: dict[tuple[int, float], list[str]] = {}
     for point in points:
         merged.setdefault((point.bytes, point.seconds), []).append(point.label)
     best = front(points)
     panel.plot(
-        [p.bytes / GIB for p in best], [p.seconds for p in best], color=COLOURS["saved"], linewidth=1.1, zorder=2
+        [p.bytes / GIB for p in best],
+        [p.seconds for p in best],
+        color=COLOURS["saved"],
+        linewidth=1.1,
+        zorder=2,
+        label="the best: less memory only for more time",
     )
     for (size, seconds), labels in merged.items():
         automatic = all(label.startswith("auto") for label in labels)
         optimal = any(p.label in labels for p in best)
         colour = COLOURS["saved"] if optimal else COLOURS["parameters"]
         panel.plot(size / GIB, seconds, "D" if automatic else "o", color=colour, markersize=4.5, zorder=3)
-    panel.plot(plan.peak_bytes / GIB, plan.seconds, "o", markersize=10, markerfacecolor="none", color="black", zorder=4)
+    chosen = {"markersize": 10, "markerfacecolor": "none", "color": "black"}
+    panel.plot(plan.peak_bytes / GIB, plan.seconds, "o", zorder=4, label="this plan", **chosen)
     left, right = min(p.bytes for p in points) / GIB, max(p.bytes for p in points) / GIB
     gpu = plan.settings.gpu_gib
     sizes = [size for size in _capacities(plan, right) if 0.85 * left <= size <= max(1.4 * right, right + 8)]
     right = max([right, *sizes])
     panel.set_xlim(left - 0.08 * (right - left), right + 0.08 * (right - left))
     panel.margins(y=0.14)
+    # Where things lie, which the names of the lines need.
+    drawn.draw_without_rendering()
     _capacity_lines(plan, panel, sizes, across=False)
     panel.grid(axis="y")
-    given = "margins of the given GPU are shaded" if gpu in sizes else f"{gpu:g} GiB are given"
-    panel.set_xlabel(f"peak of the iteration, GiB (exact; {given})")
+    shaded = "shaded: margins of the given card" if gpu in sizes else f"the {gpu:g} GiB that are given lie outside"
+    panel.set_xlabel(f"peak of the iteration, GiB without margins; {shaded}")
     panel.set_ylabel("predicted seconds of an iteration")
     title(
         panel,
-        _subject(plan.settings),
-        "circled: this plan; line: none is better in both; auto n: for n GiB",
-        pad=14,
+        subject(plan.settings),
+        verdict(plan),
+        f"policy {shortened(plan.policy)}",
+        pad=23,
     )
+    for shape, colour, name in (
+        ("o", COLOURS["saved"], "a policy"),
+        ("D", COLOURS["saved"], "auto, for so much memory"),
+        ("o", COLOURS["parameters"], "beaten in memory and time"),
+    ):
+        if colour == COLOURS["saved"] or any(p not in best for p in points):
+            panel.plot([], [], shape, color=colour, markersize=4.5, label=name)
+    drawn.legend(loc="outside lower center", ncols=2, handlelength=1.2)
     drawn.draw_without_rendering()
     lines = [((size, low), (size, high)) for size in sizes for low, high in [panel.get_ylim()]]
     lines += [((a.bytes / GIB, a.seconds), (b.bytes / GIB, b.seconds)) for a, b in pairwise(best)]
-    texts = [((size / GIB, seconds), ", ".join(labels)) for (size, seconds), labels in merged.items()]
+    texts = together(panel, [((size / GIB, seconds), ", ".join(labels)) for (size, seconds), labels in merged.items()])
+    if (plan.peak_bytes, plan.seconds) not in merged:
+        texts.append(((plan.peak_bytes / GIB, plan.seconds), "this plan"))
     place(drawn, panel, texts, lines)
     return drawn
 
@@ -200,7 +206,7 @@ def saved(plan: Plan) -> Any:
     )
     groups = [name for name in groups if any(sizes.get(name, 0) >> 20 for _, sizes, _ in rows)]
     drawn, panel = bars(groups, rows, (GIB, "GiB"))
-    title(panel, _subject(with_policy(plan.settings, "none")), "without checkpointing")
+    title(panel, subject(with_policy(plan.settings, "none")), "without checkpointing")
     return drawn
 
 
@@ -239,10 +245,11 @@ def _draw_map(plan: Plan, columns: list[dict[str, int]], rows: list[dict[str, in
     s = plan.settings
     title(
         panel,
-        _subject(s, size=False),
-        f"predicted peak, and what is recomputed ({', '.join(LADDER[:3])}) to fit {s.gpu_gib:g} GiB",
+        subject(s, size=False),
+        f"predicted peak, and what is recomputed ({', '.join(LADDER[:3])}) to fit the {given(s)}",
         "k/n: in k of n blocks (which count as equal), the rest one step cheaper",
-        f"margins of {_margins(plan):.1f} GiB are left free; three sizes are planned, others interpolated",
+        f"margins of {margins(plan):.1f} of {s.gpu_gib:.1f} GiB are left free; three sizes are planned, "
+        "others interpolated",
         letters=88,
     )
     return drawn

@@ -46,6 +46,21 @@ def place(figure: Any, panel: Any, texts: Sequence[tuple[Spot, str]], lines: Seq
             panel.annotate("", spot, best[1]["position"], textcoords="offset points", arrowprops=leader, zorder=2)
 
 
+def together(panel: Any, texts: Sequence[tuple[Spot, str]], reach: float = 5.0) -> list[tuple[Spot, str]]:
+    """Labels of points that lie within so many points (1/72 inch) of each other as one, at the first."""
+    found: list[tuple[Spot, str]] = []
+    for spot, text in sorted(texts):
+        x, y = panel.transData.transform(spot)
+        for i, (other, before) in enumerate(found):
+            there = panel.transData.transform(other)
+            if math.hypot(x - there[0], y - there[1]) < reach * panel.figure.dpi / 72:
+                found[i] = other, f"{before}; {text}"
+                break
+        else:
+            found.append((spot, text))
+    return found
+
+
 def _overlap(a: Any, b: Any) -> float:
     width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
     return float(max(width, 0) * max(height, 0))

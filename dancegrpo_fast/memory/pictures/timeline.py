@@ -26,6 +26,8 @@ COLOURS = {
 }
 # Phases that take no time to speak of are drawn this wide, so that they are seen.
 LEAST_WIDTH = 0.075
+# Of the panel's height, what lies below a cut.
+BELOW = 0.14
 
 
 class Strip(NamedTuple):
@@ -109,6 +111,47 @@ def stacked(strips: Sequence[Strip], unit: tuple[int, str]) -> Drawn:
     panel.tick_params(axis="x", length=0)
     panel.set_ylabel(unit[1])
     return found
+
+
+def cut(drawn: Drawn, floor: float) -> None:
+    """Draws what lies below so many units low, so that there is room for what lies above, and says so.
+
+    Args:
+        drawn: its y axis ends where it shall.
+        floor: in units.
+    """
+    import numpy as np
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    panel = drawn.panel
+    top = panel.get_ylim()[1]
+    marks, heights = (0.0, floor, top), (0.0, BELOW, 1.0)
+
+    def along(start: Sequence[float], end: Sequence[float]) -> Any:
+        # Straight on beyond the ends, which matplotlib asks for.
+        slope = (end[2] - end[1]) / (start[2] - start[1])
+        return lambda x: np.where(x > start[2], end[2] + (x - start[2]) * slope, np.interp(x, start, end))
+
+    panel.set_yscale("function", functions=(along(marks, heights), along(heights, marks)))
+    panel.set_ylim(0, top)
+    above = [tick for tick in MaxNLocator(6).tick_values(floor, top) if floor < tick <= top]
+    panel.yaxis.set_major_locator(FixedLocator([0.0, *above]))
+    panel.axhline(floor, color="white", linewidth=3.5, zorder=2.5)
+    panel.axhline(floor, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=2.6)
+    stroke = {"color": "black", "linewidth": 0.8, "clip_on": False, "transform": panel.transAxes, "zorder": 6}
+    for y in (BELOW - 0.012, BELOW + 0.012):
+        panel.plot([-0.012, 0.012], [y - 0.012, y + 0.012], **stroke)
+    panel.text(
+        0.5,
+        BELOW / 2,
+        f"cut: below {floor:.3g} {'GiB' if drawn.unit == 1 << 30 else 'MiB'} the axis is pressed together",
+        transform=panel.transAxes,
+        ha="center",
+        va="center",
+        fontsize=7,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        zorder=4,
+    )
 
 
 def legend(drawn: Drawn) -> None:

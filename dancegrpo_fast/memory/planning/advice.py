@@ -31,8 +31,9 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
     """
     s = plan.settings
     yield from _policies(plan, host, thorough)
-    top = plan.peak.name
+    top, experts = plan.peak.name, resolved(s.model).experts
     away = [("denoiser", "weights wait on the host while other models run")]
+    away += [("expert", "the denoiser whose turn it is not waits on the host")] if experts > 1 else []
     away += [("vae", "the VAE waits on the host")] if top != "decode" else []
     away += [("rewards", "reward models wait on the host")] if s.rewards else []
     away += [("optimizer", "states and their step on the host")] if s.lora == 0 else []
@@ -53,7 +54,7 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
         yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
     if s.lora and s.quantization == "none":
         yield Knob("frozen weights in nf4", {"quantization": "nf4"})
-        yield Knob("frozen weights in int8 (conversions of activations not counted)", {"quantization": "int8"})
+        yield Knob("frozen weights in int8", {"quantization": "int8"})
         yield Knob("frozen weights in fp8", {"quantization": "fp8"})
     most = count - BUFFERS
     if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:

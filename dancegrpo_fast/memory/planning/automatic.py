@@ -23,6 +23,8 @@ def automatic(iteration: Iteration) -> tuple[checkpointing.Policy, bool, tuple[s
             " or LoRA, quantization, a smaller micro_batch or size"
         )
     text = f"{picked.name}: the {peak.name} takes {needed:.2f} of {gib:.2f} GiB, as predicted"
+    if measured := iteration.settings.measured:
+        text += f", at the rates measured on {measured}"
     each = cast(tuple[str | checkpointing.Keep, ...], picked.blocks.policies)
     policy = checkpointing.PerBlock(each) if picked.blocks.kinds else each[0]
     return policy, picked.blocks.host_inputs and set(each) != {"none"}, (text, *picked.reasons)

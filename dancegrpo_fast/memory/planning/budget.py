@@ -111,7 +111,7 @@ class Plan:
         rows = [["GiB", *shown, "sum", "seconds"]]
         for phase in self.phases:
             parts = [phase.budget.get(name, 0) for name in shown]
-            rows.append([phase.name, *map(_gib, parts), _gib(phase.bytes), f"{phase.seconds:.1f}"])
+            rows.append([phase.name, *map(_gib, parts), _gib(phase.bytes), _seconds(phase.seconds)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [*([sentence(self, self.cards)] if self.cards else []), _head(self), ""]
         for name, *cells in rows:
@@ -132,9 +132,10 @@ class Plan:
         lines += ["", *(f"- {reason}" for reason in self.reasons)]
         if self.advice:
             lines += ["", "one change at a time (peak; iteration):"]
-            lines += [f"  {a.gib:+7.2f} GiB  {100 * a.seconds:+6.1f} %  {a.text}" for a in self.advice]
-        rates = ", ".join(f"{name} {value:g}" for name, value in vars(self.settings.rates).items())
-        lines += ["", f"seconds are counted work over assumed rates ({rates}), not timings"]
+            lines += [f"  {a.gib:+7.2f} GiB  {_change(a.seconds):>8}  {a.text}" for a in self.advice]
+        rates = ", ".join(f"{name} {value:.4g}" for name, value in vars(self.settings.rates).items())
+        speeds = f"rates measured on {self.settings.measured}" if self.settings.measured else "assumed rates"
+        lines += ["", f"seconds are counted work over {speeds} ({rates}), not timings"]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ class Plan:
             ],
             "peak": {"phase": self.peak.name, "bytes": self.peak_bytes, "total_bytes": self.total_bytes},
             "margins": self.margins,
+            "answer": sentence(self, self.cards) if self.cards else None,
             "cards": [vars(card) for card in self.cards],
             "saved_by_group": self.saved_by_group,
             "reasons": list(self.reasons),
@@ -157,6 +159,16 @@ class Plan:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size else "-"
+
+
+def _seconds(seconds: float) -> str:
+    """With two digits where it is little, so that small models do not take 0."""
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.2g}" if seconds else "-"
+
+
+def _change(share: float) -> str:
+    """Of an iteration's seconds, in percent, or how many times as long it takes."""
+    return f"{100 * share:+.1f} %" if share < 1 else f"x {1 + share:.1f}"
 
 
 def _head(plan: Plan) -> str:

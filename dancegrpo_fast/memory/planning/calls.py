@@ -21,7 +21,7 @@ from ..trace.alone import without_others
 from ..trace.result import Storage, Trace
 from ..trace.tracer import trace
 from . import specs
-from .cases import Case, Kind, block_paths, build, kinds_of, least_of, resolved
+from .cases import NARROW, Case, Kind, block_paths, build, kinds_of, least_of, resolved
 
 Vector = dict[str, float]
 
@@ -45,7 +45,8 @@ def _traced(case: Case, policy: checkpointing.Policy, counts: Sequence[int]) -> 
         checkpointing.apply(model, policy)
     sizes = case.frames, case.height, case.width, case.rows, case.text_tokens
     # The trainer hands a model inputs of its own dtype.
-    inputs = specs.inputs(spec, *sizes, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if case.dtype in NARROW else torch.float32
+    inputs = specs.inputs(spec, *sizes, dtype=dtype, reference=case.reference)
     autocast = None if case.dtype == "bf16" else torch.bfloat16
     alone = without_others() if case.sequence_parallel > 1 else nullcontext()
     with alone, working(f"tracing {case.spec} with {sum(counts) or 'all'} blocks, checkpointing {policy}"):

@@ -1,10 +1,12 @@
 """Cards: what torch has of their memory, and what they do in a second."""
 
+import re
 from dataclasses import dataclass
 
 # Of what single operators were measured to reach, what eager models do: fitted on FLUX.1-dev, 1024, 50 steps in 12 s on
 # an H100, and judged on the other rows of docs/how-far-off.md.
 EAGER = 0.73
+EAGER_RATES = ("tflops", "attention_tflops", "bandwidth_gb_s")
 # Of a data sheet's bandwidth, where nobody's measurement was found.
 COPIED = 0.88
 
@@ -117,6 +119,19 @@ def card(name: str) -> Card:
     if name not in CARDS:
         raise ValueError(f'card: got "{name}", want one of {", ".join(CARDS)}, or --gpu with its GiB')
     return CARDS[name]
+
+
+def named(device: str, gib: float) -> str | None:
+    """The name of the card that a device of CUDA's is, by the words of its name and its memory, or None.
+
+    Args:
+        device: by `torch.cuda.get_device_name`: "NVIDIA H100 80GB HBM3".
+        gib: by `total_memory`.
+    """
+    words = set(re.split(r"[ -]", device.upper()))
+    wanted = {name: set(found.label.upper().split()) - {"SXM"} for name, found in CARDS.items()}
+    same = [name for name in CARDS if wanted[name] <= words and abs(CARDS[name].gib / gib - 1) < 0.05]
+    return max(same, key=lambda name: len(wanted[name]), default=None)
 
 
 def of_size(gb: float) -> str | None:

@@ -1,8 +1,9 @@
 """What is traced: a model of some size, its kinds of blocks, and how many of each a small one has."""
 
+import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from ...activations import checkpointing
-from . import specs
+from . import guessed, specs
+from .converted import KINDS, convert
 from .settings import KERNELS, Settings
 
+# Of `Case.dtype`: those of 16-bit weights whose LoRA layers may be wider.
+NARROW = ("bf16", "autocast")
 KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient", "math": "math", "flex": "flash"}
 
 
@@ -20,9 +24,12 @@ KERNEL_OF = {"cuDNN": "cudnn", "efficient": "efficient", "xformers": "efficient"
 class Case:
     """What a trace of a denoiser depends on, beside its policy and its number of blocks.
 
-    `dtype`: "bf16", "fp32_master" (float32 under autocast) or "bf16_autocast", as FSDP2 gathers float32 masters.
+    `dtype`: "bf16", "autocast" (16-bit weights under it), "fp32_master" (float32 under autocast) or "bf16_autocast", as
+    FSDP2 gathers float32 masters.
     `kernel`: of attention; "cpu" is a call as a CPU computes it. `fused_norm`: RMSNorm is one operator.
     `fresh`: gradients are new in every call, as of gathered parameters; a block's are in its own moment only.
+    `reference`: height and width of a picture that is edited, in pixels.
+    `quantization`: "nf4" or "int8" where layers are `converted`'s; fp8 is a formula beside the trace.
     """
 
     spec: str
@@ -43,6 +50,9 @@ class Case:
     fused_norm: bool = True
     sequence_parallel: int = 1
     sequence_kind: str = "ulysses"
+    reference: tuple[int, int] = (0, 0)
+    quantization: str = "none"
+    lora_dropout: bool = False
 
 
 class Kind(NamedTuple):
@@ -54,43 +64,84 @@ class Kind(NamedTuple):
     least: int
 
 
+# More kinds than that are traced as one.
+MOST_KINDS = 5
+
+
 @lru_cache(maxsize=16)
 def resolved(model: str) -> specs.Spec:
     """`specs.resolve`, once."""
     return specs.resolve(model)
 
 
+_kinds: dict[str, tuple[Kind, ...]] = {}
+
+
 def kinds_of(spec: specs.Spec) -> tuple[Kind, ...]:
-    """The kinds of blocks, in the order in which the model runs them; () where all of it is traced."""
-    config = spec.config
-    if spec.denoiser == "UNet2DConditionModel":
-        return ()
-    if "num_single_layers" in config:
-        return (
-            Kind("transformer_blocks", 0, config["num_layers"], 1),
-            Kind("single_transformer_blocks", 0, config["num_single_layers"], 1),
-        )
-    if spec.denoiser == "SD3Transformer2DModel":
-        dual = len(config.get("dual_attention_layers") or ())
-        # The last block is another: it has no text to hand on.
-        plain = Kind("transformer_blocks", dual, config["num_layers"] - dual, 2)
-        return (Kind("transformer_blocks", 0, dual, 1), plain) if dual else (plain,)
-    path = "blocks" if spec.denoiser == "WanTransformer3DModel" else "transformer_blocks"
-    return (Kind(path, 0, config["num_layers"], 1),)
+    """The kinds of blocks, in the order in which the model runs them; () where all of it is traced.
+
+    Blocks that follow each other in a list of the model and have parameters of the same names and shapes are of a kind.
+    """
+    key = f"{spec.denoiser} {spec.config}"
+    if key not in _kinds:
+        _kinds[key] = _found(spec)
+    return _kinds[key]
 
 
-def _sized(spec: specs.Spec, counts: Sequence[int]) -> specs.Spec:
-    """The same model with so many blocks of each kind."""
-    if not counts:
-        return spec
-    config = dict(spec.config)
-    if "num_single_layers" in config:
-        config["num_layers"], config["num_single_layers"] = counts
-    else:
-        config["num_layers"] = sum(counts)
-        if len(counts) == 2:
-            config["dual_attention_layers"] = tuple(range(counts[0]))
-    return replace(spec, config=config)
+def _found(spec: specs.Spec) -> tuple[Kind, ...]:
+    model = specs.build(spec)
+    paths = checkpointing.block_paths(model)
+    kinds: list[Kind] = []
+    before: object = None
+    for path in paths:
+        held, _, place = path.partition(".")
+        if not place.isdecimal():
+            # In a list within another module, as a UNet's.
+            return ()
+        block = model.get_submodule(path)
+        like = type(block), held, tuple((name, p.shape) for name, p in block.named_parameters())
+        if like == before:
+            kinds[-1] = kinds[-1]._replace(blocks=kinds[-1].blocks + 1)
+        else:
+            kinds.append(Kind(held, int(place), 1, 1))
+        before = like
+    found = _merged(kinds)
+    return found if not spec.assumed or _runs_cut(spec, found) else ()
+
+
+def _runs_cut(spec: specs.Spec, kinds: Sequence[Kind]) -> bool:
+    """Whether a model of a class that is not known takes its inputs with other numbers of blocks."""
+    for more in (0, 1):
+        model = specs.build(spec)
+        _cut(model, kinds, [kind.least + more for kind in kinds])
+        if not guessed.runs(model, specs.small_inputs(spec)):
+            return False
+    return True
+
+
+def _merged(kinds: list[Kind]) -> tuple[Kind, ...]:
+    """With a list's last block, where it is another as it has no text to hand on, in the kind before it."""
+    found: list[Kind] = []
+    for kind in kinds:
+        before = found[-1] if found else None
+        if kind.blocks == 1 and before is not None and before.path == kind.path:
+            found[-1] = before._replace(blocks=before.blocks + 1, least=2)
+        else:
+            found.append(kind)
+    return tuple(found) if len(found) <= MOST_KINDS else ()
+
+
+def _cut(model: nn.Module, kinds: Sequence[Kind], counts: Sequence[int]) -> None:
+    """Leaves so many blocks of each kind: the first ones and the last; or puts in copies."""
+    for path in dict.fromkeys(kind.path for kind in kinds):
+        held = list(model.get_submodule(path).children())
+        kept: list[nn.Module] = []
+        for kind, count in zip(kinds, counts, strict=True):
+            if kind.path == path:
+                blocks = held[kind.start : kind.start + kind.blocks]
+                blocks = [copy.deepcopy(blocks[0]) for _ in range(count - len(blocks))] + blocks
+                kept += [*blocks[: count - 1], blocks[-1]]
+        setattr(model, path, nn.ModuleList(kept))
 
 
 def build(case: Case, counts: Sequence[int]) -> nn.Module:
@@ -99,11 +150,13 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: LoRA targets that match nothing, or block ops that the model cannot have.
     """
-    from ...lora import add_lora, unmatched
+    from ...lora import ADAPTER, add_lora, unmatched
+    from ...lora import layers as lora_layers
     from ...patch import accelerate
 
-    spec = _sized(resolved(case.spec), counts)
+    spec = resolved(case.spec)
     model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
+    _cut(model, kinds_of(spec), counts)
     if case.lora:
         if lost := unmatched(model, case.lora_targets):
             raise ValueError(f"target_modules: got {', '.join(lost)}, want endings of names in {case.spec}")
@@ -114,9 +167,14 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
             raise ValueError(
                 f"target_modules: got {', '.join(case.lora_targets)}, want endings of names in it"
             ) from error
+        if case.lora_dropout:
+            for layer in lora_layers(model).values():
+                layer.lora_dropout[ADAPTER] = nn.Dropout()
         if case.lora_dtype == "bf16":
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data
+    if case.quantization != "none":
+        convert(model, case.quantization, spec.keep_in_float32)
     if case.dtype == "bf16_autocast":
         # Also what the model keeps in float32.
         for p in model.parameters():
@@ -179,20 +237,40 @@ def kernel(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, 
     if device.startswith("cpu"):
         return "cpu", "attention: as a CPU computes it"
     if asked in KERNELS:
-        return asked, f"attention {asked}: as asked"
+        return asked, f"attention {asked}: as asked" + (_refused(case, device, equal_text) if asked == "flash" else "")
     try:
         return _chosen(case, asked, device, equal_text)
     except ValueError as error:
         raise ValueError(re.sub("^backend:", "attention:", str(error))) from error
 
 
+def _refused(case: Case, device: str, equal_text: bool) -> str:
+    """Why torch's flash would not run this model's calls, if so."""
+    try:
+        _chosen(case, "_native_flash", device, equal_text)
+    except ValueError as error:
+        found = re.search("which (.*); want", str(error))
+        return (
+            ""
+            if found is None or "mask" not in found[1]
+            else f", but it {found[1]}: such calls are planned with the efficient kernel"
+        )
+    return ""
+
+
 def _chosen(case: Case, asked: str, device: str, equal_text: bool) -> tuple[str, str]:
     from ...attention import choice as attention
+    from ...attention.facts import MASKS
 
     spec = resolved(case.spec)
+    if spec.denoiser not in MASKS:
+        if asked not in ("auto", "native"):
+            known = ", ".join(KERNELS)
+            raise ValueError(f'attention: got "{asked}" for a {spec.denoiser}, want auto, native, or one of {known}')
+        return "flash", "attention native: flash, and efficient where the model hands on a mask, as torch's SDPA"
     model = build(case, least_of(spec))
-    tokens = specs.tokens(spec, case.frames, case.height, case.width)
-    if "num_single_layers" in spec.config or spec.denoiser in ("SD3Transformer2DModel", "QwenImageTransformer2DModel"):
+    tokens = specs.tokens(spec, case.frames, case.height, case.width, case.reference)
+    if spec.family.joint:
         tokens += case.text_tokens or spec.text_tokens
     shapes = attention.Shapes(case.rows, tokens, torch.bfloat16, equal_text=equal_text)
     if asked == "auto":
@@ -210,7 +288,9 @@ def rows_of(settings: Settings, batch: int) -> int:
 def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
     """What is traced: a call of `rows` rows with the attention kernel of that name."""
     # A call does not see masters beside its weights.
-    kept, fresh = "bf16" if settings.precision == "bf16_master" else settings.precision, False
+    kept, fresh = settings.precision, False
+    if settings.dtype != "float32":
+        kept = "autocast" if settings.mixed_precision == "bf16" else "bf16"
     if settings.is_sharded:
         # Gathered masters are bf16, of which autocast makes no copies.
         kept = "bf16_autocast" if kept == "fp32_master" else kept
@@ -224,7 +304,7 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         kept,
         settings.lora,
         settings.target_modules if settings.lora else (),
-        "bf16" if settings.lora and kept == "bf16" and settings.lora_dtype == "bfloat16" else "fp32",
+        "bf16" if settings.lora and kept in NARROW and settings.lora_dtype == "bfloat16" else "fp32",
         name,
         settings.block_ops,
         settings.recompute if settings.block_ops != "off" else "gelu",
@@ -233,4 +313,7 @@ def case_of(settings: Settings, rows: int, name: str, *, train: bool) -> Case:
         settings.fused_norm,
         settings.sequence_parallel,
         settings.sequence_kind,
+        (settings.reference_height, settings.reference_width),
+        settings.quantization if settings.quantization in KINDS else "none",
+        settings.lora_dropout > 0,
     )

@@ -31,6 +31,7 @@ def choose(iteration: "Iteration") -> None:
         ValueError: tiles that the VAE does not have.
     """
     s = iteration.settings
+    iteration.tile = None
     iteration.decode = decode(call_of(s, None))
     if s.vae_tiling == "on":
         iteration.tile = s.vae_tile or _usual(iteration.spec, max(s.height, s.width))

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...quantization import BITSANDBYTES
 from . import decoding, specs
@@ -14,12 +15,16 @@ from .blocks import Blocks, compose
 from .budget import CATEGORIES, Phase
 from .calls import Moment, Vector, added, numbers
 from .cases import case_of, kernel, resolved, rows_of
+from .copies import copies, encoder_bytes, has_second, other_bytes, with_second, words
 from .decode import Decode
 from .margins import limit
 from .quantised import INT8, conversion_bytes, kept_casts, quantised
 from .sequences import exchange_seconds, told
 from .settings import GIB, Settings
-from .sharding import REDUCE, Gathers, Rest, rest, weights_of, without
+from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, without
+
+# How a reason begins that says it of a replay.
+BOUND = "launch-bound"
 
 
 class Iteration:
@@ -42,15 +47,23 @@ class Iteration:
         self.reasons = [why]
         self.replay = replace(case, kernel=name)
         self.reasons += [INT8] if settings.quantization == "int8" else []
-        if settings.optimizer == "other":
+        if not settings.optimizer.startswith("adamw"):
+            found = ", ".join(f"{state_bytes(settings, dtype):g}" for dtype in set(weights_of(self.replay).dtypes))
             self.reasons.append(
-                f"optimizer other: {settings.state_bytes:g} bytes of states for each trained number, and nothing of "
-                "what its step takes"
+                f"optimizer {settings.optimizer}: {found} bytes of states for each trained number, and nothing of what "
+                "its step takes"
             )
         self.reasons += told(settings, self.replay)
+        self.second = has_second(settings, self.spec)
         self.rest: Rest = rest(settings, self.replay)
+        # What a change of the denoiser that runs moves.
+        self.expert = sum(self.rest.weights.values())
+        self.rest = with_second(self.rest, settings) if self.second else self.rest
         self.reasons += self.rest.swap.reasons()
-        self.encoders = 2 * sum(encoder.parameters for encoder in self.spec.text_encoders)
+        self.copies = copies(settings, weights_of(self.replay), 2 if self.second else 1)
+        self.copies += other_bytes(settings, self.spec)
+        self.reasons += words(settings, self.spec)
+        self.encoders = encoder_bytes(settings, self.spec)
         self.rewards = sum(reward.bytes for reward in settings.rewards)
         self.decode: Decode | None = None
         self.tile: int | None = None
@@ -81,13 +94,19 @@ class Iteration:
             sizes["text_encoders"] = 0
         away = {*s.offload, *(["text_encoders"] if s.text_encoders == "freed" else [])}
         there = sum(size for name, size in sizes.items() if name in running or name not in away)
-        return {"other models": there + sum(other.bytes for other in s.others)}
+        return {"other models": there + self.copies + sum(other.bytes for other in s.others)}
 
     def resting(self, *, denoiser: bool) -> Vector:
         """Weights and states of the denoiser between its calls."""
         there = denoiser or "denoiser" not in self.settings.offload
         weights = self.rest.weights if there else {}
         return added((1, weights), (1, self.rest.optimizer))
+
+    def _turns(self, passes: int) -> float:
+        """Seconds to bring both denoisers, one after the other, where the one that does not run is on the host."""
+        if not self.second or "expert" not in self.settings.offload:
+            return 0.0
+        return 2 * passes * self.expert / (self.settings.rates.pcie_gb_s * 1e9)
 
     def _carried(self, *names: str, denoiser: bool = False) -> float:
         """Seconds to bring what waits on the host, and to take the denoiser there and back."""
@@ -150,7 +169,8 @@ class Iteration:
         gathered_once = s.rollout_replica or s.strategy == "shard_grad_op"
         each = max(each, 0.0 if gathered_once else self._gather_seconds(1), self._link_seconds(self.rest.swap.rollout))
         each += exchange_seconds(s, case)[0]
-        return self._call("rollout", "rollout", blocks, fixed, calls * each)
+        turns = self._turns(math.ceil(s.samples / s.rollout_batch))
+        return self._call("rollout", "rollout", blocks, fixed, calls * each + turns)
 
     def decoding(self) -> Phase | None:
         """The VAE."""
@@ -196,6 +216,7 @@ class Iteration:
         forward, backward = self._seconds(blocks, "forward"), self._seconds(blocks, "backward", "recompute")
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]
+        forward *= 2 if s.kl_reference else 1
         inputs, swap = blocks.host_bytes(), self.rest.swap
         # Inputs leave in the forward, beside weights that come, and come with them in the backward.
         carried = self._link_seconds(max(inputs, swap.forward)), self._link_seconds(inputs + swap.backward)
@@ -212,7 +233,7 @@ class Iteration:
             back = added((1, there), (1, {"saved": kept, "recomputation": cast_again}))
             there = added((1, there), (1, {"saved": kept}))
         return (
-            self._call("replay forward", "forward", blocks, there, calls * forward),
+            self._call("replay forward", "forward", blocks, there, calls * forward + self._turns(1)),
             self._call("replay backward", "backward", blocks, back, calls * backward),
         )
 
@@ -235,16 +256,16 @@ class Iteration:
             return []
         count = round(sum(blocks.launches(part) for part in parts))
         return [
-            f"launch-bound: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
+            f"{BOUND}: a replay's {count:,} operators at {s.rates.launch_us:g} us take {1e3 * starting:.0f} ms to"
             f" start and {1e3 * work:.0f} ms to run; a larger micro_batch or a compiled model would be faster"
         ]
 
     def _conversion_seconds(self, blocks: Blocks) -> tuple[float, float]:
-        """Of converting quantised weights in a forward, and in its backward: their bytes over the bandwidth."""
+        """Of converting fp8 weights in a forward, and in its backward: their bytes over the bandwidth."""
         s = self.settings
-        if s.quantization == "none":
+        if s.quantization != "fp8":
             return 0.0, 0.0
-        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), s.quantization, blocks.policies)
+        forward, backward = conversion_bytes(quantised(self.replay, s.quantization), blocks.policies)
         bandwidth = s.rates.bandwidth_gb_s * 1e9
         return forward / bandwidth, backward / bandwidth
 
@@ -316,7 +337,7 @@ def _ordered(vector: Vector) -> dict[str, int]:
 def _conditioning(spec: specs.Spec, settings: Settings) -> int:
     """Bytes that one prompt is encoded to."""
     given = specs.inputs(spec, settings.frames, settings.height, settings.width, 1, settings.text_tokens)
-    kept = [
-        value for key, value in given.items() if isinstance(value, Tensor) and ("encoder" in key or "pooled" in key)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    kept = tree_leaves(
+        [value for key, value in given.items() if any(word in key for word in ("encoder", "pooled", "cap_", "cond_"))]
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))

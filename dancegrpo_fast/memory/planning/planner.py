@@ -1,6 +1,6 @@
 """Plans a GRPO iteration before there is a GPU, and says what one change would give."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from .advice import advice, dominated
 from .blocks import compose
 from .budget import Advice, Phase, Plan
 from .calls import numbers
+from .cards import MEANT
 from .cases import case_of, kinds_of, resolved
 from .iteration import Iteration
 from .margins import margins, untraced
@@ -19,7 +20,7 @@ from .sharding import weights_of
 from .swapping import choose
 from .verdict import Verdict, verdicts
 
-__all__ = ["Plan", "plan", "solved", "with_swap"]
+__all__ = ["Plan", "on_cards", "plan", "with_swap"]
 
 
 def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
@@ -53,7 +54,7 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
     asked = Settings(settings, **changes) if isinstance(settings, str) else settings.changed(**changes)
     with collected():
         settings, reasons = with_swap(asked)
-        iteration, picked, found = solved(settings)
+        iteration, picked, found = _asked(settings)
         found = replace(found, reasons=(*found.reasons, *reasons), cards=_cards(asked, iteration, found))
         if not advise:
             return found
@@ -61,7 +62,21 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def solved(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+def on_cards(settings: Settings, names: Iterable[str] = MEANT) -> dict[str, Plan]:
+    """Predicts one run on each of several cards, at the rates of each; what is traced is traced once.
+
+    Args:
+        settings: what is run; capacity, rates and device are the cards'.
+        names: of the cards.
+
+    Raises:
+        ValueError: settings that the model cannot have, or a card that is not known.
+    """
+    with collected():
+        return {name: _asked(with_swap(settings.on(name))[0])[2] for name in names}
+
+
+def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
     """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
     iteration = Iteration(settings)
     picked = iteration.pick()

@@ -5,9 +5,7 @@ those that diffusers keeps in float32; biases stay bfloat16. Bytes of a layer wi
 0.48 and 0.50 store them (tests/memory/test_quantised.py, where it is installed):
     nf4     n / 2, a float32 scale for 64 weights, and a table of 16 float32 values (no double quantisation)
     int8    n, and a float32 scale a row
-In the forward and again in the backward one layer at a time is there in bfloat16. LLM.int8 also keeps each layer's
-input until the backward, where autograd's hooks do not see it, so that checkpointing does not drop it; and makes
-float16 and int8 copies of it. Neither is counted: `INT8` says so.
+What their conversions take is in the trace, whose layers are `converted`'s.
 
 fp8 is the trainer's, diffusers' layerwise casting after LoRA was added: weights and biases of linear and convolution
 layers, one byte each, but for norms and embeddings. A layer is cast to bfloat16 while it runs, and autograd keeps that
@@ -25,10 +23,11 @@ from torch import Tensor, nn
 from ...activations import checkpointing
 from ...activations.streaming import packed
 from .cases import Case, block_counts, build, resolved, whole_model
+from .converted import layers
 
 INT8 = (
-    "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too, and"
-    " copies it to convert it; neither is counted (nf4 does not)"
+    "int8: bitsandbytes keeps the input of every quantised layer until the backward, in checkpointed blocks too; nf4"
+    " does not"
 )
 
 
@@ -38,9 +37,9 @@ class Quantised:
 
     Attributes:
         stored: of all parameters.
-        largest: of the largest layer in bfloat16.
-        casts: of what autograd keeps of each block that is not checkpointed.
-        converted, in_blocks: what the layers would take in bfloat16, of the whole model and of each block.
+        largest: of fp8, the largest layer in bfloat16.
+        casts: of fp8, of what autograd keeps of each block that is not checkpointed.
+        converted, in_blocks: of fp8, what the layers take in bfloat16, of the whole model and of each block.
         streams: of each block's frozen weights, as block swap moves them.
     """
 
@@ -52,33 +51,24 @@ class Quantised:
     streams: tuple[int, ...]
 
 
-# Read of a weight's two bytes in bfloat16 when it is converted: half a byte and its scale, or one byte.
-_READ = {"nf4": (0.5 + 4 / 64) / 2, "int8": 0.5, "fp8": 0.5}
-
-
-def conversion_bytes(found: Quantised, base: str, policies: Sequence[Hashable]) -> tuple[float, float]:
-    """What converting the weights to bfloat16 reads and writes in a forward, and in its backward.
-
-    nf4 converts in the forward, in the backward, and where a checkpointed block runs again; int8, which multiplies in
-    int8, in the backward only; fp8 in the forward and where a block runs again.
+def conversion_bytes(found: Quantised, policies: Sequence[Hashable]) -> tuple[float, float]:
+    """Of fp8: what converting the weights reads and writes in a forward, and where blocks run again in its backward.
 
     Args:
         found: of the model.
-        base: "nf4", "int8" or "fp8".
         policies: as of `kept_casts`.
     """
     chosen = _chosen(policies, len(found.in_blocks))
     again = sum(size for size, policy in zip(found.in_blocks, chosen, strict=True) if policy not in (None, "none"))
-    once = 1 + _READ[base]
-    forward = 0 if base == "int8" else found.converted
-    backward = {"nf4": found.converted + again, "int8": found.converted, "fp8": again}[base]
-    return once * forward, once * backward
+    # One byte is read for two that are written.
+    return 1.5 * found.converted, 1.5 * again
 
 
 def quantised(case: Case, base: str) -> Quantised:
     """Of the whole model with its LoRA layers; `base` is "nf4", "int8" or "fp8"."""
     # Sizes of the call change no weight.
-    return _quantised(replace(case, frames=1, height=1, width=1, rows=1, kernel="flash", train=True), base)
+    plain = replace(case, frames=1, height=1, width=1, rows=1, kernel="flash", train=True, quantization="none")
+    return _quantised(plain, base)
 
 
 @lru_cache(maxsize=8)
@@ -88,25 +78,12 @@ def _quantised(case: Case, base: str) -> Quantised:
         return _layerwise(case)
     model = whole_model(case)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    layers = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not module.weight.requires_grad
-        and not set(name.split(".")) & set(spec.keep_in_float32)
-    }
-    parts = {
-        id(weight): nf4_parts(weight.numel()) if base == "nf4" else (weight.numel(), 4 * len(weight))
-        for weight in layers.values()
-    }
-    stored = sum(map(sum, parts.values()))
-    saved = sum(weight.nbytes for weight in layers.values())
-    sizes = {name: 2 * weight.numel() for name, weight in layers.items()}
-    in_blocks = tuple(_by_block(sizes, checkpointing.block_paths(model)))
+    frozen = [layer.weight for layer in layers(model, spec.keep_in_float32).values()]
+    parts = {id(w): nf4_parts(w.numel()) if base == "nf4" else (w.numel(), 4 * len(w)) for w in frozen}
+    saved = sum(w.nbytes for w in frozen)
     # The last part, nf4's table or int8's scales, stays on the device.
     streams = _streams(model, {key: part[:-1] for key, part in parts.items()})
-    largest = max(sizes.values(), default=0)
-    return Quantised(whole - saved + stored, largest, (), sum(sizes.values()), in_blocks, streams)
+    return Quantised(whole - saved + sum(map(sum, parts.values())), 0, (), 0, (), streams)
 
 
 def nf4_parts(n: int) -> tuple[int, int, int]:
@@ -131,14 +108,14 @@ def _layerwise(case: Case) -> Quantised:
     model = build(case, block_counts(case))
     paths = checkpointing.block_paths(model)
     store_in_fp8(model, torch.bfloat16)
-    layers = {
+    stored_in = {
         name: (module, 2 * module.weight.numel())
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dtype == torch.float8_e4m3fn
     }
-    linear = {name: size for name, (module, size) in layers.items() if isinstance(module, nn.Linear)}
+    linear = {name: size for name, (module, size) in stored_in.items() if isinstance(module, nn.Linear)}
     casts = tuple(_by_block(linear, paths))
-    sizes = {name: size for name, (_, size) in layers.items()}
+    sizes = {name: size for name, (_, size) in stored_in.items()}
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(linear.values(), default=0)
     in_blocks = tuple(_by_block(sizes, paths))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .cards import CARDS, USUAL, Rates, card
+from .checks import check_integer, check_kind, check_number, check_one_of, check_tuple
 from .rewards import Reward
 
 GIB = 2**30
@@ -13,7 +14,7 @@ _VERSION = re.compile(r"\d+\.\d+")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
-OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser")
+OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser", "expert")
 CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "master_dtype": ("none", "float32"),
@@ -25,11 +26,13 @@ CHOICES = {
     "strategy": ("full_shard", "shard_grad_op", "none"),
     "gradient_sync": ("auto", "update", "call"),
     "sequence_kind": ("ulysses", "ring"),
-    "optimizer": ("adamw", "adamw_foreach", "adamw8bit", "other"),
     "text_encoders": ("resident", "freed", "precomputed"),
     "vae_tiling": ("auto", "on", "off"),
     "frozen_dtype": ("bfloat16", "float16", "float32"),
+    "text_encoder_quantization": ("none", "int8", "nf4", "fp8"),
+    "second_expert": ("trained", "frozen", "left_out"),
 }
+OPTIMIZERS = ("adamw", "adamw_foreach", "adamw8bit", "adafactor", "lion", "prodigy", "other")
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Settings:
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         dtype: of the denoiser's weights, gradients and states: "bfloat16", "float16" or "float32".
         master_dtype: "float32": the optimiser steps float32 copies of 16-bit weights, with float32 gradients then.
-        mixed_precision: "bf16": autocast, which float32 weights are planned with; under FSDP shards are gathered in
-            bf16 besides.
+        mixed_precision: "bf16": autocast, which float32 weights are planned with and 16-bit weights can have; under
+            FSDP shards are gathered in bf16 besides.
         lora: rank, or 0 for full fine-tuning.
         target_modules: endings of the module names that get LoRA layers.
         lora_dtype: of the LoRA layers of a 16-bit model: "float32", as the trainer and peft's `get_peft_model` make
             them, or "bfloat16", as diffusers' `add_adapter` alone does. Each float32 layer keeps a float32 copy of its
             input for the backward.
+        lora_dropout: of what goes into the LoRA layers, whose masks are kept; the trainer has none.
         quantization: how frozen weights are stored under LoRA: "none" (as is), "int8", "nf4" (bitsandbytes') or "fp8"
             (layerwise casting); see `quantised`.
         blocks_to_swap: under LoRA, frozen weights of so many blocks and two more wait on the host and stream through
@@ -78,19 +82,32 @@ class Settings:
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
         vae_tiling: decode in tiles: "on", "off", or "auto", where a whole decode does not fit, in the largest that do.
         vae_tile: side of a tile in pixels; None: with "on" the VAE's own, or half of a picture that is no larger.
-        frozen_dtype: of the VAE's weights.
+        frozen_dtype: of the weights of VAE, text encoders and other parts.
         evaluation_height, evaluation_width, evaluation_guidance_scale: of an evaluation's samples, where they differ.
-        optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), or "other",
-            of which nothing is counted but `state_bytes`.
+        optimizer: "adamw", "adamw_foreach" (torch's default on CUDA), "adamw8bit" (bitsandbytes'), "adafactor",
+            "lion", "prodigy", any torch optimiser as "module:Class", or "other", which keeps `state_bytes`. Of those
+            that are not AdamW the states are counted, and nothing that their step takes.
         state_bytes: that an "other" optimiser keeps of each trained number.
         rewards: reward models.
         others: what else rests on the device throughout, such as the model of a KL.
         text_encoders: "resident", "freed" (on the device only while they encode), "precomputed" (never loaded).
         trajectory_copies: 2 where the update indexes the whole trajectory into a new tensor.
+        text_encoder_quantization: how the linear layers of what makes the conditions are stored, as of
+            `quantization`.
+        kl_reference: whether a KL is taken to the model as it starts: a copy of all weights in full fine-tuning, none
+            under LoRA, whose layers are switched off; and one more forward.
+        ema: whether a float32 moving average of what is trained is kept.
+        second_expert: of models of two denoisers (Wan 2.2 A14B): "trained" as the first is, "frozen", or "left_out".
+            Both are on the device, unless "expert" is in `offload`: then the weights of the one that does not run wait
+            on the host.
+        reference_height, reference_width: of a picture to edit, in pixels, whose tokens are in every call (FLUX
+            Kontext, FLUX.2, Qwen-Image-Edit); 0: none. Of several beside each other their common height, and the sum
+            of their widths.
         expandable_segments: of CUDA's allocator, which the trainer asks for.
         gpu_gib: capacity, as torch sees it.
         rates: assumed speeds.
         card: the name of the card that capacity, rates and device are of (`on` sets all four), or "".
+        measured: the name of the device whose speed was measured to be `rates`, or "".
     """
 
     model: str
@@ -111,6 +128,7 @@ class Settings:
     lora: int = 0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_dtype: str = "float32"
+    lora_dropout: float = 0.0
     quantization: str = "none"
     blocks_to_swap: int | Literal["auto"] = 0
     checkpointing: str = "auto"
@@ -138,45 +156,61 @@ class Settings:
     others: tuple[Reward, ...] = ()
     text_encoders: str = "freed"
     trajectory_copies: int = 1
+    text_encoder_quantization: str = "none"
+    kl_reference: bool = False
+    ema: bool = False
+    second_expert: str = "trained"
+    reference_height: int = 0
+    reference_width: int = 0
     expandable_segments: bool = True
     gpu_gib: float = CARDS[USUAL].gib
     rates: Rates = CARDS[USUAL].rates
     card: str = ""
+    measured: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "checkpointing", "attention", "device", "torch_version"):
-            _is(name, getattr(self, name), str, "a string")
-        for name in ("rollout_replica", "expandable_segments"):
-            _is(name, getattr(self, name), bool, "True or False")
-        _is("rates", self.rates, Rates, "Rates")
+            check_kind(name, getattr(self, name), str, "a string")
+        for name in ("rollout_replica", "kl_reference", "ema", "expandable_segments"):
+            check_kind(name, getattr(self, name), bool, "True or False")
+        check_kind("rates", self.rates, Rates, "Rates")
         for name in ("target_modules", "offload"):
-            _tuple(name, getattr(self, name), str, "strings")
+            check_tuple(name, getattr(self, name), str, "strings")
         for name in ("rewards", "others"):
-            _tuple(name, getattr(self, name), Reward, "Rewards")
+            check_tuple(name, getattr(self, name), Reward, "Rewards")
         counts = ("frames", "height", "width", "group_size", "prompts", "micro_batch", "rollout_batch", "num_steps")
         for name in (*counts, "fsdp", "sequence_parallel", "trajectory_copies"):
-            _integer(name, getattr(self, name), 1)
-        _integer("lora", self.lora, 0)
+            check_integer(name, getattr(self, name), 1)
+        for name in ("lora", "reference_height", "reference_width"):
+            check_integer(name, getattr(self, name), 0)
         if self.blocks_to_swap != "auto":
-            _integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
+            check_integer("blocks_to_swap", self.blocks_to_swap, 0, ', or "auto"')
         for name in ("text_tokens", "vae_tile", "evaluation_height", "evaluation_width"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         if self.evaluation_guidance_scale is not None:
-            _number("evaluation_guidance_scale", self.evaluation_guidance_scale)
+            check_number("evaluation_guidance_scale", self.evaluation_guidance_scale)
         for name, known in CHOICES.items():
-            _one_of(name, getattr(self, name), known)
+            check_one_of(name, getattr(self, name), known)
+        check_kind("optimizer", self.optimizer, str, "a string")
+        if not all(self.optimizer.partition(":")):
+            check_one_of("optimizer", self.optimizer, (*OPTIMIZERS, "module:Class"))
         for what in self.offload:
-            _one_of("offload", what, OFFLOAD)
+            check_one_of("offload", what, OFFLOAD)
         if "" in self.target_modules:
             raise ValueError(f"target_modules: got {self.target_modules!r}, want endings of module names")
-        _number("gpu_gib", self.gpu_gib)
-        _number("guidance_scale", self.guidance_scale)
+        check_number("gpu_gib", self.gpu_gib)
+        check_number("guidance_scale", self.guidance_scale)
         if self.state_bytes:
-            _number("state_bytes", self.state_bytes)
+            check_number("state_bytes", self.state_bytes)
         for field in fields(Rates):
-            _number(f"rates.{field.name}", getattr(self.rates, field.name))
-        _number("timestep_fraction", self.timestep_fraction)
+            check_number(f"rates.{field.name}", getattr(self.rates, field.name))
+        if self.lora_dropout:
+            check_number("lora_dropout", self.lora_dropout)
+        if self.lora_dropout >= 1 or (self.lora_dropout and not self.lora):
+            wanted = "less than 1" if self.lora else "0 without LoRA"
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, want {wanted}")
+        check_number("timestep_fraction", self.timestep_fraction)
         if self.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
         if self.card:
@@ -204,6 +238,8 @@ class Settings:
         if self.blocks_to_swap != 0 and (not self.lora or self.is_sharded):
             kind = f"fsdp {self.fsdp}" if self.lora else "full fine-tuning"
             raise ValueError(f"blocks_to_swap: got {self.blocks_to_swap!r} with {kind}, want 0, or LoRA without shards")
+        if self.dtype == "float16" and self.mixed_precision != "no":
+            raise ValueError(f'mixed_precision: got "{self.mixed_precision}" with dtype "float16", want "no"')
         if self.dtype == "float32" and self.mixed_precision == "no":
             raise ValueError('mixed_precision: got "no" with dtype "float32", want "bf16", or 16-bit weights')
         if self.master_dtype != "none" and (self.lora or self.dtype == "float32"):
@@ -227,8 +263,13 @@ class Settings:
             )
         if "optimizer" in self.offload and self.optimizer == "adamw8bit":
             raise ValueError("offload: got optimizer with adamw8bit, which steps on the device, want another")
-        if "denoiser" in self.offload and self.is_sharded:
-            raise ValueError(f"offload: got denoiser with fsdp {self.fsdp}, want fsdp 1")
+        for what in ("denoiser", "expert"):
+            if what in self.offload and self.is_sharded:
+                raise ValueError(f"offload: got {what} with fsdp {self.fsdp}, want fsdp 1")
+        if bool(self.reference_height) != bool(self.reference_width):
+            raise ValueError(
+                f"reference_height: got {self.reference_height} with reference_width {self.reference_width}, want both"
+            )
         if self.text_encoders == "precomputed" and "text_encoders" in self.offload:
             raise ValueError('offload: got text_encoders with text_encoders "precomputed", want one of them')
 
@@ -267,8 +308,8 @@ class Settings:
     @property
     def dtypes(self) -> str:
         """In words."""
-        words = {"bf16_master": f"{self.dtype} with float32 masters", "fp32_master": "float32 under bf16 autocast"}
-        return words.get(self.precision, self.dtype)
+        masters = " with float32 masters" if self.precision == "bf16_master" else ""
+        return self.dtype + masters + (" under bf16 autocast" if self.mixed_precision == "bf16" else "")
 
     @property
     def is_sharded(self) -> bool:
@@ -333,34 +374,10 @@ class Settings:
         """
         if "gpu_gib" in changes and changes["gpu_gib"] != self.gpu_gib:
             changes = {"card": ""} | changes
+        if "rates" in changes:
+            changes = {"measured": ""} | changes
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-def _is(name: str, value: object, kind: type, wanted: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}: got {value!r}, want {wanted}")
-
-
-def _tuple(name: str, value: object, kind: type, wanted: str) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(part, kind) for part in value):
-        raise ValueError(f"{name}: got {value!r}, want a tuple of {wanted}")
-
-
-def _integer(name: str, value: object, low: int, more: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least {low}{more}")
-
-
-def _number(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]  # is a number
-        raise ValueError(f"{name}: got {value!r}, want a finite number above 0")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f'{name}: got "{value}", want one of {", ".join(known)}')

@@ -29,6 +29,9 @@ from torch import nn
 
 from ...activations.checkpointing import block_paths
 from ...activations.streaming import packed
+from ...optimizers import probe
+from ...recipe import TrainSettings
+from ..trace.recorder import tensors_in
 from ..trace.tracer import trace
 from .blocks import Blocks
 from .calls import ENTRY, Moment, Vector, added
@@ -60,6 +63,7 @@ class Weights:
         sizes, dtypes: numbers in each trained tensor, and of what type.
         blocks: in the order in which the model runs them.
         root: what is outside the blocks.
+        tables: bytes of buffers and other tensors of modules, which nobody shares.
     """
 
     numbers: int
@@ -70,6 +74,7 @@ class Weights:
     dtypes: tuple[torch.dtype, ...]
     blocks: tuple[Part, ...]
     root: Part
+    tables: int
 
 
 def _prefixes(model: nn.Module, kinds: Sequence[Kind]) -> list[str]:
@@ -82,7 +87,7 @@ def weights_of(case: Case) -> Weights:
     """Of the whole model with its LoRA layers."""
     # Sizes of the call change no weight.
     case = replace(case, frames=1, height=1, width=1, rows=1, text_tokens=None, sequence_parallel=1)
-    return _weights_of(replace(case, kernel="flash", train=True, fresh=False))
+    return _weights_of(replace(case, kernel="flash", train=True, fresh=False, quantization="none"))
 
 
 @lru_cache(maxsize=16)
@@ -103,6 +108,7 @@ def _weights_of(case: Case) -> Weights:
         for prefix, inside in held.items()
     ]
     trained_parameters = [p for p in named.values() if p.requires_grad]
+    tables = tensors_in(held for m in model.modules() for held in (*m._buffers.values(), *vars(m).values()))
     return Weights(
         sum(p.numel() for p in named.values()),
         sum(p.numel() * p.element_size() for p in named.values()),
@@ -112,6 +118,7 @@ def _weights_of(case: Case) -> Weights:
         tuple(p.dtype for p in trained_parameters),
         tuple(parts[:-1]),
         parts[-1],
+        sum(t.numel() * t.element_size() for t in {id(t): t for t in tables}.values()),
     )
 
 
@@ -157,7 +164,7 @@ def rest(settings: Settings, case: Case) -> Rest:
     master = settings.precision == "fp32_master"
     # Gathered, masters are in bf16.
     wider = 2 if case.dtype == "bf16_autocast" else 1
-    stored = weights.bytes * wider / shards if base is None else base.stored
+    stored = weights.tables + (weights.bytes * wider / shards if base is None else base.stored)
     swap = swap_of(settings, [part.streams for part in weights.blocks] if base is None else base.streams)
     stored -= swap.saved
     reduced = weights.trainable_bytes * wider / shards
@@ -176,7 +183,7 @@ def rest(settings: Settings, case: Case) -> Rest:
         {"gradients": REDUCE * weights.trainable if late else weights.trainable_bytes * wider / shards},
         {"gradients": reduced},
         rests,
-        {} if base is None else {"temporaries": base.largest},
+        {"temporaries": base.largest} if base is not None and base.largest else {},
         {"temporaries": step / shards},
         traffic / shards,
         swap,
@@ -276,6 +283,29 @@ def _more(moment: Moment, bytes_: Vector) -> Moment:
     return moment._replace(bytes=added((1, moment.bytes), (1, bytes_)))
 
 
+# Tensors as large as the trained ones and of their type that some optimisers keep; another step than a probe's may ask
+# for packages that are not here.
+STATES = {"lion": 1, "prodigy": 4}
+
+
+def state_bytes(settings: Settings, dtype: torch.dtype) -> float:
+    """Of each trained number of this type, under an optimiser that is not AdamW.
+
+    Raises:
+        ValueError: there is no such optimiser here.
+    """
+    if settings.optimizer == "other":
+        return settings.state_bytes
+    if settings.optimizer in STATES:
+        return STATES[settings.optimizer] * dtype.itemsize
+    name = {"adafactor": "torch.optim:Adafactor"}.get(settings.optimizer, settings.optimizer)
+    tried = TrainSettings(1, 1, 2, 1, optimizer=name, weight_decay=0.0)
+    try:
+        return probe(tried, dtype).bytes_per_number
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("train.")) from error
+
+
 def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float, float, float]:
     """States, temporaries of a step, and its traffic; of all shards together."""
     scale = 2 if case.dtype == "bf16_autocast" else 1
@@ -283,9 +313,13 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
         return states, 0, 2 * states + 3 * weights.trainable_bytes * scale
-    if settings.optimizer == "other":
-        kept = settings.state_bytes * weights.trainable
-        return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
+    if not settings.optimizer.startswith("adamw"):
+        pairs = zip(weights.sizes, weights.dtypes, strict=True)
+        each = {dtype: state_bytes(settings, dtype) for dtype in set(weights.dtypes)}
+        kept = sum(n * each[dtype] for n, dtype in pairs)
+        kept *= 1 if settings.optimizer == "other" else scale
+        there = 0 if "optimizer" in settings.offload else kept
+        return there, 0, 2 * kept + 3 * weights.trainable_bytes * scale
     kind = "foreach" if settings.optimizer == "adamw_foreach" else "fused"
     found = step_figures(weights.sizes, weights.dtypes, kind)
     if "optimizer" in settings.offload:

@@ -1,7 +1,7 @@
 """What a denoiser is and what it is called with: shipped models, local diffusers folders and hub names."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import folders, guessed
 from .families import FAMILIES, Call, Family
+from .folders import Part
 
 CONFIGS = resources.files(__package__) / "configs"
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One text encoder: how many parameters, and how they were counted."""
-
-    name: str
-    parameters: int
-    source: str
+# Small files that say what a repository on the hub consists of.
+_SMALL = ("model_index.json", "config.json", "*/config.json")
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,16 @@ class Spec:
         compression: pixels a latent, in time, height and width.
         patch: latents a token, in time, height and width.
         text_tokens: of one prompt, as the pipelines pad it.
-        text_encoders: () where unknown.
+        text_encoders: that make the conditions, of pictures too; () where unknown.
         keep_in_float32: parts of parameter names that diffusers leaves in float32.
         hub: where the published weights are, or None.
+        others: parts of the pipeline that do something else.
+        missing: in words, what is in no count.
+        experts: denoisers of this class, which take turns along the steps.
+        boundary_ratio: share of the noise at which the second of them takes over, or None.
+        times_per_token: whether the denoiser gets a time for each token.
+        family: what all models of its class share.
+        assumed: in words, where the class is not known.
     """
 
     name: str
@@ -51,9 +53,16 @@ class Spec:
     compression: tuple[int, int, int]
     patch: tuple[int, int, int]
     text_tokens: int
-    text_encoders: tuple[TextEncoder, ...]
+    text_encoders: tuple[Part, ...]
     keep_in_float32: tuple[str, ...]
     hub: str | None
+    family: Family
+    others: tuple[Part, ...] = ()
+    missing: tuple[str, ...] = ()
+    experts: int = 1
+    boundary_ratio: float | None = None
+    times_per_token: bool = False
+    assumed: tuple[str, ...] = ()
 
     @property
     def is_video(self) -> bool:
@@ -73,27 +82,32 @@ def names() -> list[str]:
 
 
 def _compression(vae: dict[str, Any], family: Family) -> tuple[int, int, int]:
-    time, height, width = family.compression
-    if "temporal_compression_ratio" in vae:
-        return vae["temporal_compression_ratio"], vae["spatial_compression_ratio"], vae["spatial_compression_ratio"]
+    time, space, _ = family.compression
     if "temperal_downsample" in vae:
         steps = vae["temperal_downsample"]
         space = vae.get("scale_factor_spatial") or 2 ** len(steps)
         # An image model has the video VAE, and decodes one frame.
         frames = vae.get("scale_factor_temporal") or 2 ** sum(steps)
         return (frames if time > 1 else 1), space, space
-    if "block_out_channels" in vae:
-        height = width = 2 ** (len(vae["block_out_channels"]) - 1)
-    return time, height, width
+    if time > 1 and vae.get("temporal_compression_ratio"):
+        time = int(vae["temporal_compression_ratio"])
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    if blocks:
+        patch = vae.get("patch_size")
+        space = 2 ** (len(blocks) - 1) * (patch if isinstance(patch, int) else 1)
+    space = vae.get("spatial_compression_ratio") or space
+    return time, space, space
 
 
 def _patch(config: dict[str, Any], family: Family, unet: bool) -> tuple[int, int, int]:
     if unet:
         return 1, 1, 1
-    size = 2 if family.packed else config.get("patch_size", 2)
+    size = 2 if family.packed else config.get("patch_size") or config.get("all_patch_size") or 2
     if isinstance(size, int):
         return config.get("patch_size_t") or 1, size, size
-    time, height, width = size
+    if len(size) == 1:
+        return (*config["all_f_patch_size"], *size, *size)
+    time, height, width = (1, *size)[-3:]
     return time, height, width
 
 
@@ -102,28 +116,62 @@ def _spec(name: str, denoiser: dict[str, Any], vae: dict[str, Any], **known: Any
     import diffusers
 
     kind = denoiser.get("_class_name", "")
-    if kind not in FAMILIES:
-        raise ValueError(f'model: got a "{kind}" in {name}, want one of {", ".join(FAMILIES)}')
-    family = FAMILIES[kind]
-    cls = getattr(diffusers, kind)
+    cls = getattr(diffusers, kind, None)
+    if kind not in FAMILIES and not guessed.is_denoiser(cls):
+        raise ValueError(f'model: got a "{kind}" in {name}, want {", ".join(FAMILIES)} or another of diffusers')
     defaults = {k: v.default for k, v in _parameters(cls).items()}
     config = {k: denoiser.get(k, default) for k, default in defaults.items()}
+    latents = vae.get("latent_channels") or vae.get("z_dim")
+    family = FAMILIES[kind] if kind in FAMILIES else guessed.family(config, vae)
     patch = _patch(config, family, kind == "UNet2DConditionModel")
     channels = config["in_channels"] // (4 if family.packed else 1)
-    return Spec(
+    known["text_encoders"] = tuple(map(_part, known.get("text_encoders", ())))
+    known["others"] = tuple(map(_part, known.get("others", ())))
+    spec = Spec(
         name=name,
         denoiser=kind,
         config=config,
         vae=vae.get("_class_name"),
         vae_config={k: v for k, v in vae.items() if not k.startswith("_")},
-        latent_channels=vae.get("latent_channels") or vae.get("z_dim") or channels,
+        latent_channels=latents or channels,
         compression=_compression(vae, family),
         patch=patch,
-        text_tokens=known.get("text_tokens", family.text_tokens),
-        text_encoders=tuple(TextEncoder(**encoder) for encoder in known.get("text_encoders", ())),
-        keep_in_float32=tuple(cls._keep_in_fp32_modules or ()),
-        hub=known.get("hub"),
+        keep_in_float32=tuple(cls._keep_in_fp32_modules or ()),  # type: ignore[union-attr]  # a class of diffusers
+        family=family,
+        **{"text_tokens": family.text_tokens, "hub": None, **known},
     )
+    return spec if kind in FAMILIES else _guessed(spec)
+
+
+def _guessed(spec: Spec) -> Spec:
+    """Of a class that is not known: with the first of the guesses that its forward takes."""
+    failed: dict[str, list[str]] = {}
+    for layout, make in guessed.LAYOUTS.items():
+        tried = replace(spec, family=replace(spec.family, inputs=make))
+        try:
+            given = small_inputs(tried)
+            guessed.run(build(tried), given)
+        except guessed.FAILURES as error:
+            [why, *_] = str(error).splitlines() or [type(error).__name__]
+            failed.setdefault(why, []).append(layout)
+            continue
+        return replace(tried, assumed=(guessed.words(spec.denoiser, layout, given),))
+    raise ValueError(
+        f"model: got a {spec.denoiser} in {spec.name}, which no guess of its inputs runs, want one of "
+        f"{', '.join(FAMILIES)}; tried with latents as "
+        + "; as ".join(f"{', '.join(layouts)}: {why}" for why, layouts in failed.items())
+    )
+
+
+def small_inputs(spec: Spec) -> dict[str, Any]:
+    """Of a call that takes little time: 8 x 8 tokens of 4 frames or one."""
+    height, width = (8 * n * patch for n, patch in zip(spec.compression[1:], spec.patch[1:], strict=True))
+    frames = (4 * spec.patch[0] - 1) * spec.compression[0] + 1 if spec.is_video else 1
+    return inputs(spec, frames, height, width)
+
+
+def _part(given: Part | dict[str, Any]) -> Part:
+    return given if isinstance(given, Part) else Part(**given)
 
 
 def _parameters(cls: Any) -> dict[str, Any]:
@@ -132,57 +180,51 @@ def _parameters(cls: Any) -> dict[str, Any]:
     return {k: v for k, v in inspect.signature(cls.__init__).parameters.items() if k != "self"}
 
 
-def _from_folder(folder: Path) -> Spec:
-    found = [folder / sub / "config.json" for sub in ("transformer", "unet", ".")]
-    file = next((path for path in found if path.is_file()), None)
-    if file is None:
-        raise ValueError(f"model: got the folder {folder}, want transformer/config.json or unet/config.json in it")
-    vae = folder / "vae" / "config.json"
-    vae_config = json.loads(vae.read_text(encoding="utf-8")) if vae.is_file() else {}
-    return _spec(str(folder), json.loads(file.read_text(encoding="utf-8")), vae_config)
+def _from_folder(name: str, folder: Path) -> Spec:
+    found = folders.read(folder)
+    return _spec(
+        name,
+        found.denoiser,
+        found.vae,
+        text_encoders=found.encoders,
+        others=found.others,
+        missing=found.missing,
+        experts=found.experts,
+        boundary_ratio=found.boundary_ratio,
+        times_per_token=found.times_per_token,
+    )
 
 
 def _from_hub(name: str) -> Spec:
-    import diffusers
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    found: dict[str, dict[str, Any]] = {}
-    reason: BaseException | None = None
-    for sub in ("transformer", "unet", "vae"):
-        try:
-            # Any class reads any model's.
-            found[sub] = diffusers.AutoencoderKL.load_config(name, subfolder=sub)
-        except (OSError, ValueError) as error:
-            # diffusers calls a file missing when the hub could not be asked.
-            unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
-            reason = error.__context__ if unreachable else reason or error
-            if unreachable:
-                break
-    denoiser = found.get("transformer") or found.get("unet")
-    if denoiser is None:
-        known = ", ".join(names())
+    try:
+        folder = snapshot_download(name, allow_patterns=list(_SMALL))
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f'model: got "{name}", want one of {known}, a diffusers folder, or a name on the hub that can be reached '
-            f"({type(reason).__name__}: {reason})"
-        ) from reason
-    return _spec(name, denoiser, found.get("vae", {}))
+            f'model: got "{name}", want one of {", ".join(names())}, a diffusers folder, or a name on the hub that '
+            f"can be reached ({type(error).__name__}: {error})"
+        ) from error
+    return _from_folder(name, Path(folder))
 
 
 def resolve(model: str | Path) -> Spec:
     """The model of this name.
 
     Args:
-        model: a shipped name (see `names`), a local diffusers folder, or the name of a repository on the hub, which is
-            not asked for a shipped model's.
+        model: a shipped name (see `names`), a local diffusers folder, or the name of a repository on the hub, of which
+            configurations are downloaded, and which is not asked for a shipped model's.
 
     Raises:
-        ValueError: nothing of that name, an unreachable hub, or an architecture that is not known.
+        ValueError: nothing of that name, an unreachable hub, or an architecture that is not known and not guessed.
     """
     if str(model) not in names() and Path(model).is_dir():
-        return _from_folder(Path(model))
+        return _from_folder(str(model), Path(model))
     for name in names():
         known = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
-        if str(model) in (name, known["hub"]):
+        # Others of the same architecture and size, as models that edit.
+        if str(model) in (name, known["hub"], *known.pop("also", ())):
             return _spec(str(model), known.pop("denoiser"), known.pop("vae"), **known)
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise ValueError(
@@ -212,6 +254,8 @@ def build(spec: Spec, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     cls = getattr(diffusers, spec.denoiser)
     with torch.device("meta"):
         model: nn.Module = cls(**spec.config)
+    if spec.family.sorts_text or spec.denoiser not in FAMILIES:
+        guessed.count_masked(model)
     return cast(model, dtype, spec.keep_in_float32).train()
 
 
@@ -253,9 +297,26 @@ def latent_grid(spec: Spec, frames: int, height: int, width: int) -> tuple[int, 
     return grid[0], grid[1], grid[2]
 
 
-def tokens(spec: Spec, frames: int, height: int, width: int) -> int:
-    """Image or video tokens of one sample."""
-    return prod(latent_grid(spec, frames, height, width)) // prod(spec.patch)
+def _reference_grid(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
+    """Latent height and width of a picture to edit."""
+    if not any(reference):
+        return 0, 0
+    if not spec.family.reference:
+        raise ValueError(
+            f"reference_height: got {reference[0]} for {spec.name}, want 0: a {spec.denoiser} is not given pictures "
+            "as tokens"
+        )
+    sizes = zip(("height", "width"), reference, spec.compression[1:], spec.patch[1:], strict=True)
+    for name, size, step, patch in sizes:
+        if size < 1 or size % (step * patch):
+            raise ValueError(f"reference_{name}: got {size}, want a multiple of {step * patch} for {spec.name}")
+    return reference[0] // spec.compression[1], reference[1] // spec.compression[2]
+
+
+def tokens(spec: Spec, frames: int, height: int, width: int, reference: tuple[int, int] = (0, 0)) -> int:
+    """Image or video tokens of one sample, with those of a picture to edit."""
+    own = prod(latent_grid(spec, frames, height, width)) // prod(spec.patch)
+    return own + prod(_reference_grid(spec, reference)) // prod(spec.patch)
 
 
 def inputs(
@@ -267,6 +328,7 @@ def inputs(
     text_tokens: int | None = None,
     device: str | torch.device = "meta",
     dtype: torch.dtype = torch.bfloat16,
+    reference: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """Keyword arguments of one denoiser call; numbers in them are not set.
 
@@ -277,6 +339,7 @@ def inputs(
         text_tokens: of one prompt; None: as the model's pipeline pads it.
         device: of the tensors.
         dtype: of latents and embeddings; times are float32.
+        reference: height and width of a picture to edit, in pixels; 0, 0 for none.
 
     Raises:
         ValueError: sizes that the model cannot have.
@@ -286,4 +349,5 @@ def inputs(
             raise ValueError(f"{name}: got {value}, want at least 1")
     grid = latent_grid(spec, frames, height, width)
     text = spec.text_tokens if text_tokens is None else text_tokens
-    return FAMILIES[spec.denoiser].inputs(Call(spec, batch, grid, text, device, dtype)) | {"return_dict": False}
+    call = Call(spec, batch, grid, text, device, dtype, _reference_grid(spec, reference))
+    return spec.family.inputs(call) | {"return_dict": False}

@@ -130,6 +130,14 @@ FLOAT32 = {
 }
 
 
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """On CUDA one operator that keeps a mask of a byte a number; the CPU multiplies by a mask of `x`'s dtype."""
+    if not training or not p:
+        return x
+    out: Tensor = torch.ops.aten.native_dropout(x, p, True)[0]
+    return x.copy_(out) if inplace else out
+
+
 class CudaOperators(TorchFunctionMode):
     """Inside, attention, what autocast computes in float32 and (with `fused_norm`) RMSNorm are as on CUDA."""
 
@@ -146,6 +154,8 @@ class CudaOperators(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, (args, kwargs))
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return attend(self.attention, *args, **kwargs)
         if func is F.rms_norm and self.fused_norm:
