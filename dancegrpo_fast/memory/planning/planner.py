@@ -74,7 +74,7 @@ def on_cards(settings: Settings, names: Iterable[str] = MEANT, *, quick: bool = 
         ValueError: settings that the model cannot have, or a card that is not known.
     """
     with collected():
-        return {name: _asked(with_swap(settings.on(name), quick=quick)[0], quick=quick)[2] for name in names}
+        return {name: _asked(with_swap(settings.on(name))[0], quick=quick)[2] for name in names}
 
 
 def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, policies.Picked, Plan]:
