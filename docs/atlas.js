@@ -12,7 +12,7 @@
   const count = (row) => (row.count > 1 ? `${row.count} cards, FSDP` : "1 card");
   const filters = {
     model: { label: "Model", of: (row) => row.model },
-    size: { label: "Frames x height x width", of: size },
+    size: { label: "Size", of: size },
     trained: { label: "Trained", of: (row) => row.trained },
     count: { label: "How many cards", of: count },
   };
@@ -49,7 +49,7 @@
   const body = make("tbody");
   const told = make("div", { role: "status" });
   const made = new Set(rows.map(({ environment: at }) => `dancegrpo_fast ${at.dancegrpo_fast}, revision ${at.git}, ${at.date.slice(0, 10)}`));
-  root.append(make("p", {}, `Predicted by ${[...made].join("; ")}.`), form, tally, make("div", { class: "scroll" }, make("table", {}, head, body)), told);
+  root.append(make("p", {}, `Predicted by ${[...made].join("; ")}.`), form, tally, make("div", { class: "scroll" }, make("table", { class: "cards" }, head, body)), told);
 
   // Words.
 
@@ -60,7 +60,7 @@
   }
   const gib = (number) => `${number.toFixed(1)} GiB`;
   function brief(answer) {
-    if (answer[STATE] === "no") return `-${gib(-answer[SPARE])}`;
+    if (answer[STATE] === "no") return `-${(-answer[SPARE]).toFixed(answer[SPARE] < -9.95 ? 0 : 1)} GiB`;
     return duration(answer[SECONDS]) + (answer[STATE] === "yes" ? "" : " ?");
   }
   function sentence(answer) {
@@ -108,7 +108,8 @@
   }
 
   function line(row, columns, wanted) {
-    const title = make("th", { scope: "row" }, row.model, " ", make("span", {}, `${size(row)}, ${row.trained}, ${count(row)}`));
+    const parts = [size(row), row.trained, count(row)].map((text, i) => make("span", {}, i < 2 ? `${text}, ` : text));
+    const title = make("th", { scope: "row" }, `${row.model} `, ...parts);
     if (!row.answers) return make("tr", {}, title, make("td", { colspan: columns.length }, row.refused));
     const cells = columns.map((card) => {
       const answer = row.answers[card.name];

@@ -132,7 +132,8 @@ def answers(asked: Settings, away: Sequence[Away], names: Iterable[str] = MEANT)
 def row(entry: Entry, where: Row) -> Row:
     """Plans one setting; `refused` says why there is no plan."""
     asked, away = entry.settings, entry.trained.away
-    begin = time.process_time()
+    # Before the code on the disk may become another than what runs.
+    made_of, begin = entry.made_of, time.process_time()
     frames, height, width = entry.place.size
     made: Row = {
         "model": entry.place.model,
@@ -150,7 +151,7 @@ def row(entry: Entry, where: Row) -> Row:
     except ValueError as error:
         made["refused"] = str(error)
     cpu = round(time.process_time() - begin, 1)
-    return made | {"made_of": entry.made_of, "cpu_seconds": cpu, "environment": where}
+    return made | {"made_of": made_of, "cpu_seconds": cpu, "environment": where}
 
 
 def _short(answer: Answer) -> list[Any]:

@@ -23,14 +23,15 @@ from .verdict import Verdict, verdicts
 __all__ = ["Plan", "on_cards", "plan", "with_swap"]
 
 
-def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
-    """The settings with a number of blocks to swap, which "auto" finds, and why; `quick`: under named policies only."""
+def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why."""
     if settings.blocks_to_swap != "auto":
         return settings, ()
 
     def attempt(changed: Settings) -> Plan:
         iteration = Iteration(changed)
-        return _plan(iteration, iteration.pick(NAMED if quick else None))
+        # A mixture takes seconds to solve; one policy for all blocks is enough to compare.
+        return _plan(iteration, iteration.pick(NAMED))
 
     case = case_of(settings, 1, "flash", train=True)
     blocks = weights_of(case).blocks
@@ -61,38 +62,39 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def on_cards(settings: Settings, names: Iterable[str] = MEANT) -> dict[str, Plan]:
+def on_cards(settings: Settings, names: Iterable[str] = MEANT, *, quick: bool = False) -> dict[str, Plan]:
     """Predicts one run on each of several cards, at the rates of each; what is traced is traced once.
 
     Args:
         settings: what is run; capacity, rates and device are the cards'.
         names: of the cards.
+        quick: under named policies only, which are traced already.
 
     Raises:
         ValueError: settings that the model cannot have, or a card that is not known.
     """
     with collected():
-        return {name: _asked(with_swap(settings.on(name))[0])[2] for name in names}
+        return {name: _asked(with_swap(settings.on(name))[0], quick=quick)[2] for name in names}
 
 
-def _asked(settings: Settings) -> tuple[Iteration, policies.Picked, Plan]:
+def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, policies.Picked, Plan]:
     """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
     iteration = Iteration(settings)
-    picked = iteration.pick()
+    picked = iteration.pick(NAMED if quick else None)
     found = _plan(iteration, picked)
     if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
         return iteration, picked, found
     kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
     iteration = Iteration(settings.changed(gradient_sync="call"))
     iteration.reasons.append(kept)
-    picked = iteration.pick()
+    picked = iteration.pick(NAMED if quick else None)
     return iteration, picked, _plan(iteration, picked)
 
 
 def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
     def on(gib: float) -> Plan:
         if asked.blocks_to_swap == "auto":
-            other = Iteration(with_swap(asked.changed(gpu_gib=gib), quick=True)[0])
+            other = Iteration(with_swap(asked.changed(gpu_gib=gib))[0])
         else:
             other = iteration.at(gib)
         # The named policies are enough to say whether it fits, and are traced already.
