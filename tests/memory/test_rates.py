@@ -121,7 +121,7 @@ def test_the_command_prints_and_keeps(
     assert "got 0, want a finite number above 0" in capsys.readouterr().err
 
 
-def test_plans_of_this_device_count_with_them_and_no_others(flux: Path, tmp_path: Path) -> None:
+def test_plans_of_this_device_count_with_them_and_no_others(diffusion: Path, tmp_path: Path) -> None:
     name = kept_of_the_cpu()
     found = parse(["sd14", "--device", "cpu"]).settings
     assert (found.rates, found.measured) == (measured.planned(REACHED), name)
@@ -130,7 +130,7 @@ def test_plans_of_this_device_count_with_them_and_no_others(flux: Path, tmp_path
     assert parse(["sd14", "--card", "4090"]).settings.rates == CARDS["4090"].rates
     faster = parse(["sd14", "--device", "cpu", "--rates.tflops", "50"]).settings
     assert faster.rates.tflops == 50.0 and faster.rates.launch_us == 7.0 and faster.measured == ""
-    recipe = make_recipe(flux, tmp_path / "run", mixed_precision="bf16")
+    recipe = make_recipe(diffusion, tmp_path / "run", mixed_precision="bf16")
     assert settings_of(recipe, device="cpu").measured == name
     assert settings_of(recipe, device="cpu", processes=2).measured == ""
     assert settings_of(recipe).measured == ""
