@@ -18,8 +18,7 @@ from dancegrpo_fast.memory.pictures import figures, which_card, words
 from dancegrpo_fast.memory.pictures import timeline as _timeline
 from dancegrpo_fast.memory.pictures.comparisons import Point
 from dancegrpo_fast.memory.planning.cards import CARDS, MEANT
-from dancegrpo_fast.memory.planning.on_cards import on_cards
-from dancegrpo_fast.memory.planning.planner import Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, on_cards, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
 
@@ -170,7 +169,7 @@ def test_policies_are_told_in_a_word() -> None:
 
 
 def test_each_card_is_planned_at_its_own_speed(small: Plan) -> None:
-    found = on_cards(small.settings, ("3060", "h100"), quick=True)
+    found = on_cards(small.settings, ("3060", "h100"))
     for name, there in found.items():
         alone = plan(small.settings.on(name), advise=False)
         assert (there.peak_bytes, there.seconds, there.policy) == (alone.peak_bytes, alone.seconds, alone.policy)

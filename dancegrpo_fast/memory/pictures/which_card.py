@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from ...drawing import figure, title
 from ..planning.cards import CARDS, MEANT
 from ..planning.iteration import BOUND
-from ..planning.on_cards import on_cards
-from ..planning.planner import Plan
+from ..planning.planner import Plan, on_cards
 from ..planning.settings import GIB, Settings
 from ..planning.verdict import GUESSES, NO, YES, state
 from .timeline import seconds
@@ -34,7 +33,13 @@ def columns(settings: Settings) -> list[Column]:
     """LoRA, LoRA on nf4, and all weights on one and on several GPUs; what the model cannot have is left out."""
     rank = settings.lora or RANK
     strategy = "full_shard" if settings.strategy == "none" else settings.strategy
-    alone: dict[str, Any] = {"checkpointing": "auto", "quantization": "none", "fsdp": 1, "rollout_replica": False}
+    alone: dict[str, Any] = {
+        "checkpointing": "auto",
+        "quantization": "none",
+        "fsdp": 1,
+        "sequence_parallel": 1,
+        "rollout_replica": False,
+    }
     lora = alone | {
         "lora": rank,
         "target_modules": settings.target_modules or Settings.target_modules,
@@ -45,12 +50,12 @@ def columns(settings: Settings) -> list[Column]:
         f"LoRA {rank}": lora,
         f"LoRA {rank}, nf4": lora | {"quantization": "nf4", "dtype": "bfloat16", "mixed_precision": "no"},
         "all weights": full,
-        f"all weights, {SHARED} GPUs": full | {"fsdp": SHARED, "strategy": strategy, "gradient_sync": "call"},
+        f"all weights, {SHARED} GPUs": full | {"fsdp": SHARED, "strategy": strategy},
     }
     found = []
     for label, changes in wanted.items():
         try:
-            found.append(Column(label, on_cards(settings.changed(**changes), MEANT, quick=True)))
+            found.append(Column(label, on_cards(settings.changed(**changes), quick=True)))
         except ValueError:
             # Such as 8-bit states on the host.
             continue

@@ -1,6 +1,6 @@
 """Plans a GRPO iteration before there is a GPU, and says what one change would give."""
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from .advice import advice, dominated
 from .blocks import compose
 from .budget import Advice, Phase, Plan
 from .calls import numbers
+from .cards import MEANT
 from .cases import case_of, kinds_of, resolved
 from .iteration import Iteration
 from .margins import margins, untraced
@@ -19,7 +20,7 @@ from .sharding import weights_of
 from .swapping import choose
 from .verdict import Verdict, verdicts
 
-__all__ = ["Plan", "plan", "with_swap"]
+__all__ = ["Plan", "on_cards", "plan", "with_swap"]
 
 
 def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
@@ -60,20 +61,32 @@ def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = Fals
         return replace(found, advice=advised, reasons=(*found.reasons, *dominated(found, advised)))
 
 
-def _asked(settings: Settings, among: Collection[str] | None = None) -> tuple[Iteration, policies.Picked, Plan]:
-    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise.
+def on_cards(settings: Settings, names: Iterable[str] = MEANT, *, quick: bool = False) -> dict[str, Plan]:
+    """Predicts one run on each of several cards, at the rates of each; what is traced is traced once.
 
-    `among`: names of the policies that `checkpointing auto` may choose for a block; None: all.
+    Args:
+        settings: what is run; capacity, rates and device are the cards'.
+        names: of the cards.
+        quick: under named policies only, which are traced already.
+
+    Raises:
+        ValueError: settings that the model cannot have, or a card that is not known.
     """
+    with collected():
+        return {name: _asked(with_swap(settings.on(name), quick=quick)[0], quick=quick)[2] for name in names}
+
+
+def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, policies.Picked, Plan]:
+    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
     iteration = Iteration(settings)
-    picked = iteration.pick(among)
+    picked = iteration.pick(NAMED if quick else None)
     found = _plan(iteration, picked)
     if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
         return iteration, picked, found
     kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
     iteration = Iteration(settings.changed(gradient_sync="call"))
     iteration.reasons.append(kept)
-    picked = iteration.pick(among)
+    picked = iteration.pick(NAMED if quick else None)
     return iteration, picked, _plan(iteration, picked)
 
 
