@@ -5,14 +5,14 @@ from typing import Any
 
 from dancegrpo_fast.memory.planning.cards import card
 from dancegrpo_fast.memory.planning.iteration import Iteration
-from dancegrpo_fast.memory.planning.planner import Plan, plan
+from dancegrpo_fast.memory.planning.planner import Plan, on_cards
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 from dancegrpo_fast.memory.planning.verdict import shortened
 
 from ..rows import Row, grid, made_with
 
 CARDS = ("4070", "4070-ti-super", "4090")
-WEIGHTS = {"none": "bfloat16", "fp8": "fp8", "nf4": "nf4"}
+WEIGHTS = {"none": "bfloat16", "nf4": "nf4"}
 # Nothing that is not running is on the device, and texts were encoded elsewhere.
 _GIVEN: dict[str, Any] = {"lora": 32, "offload": ("denoiser", "vae"), "text_encoders": "precomputed"}
 _GIVEN |= {"vae_tiling": "on"}
@@ -25,18 +25,18 @@ MODELS: dict[str, dict[str, Any]] = {
 def rows(where: Row, only: str = "") -> Iterator[Row]:
     """Of every model whose name contains `only`, on every card, with weights as they are and quantised."""
     for name, model in MODELS.items():
-        for wanted in CARDS if only in name else ():
-            for quantization in WEIGHTS:
-                settings = Settings(**model, **_GIVEN, quantization=quantization).on(wanted)
-                without, found = (plan(settings, advise=False, blocks_to_swap=count) for count in (0, "auto"))
+        for quantization in WEIGHTS if only in name else ():
+            settings = Settings(**model, **_GIVEN, quantization=quantization)
+            without, swapped = (on_cards(settings.changed(blocks_to_swap=n), CARDS) for n in (0, "auto"))
+            for wanted in CARDS:
                 yield {
                     "op": "swap",
                     "name": name,
                     "card": card(wanted).label,
-                    "gib": settings.gpu_gib,
+                    "gib": card(wanted).gib,
                     "quantization": quantization,
-                    "without": _answer(without),
-                    "swapped": _answer(found),
+                    "without": _answer(without[wanted]),
+                    "swapped": _answer(swapped[wanted]),
                     "environment": where,
                 }
 
@@ -50,7 +50,6 @@ def _answer(found: Plan) -> Row:
         "total_bytes": found.total_bytes,
         "fits": found.fits(found.settings.gpu_gib),
         "seconds": found.seconds,
-        "reasons": [reason for reason in found.reasons if reason.startswith("blocks_to_swap")],
     }
 
 

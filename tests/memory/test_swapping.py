@@ -70,8 +70,9 @@ def beside(phase: Phase) -> int:
 RUNS = [(5, "full"), (5, "none"), (2, "full"), (2, "none")]
 
 
-@pytest.mark.parametrize(("count", "policy"), release_but(RUNS[:1], RUNS))
-def test_bytes_are_those_of_a_real_run(tmp_path: Path, count: int, policy: str) -> None:
+@pytest.mark.parametrize("case", release_but(RUNS[:1], RUNS), ids=str)
+def test_bytes_are_those_of_a_real_run(tmp_path: Path, case: tuple[int, str]) -> None:
+    count, policy = case
     planner = pieces(tmp_path, checkpointing=policy, blocks_to_swap=count)
     replay = max(map(beside, planner.training(compose(planner.replay, policy))))
     for train, planned in ((True, replay), (False, beside(planner.rollout()))):

@@ -23,14 +23,15 @@ from .verdict import Verdict, verdicts
 __all__ = ["Plan", "on_cards", "plan", "with_swap"]
 
 
-def with_swap(settings: Settings, *, quick: bool = False) -> tuple[Settings, tuple[str, ...]]:
-    """The settings with a number of blocks to swap, which "auto" finds, and why; `quick`: under named policies only."""
+def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with a number of blocks to swap, which "auto" finds, and why."""
     if settings.blocks_to_swap != "auto":
         return settings, ()
 
     def attempt(changed: Settings) -> Plan:
         iteration = Iteration(changed)
-        return _plan(iteration, iteration.pick(NAMED if quick else None))
+        # A mixture takes seconds to solve; one policy for all blocks is enough to compare.
+        return _plan(iteration, iteration.pick(NAMED))
 
     case = case_of(settings, 1, "flash", train=True)
     blocks = weights_of(case).blocks
@@ -73,7 +74,7 @@ def on_cards(settings: Settings, names: Iterable[str] = MEANT, *, quick: bool = 
         ValueError: settings that the model cannot have, or a card that is not known.
     """
     with collected():
-        return {name: _asked(with_swap(settings.on(name), quick=quick)[0], quick=quick)[2] for name in names}
+        return {name: _asked(with_swap(settings.on(name))[0], quick=quick)[2] for name in names}
 
 
 def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, policies.Picked, Plan]:
@@ -93,7 +94,7 @@ def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, polic
 def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
     def on(gib: float) -> Plan:
         if asked.blocks_to_swap == "auto":
-            other = Iteration(with_swap(asked.changed(gpu_gib=gib), quick=True)[0])
+            other = Iteration(with_swap(asked.changed(gpu_gib=gib))[0])
         else:
             other = iteration.at(gib)
         # The named policies are enough to say whether it fits, and are traced already.

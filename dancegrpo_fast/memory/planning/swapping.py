@@ -86,7 +86,7 @@ def choose(settings: Settings, blocks: int, host: bool, attempt: Callable[[Setti
         settings: with "auto".
         blocks: of the model.
         host: block inputs may wait on the host.
-        attempt: plans the settings with a number.
+        attempt: plans the settings with a number, and under "auto" one policy for all blocks.
     """
     most = blocks - BUFFERS
     smallest: dict[str, Any] = {}
@@ -125,4 +125,5 @@ def choose(settings: Settings, blocks: int, host: bool, attempt: Callable[[Setti
         step = most - low if low + 2 * step + 1 > most > low + step else 2 * step + 1
     best = min((n for n in seconds if seconds[n] * (1 - WORTH) <= min(seconds.values())), default=low)
     told = "; an iteration takes " + ", ".join(f"{found:.0f} s with {n}" for n, found in seconds.items())
+    told += " under one policy for all blocks" if settings.checkpointing == "auto" else ""
     return best, f"{low} are the fewest that fit {settings.gpu_gib:.4g} GiB{told if seconds else ''}"
