@@ -2,8 +2,8 @@
 
 A size of a model is one piece of work, in a process of its own: each of its settings is traced once and solved for all
 cards. The file is written after each, so that a run that ends early is taken up again. A setting is planned again if
-what it is made of changed: the planner's code (comments aside) and its models' configurations, torch, diffusers and
-peft, the setting itself, what may leave the card, or the cards and their rates.
+what it is made of changed: the planner's code and this file (comments aside), its models' configurations, torch,
+diffusers and peft, the setting itself, what may leave the card, or the cards and their rates.
 """
 
 import ast
@@ -72,10 +72,11 @@ class Entry(NamedTuple):
 
 @cache
 def planner() -> str:
-    """A fingerprint of the code that plans, without its comments, and of what it stands on."""
+    """A fingerprint of the code that plans and of this file, without comments, and of what they stand on."""
     found = hashlib.sha256()
     package = ROOT / "dancegrpo_fast"
     files = [path for name in _CODE for path in [package / name, *sorted((package / name).rglob("*"))]]
+    files.append(Path(__file__))
     for path in files:
         if path.suffix == ".py":
             found.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
@@ -159,7 +160,8 @@ def _short(answer: Answer) -> list[Any]:
     verdict = answer.verdict
     # Downwards, so that what is missing stays below 0.
     spare = math.floor(100 * verdict.spare_bytes / GIB) / 100
-    policy = shortened(verdict.policy)
+    swapped = answer.plan.settings.blocks_to_swap
+    policy = shortened(verdict.policy) + (f"; blocks_to_swap {swapped}" if swapped else "")
     return [verdict.state, spare, round(verdict.seconds, 1), policy, answer.away, answer.plan.peak.name]
 
 

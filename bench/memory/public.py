@@ -29,7 +29,7 @@ PARTS = {
     "C": "Training, and other runs with quantised weights",
     "E": "Seconds",
 }
-# How memory was read, and the margins that this leaves out. "allocator": torch's, by what two cards differ in.
+# How memory was read, and the margins that this leaves out. "allocator": torch's, as other rows of the source show.
 OUTSIDE = ("CUDA context", "NCCL")
 KINDS = {
     "allocated": (*OUTSIDE, "fragmentation"),
@@ -282,8 +282,8 @@ def markdown(found: list[Row]) -> str:
         "Made by `python -m bench.memory --only public` from `bench/memory/public_rows.jsonl`. What is `measured` was",
         "measured and published by others, on their GPUs; nothing here was run on a GPU. GiB = 2^30. allocated and",
         "reserved: as torch's allocator counts them; allocator: one of these, as the numbers of two cards differ by",
-        "what cuBLAS takes from it; nvidia-smi: with the CUDA context. A plan is of the phases that a run went",
-        "through, less what it did not have. Parts A and B are exact plans; C has those of the planner's margins that",
+        "what cuBLAS takes from it, or as the page's other rows are; nvidia-smi: with the CUDA context. A plan is of the",
+        "phases that a run went through, less what it did not have. Parts A and B are exact plans; C has those of the planner's margins that",
         "this way of reading memory has in it; E is counted work over assumed rates. `with the cause`: with what the",
         "run had that no setting of the planner says, computed by the rules below.",
         made_with(found[0]),

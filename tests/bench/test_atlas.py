@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def test_answers_are_those_of_plans() -> None:
         planned = plan(asked.changed(**away[answer.away].changes).on(name), advise=False)
         verdict = next(each for each in planned.cards if each.gib == CARDS[name].gib)
         assert (answer.verdict, answer.plan.peak.name) == (verdict, planned.peak.name)
+    [state, spare, *_, policy, i, peak] = atlas._short(found["4090"])
+    assert (state, i, peak) == (GUESSES, 1, found["4090"].plan.peak.name) and spare < 0 and "swap" not in policy
+    planned = found["5090"].plan
+    swapped = replace(planned, settings=planned.settings.changed(blocks_to_swap=3))
+    assert atlas._short(found["5090"]._replace(plan=swapped))[3] == "none; blocks_to_swap 3"
     # At the rates of each.
     assert found["h100"].verdict.seconds < found["5090"].verdict.seconds
 

@@ -169,7 +169,7 @@ def test_policies_are_told_in_a_word() -> None:
 
 
 def test_each_card_is_planned_at_its_own_speed(small: Plan) -> None:
-    found = on_cards(small.settings, ("3060", "h100"), quick=True)
+    found = on_cards(small.settings, ("3060", "h100"))
     for name, there in found.items():
         alone = plan(small.settings.on(name), advise=False)
         assert (there.peak_bytes, there.seconds, there.policy) == (alone.peak_bytes, alone.seconds, alone.policy)

@@ -10,7 +10,9 @@ pytest.importorskip("peft")
 
 from bench.memory import public
 from bench.memory.extras import EXTRAS
-from bench.memory.public import LOW, Published, markdown, result, rows, unexplained, within
+from bench.memory.public import LOW, Published, markdown, result, rows, summary, unexplained, within
+from bench.repository import RESULTS
+from bench.rows import read
 
 from ..release import release_but
 
@@ -81,3 +83,11 @@ def test_settings_that_the_planner_lacks_are_said() -> None:
     row = Published("C", "x", 1.0, "reserved", "", {"model": "flux-dev", "no_such": 1}, ("training",))
     assert row.missing() == "the planner has no setting no_such"
     assert "does not know other" in Published("C", "x", 1.0, "reserved", "", {"model": "other"}).missing()
+
+
+def test_the_page_has_the_summary_of_the_results() -> None:
+    found = read(RESULTS / "memory-public.jsonl")
+    assert [(row["part"], row["what"]) for row in found] == [(row.part, row.what) for row in rows()]
+    page = (RESULTS.parents[1] / "docs" / "how-far-off.md").read_text()
+    assert "\n".join(summary(found)) in page
+    assert not unexplained(found)
