@@ -70,6 +70,7 @@ class Published:
         run: phases; the largest of them is compared, or the sum of their seconds.
         without: what the plan has and the run had not; see `TAKEN`.
         besides: names in `EXTRAS`.
+        taken: as which kind it is compared, where the source does not say.
         cause: why the two differ, where they do.
         not_planned: why there is no plan; "" where there is one.
     """
@@ -83,6 +84,7 @@ class Published:
     run: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
+    taken: str = ""
     cause: str = ""
     not_planned: str = ""
 
@@ -184,9 +186,13 @@ def answer(row: Published) -> Answer:
     if row.part == "E":
         return Answer(sum(phase.seconds for phase in found), 0.0, 0.0)
     extra = sum(EXTRAS[name].bytes(it) for name in row.besides)
+    kind = row.taken or row.kind
     exact = max(phase.bytes - sum(TAKEN[name](it, phase) for name in row.without) for phase in found)
+    if row.part == "B" and kind == "reserved" and it.decode is not None:
+        # What the allocator holds of a decode follows from the sizes and lives of its tensors.
+        exact += it.decode.reserved - sum(it.decode.peak.values())
     beside = margins(it.settings, exact) if row.part == "C" else {}
-    size = sum(size for name, size in beside.items() if name not in KINDS[row.kind])
+    size = sum(size for name, size in beside.items() if name not in KINDS[kind])
     return Answer(exact / GIB, size / GIB, extra / GIB)
 
 
@@ -265,6 +271,7 @@ def _table(part: str, found: list[Row]) -> list[str]:
     for row in found:
         source = f"[source]({row['source']})"
         shown = f"{row['measured']:g}" + (f" {row['kind']}" if row["kind"] else "")
+        shown += f", taken as {row['taken']}" if row["taken"] else ""
         if row["missing"]:
             cells.append([row["what"], shown, "", "", "", f"not planned: {row['missing']}", source])
             continue
@@ -284,7 +291,8 @@ def markdown(found: list[Row]) -> str:
         "reserved: as torch's allocator counts them; allocator: one of these, as the numbers of two cards differ by",
         "what cuBLAS takes from it, or as the page's other rows are; nvidia-smi: with the CUDA context.",
         "",
-        "A plan is of the phases that a run went through, less what it did not have. Parts A and B are exact plans; C",
+        "A plan is of the phases that a run went through, less what it did not have. Parts A and B are exact plans",
+        "(reserved bytes of a decode follow from the sizes and lives of its tensors); C",
         "has those of the planner's margins that this way of reading memory has in it; E is counted work over assumed",
         "rates. `with the cause`: with what the run had that no setting of the planner says, by the rules below.",
         made_with(found[0]),

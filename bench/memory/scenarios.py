@@ -13,7 +13,7 @@ class Scenario(NamedTuple):
 _HUNYUAN = "hunyuan-video --frames 53 --height 480 --width 640"
 _FLUX = "flux-dev --height 720 --width 720"
 # Nothing that is not running is on the device.
-_SMALL = "--quantization nf4 --offload block_inputs,denoiser,vae --vae_tiling on"
+_SMALL = "--quantization nf4 --offload block_inputs,denoiser,vae"
 SCENARIOS = (
     Scenario("HunyuanVideo LoRA, 80 GB", f"{_HUNYUAN} --lora 32 --gpu 80"),
     Scenario("HunyuanVideo full fine-tuning, 8 x 80 GB", f"{_HUNYUAN} --fsdp 8 --gpu 80"),
@@ -23,8 +23,7 @@ SCENARIOS = (
     Scenario("FLUX LoRA, 16 GB", f"{_FLUX} --lora 32 {_SMALL} --gpu 16"),
     Scenario(
         "SkyReels-I2V full fine-tuning, 8 x 80 GB",
-        "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --guidance_scale 5 --vae_tiling on --fsdp 8"
-        " --gpu 80",
+        "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --guidance_scale 5 --fsdp 8 --gpu 80",
     ),
     Scenario(
         "Stable Diffusion 1.4 full fine-tuning, 80 GB",

@@ -10,7 +10,7 @@ from dancegrpo_fast.memory.planning.settings import Settings
 Size = tuple[int, int, int]  # frames, height, width
 
 # Usual sizes: what public GRPO scripts train at (DanceGRPO scripts/finetune, Flow-GRPO config, Flow-Factory
-# examples/grpo) and what each model's pipeline in diffusers draws by default.
+# examples/grpo), what each model's pipeline in diffusers draws by default, and otherwise a choice of ours.
 _IMAGE: tuple[Size, ...] = ((1, 512, 512), (1, 1024, 1024))
 _VIDEO: tuple[Size, ...] = ((17, 480, 832), (49, 480, 832), (81, 480, 832))
 _WAN: tuple[Size, ...] = ((33, 256, 416), (81, 480, 832))

@@ -160,6 +160,8 @@ def main(arguments: Sequence[str]) -> int:
 
         found = plan(asked.settings, thorough=asked.thorough)
         print(found.table())
+        if not asked.thorough and found.fits(asked.settings.gpu_gib):
+            print("--thorough true tries more changes: quantised weights, block ops, more GPUs, other policies")
         if asked.uncounted:
             print(f"\nnot in it: models of the rewards {', '.join(asked.uncounted)}, if they have any")
         if asked.json is not None:

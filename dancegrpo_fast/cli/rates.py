@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     with working(f"measuring {name}"):
         link = assumed.link_gb_s if assumed else None
         reached = measure(torch.device(device), seconds=asked.seconds, link_gb_s=link)
-    counted = planned(reached)
+    counted = planned(reached, name)
     rows = [["", "measured", "in plans", f"{CARDS[card].label}, assumed" if card else "assumed"]]
     for rate, what in ROWS.items():
         shown = "-" if rate == "link_gb_s" else f"{getattr(reached, rate):.4g}"

@@ -124,7 +124,7 @@ def test_the_command_prints_and_keeps(
 def test_plans_of_this_device_count_with_them_and_no_others(diffusion: Path, tmp_path: Path) -> None:
     name = kept_of_the_cpu()
     found = parse(["sd14", "--device", "cpu"]).settings
-    assert (found.rates, found.measured) == (measured.planned(REACHED), name)
+    assert (found.rates, found.measured) == (measured.planned(REACHED, name), name)
     for other in ([], ["--card", "4090"], ["--gpu", "80"], ["--gpu", "77"], ["--device", "cuda:sm80"]):
         assert parse(["sd14", *other]).settings.measured == ""
     assert parse(["sd14", "--card", "4090"]).settings.rates == CARDS["4090"].rates
@@ -146,7 +146,7 @@ def test_a_gpu_at_hand_is_planned_with_its_memory(monkeypatch: pytest.MonkeyPatc
     measured.keep("NVIDIA H200", REACHED, "2.13", "2026-01-01")
     found = parse(["sd14"]).settings
     assert (found.measured, found.device, found.gpu_gib) == ("NVIDIA H200", "cuda:sm90", 139.69)
-    assert found.rates == measured.planned(REACHED)
+    assert found.rates == measured.planned(REACHED, "NVIDIA H200")
     assert (
         parse(["sd14", "--gpu", "100"]).settings.measured == parse(["sd14", "--card", "h200"]).settings.measured == ""
     )

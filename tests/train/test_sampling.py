@@ -183,7 +183,7 @@ def test_a_set_of_rewards_comes_alone() -> None:
 
 def test_a_micro_batch_fits_the_samples(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_recipe(flux, tmp_path / "run"))
-    trainer.processes.count = 4
+    trainer.processes.groups = 4
     with pytest.raises(ValueError, match=r"micro_batch: got 4, want at most the 3 samples of each of 4 processes"):
         replace(trainer.collect)
 

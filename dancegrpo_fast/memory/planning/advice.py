@@ -52,16 +52,10 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
     if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
         yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
-    if s.lora and s.quantization == "none":
-        yield Knob("frozen weights in nf4", {"quantization": "nf4"})
-        yield Knob("frozen weights in int8", {"quantization": "int8"})
-        yield Knob("frozen weights in fp8", {"quantization": "fp8"})
     most = count - BUFFERS
     if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:
         for some in sorted({-(-most // 2), most}):
             yield Knob(f"blocks_to_swap {some}: frozen weights wait on the host", {"blocks_to_swap": some})
-    if s.quantization == "none" and (thorough or not plan.fits(s.gpu_gib)):
-        yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
     if s.is_sharded and s.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})
     if s.is_sharded:
@@ -69,15 +63,26 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
             "no replica" if s.rollout_replica else "a bf16 replica for rollouts",
             {"rollout_replica": not s.rollout_replica},
         )
-    if s.block_ops == "off" and kinds_of(resolved(s.model)):
-        # Of frozen layers the GELU's input is not kept anyway.
-        again = "all" if s.lora else "gelu"
-        yield Knob(f"block ops, lossless, recompute {again}", {"block_ops": "lossless", "recompute": again})
+    if thorough or not plan.fits(s.gpu_gib):
+        yield from _traced_anew(s)
     if thorough:
         if s.micro_batch > 1:
             yield Knob("micro_batch halved", {"micro_batch": s.micro_batch // 2})
         if not s.lora:
             yield Knob("LoRA of rank 32 instead of all weights", {"lora": 32, "rollout_replica": False})
+
+
+def _traced_anew(s: Settings) -> Iterator[Knob]:
+    """What needs other traces, and so as long as the plan itself."""
+    if s.lora and s.quantization == "none":
+        for name in ("nf4", "int8", "fp8"):
+            yield Knob(f"frozen weights in {name}", {"quantization": name})
+    if s.quantization == "none":
+        yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
+    if s.block_ops == "off" and kinds_of(resolved(s.model)):
+        # Of frozen layers the GELU's input is not kept anyway.
+        again = "all" if s.lora else "gelu"
+        yield Knob(f"block ops, lossless, recompute {again}", {"block_ops": "lossless", "recompute": again})
 
 
 def _policies(plan: Plan, host: bool, thorough: bool) -> Iterator[Knob]:

@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass
 
-# Of what single operators were measured to reach, what eager models do: fitted on FLUX.1-dev, 1024, 50 steps in 12 s on
-# an H100, and judged on the other rows of docs/how-far-off.md.
-EAGER = 0.73
+# Of what single operators were measured to reach, what eager models do. Cards with HBM are too quick for many of them:
+# fitted on FLUX.1-dev, 1024, 50 steps in 12 s on an H100. Those with GDDR memory are not: on its forward, 0.5 s on
+# an L40. Both are judged on the other rows of docs/how-far-off.md.
+EAGER, EAGER_GDDR = 0.73, 1.0
 EAGER_RATES = ("tflops", "attention_tflops", "bandwidth_gb_s")
 # Of a data sheet's bandwidth, where nobody's measurement was found.
 COPIED = 0.88
@@ -59,6 +60,11 @@ class Card:
         return f"{self.gb} GB"
 
 
+def eager(device: str) -> float:
+    """What eager models reach of single operators on a device of this name."""
+    return EAGER_GDDR if re.search(r"\b(RTX|L40|L40S|L4|A10|A10G|A40)\b", device) else EAGER
+
+
 def _card(
     label: str,
     gb: int,
@@ -71,14 +77,15 @@ def _card(
     link: float | None = None,
 ) -> Card:
     """Of what single operators reach; without links of their own, cards speak over PCIe."""
-    products, attended, copied = (round(EAGER * value, 1) for value in (tflops, attention, bandwidth))
+    share = eager(label)
+    products, attended, copied = (round(share * value, 1) for value in (tflops, attention, bandwidth))
     rates = Rates(products, attended, copied, pcie, link or pcie)
     return Card(label, gb, gib, f"cuda:sm{arch}", rates)
 
 
 # Others' measurements: matrix products of bfloat16 (PyTorch), attention forward without a mask (FlashAttention-2; where
 # nobody's was found, as far below products as an H100's), copies in device memory, to the host, and between cards.
-# bench/memory/cards.jsonl has the sources.
+# bench/memory/evidence/cards.jsonl has the sources.
 CARDS = {
     "h100": _card("H100 SXM", 80, 79.10, 90, 790, 370, 2573, 52.8, 380),
     "h100-pcie": _card("H100 PCIe", 80, 79.11, 90, 496, 230, 1860, 52.8),

@@ -41,6 +41,12 @@ def choose(iteration: "Iteration") -> None:
     iteration.reasons.append(_said(call_of(s, iteration.tile), iteration.decode))
 
 
+def is_hopeless(iteration: "Iteration") -> bool:
+    """Whether what rests beside a decode does not fit without one."""
+    resting = added((1, iteration.resting(denoiser=False)), (1, iteration.others("vae")))
+    return with_margins(iteration.settings, sum(resting.values())) > iteration.settings.gpu_gib * GIB
+
+
 def needed(iteration: "Iteration", tile: int | None) -> int:
     """Bytes of the decodes of training and evaluation with their margins, in tiles of this side or whole."""
     both = (iteration.settings, iteration.settings.evaluation)
@@ -90,6 +96,8 @@ def _largest(iteration: "Iteration") -> int | None:
         return None
     if not sizes:
         return None
+    if is_hopeless(iteration):
+        return sizes[0]
     # Larger tiles take more.
     return sizes[max(bisect.bisect(sizes, False, key=lambda size: not _fits(iteration, size)) - 1, 0)]
 

@@ -294,10 +294,10 @@ class Iteration:
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
     def at(self, gib: float) -> "Iteration":
-        """The same on a device of so many GiB, at the same speed; its decode in tiles that fit there."""
+        """The same on a device of so many GiB, at the same speed; its decode in tiles that fit there, if any can."""
         other = copy.copy(self)
         other.settings, other.reasons = self.settings.changed(gpu_gib=gib), []
-        if self.decode is not None:
+        if self.decode is not None and not decoding.is_hopeless(other):
             decoding.choose(other)
         return other
 

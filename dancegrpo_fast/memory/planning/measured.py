@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_text
-from .cards import EAGER, EAGER_RATES, Rates
+from .cards import EAGER_RATES, Rates, eager
 from .settings import Settings
 
 NAMES = [field.name for field in fields(Rates)]
@@ -70,12 +70,13 @@ def kept(name: str) -> Rates | None:
     """
     file = path()
     entry = _read(file).get(name) if file.exists() else None
-    return None if entry is None else planned(Rates(**entry["rates"]))
+    return None if entry is None else planned(Rates(**entry["rates"]), name)
 
 
-def planned(reached: Rates) -> Rates:
-    """What eager models are assumed to reach where single operators reach so much."""
-    return Rates(**{name: value * (EAGER if name in EAGER_RATES else 1) for name, value in vars(reached).items()})
+def planned(reached: Rates, device: str) -> Rates:
+    """What eager models are assumed to reach on a device of this name, where single operators reach so much."""
+    share = eager(device)
+    return Rates(**{name: value * (share if name in EAGER_RATES else 1) for name, value in vars(reached).items()})
 
 
 def at_hand(settings: Settings, device: str) -> Settings:

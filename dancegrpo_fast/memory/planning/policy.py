@@ -187,12 +187,15 @@ def _solved(
     outside = peak(full) - inputs - max(b.saved_bytes for b in blocks)
     budget = limit - outside
     best: tuple[float, Picked] | None = None
+    allowed = among
     # What solve counts of a recomputation is a bound, and the peak may be elsewhere: the budget is corrected by both.
     for _ in range(4):
         try:
-            solution = solve(blocks, max(0, int(budget)), offload=host, gap=GAP, among=among)
+            solution = solve(blocks, max(0, int(budget)), offload=host, gap=GAP, among=allowed)
         except ValueError:
             break
+        # Another policy more is another trace, and changes little.
+        allowed = allowed or {*checkpointing.NAMED, *map(str, solution.policies)}
         chosen: list[Hashable] = ["none" if keep is None else str(keep) for keep in solution.policies]
         keys = [_key(policy, keep) for policy, keep in zip(chosen, solution.policies, strict=True)]
         # Without kinds of blocks the whole is traced again.
