@@ -187,11 +187,21 @@ def check(
     return _choice(backend, case, [backend], [])
 
 
-def apply(model: nn.Module, choice: Choice) -> Callable[[], None]:
-    """Sets the chosen backend on the model alone, and returns what undoes it.
+def set_backend(model: Any, backend: str) -> None:
+    """Sets a backend on a diffusers model alone.
 
     `set_attention_backend` also makes it the process's active backend, for every model that was told none; that is
     put back at once.
+    """
+    active = registry()._active_backend
+    try:
+        model.set_attention_backend(backend)
+    finally:
+        registry().set_active_backend(active)
+
+
+def apply(model: nn.Module, choice: Choice) -> Callable[[], None]:
+    """Sets the chosen backend on the model alone, and returns what undoes it.
 
     Raises:
         ValueError: not a Choice.
@@ -200,13 +210,9 @@ def apply(model: nn.Module, choice: Choice) -> Callable[[], None]:
     if not isinstance(choice, Choice):
         raise ValueError(f"choice: got {choice!r}, want what choose() or check() returned")
     inner: Any = _unwrapped(model)
-    active = registry()._active_backend
     told = [m.processor for m in attentions(inner) if hasattr(m.processor, "_attention_backend")]
     before = [(processor, processor._attention_backend) for processor in told]
-    try:
-        inner.set_attention_backend(choice.backend)
-    finally:
-        registry().set_active_backend(active)
+    set_backend(inner, choice.backend)
 
     def undo() -> None:
         for processor, backend in before:

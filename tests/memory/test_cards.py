@@ -33,7 +33,7 @@ def test_the_answer_comes_first(flux: Plan) -> None:
     for each in fits.cards:
         alone = plan(asked.changed(gpu_gib=each.gib), advise=False)
         assert (each.state == "yes") == alone.fits(each.gib)
-        assert alone.seconds <= each.seconds * 1.001
+        assert each.state != "yes" or alone.seconds <= each.seconds * 1.001
     # With recomputation it is on a smaller card than without.
     bare = plan(asked.changed(checkpointing="none"), advise=False)
     smallest = [min(each.gib for each in found.cards if each.state == "yes") for found in (fits, bare)]

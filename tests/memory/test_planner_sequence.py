@@ -17,7 +17,7 @@ from ..release import release_but
 from ..tolerances import COMPOSED
 from .small import case_of
 
-pytest.importorskip("diffusers")
+attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 
 pytestmark = pytest.mark.usefixtures("collected_once")
 
@@ -28,6 +28,7 @@ FLUX |= {"checkpointing": "full", "text_encoders": "precomputed", "attention": "
 @pytest.mark.parametrize("which", release_but(("wan21-1.3b ring",), ["flux-dev ulysses", "wan21-1.3b ring"]))
 def test_few_blocks_say_what_all_do(which: str) -> None:
     model, kind = which.split()
+    active = attention_dispatch._AttentionBackendRegistry._active_backend
     case = replace(case_of(model, 512, frames=5 if "wan" in model else 1), sequence_parallel=4, sequence_kind=kind)
     blocks = compose(case, "full")
     whole = _traced(case, "full", tuple(one.blocks for one in kinds_of(resolved(case.spec))))
@@ -35,6 +36,8 @@ def test_few_blocks_say_what_all_do(which: str) -> None:
         assert sum(blocks.peak(phase).bytes.values()) == pytest.approx(whole.peak_of(phase).bytes, rel=COMPOSED)
         flops = sum(whole.flops_by_group[phase].values())
         assert sum(blocks.flops(phase).values()) == pytest.approx(flops, rel=COMPOSED)
+    # A ring has its own backend, and no model after it.
+    assert attention_dispatch._AttentionBackendRegistry._active_backend == active
 
 
 @pytest.fixture(scope="module")

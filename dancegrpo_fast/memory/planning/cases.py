@@ -200,8 +200,10 @@ def _split(model: nn.Module, case: Case) -> None:
     except ValueError as error:
         raise ValueError(str(error).removeprefix("train.")) from error
     if case.sequence_kind == "ring":
+        from ...attention.choice import set_backend
+
         # The one of torch's that hands out what a ring needs.
-        model.set_attention_backend("_native_flash")  # type: ignore[operator]  # diffusers' ModelMixin
+        set_backend(model, "_native_flash")
     split_alone(model, case.sequence_parallel, case.sequence_kind)
 
 
