@@ -14,6 +14,7 @@ from ..memory.planning import measured
 from ..memory.planning.cards import CARDS, USUAL, of_size
 from ..memory.planning.rewards import REWARD_MODELS, REWARDS
 from ..memory.planning.settings import GIB, Settings
+from ..progress import say
 
 # Listed without torch, which `specs` imports.
 CONFIGS = resources.files("dancegrpo_fast.memory.planning") / "configs"
@@ -159,18 +160,18 @@ def main(arguments: Sequence[str]) -> int:
         from ..memory.planning.planner import plan
 
         found = plan(asked.settings, thorough=asked.thorough)
-        print(found.table())
+        say(found.table())
         if not asked.thorough and found.fits(asked.settings.gpu_gib):
-            print("--thorough true tries more changes: quantised weights, block ops, more GPUs, other policies")
+            say("--thorough true tries more changes: quantised weights, block ops, more GPUs, other policies")
         if asked.uncounted:
-            print(f"\nnot in it: models of the rewards {', '.join(asked.uncounted)}, if they have any")
+            say(f"\nnot in it: models of the rewards {', '.join(asked.uncounted)}, if they have any")
         if asked.json is not None:
             Path(asked.json).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
         if asked.figures is not None:
             from ..memory.pictures.figures import draw
 
             for drawn in draw(found, asked.figures):
-                print(drawn)
+                say(str(drawn))
     except (ValueError, OSError) as error:
         # As it is called here.
         print(f"dancegrpo-fast memory: {re.sub('^gpu_gib:', 'gpu:', str(error))}", file=sys.stderr)

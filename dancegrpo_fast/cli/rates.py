@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     from ..memory.planning.cards import CARDS, named
     from ..memory.planning.measured import keep, kept, name_of, planned
     from ..memory.speeds import measure
-    from ..progress import working
+    from ..progress import say, working
 
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = name_of(device)
@@ -58,9 +58,10 @@ def main(arguments: Sequence[str]) -> int:
     for rate, what in ROWS.items():
         shown = "-" if rate == "link_gb_s" else f"{getattr(reached, rate):.4g}"
         rows.append([what, shown, f"{getattr(counted, rate):.4g}", f"{getattr(assumed, rate):.4g}" if assumed else "-"])
-    print(f"{name}, torch {torch.__version__}, bfloat16")
-    for what, *cells in rows:
-        print(f"{what:28}" + "".join(f"{cell:>24}" if i == 2 else f"{cell:>12}" for i, cell in enumerate(cells)))
+    # Before anything is printed, as the reader of a pipe may go.
     file = keep(name, reached, torch.__version__, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    print(f"kept in {file}: plans for this {'device' if cuda else 'CPU (--device cpu)'} count with them, and say so")
+    say(f"{name}, torch {torch.__version__}, bfloat16")
+    for what, *cells in rows:
+        say(f"{what:28}" + "".join(f"{cell:>24}" if i == 2 else f"{cell:>12}" for i, cell in enumerate(cells)))
+    say(f"kept in {file}: plans for this {'device' if cuda else 'CPU (--device cpu)'} count with them, and say so")
     return 0

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bench.gpu.memory.vaes import Decoder
 from bench.memory import ledger
 from dancegrpo_fast.activations import operators
 from dancegrpo_fast.memory.planning import specs
@@ -88,18 +89,6 @@ def test_and_what_the_allocator_reserved(name: str) -> None:
     call, gib, _ = RESERVED[name]
     found = decode(call)
     assert (found.weights + found.reserved) / GIB == pytest.approx(gib, rel=ABOUT)
-
-
-class Decoder(nn.Module):
-    """A VAE whose call is its decode."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, z: Tensor) -> tuple[Tensor]:
-        (decoded,) = self.vae.decode(z, return_dict=False)
-        return (decoded,)
 
 
 @pytest.fixture(scope="module")
