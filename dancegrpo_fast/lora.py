@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .experts import each, trained
+
 ADAPTER = "default"  # peft's name of the layers that are trained
 START = "start"  # of a frozen copy of them
 
@@ -30,7 +32,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequenc
     states keep their dtype, and no step of the optimiser is rounded away.
 
     Args:
-        denoiser: a diffusers model.
+        denoiser: a diffusers model, or `Experts`, whose trained ones get them.
         rank: of the update matrices.
         alpha: its scale is `alpha / rank`.
         target_modules: endings of module names.
@@ -41,12 +43,13 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequenc
     from peft import LoraConfig
 
     check_targets(denoiser, target_modules)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
-    try:
-        denoiser.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-    except ValueError as error:
-        raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
-    trained_in_float32(denoiser)
+    for one in trained(denoiser):
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
+        try:
+            one.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
+        except ValueError as error:
+            raise ValueError(f"model.lora.target_modules: got {list(target_modules)}, {error}") from error
+        trained_in_float32(one)
 
 
 def layers(denoiser: nn.Module) -> dict[str, Any]:
@@ -77,13 +80,19 @@ def trained_in_float32(denoiser: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def keep_start(denoiser: Any) -> None:
-    """Adds a frozen copy of the LoRA layers, which `denoiser.set_adapter(START)` puts in their place."""
-    with warnings.catch_warnings():
-        # Two sets of layers are what is wanted here.
-        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-        denoiser.add_adapter(copy.deepcopy(denoiser.peft_config[ADAPTER]), START)
-    for layer in layers(denoiser).values():
-        for part in (layer.lora_A, layer.lora_B):
-            part[START] = copy.deepcopy(part[ADAPTER])
-    denoiser.set_adapter(ADAPTER)
+def adapted(denoiser: nn.Module) -> list[Any]:
+    """Its denoisers that have LoRA layers."""
+    return [one for one in each(denoiser) if getattr(one, "peft_config", None)]
+
+
+def keep_start(denoiser: nn.Module) -> None:
+    """Adds a frozen copy of the LoRA layers, which `set_adapter(START)` of each of `adapted` puts in their place."""
+    for one in adapted(denoiser):
+        with warnings.catch_warnings():
+            # Two sets of layers are what is wanted here.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            one.add_adapter(copy.deepcopy(one.peft_config[ADAPTER]), START)
+        for layer in layers(one).values():
+            for part in (layer.lora_A, layer.lora_B):
+                part[START] = copy.deepcopy(part[ADAPTER])
+        one.set_adapter(ADAPTER)

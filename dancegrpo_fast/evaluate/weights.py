@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..lora import adapted
 from ..models.base import DiffusersModel
 from ..models.weights import Adapter, Source, add_adapter, check_adapter, copy_parameters, find_source, read_weights
 from ..run import checkpoint
@@ -22,21 +23,20 @@ def load_weights(model: DiffusersModel, source: Path, weights: str | None = "mod
     Raises:
         ValueError: none of these, or weights of another model.
     """
-    denoiser: Any = model.denoiser
     found = find_source(str(source), model.denoiser_part, "checkpoint")
     if weights not in (None, "model") and found.kind != "checkpoint":
         raise ValueError(f'weights: got "{weights}" of {source}, which is no checkpoint; want "model"')
     trained, taken = read_weights(model, found, weights)
     _check_base(model, source, found, whole=not isinstance(trained, Adapter))
     if isinstance(trained, Adapter):
-        if getattr(denoiser, "peft_config", None):
-            denoiser.delete_adapters(list(denoiser.peft_config))
-        add_adapter(denoiser, trained, model.denoiser_part)
+        for one in adapted(model.denoiser):
+            one.delete_adapters(list(one.peft_config))
+        add_adapter(model.denoiser, trained, model.denoiser_part)
         if model.settings.lora is not None:
-            check_adapter(denoiser, model.settings.lora, found.path)
-        denoiser.requires_grad_(False)
+            check_adapter(model.denoiser, model.settings.lora, found.path)
+        model.denoiser.requires_grad_(False)
     else:
-        copy_parameters(denoiser, trained, found.path)
+        copy_parameters(model.denoiser, trained, found.path)
     if found.kind != "checkpoint":
         return str(found.path)
     return f"iteration {checkpoint.load_state(found.path)['iteration']} ({found.path}, {taken})"
@@ -53,7 +53,7 @@ def _check_base(model: DiffusersModel, source: Path, found: Source, whole: bool)
     then: dict[str, str] = (state.get("model") or {}).get("files") or {}
     now: dict[str, str] = model_identity(model)["files"]
     # All weights of a denoiser stand for what they began with, too.
-    replaced = ("prompt_embeds/", *((f"{model.denoiser_part}/", f"{START}/") if whole else ()))
+    replaced = ("prompt_embeds/", *((*(f"{part}/" for part in model.denoiser_paths), f"{START}/") if whole else ()))
     for name in dict.fromkeys([*now, *then]):
         if now.get(name) == then.get(name) or name.startswith(replaced):
             continue

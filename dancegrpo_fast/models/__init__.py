@@ -12,6 +12,7 @@ from .base import check_frames as check_frames
 from .base import decode as decode
 from .base import of_evaluation as of_evaluation
 from .family import FAMILIES as FAMILIES
+from .family import check_experts
 from .family import family_of as family_of
 from .generator import GeneratorModel as GeneratorModel
 from .guided import Conditioning as Conditioning
@@ -42,6 +43,7 @@ def load_model(
             `recipe.model` that the model or the device cannot have.
     """
     factory = family_of(recipe.model)
+    check_experts(recipe)
     factory.check_prompts(prompts)
     encoded = prompts if reached is None else reached
     evaluation = None if recipe.evaluation is None else recipe.evaluation.sampling(recipe.sampler)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantization
+from ..experts import SECOND, Experts
 from ..lora import add_lora, check_targets
 from ..memory.planning import tiles
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
+from . import saving
 from .generator import GeneratorModel
 from .grids import to_frames
 from .guided import Conditioning, guided_batch, split_guided
@@ -43,6 +45,7 @@ class DiffusersModel:
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
+        denoiser_paths: folders or files of the denoisers, by their subfolders in a pipeline.
     """
 
     family: ClassVar[str]
@@ -59,6 +62,7 @@ class DiffusersModel:
     decodes_x0: ClassVar[bool] = True
 
     denoiser: nn.Module
+    denoiser_paths: dict[str, Path]
     latent_shape: tuple[int, ...]
 
     def __init__(
@@ -88,6 +92,7 @@ class DiffusersModel:
                 self.tile_vae(self._usual_tile())
             except ValueError as error:
                 raise ValueError(f"model.{error}") from error
+        self.denoiser_paths = self._find_denoisers()
         # What the family cannot sample or train is said before text is encoded and the denoiser is loaded.
         self.table(sampler)
         if settings.lora is not None:
@@ -97,7 +102,7 @@ class DiffusersModel:
             )
         self._store = self._open_store(self._texts(prompts))
         self._text_length: int | None = None
-        self.denoiser = self.load_from(self.denoiser_path)
+        self.denoiser = self._load_denoisers()
         if not start_with(self) and (lora := settings.lora) is not None:
             add_lora(self.denoiser, lora.rank, lora.alpha, lora.target_modules)
         self._set_up(self.denoiser.config)
@@ -195,6 +200,10 @@ class DiffusersModel:
             return start.path
         return self._part(self.denoiser_part) if given is None else find_denoiser(given, self.denoiser_part)
 
+    def _find_denoisers(self) -> dict[str, Path]:
+        """`denoiser_paths`; of a family whose folders may have two denoisers, of both."""
+        return {self.denoiser_part: self.denoiser_path}
+
     @property
     def planned_as(self) -> str:
         """What the memory planner takes for this model: a name or a folder."""
@@ -215,8 +224,14 @@ class DiffusersModel:
         vae = getattr(diffusers, self.vae_class).from_pretrained(folder, **options)
         return vae.to(self.device).eval().requires_grad_(False)
 
-    def load_from(self, path: Path) -> nn.Module:
-        """A whole denoiser of this family, from a folder or a file."""
+    def _load_denoisers(self) -> nn.Module:
+        found = {part: self.load_from(path, second=part == SECOND) for part, path in self.denoiser_paths.items()}
+        if len(found) == 1:
+            return found[self.denoiser_part]
+        return Experts(found, frozen=self.settings.second_expert == "frozen")
+
+    def load_from(self, path: Path, *, second: bool = False) -> nn.Module:
+        """A whole denoiser of this family, from a folder or a file; a second one stays on the host if it can."""
         import diffusers
 
         cls, kind = getattr(diffusers, self.denoiser_class), self.settings.quantization
@@ -224,7 +239,7 @@ class DiffusersModel:
         config = self._config_folder(path)
         if not more:
             # What is to wait on the host is never all on the device.
-            device = self.device if self.settings.blocks_to_swap == 0 else torch.device("cpu")
+            device = torch.device("cpu") if second or self.settings.blocks_to_swap != 0 else self.device
             return load_denoiser(cls, path, config, self.dtype, device)
         try:
             return load_denoiser(cls, path, config, self.dtype, self.device, **more)
@@ -323,6 +338,9 @@ class DiffusersModel:
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
         return self._text([self.sampler.negative_prompt]) if self._guided_by_batch(guidance_scale) else None
 
+    def turns(self, table: TransitionTable) -> Sequence[int]:
+        return [0] * len(table)
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -331,9 +349,11 @@ class DiffusersModel:
         conditioning: Conditioning,
         unconditional: Conditioning | None,
         guidance_scale: float,
+        expert: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
-        output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
+        turn = {"expert": expert} if len(self.denoiser_paths) > 1 else {}
+        output = denoiser(**self._inputs(*rows, guidance_scale), **turn, return_dict=False)[0]
         output, uncond_output = split_guided(output, unconditional)
         return (output, None) if uncond_output is None else self._guide(output, uncond_output, guidance_scale)
 
@@ -350,16 +370,7 @@ class DiffusersModel:
         return tiles.tile_of(self.vae)
 
     def save(self, denoiser: nn.Module, folder: Path) -> None:
-        if not getattr(denoiser, "peft_config", None):
-            denoiser.save_pretrained(folder / self.denoiser_part)  # type: ignore[operator]  # diffusers' ModelMixin
-            return
-        import diffusers
-        from diffusers.training_utils import _collate_lora_metadata
-        from peft.utils import get_peft_model_state_dict
-
-        layers = {f"{self.denoiser_part}_lora_layers": get_peft_model_state_dict(denoiser)}
-        metadata = _collate_lora_metadata({self.denoiser_part: denoiser})
-        getattr(diffusers, self.pipeline).save_lora_weights(folder, **layers, **metadata)
+        saving.save(self.pipeline, self.denoiser_part, denoiser, folder)
 
 
 @contextmanager

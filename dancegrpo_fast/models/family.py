@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..recipe import ModelSettings
+from ..processes import is_sharded
+from ..recipe import ModelSettings, Recipe
 from .base import DiffusersModel
 from .loading import CONFIG, pipeline_index
 
@@ -19,6 +20,8 @@ FAMILIES = {
     "qwen_image": "qwen_image:QwenImage",
     "wan": "wan:Wan",
 }
+
+ALONE, TWO = "which has one denoiser", "which has two denoisers"
 
 
 def family_of(settings: ModelSettings) -> type[DiffusersModel]:
@@ -51,6 +54,24 @@ def family_of(settings: ModelSettings) -> type[DiffusersModel]:
             f"family of that pipeline; {name} has {', '.join(family.text_parts)}"
         )
     return family
+
+
+def check_experts(recipe: Recipe) -> None:
+    """Raises ValueError where a recipe speaks of a second denoiser that is not there, or of what two cannot have."""
+    model, train = recipe.model, recipe.train
+    offloads = "expert" in train.offload
+    if pipeline_index(model.path).get("boundary_ratio") is None:
+        if model.second_expert is not None:
+            raise ValueError(f'model.second_expert: got "{model.second_expert}" for {model.path}, {ALONE}, want null')
+        if offloads:
+            raise ValueError(f'train.offload: got "expert" for {model.path}, {ALONE}, want it left out')
+        return
+    if model.denoiser is not None:
+        raise ValueError(f"model.denoiser: got {model.denoiser} for {model.path}, {TWO}, want null")
+    if train.sequence_parallel > 1:
+        raise ValueError(f"train.sequence_parallel: got {train.sequence_parallel} for {model.path}, {TWO}, want 1")
+    if is_sharded():
+        raise ValueError(f"accelerate: got FSDP2 for {model.path}, {TWO}, want DDP or one process")
 
 
 def _check_path(path: str, family: type[DiffusersModel]) -> None:

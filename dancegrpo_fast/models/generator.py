@@ -16,7 +16,7 @@ class GeneratorModel(Protocol):
     """A denoiser with its way to encode prompts, predict and decode.
 
     Attributes:
-        denoiser: the network that is trained.
+        denoiser: the network that is trained, or several as `Experts`.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
@@ -45,6 +45,10 @@ class GeneratorModel(Protocol):
         """The sampler's table; `deterministic` asks for the family's ODE with the same steps."""
         ...
 
+    def turns(self, table: TransitionTable) -> Sequence[int]:
+        """For each step which of the model's denoisers takes it, from 0 in the order of the steps."""
+        ...
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -53,8 +57,12 @@ class GeneratorModel(Protocol):
         conditioning: Conditioning,
         unconditional: Conditioning | None,
         guidance_scale: float,
+        expert: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Model output at `latents` `[B, *latent_shape]` and `times` `[B]`, and the unconditional one."""
+        """Model output at `latents` `[B, *latent_shape]` and `times` `[B]`, and the unconditional one.
+
+        Of a model with several denoisers `expert` is what `turns` has for the times.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

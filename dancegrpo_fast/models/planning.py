@@ -85,6 +85,7 @@ def settings_of(
         text_encoders=text_encoders,
         kl_reference=train.kl_weight > 0,
         ema=train.ema_decay is not None,
+        second_expert=given.second_expert or "trained",
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     # Several processes choose alike, wherever they run.

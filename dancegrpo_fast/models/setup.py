@@ -11,6 +11,7 @@ from .. import sequence
 from ..activations import checkpointing
 from ..activations.streaming import BlockSwap
 from ..allocator import expands
+from ..experts import Experts, each
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
@@ -48,14 +49,15 @@ def prepare(
         ValueError: a setting that this model or device cannot have, or a replay that does not fit the memory.
     """
     settings = recipe.model
-    if settings.quantization == "fp8":
-        # After LoRA was added, whose layers stay as they are.
-        store_in_fp8(model.denoiser, settings.torch_dtype())
-    if settings.block_ops != "off":
-        try:
-            accelerate(model.denoiser, settings.block_ops, on_mismatch=settings.on_mismatch)
-        except ValueError as error:
-            raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
+    for one in each(model.denoiser):
+        if settings.quantization == "fp8":
+            # After LoRA was added, whose layers stay as they are.
+            store_in_fp8(one, settings.torch_dtype())
+        if settings.block_ops != "off":
+            try:
+                accelerate(one, settings.block_ops, on_mismatch=settings.on_mismatch)
+            except ValueError as error:
+                raise ValueError(f'model.block_ops: got "{settings.block_ops}", {error}') from error
     text_tokens = int(model.encode(prompts[:1])["prompt_embeds"].shape[1])
     if recipe.train.sequence_parallel > 1:
         check_sequence(model, recipe, text_tokens)
@@ -110,11 +112,14 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     shapes = attention.Shapes(rows, tokens, dtype)
     parallel = train.sequence_kind if train.sequence_parallel > 1 else ""
     try:
+        # Of two denoisers both have the architecture of the first.
+        denoisers = each(model.denoiser)
         if asked == "auto":
-            choice = attention.choose(model.denoiser, shapes, device, True, parallel=parallel)
+            choice = attention.choose(denoisers[0], shapes, device, True, parallel=parallel)
         else:
-            choice = attention.check(model.denoiser, asked, shapes, device, True, parallel=parallel)
-        attention.apply(model.denoiser, choice)
+            choice = attention.check(denoisers[0], asked, shapes, device, True, parallel=parallel)
+        for one in denoisers:
+            attention.apply(one, choice)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'model.attention: got "{asked}", {error}') from error
     print(f"attention {choice.reasons[0]}", flush=True)
@@ -139,7 +144,7 @@ def with_swap(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
 
 
 def set_swap(model: DiffusersModel, recipe: Recipe, device: torch.device) -> None:
-    """Moves the denoiser to the device, but for the weights that wait on the host until their block runs.
+    """Moves the denoiser to the device, but for the weights that wait on the host until their block or denoiser runs.
 
     Raises:
         ValueError: more blocks than can wait.
@@ -147,12 +152,15 @@ def set_swap(model: DiffusersModel, recipe: Recipe, device: torch.device) -> Non
     count = recipe.model.blocks_to_swap
     assert count != "auto"
     if count == 0:
-        # Where "auto" was asked for, it waits there for the answer.
-        if model.settings.blocks_to_swap == "auto":
+        if isinstance(model.denoiser, Experts) and "expert" in recipe.train.offload:
+            model.denoiser.take_turns(device)
+        elif isinstance(model.denoiser, Experts) or model.settings.blocks_to_swap == "auto":
+            # The second, or where "auto" was asked for all of it, waits there so far.
             model.denoiser.to(device)
         return
     try:
-        BlockSwap(model.denoiser, count, device)
+        for one in each(model.denoiser):
+            BlockSwap(one, count, device)
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
 
@@ -175,7 +183,8 @@ def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.devic
             )
         policy, offload = _automatic(_iteration(model, recipe, device, text_tokens))
     try:
-        checkpointing.apply(model.denoiser, policy, offload=offload)
+        for one in each(model.denoiser):
+            checkpointing.apply(one, policy, offload=offload)
     except ValueError as error:
         raise ValueError(f'model.checkpointing: got "{asked}", {error}') from error
 

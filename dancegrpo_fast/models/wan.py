@@ -1,11 +1,13 @@
 """Wan, text to video: latents `[B, 16, T, H / 8, W / 8]`, a rectified flow, guidance by a negative prompt."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..experts import SECOND
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable, shifted_sigmas
 from .base import DiffusersModel
@@ -18,8 +20,8 @@ from .qwen_image import unscaled
 class Wan(DiffusersModel):
     """`WanTransformer3DModel` with `AutoencoderKLWan` and UMT5, as `WanPipeline` calls them.
 
-    Wan 2.1 text to video, and Wan 2.2's 5B. The published scheduler is a multistep solver, which is no Markov chain:
-    its shift is taken, with Euler steps.
+    Wan 2.1 text to video, and Wan 2.2's 5B and A14B, whose second transformer takes the steps below a boundary. The
+    published scheduler is a multistep solver, which is no Markov chain: its shift is taken, with Euler steps.
     """
 
     family = "wan"
@@ -30,12 +32,26 @@ class Wan(DiffusersModel):
     text_tensors = ("prompt_embeds",)
     negative = True
 
+    def _find_denoisers(self) -> dict[str, Path]:
+        first = super()._find_denoisers()
+        if self._boundary is None:
+            return first
+        if self.start is not None and self.start.kind == "denoiser":
+            raise ValueError(
+                f"model.start_from: got a whole denoiser in {self.settings.start_from} for a model of two, want both "
+                "in model.path"
+            )
+        return first | {SECOND: self._part(SECOND)}
+
+    def turns(self, table: TransitionTable) -> Sequence[int]:
+        if self._boundary is None:
+            return super().turns(table)
+        # As the pipeline compares its timesteps.
+        return [int(time < 1000 * self._boundary) for time in (1000 * table.times.float()).tolist()]
+
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        if index.get("boundary_ratio") is not None:
-            raise ValueError(
-                f"model.path: got {self.folder}, a Wan of two transformers, want one of one: 2.1, or 2.2 5B"
-            )
+        self._boundary: float | None = index.get("boundary_ratio")
         # Wan 2.2's 5B has a time for each token; in text to video they are equal.
         self._times_per_token = bool(index.get("expand_timesteps"))
         config = self.vae.config

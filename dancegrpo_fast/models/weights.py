@@ -1,8 +1,8 @@
 """Weights to start from or to score: LoRA files of any writer, whole denoisers, checkpoints of a run."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import lora
+from ..experts import SECOND, named, trained
 from ..recipe import LoraSettings
 from ..run import checkpoint
 from .loading import CONFIG
@@ -35,11 +36,18 @@ class Source:
     path: Path
     kind: Literal["checkpoint", "denoiser", "lora"]
 
+    @property
+    def of_second(self) -> Path:
+        """Where a denoiser or a LoRA file for the second of two denoisers is, beside the first's."""
+        if self.kind == "denoiser":
+            return self.path.with_name(SECOND)
+        return self.path.parent / SECOND / self.path.name
+
     def files(self) -> list[Path]:
         """All that is read, for whoever compares."""
         if self.path.is_file():
-            config = self.path.with_name(PEFT_CONFIG)
-            return [self.path, *([config] if self.kind == "lora" and config.is_file() else [])]
+            beside = [self.path.with_name(PEFT_CONFIG), self.of_second] if self.kind == "lora" else []
+            return [self.path, *(file for file in beside if file.is_file())]
         return sorted(file for file in self.path.rglob("*") if file.is_file())
 
 
@@ -196,13 +204,13 @@ def _converted(
     return mine, alphas, others
 
 
-def read_checkpoint(folder: Path, weights: str | None, part: str) -> tuple[Adapter | dict[str, Tensor], str]:
+def read_checkpoint(folder: Path, weights: str | None, parts: Sequence[str]) -> tuple[Adapter | dict[str, Tensor], str]:
     """The trained weights of a checkpoint, LoRA layers or all parameters by name; and which these are.
 
     Args:
         folder: of the checkpoint.
         weights: "model", or "ema" of one that holds an average; None: the average where there is one.
-        part: "transformer" or "unet".
+        parts: "transformer" or "unet", or the names of several denoisers.
 
     Raises:
         ValueError: it is damaged, or lacks these weights.
@@ -216,8 +224,10 @@ def read_checkpoint(folder: Path, weights: str | None, part: str) -> tuple[Adapt
     if settings is None:
         return tensors, weights
     config = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
-    named = {f"{part}.{_plain(name)}": value for name, value in tensors.items()}
-    return Adapter(folder, named, {}, {f"{part}.{name}": value for name, value in config.items()}), weights
+    # Of several denoisers the names already begin with the part.
+    prefix = f"{parts[0]}." if len(parts) == 1 else ""
+    layers = {f"{prefix}{_plain(name)}": value for name, value in tensors.items()}
+    return Adapter(folder, layers, {}, {f"{part}.{name}": v for part in parts for name, v in config.items()}), weights
 
 
 def read_weights(
@@ -226,12 +236,39 @@ def read_weights(
     """LoRA layers for the model's denoiser, or whole parameters by name; and of a checkpoint, `weights` or which."""
     import diffusers
 
+    first = model.denoiser_part
+    denoisers = named(model.denoiser, first)
     if source.kind == "checkpoint":
-        return read_checkpoint(source.path, weights, model.denoiser_part)
+        return read_checkpoint(source.path, weights, list(denoisers))
+    files = {part: source.path if part == first else source.of_second for part in denoisers}
+    needed = dict(list(files.items())[: len(trained(model.denoiser))])
+    if lost := [file for file in needed.values() if not file.exists()]:
+        raise ValueError(f"{source.path}: got nothing in {lost[0]}, want what is for {SECOND} there")
+    files = {part: file for part, file in files.items() if file.exists()}
     if source.kind == "lora":
         pipeline = getattr(diffusers, model.pipeline)
-        return read_adapter(source.path, model.denoiser, model.denoiser_part, pipeline), "model"
-    return model.load_from(source.path).state_dict(), "model"
+        # Both are under the first's name.
+        read = {part: read_adapter(file, denoisers[part], first, pipeline) for part, file in files.items()}
+        return _joined(read, first), "model"
+    prefix = "" if len(denoisers) == 1 else "{}."
+    states = {prefix.format(part): model.load_from(file, second=part == SECOND) for part, file in files.items()}
+    return {f"{start}{name}": v for start, one in states.items() for name, v in one.state_dict().items()}, "model"
+
+
+def _joined(read: Mapping[str, Adapter], first: str) -> Adapter:
+    """Those of several denoisers, each under its own name in place of the first's."""
+
+    def of(values: Mapping[str, Any], part: str) -> dict[str, Any]:
+        return {
+            f"{part}.{n.removeprefix(f'{first}.')}" if n.startswith(f"{first}.") else n: v for n, v in values.items()
+        }
+
+    source, passed_over = read[first].source, tuple(name for one in read.values() for name in one.passed_over)
+    tensors, alphas, config = (
+        {name: value for part, one in read.items() for name, value in of(getattr(one, field), part).items()}
+        for field in ("tensors", "alphas", "config")
+    )
+    return Adapter(source, tensors, alphas, config, passed_over)
 
 
 def start_with(model: "DiffusersModel") -> bool:
@@ -264,6 +301,11 @@ def start_with(model: "DiffusersModel") -> bool:
         return False
     if settings.lora is None:
         raise ValueError(f'model.lora: got null, want that of {start.path}, or model.start_as "merged"')
+    if settings.second_expert == "frozen" and any(name.startswith(f"{SECOND}.") for name in found.tensors):
+        raise ValueError(
+            f'model.second_expert: got "frozen" with LoRA layers for {SECOND} in {start.path}, want "trained", or '
+            'model.start_as "merged"'
+        )
     add_adapter(model.denoiser, found, model.denoiser_part)
     check_adapter(model.denoiser, settings.lora, start.path, ', or model.start_as "merged"')
     return True
@@ -275,13 +317,23 @@ def _merged_below(folder: Path) -> str | None:
     return settings["start_from"] if settings.get("start_as") == "merged" else None
 
 
-def add_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:
+def add_adapter(denoiser: nn.Module, adapter: Adapter, part: str) -> None:
     """Freezes the denoiser and puts the LoRA layers into it, in float32, as those that are trained.
 
     Raises:
         ValueError: they are of another model.
     """
-    denoiser.requires_grad_(False)
+    denoisers, parts = named(denoiser, part), {name.partition(".")[0] for name in adapter.tensors}
+    if other := sorted(parts - denoisers.keys()):
+        raise ValueError(f"{adapter.source}: got LoRA layers of {other[0]}, want those of {', '.join(denoisers)}")
+    for name, one in denoisers.items():
+        one.requires_grad_(False)
+        if name in parts:
+            own = {key: value for key, value in adapter.tensors.items() if key.startswith(f"{name}.")}
+            _add_adapter(one, replace(adapter, tensors=own), name)
+
+
+def _add_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:
     given: dict[str, Any] = (
         {"metadata": dict(adapter.config)} if adapter.config else {"network_alphas": dict(adapter.alphas)}
     )
@@ -303,6 +355,11 @@ def add_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:
 
 def check_adapter(denoiser: nn.Module, settings: LoraSettings, source: Path, hint: str = "") -> None:
     """Raises ValueError where the denoiser's LoRA layers, which came from `source`, are not those of the settings."""
+    for one in trained(denoiser):
+        _check_adapter(one, settings, source, hint)
+
+
+def _check_adapter(denoiser: nn.Module, settings: LoraSettings, source: Path, hint: str) -> None:
     found = lora.layers(denoiser)
     for name, layer in found.items():
         rank, alpha = layer.r[lora.ADAPTER], layer.scaling[lora.ADAPTER] * layer.r[lora.ADAPTER]
@@ -325,9 +382,11 @@ def merge_adapter(denoiser: Any, adapter: Adapter, part: str) -> None:
     if next(denoiser.parameters()).is_meta:
         return
     add_adapter(denoiser, adapter, part)
-    denoiser.fuse_lora(safe_fusing=True)
-    denoiser.unload_lora()
-    denoiser.requires_grad_(True)
+    for one in lora.adapted(denoiser):
+        one.fuse_lora(safe_fusing=True)
+        one.unload_lora()
+    for kept in trained(denoiser):
+        kept.requires_grad_(True)
 
 
 def copy_parameters(denoiser: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

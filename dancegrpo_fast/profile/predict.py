@@ -34,12 +34,12 @@ class _Brief(Policy):
     counts: dict[int, int] = field(default_factory=dict)
 
     def __call__(
-        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning
+        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning, expert: int
     ) -> tuple[Tensor, Tensor | None]:
         count = len(latents)
         self.counts[count] = self.counts.get(count, 0) + 1
         if self.counts[count] <= 2:
-            output, uncond = super().__call__(denoiser, latents, times, conditioning)
+            output, uncond = super().__call__(denoiser, latents, times, conditioning, expert)
             self.calls[count] = [(None if t is None else t.shape[1:], output.dtype) for t in (output, uncond)]
             return output, uncond
         made = [
@@ -113,7 +113,8 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
             own_advantages=advantages,
             seconds={},
         )
-        items = {row: Item((row,), step, row) for row in rows}
+        expert = trainer.model.turns(trainer.table)[step]
+        items = {row: Item((row,), step, row, expert) for row in rows}
         (call,) = plan_calls([items], len(rows), index, 1 / batch, advantages.device)
         return trainer.updates.terms(data, call)
 

@@ -47,8 +47,9 @@ class TrainSettings:
         sequence_kind: how: "ulysses" changes tokens for heads around attention, "ring" hands keys and values round.
         ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
             beside them; null: none.
-        offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards", and
-            "block_inputs" of blocks that are checkpointed, until their backward.
+        offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards",
+            "block_inputs" of blocks that are checkpointed, until their backward, and "expert", under LoRA the frozen
+            weights of that of two denoisers whose turn it is not (in one process).
     """
 
     iterations: int
@@ -80,7 +81,7 @@ class TrainSettings:
     sequence_parallel: int = 1
     sequence_kind: Literal["ulysses", "ring"] = "ulysses"
     ema_decay: float | None = None
-    offload: list[Literal["denoiser", "vae", "rewards", "block_inputs"]] = field(default_factory=list)
+    offload: list[Literal["denoiser", "vae", "rewards", "block_inputs", "expert"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_fields("train", self)

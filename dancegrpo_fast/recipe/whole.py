@@ -52,11 +52,24 @@ class Recipe:
             raise ValueError("rewards: got none, want at least one")
         if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
             raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
+        self._check_expert()
         at_least("seed", self.seed, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+
+    def _check_expert(self) -> None:
+        """What `train.offload` "expert" moves has to stay as it is, and whole."""
+        model = self.model
+        others = {
+            "all weights trained (model.lora null)": model.lora is None,
+            f'model.quantization "{model.quantization}"': model.quantization in ("nf4", "int8"),
+            f"model.blocks_to_swap {model.blocks_to_swap}": model.blocks_to_swap != 0,
+        }
+        for what, there in others.items():
+            if there and "expert" in self.train.offload:
+                raise ValueError(f'train.offload: got "expert" with {what}, want one of them')
 
     def check_trained(self) -> None:
         """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""

@@ -44,10 +44,10 @@ def model_identity(model: Any) -> dict[str, Any]:
     parts = ("vae", "scheduler", *model.text_parts, "prompt_embeds")
     files = {file.relative_to(folder).as_posix(): file for part in parts for file in sorted((folder / part).rglob("*"))}
     # A denoiser may lie at the root of a repository, beside much else.
-    found: Path = model.denoiser_path
-    for file in [found] if found.is_file() else sorted(found.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin"):
-            files[f"{model.denoiser_part}/{file.name}"] = file
+    for part, found in model.denoiser_paths.items():
+        for file in [found] if found.is_file() else sorted(found.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".bin"):
+                files[f"{part}/{file.name}"] = file
     if (start := model.start) is not None and start.kind != "denoiser":
         root = start.path if start.path.is_dir() else start.path.parent
         files |= {f"{START}/{file.relative_to(root).as_posix()}": file for file in start.files()}

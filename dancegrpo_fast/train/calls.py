@@ -13,8 +13,8 @@ from ..ops.noise import gaussian_noise
 from ..recipe import Recipe
 from ..transitions import TransitionTable
 
-# Of a model call: latents `[n, ...]`, times `[n]` and conditioning of n rows.
-Inputs = tuple[Tensor, Tensor, Conditioning]
+# Of a model call: latents `[n, ...]`, times `[n]`, conditioning of n rows, and which denoiser it is for.
+Inputs = tuple[Tensor, Tensor, Conditioning, int]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,12 @@ class Policy:
         return cls(model, recipe.train.micro_batch, scale, model.unconditional(scale))
 
     def __call__(
-        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning
+        self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning, expert: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs `[n, ...]` for `n <= rows` samples: the conditional one, and the unconditional one under guidance."""
+        """Outputs `[n, ...]` for `n <= rows` samples: the conditional one, and the unconditional one under guidance.
+
+        `expert` is that of `GeneratorModel.turns` for all of the times.
+        """
         count = latents.shape[0]
         output, uncond = self.model.predict(
             denoiser,
@@ -54,6 +57,7 @@ class Policy:
             {name: pad_rows(value, self.rows) for name, value in conditioning.items()},
             self.unconditional,
             self.guidance_scale,
+            expert,
         )
         return output[:count], None if uncond is None else uncond[:count]
 
@@ -81,13 +85,16 @@ def select(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     return {name: value[rows] for name, value in conditioning.items()}
 
 
-def probe(policy: Policy, table: TransitionTable, conditioning: Conditioning) -> Inputs:
-    """Inputs of one model call that belong to no sample."""
+def probe(policy: Policy, table: TransitionTable, conditioning: Conditioning, expert: int | None = None) -> Inputs:
+    """Inputs of one model call that belong to no sample, for a denoiser (None: that of the first step)."""
+    turns = policy.model.turns(table)
+    expert = turns[0] if expert is None else expert
     embeds = next(iter(conditioning.values()))
     index = torch.arange(policy.rows, device=embeds.device)
     latents = gaussian_noise(policy.model.latent_shape, seed=0, sample_ids=index)
-    times = table.times.to(embeds.device, torch.float32)[index % len(table)]
-    return latents, times, select(conditioning, index % len(embeds))
+    own = torch.tensor([turn == expert for turn in turns])
+    times = table.times[own].to(embeds.device, torch.float32)
+    return latents, times[index % len(times)], select(conditioning, index % len(embeds)), expert
 
 
 @torch.no_grad()
@@ -97,14 +104,15 @@ def rows_are_equal(policy: Policy, table: TransitionTable, conditioning: Conditi
     Matrix products may treat the last rows of a batch differently; where they do, a sample has to be replayed in the
     row it was sampled in.
     """
-    latents, times, embeds = probe(policy, table, conditioning)
-    outputs = policy(policy.model.denoiser, latents, times, embeds)
-    for shift in range(1, policy.rows):
-        order = torch.arange(policy.rows, device=latents.device).roll(shift)
-        moved = policy(policy.model.denoiser, latents[order], times[order], select(embeds, order))
-        for before, after in zip(outputs, moved, strict=True):
-            if before is not None and after is not None and not torch.equal(before[order], after):
-                return False
+    for expert in sorted(set(policy.model.turns(table))):
+        latents, times, embeds, _ = probe(policy, table, conditioning, expert)
+        outputs = policy(policy.model.denoiser, latents, times, embeds, expert)
+        for shift in range(1, policy.rows):
+            order = torch.arange(policy.rows, device=latents.device).roll(shift)
+            moved = policy(policy.model.denoiser, latents[order], times[order], select(embeds, order), expert)
+            for before, after in zip(outputs, moved, strict=True):
+                if before is not None and after is not None and not torch.equal(before[order], after):
+                    return False
     return True
 
 
@@ -133,11 +141,13 @@ class Item(NamedTuple):
         samples: that share the row's input; each is a pair with `step`.
         step: which of its sample's inputs it is.
         row: of the call, where the model's bits depend on it.
+        expert: of the model's denoisers, which takes the step; a call is for one.
     """
 
     samples: tuple[int, ...]
     step: int
     row: int
+    expert: int = 0
 
 
 class Call(NamedTuple):
@@ -149,6 +159,7 @@ class Call(NamedTuple):
         single: the rows that stand for one sample.
         shared: a row, its step and its samples, for rows that stand for several.
         weight: of a pair in the loss.
+        expert: of the model's denoisers.
     """
 
     used: int
@@ -156,6 +167,7 @@ class Call(NamedTuple):
     single: Tensor
     shared: list[tuple[int, int, Tensor]]
     weight: float
+    expert: int
 
 
 def plan_calls(
@@ -186,16 +198,19 @@ def plan_calls(
         index = keep(chain(*zip(*every, strict=True)))
         single = keep(row for row, item in places.items() if len(item.samples) == 1)
         several = ((row, item) for row, item in places.items() if len(item.samples) > 1)
-        plan.append((len(places), index, single, [(row, item.step, keep(item.samples)) for row, item in several]))
+        shared = [(row, item.step, keep(item.samples)) for row, item in several]
+        plan.append((len(places), index, single, shared, spare.expert))
     there = torch.tensor(numbers, dtype=torch.int64).to(device)
     return [
-        Call(used, there[index].view(3, rows), there[single], [(r, t, there[part]) for r, t, part in shared], weight)
-        for used, index, single, shared in plan
+        Call(
+            used, there[index].view(3, rows), there[single], [(r, t, there[part]) for r, t, part in shared], weight, one
+        )
+        for used, index, single, shared, one in plan
     ]
 
 
 def pack(items: Sequence[Item], rows: int, *, equal: bool) -> Iterator[dict[int, Item]]:
-    """Deals items out to model calls: for each call, what sits in which of its rows.
+    """Deals items out to model calls, denoiser by denoiser: for each call, what sits in which of its rows.
 
     Args:
         items: neighbours stay neighbours.
@@ -203,12 +218,14 @@ def pack(items: Sequence[Item], rows: int, *, equal: bool) -> Iterator[dict[int,
         equal: the model's bits do not depend on the row: calls are filled without gaps. Else every item sits in its
             row, and some rows stay empty.
     """
-    if equal:
-        for part in chunks(len(items), rows):
-            yield dict(enumerate(items[part]))
-        return
-    queues: dict[int, list[Item]] = {}
-    for item in items:
-        queues.setdefault(item.row, []).append(item)
-    for turn in range(max(map(len, queues.values()), default=0)):
-        yield {row: queue[turn] for row, queue in sorted(queues.items()) if turn < len(queue)}
+    for expert in sorted({item.expert for item in items}):
+        own = [item for item in items if item.expert == expert]
+        if equal:
+            for part in chunks(len(own), rows):
+                yield dict(enumerate(own[part]))
+            continue
+        queues: dict[int, list[Item]] = {}
+        for item in own:
+            queues.setdefault(item.row, []).append(item)
+        for turn in range(max(map(len, queues.values()))):
+            yield {row: queue[turn] for row, queue in sorted(queues.items()) if turn < len(queue)}

@@ -125,11 +125,11 @@ class Draw:
     def _caller(self, rows: Trajectory, prompts: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:
         """The model at the samples in `rows`, by step."""
         policy, conditioning = self.policy, select(self.conditioning, prompts)
-        times = self.table.times.to(prompts.device, torch.float32)
+        times, turns = self.table.times.to(prompts.device, torch.float32), policy.model.turns(self.table)
 
         def call(step: int) -> tuple[Tensor, Tensor | None]:
             latents = rows.latents[:, step]
-            return policy(policy.model.denoiser, latents, times[step].expand(len(latents)), conditioning)
+            return policy(policy.model.denoiser, latents, times[step].expand(len(latents)), conditioning, turns[step])
 
         return call
 

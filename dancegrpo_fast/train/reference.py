@@ -1,7 +1,6 @@
 """The model as it starts, beside the one that is trained."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +32,17 @@ class Reference:
         """Guided outputs, float32 `[n, ...]`; `denoiser` is what the update calls."""
         if self._copy is not None:
             return policy.guided(*policy(self._copy, *inputs))
-        adapted: Any = policy.model.denoiser
-        if self._started:
-            adapted.set_adapter(lora.START)
-        else:
-            adapted.disable_adapters()
+        adapted = lora.adapted(policy.model.denoiser)
+        for one in adapted:
+            if self._started:
+                one.set_adapter(lora.START)
+            else:
+                one.disable_adapters()
         try:
             return policy.guided(*policy(denoiser, *inputs))
         finally:
-            if self._started:
-                adapted.set_adapter(lora.ADAPTER)
-            else:
-                adapted.enable_adapters()
+            for one in adapted:
+                if self._started:
+                    one.set_adapter(lora.ADAPTER)
+                else:
+                    one.enable_adapters()

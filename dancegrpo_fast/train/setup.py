@@ -175,8 +175,9 @@ class Setup:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
         if recipe.model.blocks_to_swap != 0 and processes.sharded:
             raise ValueError(f"model.blocks_to_swap: got {recipe.model.blocks_to_swap} under FSDP2, want 0")
-        if "denoiser" in recipe.train.offload and processes.count > 1:
-            raise ValueError(f'train.offload: got "denoiser" in {processes.name}, want one process')
+        for what in {"denoiser", "expert"}.intersection(recipe.train.offload):
+            if processes.count > 1:
+                raise ValueError(f'train.offload: got "{what}" in {processes.name}, want one process')
         if recipe.evaluation is not None and recipe.evaluation.samples_per_prompt < 2:
             raise ValueError("evaluation.samples_per_prompt: got 1, want at least 2 in training, for the diversity")
         check_steps(recipe)
@@ -212,7 +213,7 @@ class Setup:
             )
             self.evaluator.rewards.check(evaluated)
         self.residence.use("denoiser")
-        self.loss = make_loss(recipe, self.model.denoiser, self.table, processes)
+        self.loss = make_loss(recipe, self.model.denoiser, self.table, self.model.turns(self.table), processes)
         self.collect = Collector(
             recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )

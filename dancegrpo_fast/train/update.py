@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..experts import trained
 from ..processes import Processes
 from ..recipe import Recipe
 from ..rng import generator
@@ -103,7 +104,17 @@ class Updates:
                     continue
                 self.processes.accelerator.backward(loss if scale == 1 else scale * loss)
                 changed = True
+        if changed:
+            self._add_missing()
         return changed
+
+    def _add_missing(self) -> None:
+        """Gradients of zero for a denoiser that had no call, so that its momentum moves on as the other's does."""
+        for one in trained(self.policy.model.denoiser):
+            own = [parameter for parameter in one.parameters() if parameter.requires_grad]
+            if all(parameter.grad is None for parameter in own):
+                for parameter in own:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _sum(self, batch: Batch, call: Call, tally: Tally, first: bool) -> Tensor | None:
         """Of a call's terms; None where it is known to have no gradient."""
@@ -132,7 +143,7 @@ class Updates:
         """The losses of a model call: of the rows that stand for one sample, and of each that stands for several."""
         samples, steps, prompts = call.rows
         inputs = self.loss.inputs(batch, samples, steps)
-        outputs = self._outputs((*inputs, select(batch.conditioning, prompts)))
+        outputs = self._outputs((*inputs, select(batch.conditioning, prompts), call.expert))
 
         def term(samples: Tensor, steps: Tensor, outputs: Outputs) -> Term:
             return self.loss.term(batch, samples, steps, outputs, len(samples) * call.weight)

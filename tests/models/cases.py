@@ -22,12 +22,21 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """How a family is sampled: height and width, the scale of guidance, and its pipeline's call of the same."""
+    """How a family is sampled: height and width, the scale of guidance, and its pipeline's call of the same.
+
+    `folder` is the name of its folder, where that is not the family.
+    """
 
     family: str
     size: tuple[int, int]
     guidance: float
     call: dict[str, Any]
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the case and its folder."""
+        return self.folder or self.family
 
     @property
     def image(self) -> bool:
@@ -37,8 +46,9 @@ class Case:
 
 WITHOUT = {"negative_prompt": [NEGATIVE] * 2}
 CLIP = {"num_frames": 5, "max_sequence_length": 24}
+WAN = {"guidance_scale": 5.0} | WITHOUT | CLIP | {"max_sequence_length": 12}
 CASES = {
-    case.family: case
+    case.name: case
     for case in (
         Case("flux", (16, 16), 3.5, {"guidance_scale": 3.5, "max_sequence_length": 12}),
         Case("stable_diffusion", (16, 16), 5.0, {"guidance_scale": 5.0} | WITHOUT),
@@ -46,7 +56,8 @@ CASES = {
         Case("skyreels_i2v", (32, 32), 5.0, {"guidance_scale": 1.0, "true_cfg_scale": 5.0} | WITHOUT | CLIP),
         Case("sd3", (16, 16), 4.0, {"guidance_scale": 4.0, "max_sequence_length": 12} | WITHOUT),
         Case("qwen_image", (16, 16), 4.0, {"true_cfg_scale": 4.0, "max_sequence_length": 24} | WITHOUT),
-        Case("wan", (16, 32), 5.0, {"guidance_scale": 5.0} | WITHOUT | CLIP | {"max_sequence_length": 12}),
+        Case("wan", (16, 32), 5.0, WAN),
+        Case("wan", (16, 32), 5.0, WAN, "wan_a14b"),
     )
 }
 

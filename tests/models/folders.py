@@ -191,12 +191,8 @@ def save_qwen_image(folder: Path) -> Path:
     return folder
 
 
-def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, temperal_downsample=[True], scale_factor_temporal=2, scale_factor_spatial=2, **CAUSAL
-    )
-    transformer = diffusers.WanTransformer3DModel(
+def _wan_transformer() -> Any:
+    return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=4,
@@ -207,6 +203,14 @@ def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
         num_layers=2,
         rope_max_seq_len=32,
     )
+
+
+def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, temperal_downsample=[True], scale_factor_temporal=2, scale_factor_spatial=2, **CAUSAL
+    )
+    transformer = _wan_transformer()
     diffusers.WanPipeline(
         parts.t5_tokenizer(),
         parts.t5_encoder("UMT5", 16),
@@ -218,6 +222,13 @@ def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
     return folder
 
 
+def save_wan_a14b(folder: Path, boundary: float = 0.875, **pipeline: Any) -> Path:
+    """Of two transformers: the first of three steps is the first one's."""
+    torch.manual_seed(1)
+    second = parts.randomised(_wan_transformer())
+    return save_wan(folder, transformer_2=second, boundary_ratio=boundary, **pipeline)
+
+
 BUILDERS: dict[str, Callable[..., Path]] = {
     "flux": save_flux,
     "stable_diffusion": save_stable_diffusion,
@@ -226,4 +237,5 @@ BUILDERS: dict[str, Callable[..., Path]] = {
     "sd3": save_sd3,
     "qwen_image": save_qwen_image,
     "wan": save_wan,
+    "wan_a14b": save_wan_a14b,
 }

@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from dancegrpo_fast.evaluate import evaluate
+from dancegrpo_fast.experts import named
 from dancegrpo_fast.models import FAMILIES
 from dancegrpo_fast.ops.noise import gaussian_noise
 from dancegrpo_fast.recipe import EvaluationSettings
@@ -82,7 +83,7 @@ def check_sample(case: Case, base: Path, output: Path, call: dict[str, Any], **c
 
 @families
 def test_the_ode_and_its_frames_are_the_pipelines(base: Base, tmp_path: Path, case: Case) -> None:
-    check_sample(case, base(case.family), tmp_path / "run", case.call)
+    check_sample(case, base(case.name), tmp_path / "run", case.call)
 
 
 ONE = {"guidance_scale": 1.0}
@@ -108,7 +109,7 @@ def test_the_picture_that_is_written_is_the_pipelines(base: Base, tmp_path: Path
         **size,
     )
     trained = {"height": 2 * height, "num_steps": 2, "guidance_scale": 1.0, "micro_batch": 1}
-    recipe = make_recipe(case, base(case.family), tmp_path / "run", evaluation=scored, **trained)
+    recipe = make_recipe(case, base(case.name), tmp_path / "run", evaluation=scored, **trained)
     rows = Path(recipe.prompts).read_text().splitlines()
     Path(recipe.prompts).write_text(next(row for row in rows if json.loads(row)["prompt"] == prompt))
     evaluate(recipe, None, tmp_path / "out")
@@ -121,7 +122,7 @@ def test_the_picture_that_is_written_is_the_pipelines(base: Base, tmp_path: Path
         seed=derive_seed(derive_seed(recipe.seed, "evaluation"), "noise"),
         sample_ids=torch.zeros(1, dtype=torch.int64),
     )
-    pipeline = getattr(diffusers, model.pipeline).from_pretrained(base(case.family))
+    pipeline = getattr(diffusers, model.pipeline).from_pretrained(base(case.name))
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -161,11 +162,12 @@ def test_variants_are_the_pipelines(tmp_path: Path, variant: str) -> None:
 
 @families
 def test_what_is_saved_is_a_denoiser_folder(base: Base, tmp_path: Path, case: Case) -> None:
-    model, _ = load(make_recipe(case, base(case.family), tmp_path / "run"))
+    model, _ = load(make_recipe(case, base(case.name), tmp_path / "run"))
     model.save(model.denoiser, tmp_path / "saved")
-    again = type(model.denoiser).from_pretrained(tmp_path / "saved" / model.denoiser_part)
-    wanted = model.denoiser.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
+    for part, denoiser in named(model.denoiser, model.denoiser_part).items():
+        again = type(denoiser).from_pretrained(tmp_path / "saved" / part)
+        wanted = denoiser.state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
 
 
 def test_the_first_frame_belongs_to_its_prompt(base: Base, tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_text_encoders_are_gone_before_the_denoiser_is_loaded(
 ) -> None:
     encoders: list[weakref.ref[torch.nn.Module]] = []
     alive: list[list[bool]] = []
-    recipe = make_recipe(case, base(case.family), tmp_path / "run", prompt_cache=str(tmp_path / "cache"))
+    recipe = make_recipe(case, base(case.name), tmp_path / "run", prompt_cache=str(tmp_path / "cache"))
     module, _, name = FAMILIES[case.family].partition(":")
     family = getattr(importlib.import_module(f"dancegrpo_fast.models.{module}"), name)
     pipeline, denoiser = getattr(diffusers, family.pipeline), getattr(diffusers, family.denoiser_class)
@@ -208,5 +210,5 @@ def test_text_encoders_are_gone_before_the_denoiser_is_loaded(
 
     monkeypatch.setattr(pipeline, "from_pretrained", seen_pipeline)
     monkeypatch.setattr(denoiser, "from_pretrained", seen_denoiser)
-    load(recipe)
-    assert encoders and alive == [[False] * len(encoders)]
+    model, _ = load(recipe)
+    assert encoders and alive == [[False] * len(encoders)] * len(model.denoiser_paths)

@@ -131,7 +131,7 @@ def embeds_and_frames(
     return floating, frames, model._store.rows(list(PROMPTS), ["prompt_embeds"])["prompt_embeds"].dtype
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [name for name in CASES if name != "wan_a14b"])
 def test_frozen_parts_are_in_bfloat16_beside_a_float32_denoiser(base: Base, tmp_path: Path, family: str) -> None:
     low = embeds_and_frames(family, base(family), tmp_path / "low", "bfloat16", None)
     mixed = embeds_and_frames(family, base(family), tmp_path / "mixed", "float32", "bfloat16")

@@ -62,12 +62,6 @@ def test_the_shift_of_a_multistep_scheduler_is_taken(tmp_path: Path) -> None:
     assert torch.equal(load(recipe)[0].table(recipe.sampler).times, transitions.shifted_sigmas(3, 5.0)[:-1])
 
 
-def test_a_wan_of_two_transformers_is_refused(tmp_path: Path) -> None:
-    folder = save_wan(tmp_path / "base", boundary_ratio=0.9)
-    with pytest.raises(ValueError, match="a Wan of two transformers, want one of one"):
-        load(make_recipe(CASES["wan"], folder, tmp_path / "run"))
-
-
 def test_guidance_that_a_model_cannot_have(tmp_path: Path) -> None:
     folder = save_flux(tmp_path / "base", guidance_embeds=False)
     model, _ = load(make_recipe(CASES["flux"], folder, tmp_path / "run"))

@@ -36,6 +36,13 @@ RECIPE: dict[str, Any] = {
     "memory_gib": 4.0,
     "attention": "auto",
 }
+# Under DDP alone: Wan of two transformers, one of which has no call in some process or update.
+EXPERTS: dict[str, Any] = SMALL | {"family": "wan", "folder": "wan_a14b", "micro_batch": 1, "updates_per_rollout": 2}
+UNSHARDED: dict[str, dict[str, Any]] = {
+    "experts": EXPERTS | {"prompts_per_iteration": 3},
+    "experts-lora": EXPERTS | {"lora": True, "kl_weight": 0.1, "gradient_sync": "call"},
+    "experts-frozen": EXPERTS | {"lora": True, "second_expert": "frozen", "timestep_fraction": 1.0},
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "unet-recipe": UNET | RECIPE,
     "first_frames-recipe": SKYREELS | RECIPE | {"block_ops": "lossless"},
@@ -44,31 +51,38 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def skyreels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.save_skyreels(tmp_path_factory.mktemp("skyreels") / "base")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with text encoders."""
+    root = tmp_path_factory.mktemp("whole")
+    return {name: folders.BUILDERS[name](root / name / "base") for name in ("skyreels_i2v", "wan_a14b")}
 
 
-def recipe(diffusion: Path, skyreels: Path, output: Path, family: str, **changes: Any) -> Any:
-    if family != "skyreels_i2v":
+def recipe(diffusion: Path, whole: dict[str, Path], output: Path, family: str, folder: str = "", **changes: Any) -> Any:
+    name = folder or family
+    if name not in whole:
         return parallel.recipe(diffusion, output, **changes)
-    # Its prompts have pictures beside them.
-    case, folder = cases.CASES[family], output.parent / "pictures" / output.name
-    return cases.make_recipe(case, skyreels, folder, **{"micro_batch": 2, "output_dir": str(output)} | changes)
+    # Prompts of their own, some with pictures beside them.
+    place = output.parent / "prompts" / output.name
+    fixed = {"micro_batch": 2, "output_dir": str(output)}
+    return cases.make_recipe(cases.CASES[name], whole[name], place, **fixed | changes)
 
 
 @pytest.fixture(scope="module")
-def runs(diffusion: Path, skyreels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(diffusion: Path, whole: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     wanted = {f"{kind}-{name}": changes for kind in ("ddp", "fsdp") for name, changes in SETTINGS.items()}
-    wanted |= {f"fsdp-{name}": changes for name, changes in RECIPES.items()}
-    made = {name: recipe(diffusion, skyreels, folder / name, **changes) for name, changes in wanted.items()}
+    wanted |= {f"ddp-{name}": changes for name, changes in UNSHARDED.items()}
+    wanted |= {f"fsdp-{name}": changes for name, changes in RECIPES.items()} | {"fsdp-experts": EXPERTS}
+    wanted |= {"ddp-turns": EXPERTS | {"lora": True, "offload": ["expert"]}}
+    made = {name: recipe(diffusion, whole, folder / name, **changes) for name, changes in wanted.items()}
     return parallel.run_together(folder, {name: (name.startswith("fsdp"), one, None) for name, one in made.items()})
 
 
 @pytest.fixture(scope="module")
-def alone(diffusion: Path, skyreels: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+def alone(diffusion: Path, whole: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    made = {name: recipe(diffusion, skyreels, folder / name, **changes) for name, changes in SETTINGS.items()}
+    wanted = SETTINGS | UNSHARDED
+    made = {name: recipe(diffusion, whole, folder / name, **changes) for name, changes in wanted.items()}
     return parallel.run_alone(made)
 
 
@@ -80,6 +94,19 @@ def test_two_processes_train_as_one(runs: Path, alone: Alone, kind: str, name: s
     scale = parallel.rows(runs / f"{kind}-{name}")[0].get("loss_scale", LOSS_SCALE)
     made = 1 + math.log2(LOSS_SCALE / scale)
     assert [rank["reductions"] for rank in parallel.seen(runs, f"{kind}-{name}")] == [made] * WORLD
+
+
+@pytest.mark.parametrize("name", UNSHARDED)
+def test_two_denoisers_are_trained_as_one_process_does(runs: Path, alone: Alone, name: str) -> None:
+    parallel.assert_trained_as_one(runs, alone, "ddp", name)
+    _, before, after = alone[name]
+    moved = {key.partition(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved == ({"transformer"} if "frozen" in name else {"transformer", "transformer_2"})
+
+
+def test_two_denoisers_are_not_split(runs: Path) -> None:
+    for name, message in (("fsdp-experts", "accelerate: got FSDP2 for "), ("ddp-turns", 'train.offload: got "expert"')):
+        assert all(rank["error"].startswith(message) for rank in parallel.seen(runs, name))
 
 
 @pytest.mark.parametrize("name", RECIPES)

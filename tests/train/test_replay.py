@@ -9,6 +9,7 @@ import torch
 
 from dancegrpo_fast.train.calls import Item, Policy, pack, plan_calls, rows_are_equal
 from dancegrpo_fast.train.loop import Trainer
+from dancegrpo_fast.transitions import TransitionTable
 
 from .tiny import make_recipe
 
@@ -25,6 +26,16 @@ def test_every_item_is_dealt_once(equal: bool) -> None:
         assert [len(call) for call in calls] == [4, 4, 4, 2]
     else:
         assert all(item.row == row for call in calls for row, item in call.items())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_call_is_for_one_denoiser(equal: bool) -> None:
+    items = [Item((sample,), step, sample % 2, step // 4) for sample in range(3) for step in (2, 7)]
+    calls = list(pack(items, 2, equal=equal))
+    assert [{item.expert for item in call.values()} for call in calls] == [{0}, {0}, {1}, {1}]
+    assert sorted(item for call in calls for item in call.values()) == sorted(items)
+    planned = plan_calls(calls, 2, prompts=[0, 0, 0], weight=1.0, device=torch.device("cpu"))
+    assert [call.expert for call in planned] == [0, 0, 1, 1]
 
 
 def test_empty_rows_repeat_another() -> None:
@@ -44,6 +55,9 @@ class RowSensitive:
 
     def __init__(self, amount: float) -> None:
         self.amount = amount
+
+    def turns(self, table: TransitionTable) -> list[int]:
+        return [0] * len(table)
 
     def predict(self, denoiser: Any, latents: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, None]:
         output = latents.clone()

@@ -1,7 +1,10 @@
 """What an update minimises: `base.py` the protocol, and one file an objective."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from ...experts import trained
 from ...processes import Processes
 from ...recipe import Recipe
 from ...transitions import TransitionTable
@@ -13,13 +16,16 @@ from .grpo import Grpo
 from .grpo import check_steps as check_steps
 
 
-def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, processes: Processes) -> Loss:
+def make_loss(
+    recipe: Recipe, denoiser: nn.Module, table: TransitionTable, turns: Sequence[int], processes: Processes
+) -> Loss:
     """The objective of a recipe.
 
     Args:
         recipe: of the run.
         denoiser: as loaded, before it is prepared.
         table: of the sampler.
+        turns: of its steps, as `GeneratorModel` has them.
         processes: of the run.
 
     Raises:
@@ -30,4 +36,4 @@ def make_loss(recipe: Recipe, denoiser: nn.Module, table: TransitionTable, proce
         model = recipe.model
         started = model.start_from is not None and model.start_as == "adapter"
         reference = Reference(denoiser, processes, adapters=model.lora is not None, started=started)
-    return Grpo(recipe, table, reference, processes.device)
+    return Grpo(recipe, table, turns, len(trained(denoiser)), reference, processes.device)

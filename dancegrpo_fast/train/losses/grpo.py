@@ -22,28 +22,40 @@ class Grpo:
     Args:
         recipe: its `train` has the settings.
         table: of the sampler.
+        turns: which of the model's denoisers takes each step.
+        experts: how many of these are trained, the first ones.
         reference: the model as loaded, for the KL; None: no KL.
         device: of the run.
 
     Attributes:
-        trainable_steps: the stochastic steps before the last.
+        trainable_steps: the stochastic steps before the last, of denoisers that are trained.
         pairs_per_sample: how many of them a sample is trained on.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none of one of two denoisers.
     """
 
     def __init__(
-        self, recipe: Recipe, table: TransitionTable, reference: Reference | None, device: torch.device
+        self,
+        recipe: Recipe,
+        table: TransitionTable,
+        turns: Sequence[int],
+        experts: int,
+        reference: Reference | None,
+        device: torch.device,
     ) -> None:
         self._train, self._seed, self._guidance_scale = recipe.train, recipe.seed, recipe.sampler.guidance_scale
         self._table, self._times = table, table.times.to(device, torch.float32)
-        self._reference = reference
+        self._turns, self._reference = turns, reference
         self.keeps_outputs = recipe.train.ratio_norm
         hidden = {"samples", "ratio_max_dev", "advantage_clip_fraction"}
         hidden |= {"reference_kl"} if reference is None else set()
         self.metrics: Sequence[str] = [name for name in PolicyMetrics._fields if name not in hidden]
-        self.trainable_steps = [t for t in range(len(table) - 1) if table.tau[t] > 0]
+        noisy = [t for t in range(len(table) - 1) if table.tau[t] > 0]
+        self.trainable_steps = [t for t in noisy if turns[t] < experts]
+        for expert in range(experts if noisy else 0):
+            if all(turns[t] != expert for t in noisy):
+                raise ValueError(_without_steps(recipe, table, turns, expert))
         self.pairs_per_sample = steps_per_sample(recipe, len(self.trainable_steps))
 
     def steps(self, number: int) -> list[int]:
@@ -66,11 +78,12 @@ class Grpo:
                 if steps[s][turn] == batch.shared_step:
                     shared.setdefault(batch.prompts[s], []).append(s)
                 else:
-                    items.append(Item((s,), steps[s][turn], batch.rows[s]))
+                    step = steps[s][turn]
+                    items.append(Item((s,), step, batch.rows[s], self._turns[step]))
         # A shared step sat in its prompt's row.
-        rows = self._train.micro_batch
+        rows, step = self._train.micro_batch, batch.shared_step or 0
         return items + [
-            Item(tuple(group), batch.shared_step or 0, prompt % rows) for prompt, group in sorted(shared.items())
+            Item(tuple(group), step, prompt % rows, self._turns[step]) for prompt, group in sorted(shared.items())
         ]
 
     def inputs(self, batch: Batch, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +151,17 @@ def steps_per_sample(recipe: Recipe, stochastic: int) -> int:
             "one step"
         )
     return found
+
+
+def _without_steps(recipe: Recipe, table: TransitionTable, turns: Sequence[int], expert: int) -> str:
+    """Of two denoisers one has no step that could be trained on."""
+    sampler, other = recipe.sampler, "below" if expert == 0 else "above"
+    times = ", ".join(f"{time:.3g}" for time in table.times.tolist())
+    more = "" if expert == 0 else ', or model.second_expert "frozen"'
+    return (
+        f"sampler.num_steps: got {sampler.num_steps} steps at {times}, of which all with noise before the last are "
+        f"{other} the boundary of the model's two denoisers; want more, or another shift or window{more}"
+    )
 
 
 def _without_noise(sampler: SamplerSettings) -> str:
