@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
 from ..processes import is_sharded
 from ..recipe import ModelSettings, Recipe
 from .base import DiffusersModel
@@ -59,11 +60,16 @@ def family_of(settings: ModelSettings) -> type[DiffusersModel]:
 def check_experts(recipe: Recipe) -> None:
     """Raises ValueError where a recipe speaks of a second denoiser that is not there, or of what two cannot have."""
     model, train = recipe.model, recipe.train
-    offloads = "expert" in train.offload
     if pipeline_index(model.path).get("boundary_ratio") is None:
-        if model.second_expert is not None:
-            raise ValueError(f'model.second_expert: got "{model.second_expert}" for {model.path}, {ALONE}, want null')
-        if offloads:
+        asked = {
+            "model.second_expert": model.second_expert,
+            "sampler.guidance_scale_2": recipe.sampler.guidance_scale_2,
+            "evaluation.guidance_scale_2": recipe.evaluation and recipe.evaluation.guidance_scale_2,
+        }
+        for name, value in asked.items():
+            if value is not None:
+                raise ValueError(f"{name}: got {shown(value)} for {model.path}, {ALONE}, want null")
+        if "expert" in train.offload:
             raise ValueError(f'train.offload: got "expert" for {model.path}, {ALONE}, want it left out')
         return
     if model.denoiser is not None:

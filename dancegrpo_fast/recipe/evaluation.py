@@ -24,10 +24,11 @@ class EvaluationSettings:
         grid_samples: samples of each prompt in the pictures; null: 3, or as many as there are.
         grid_prompts: prompts in the pictures, the first of the file.
         samplers: "ode": without noise, as users sample; "sde": as in training.
-        num_steps: of a sample; null: the sampler's, as in the three below.
+        num_steps: of a sample; null: the sampler's, as in the four below.
         height: in pixels.
         width: in pixels.
         guidance_scale: of the model.
+        guidance_scale_2: of the second of two denoisers.
         ema: of a run with `train.ema_decay`, or a checkpoint of one, the average is evaluated, else what is trained.
     """
 
@@ -43,6 +44,7 @@ class EvaluationSettings:
     height: int | None = None
     width: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     ema: bool = True
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class EvaluationSettings:
 
     def sampling(self, training: SamplerSettings) -> SamplerSettings:
         """How samples are drawn here: as in training, but for what is set."""
-        fields = ("num_steps", "height", "width", "guidance_scale")
+        fields = ("num_steps", "height", "width", "guidance_scale", "guidance_scale_2")
         own = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         try:
             return replace(training, **own)

@@ -19,6 +19,7 @@ class SamplerSettings:
         eta: noise level of the sampler.
         shift: of the flow's schedule; null takes the scheduler's own.
         guidance_scale: classifier-free guidance, or the guidance embedding where the model has one; 1 is off.
+        guidance_scale_2: of the second of two denoisers, where it differs; null: as `guidance_scale`.
         height: of the images, in pixels.
         width: of the images, in pixels.
         frames: of a video, in the pixels of its VAE; 1 is an image.
@@ -36,6 +37,7 @@ class SamplerSettings:
     width: int
     shift: float | None = None
     guidance_scale: float = 1.0
+    guidance_scale_2: float | None = None
     frames: int = 1
     fps: float | None = None
     negative_prompt: str = ""
@@ -52,6 +54,11 @@ class SamplerSettings:
         at_least("sampler.frames", self.frames, 1)
         if self.fps is not None:
             positive("sampler.fps", self.fps)
+        second = self.guidance_scale_2
+        if second is not None and (second == 1) != (self.guidance_scale == 1):
+            raise ValueError(
+                f"sampler.guidance_scale_2: got {second} with guidance_scale {self.guidance_scale}, want both 1 or none"
+            )
         for step in self.window or ():
             if not 0 <= step < self.num_steps:
                 raise ValueError(f"sampler.window: got {step}, want steps from 0 to {self.num_steps - 1}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models import Conditioning, GeneratorModel
 from ..ops.noise import gaussian_noise
-from ..recipe import Recipe
+from ..recipe import Recipe, SamplerSettings
 from ..transitions import TransitionTable
 
 # Of a model call: latents `[n, ...]`, times `[n]`, conditioning of n rows, and which denoiser it is for.
@@ -29,18 +29,25 @@ class Policy:
         rows: of every model call, the micro-batch.
         guidance_scale: 1 for none.
         unconditional: the empty prompt's conditioning under guidance.
+        guidance_scale_2: of the second of two denoisers; None: the same.
     """
 
     model: GeneratorModel
     rows: int
     guidance_scale: float
     unconditional: Conditioning | None
+    guidance_scale_2: float | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, model: GeneratorModel) -> "Policy":
-        """As a recipe has it."""
-        scale = recipe.sampler.guidance_scale
-        return cls(model, recipe.train.micro_batch, scale, model.unconditional(scale))
+    def of(cls, recipe: Recipe, model: GeneratorModel, sampler: SamplerSettings | None = None) -> "Policy":
+        """As a recipe has it; for a `model` of another sampler, that is given, too."""
+        sampler = sampler or recipe.sampler
+        unconditional = model.unconditional(sampler.guidance_scale)
+        return cls(model, recipe.train.micro_batch, sampler.guidance_scale, unconditional, sampler.guidance_scale_2)
+
+    def scale(self, expert: int) -> float:
+        """Of guidance, for one of the model's denoisers."""
+        return self.guidance_scale if expert == 0 or self.guidance_scale_2 is None else self.guidance_scale_2
 
     def __call__(
         self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning, expert: int
@@ -56,16 +63,16 @@ class Policy:
             pad_rows(times, self.rows),
             {name: pad_rows(value, self.rows) for name, value in conditioning.items()},
             self.unconditional,
-            self.guidance_scale,
+            self.scale(expert),
             expert,
         )
         return output[:count], None if uncond is None else uncond[:count]
 
-    def guided(self, output: Tensor, uncond: Tensor | None) -> Tensor:
+    def guided(self, output: Tensor, uncond: Tensor | None, expert: int) -> Tensor:
         """Classifier-free guidance in float32, as the kernels combine it."""
         if uncond is None:
             return output.float()
-        return uncond.float() + self.guidance_scale * (output.float() - uncond.float())
+        return uncond.float() + self.scale(expert) * (output.float() - uncond.float())
 
 
 def pad_rows(values: Tensor, rows: int) -> Tensor:

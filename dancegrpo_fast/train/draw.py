@@ -1,7 +1,8 @@
 """Sampling: the model and `transition_step`, one trajectory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -62,6 +63,10 @@ class Draw:
     conditioning: Conditioning
     seed: int
     keep_outputs: bool = False
+
+    @cached_property
+    def _turns(self) -> Sequence[int]:
+        return self.policy.model.turns(self.table)
 
     @torch.no_grad()
     def start(self, noise: Tensor, step: int) -> Start:
@@ -125,11 +130,13 @@ class Draw:
     def _caller(self, rows: Trajectory, prompts: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:
         """The model at the samples in `rows`, by step."""
         policy, conditioning = self.policy, select(self.conditioning, prompts)
-        times, turns = self.table.times.to(prompts.device, torch.float32), policy.model.turns(self.table)
+        times = self.table.times.to(prompts.device, torch.float32)
 
         def call(step: int) -> tuple[Tensor, Tensor | None]:
             latents = rows.latents[:, step]
-            return policy(policy.model.denoiser, latents, times[step].expand(len(latents)), conditioning, turns[step])
+            return policy(
+                policy.model.denoiser, latents, times[step].expand(len(latents)), conditioning, self._turns[step]
+            )
 
         return call
 
@@ -144,7 +151,7 @@ class Draw:
             seed=self.seed,
             sample_ids=ids,
             uncond_output=uncond,
-            guidance_scale=None if uncond is None else self.policy.guidance_scale,
+            guidance_scale=None if uncond is None else self.policy.scale(self._turns[step]),
             out=rows.latents[:, step + 1],
             return_denoised=denoised is not None,
         )
@@ -152,4 +159,4 @@ class Draw:
         if denoised is not None and out.denoised is not None:
             denoised.copy_(out.denoised)
         if rows.outputs is not None:
-            rows.outputs[:, step] = self.policy.guided(output, uncond)
+            rows.outputs[:, step] = self.policy.guided(output, uncond, self._turns[step])

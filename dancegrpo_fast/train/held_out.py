@@ -128,11 +128,11 @@ class Evaluator:
         self.residence.add(self.rewards)
         label = self.settings.accepted_by
         self._judge = None if label is None else self.rewards.names.index(label)
-        sampler, rows, model = self.settings.sampling(self.recipe.sampler), self.policy.rows, self.policy.model
+        sampler, model = self.settings.sampling(self.recipe.sampler), self.policy.model
         with of_evaluation():
             if sampler != self.recipe.sampler:
                 model = model.at(sampler)
-                self.policy = Policy(model, rows, sampler.guidance_scale, model.unconditional(sampler.guidance_scale))
+                self.policy = Policy.of(self.recipe, model, sampler)
             self._tables = {name: model.table(sampler, deterministic=name == "ode") for name in self.settings.samplers}
 
     def sets(self) -> list[slice]:

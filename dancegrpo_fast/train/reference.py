@@ -31,7 +31,7 @@ class Reference:
     def __call__(self, policy: Policy, denoiser: nn.Module, inputs: Inputs) -> Tensor:
         """Guided outputs, float32 `[n, ...]`; `denoiser` is what the update calls."""
         if self._copy is not None:
-            return policy.guided(*policy(self._copy, *inputs))
+            return policy.guided(*policy(self._copy, *inputs), inputs[-1])
         adapted = lora.adapted(policy.model.denoiser)
         for one in adapted:
             if self._started:
@@ -39,7 +39,7 @@ class Reference:
             else:
                 one.disable_adapters()
         try:
-            return policy.guided(*policy(denoiser, *inputs))
+            return policy.guided(*policy(denoiser, *inputs), inputs[-1])
         finally:
             for one in adapted:
                 if self._started:

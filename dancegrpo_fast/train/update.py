@@ -143,10 +143,11 @@ class Updates:
         """The losses of a model call: of the rows that stand for one sample, and of each that stands for several."""
         samples, steps, prompts = call.rows
         inputs = self.loss.inputs(batch, samples, steps)
+        scale = self.policy.scale(call.expert)
         outputs = self._outputs((*inputs, select(batch.conditioning, prompts), call.expert))
 
         def term(samples: Tensor, steps: Tensor, outputs: Outputs) -> Term:
-            return self.loss.term(batch, samples, steps, outputs, len(samples) * call.weight)
+            return self.loss.term(batch, samples, steps, outputs, len(samples) * call.weight, scale)
 
         if len(call.single) == self.policy.rows:
             return [term(samples, steps, outputs)]

@@ -131,7 +131,8 @@ def test_what_waits_streams_and_is_recomputed_changes_no_bit(base: Base, tmp_pat
 
 def test_a_run_starts_from_what_another_left(base: Base, tmp_path: Path) -> None:
     """LoRA files, a checkpoint; both for an evaluation, too, and merged as the pipeline merges them."""
-    checks.run(recipe_of(base, tmp_path / "run", lora=True, iterations=1))
+    scales = {"guidance_scale_2": 3.0, "micro_batch": 1}
+    checks.run(recipe_of(base, tmp_path / "run", lora=True, iterations=1, **scales))
     trained = checks.weights(tmp_path / "run")
     assert parts(trained) == {"transformer", "transformer_2"}
 
@@ -139,7 +140,14 @@ def test_a_run_starts_from_what_another_left(base: Base, tmp_path: Path) -> None
         own = dict(model.denoiser.named_parameters())
         return all(torch.equal(own[name], value) for name, value in trained.items())
 
-    changes = {"lora": True, "start_from": str(tmp_path / "run" / "model"), "kl_weight": 0.1, "iterations": 1}
+    changes = {
+        "lora": True,
+        "start_from": str(tmp_path / "run" / "model"),
+        "kl_weight": 0.1,
+        "ratio_norm": True,
+        "iterations": 1,
+        "guidance_scale_2": 3.0,
+    }
     checks.run(recipe_of(base, tmp_path / "next", **changes))
     for source in (tmp_path / "run" / "model", tmp_path / "run"):
         assert is_there(load(recipe_of(base, tmp_path / "loaded", **changes | {"start_from": str(source)}))[0])
@@ -189,6 +197,7 @@ WAN, TWO = r".*, which has one denoiser", r".*, which has two denoisers"
     [
         ("wan", {"second_expert": "trained"}, rf'model.second_expert: got "trained" for {WAN}, want null'),
         ("wan", {"offload": ["expert"], "lora": True}, rf'train.offload: got "expert" for {WAN}, want it left out'),
+        ("wan", {"guidance_scale_2": 2.0}, rf"sampler.guidance_scale_2: got 2.0 for {WAN}, want null"),
         ("wan_a14b", {"denoiser": "elsewhere"}, rf"model.denoiser: got elsewhere for {TWO}, want null"),
         ("wan_a14b", {"sequence_parallel": 2}, rf"train.sequence_parallel: got 2 for {TWO}, want 1"),
         ("wan_a14b", {"start_from": "base"}, r"model.start_from: got a whole denoiser in .* for a model of two"),

@@ -148,6 +148,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     "sd3 without guidance, a shift of the size": ("sd3", {"use_dynamic_shifting": True}, ONE, ONE),
     "qwen without guidance": ("qwen_image", {}, {"true_cfg_scale": 1.0}, ONE),
     "wan without guidance": ("wan", {}, ONE, ONE),
+    "wan of two, each guided by its own scale": ("wan_a14b", {}, {"guidance_scale_2": 3.0}, {"guidance_scale_2": 3.0}),
+    "wan of two, without guidance": ("wan_a14b", {"boundary": 0.5}, ONE, ONE),
     "wan with a time for each token": ("wan", {"expand_timesteps": True}, {}, {}),
 }
 

@@ -1,5 +1,6 @@
 """LoRA files of any writer, and whole weights, as a run's start: what diffusers' own pipeline makes of them."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ LORA = LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS)
 
 
 def recipe_from(base: Path, folder: Path, start: Path, lora: LoraSettings | None = LORA, **changes: Any) -> Recipe:
-    family = base.parent.name.rstrip("0123456789")
+    family = next(name for name in CASES if re.fullmatch(rf"{name}\d", base.parent.name))
     settings = {"prompt_cache": str(base.parent / "cache"), "start_from": str(start), **changes}
     recipe = make_recipe(CASES[family], base, folder / "run", **settings)
     return replace(recipe, model=replace(recipe.model, lora=lora))

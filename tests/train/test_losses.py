@@ -44,7 +44,7 @@ class Matching:
     def others(self, *_: Any) -> dict[str, Tensor]:
         return {}
 
-    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Any, weight: float) -> Term:
+    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Any, weight: float, scale: float) -> Term:
         error = ((outputs["model_output"] - self.noised(batch, samples, steps)[2]) ** 2).flatten(1).mean(1)
         loss = weight * (batch.own_advantages[samples] * error).mean()
         count = torch.tensor(float(len(samples)))

@@ -62,7 +62,7 @@ def recipe(diffusion: Path, whole: dict[str, Path], output: Path, family: str, f
     if name not in whole:
         return parallel.recipe(diffusion, output, **changes)
     # Prompts of their own, some with pictures beside them.
-    place = output.parent / "prompts" / output.name
+    place = output.parent / f"prompts-{name}" / output.name
     fixed = {"micro_batch": 2, "output_dir": str(output)}
     return cases.make_recipe(cases.CASES[name], whole[name], place, **fixed | changes)
 

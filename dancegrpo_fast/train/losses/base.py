@@ -64,6 +64,11 @@ class Loss(Protocol):
         """What other models (a reference, an older policy) make of a call's inputs, without gradient."""
         ...
 
-    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
-        """`weight` times the mean loss of pairs of int64 `[n]`, from what the models made of their inputs."""
+    def term(
+        self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
+    ) -> Term:
+        """`weight` times the mean loss of pairs of int64 `[n]`, from what the models made of their inputs.
+
+        `guidance_scale` is that of the denoiser that the pairs are for.
+        """
         ...

@@ -44,7 +44,7 @@ class Grpo:
         reference: Reference | None,
         device: torch.device,
     ) -> None:
-        self._train, self._seed, self._guidance_scale = recipe.train, recipe.seed, recipe.sampler.guidance_scale
+        self._train, self._seed = recipe.train, recipe.seed
         self._table, self._times = table, table.times.to(device, torch.float32)
         self._turns, self._reference = turns, reference
         self.keeps_outputs = recipe.train.ratio_norm
@@ -94,7 +94,9 @@ class Grpo:
         """The reference's guided output."""
         return {} if self._reference is None else {"reference_output": self._reference(policy, denoiser, inputs)}
 
-    def term(self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float) -> Term:
+    def term(
+        self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
+    ) -> Term:
         """`policy_loss`."""
         train, drawn = self._train, batch.trajectory
         model_output, old = outputs["model_output"], drawn.log_probs[samples, steps]
@@ -111,7 +113,7 @@ class Grpo:
             # Each reward's were limited before they were added.
             advantage_clip=math.inf,
             uncond_output=outputs["uncond_output"],
-            guidance_scale=None if outputs["uncond_output"] is None else self._guidance_scale,
+            guidance_scale=None if outputs["uncond_output"] is None else guidance_scale,
             reference_output=outputs.get("reference_output"),
             kl_weight=train.kl_weight,
             ratio_norm=train.ratio_norm,
