@@ -14,8 +14,8 @@ from pathlib import Path
 PACKAGE = "dancegrpo_fast"
 # From the bottom. A room imports from those of the lines above its own.
 ORDER = (
-    "kernels lazy install allocator progress stopping checks files marks rng drawing lora quantization shards",
-    "transitions advantages prompts",
+    "kernels lazy install allocator progress stopping checks files marks rng drawing experts quantization shards",
+    "transitions advantages prompts lora",
     "backends recipe",
     "ops optimizers",
     "patch",

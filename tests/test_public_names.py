@@ -14,6 +14,7 @@ INNER = {
     "checks",
     "cli",
     "drawing",
+    "experts",
     "files",
     "info",
     "install",

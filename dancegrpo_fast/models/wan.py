@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..experts import SECOND
@@ -46,8 +47,8 @@ class Wan(DiffusersModel):
     def turns(self, table: TransitionTable) -> Sequence[int]:
         if self._boundary is None:
             return super().turns(table)
-        # As the pipeline compares its timesteps.
-        return [int(time < 1000 * self._boundary) for time in (1000 * table.times.float()).tolist()]
+        # As the pipeline compares its timesteps, in float32.
+        return [int(np.float32(1000) * np.float32(time) < 1000 * self._boundary) for time in table.numbers]
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))

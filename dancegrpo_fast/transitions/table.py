@@ -48,6 +48,7 @@ class TransitionTable:
         has_step_size: every row has a flow step size, which `ratio_norm` needs.
         unscored: the rows that score nothing: no noise, or kind "none". `policy_loss` takes them with weight 0 only.
         has_denoised: p and q are known in every row, which `return_denoised` needs.
+        numbers: `times` as Python's, for choices that the host takes.
 
     Raises:
         ValueError: a column of another type, length, dtype or device, numbers that are not finite, a negative `tau`,
@@ -70,6 +71,7 @@ class TransitionTable:
     has_step_size: bool = field(init=False)
     unscored: tuple[int, ...] = field(init=False)
     has_denoised: bool = field(init=False)
+    numbers: tuple[float, ...] = field(init=False)
     _packed: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -156,6 +158,7 @@ class TransitionTable:
         object.__setattr__(self, "has_step_size", bool((self.step_size > 0).all()))
         object.__setattr__(self, "unscored", tuple((scale == 0).nonzero().flatten().tolist()))
         object.__setattr__(self, "has_denoised", not bool(unknown.any()))
+        object.__setattr__(self, "numbers", tuple(self.times.tolist()))
 
     def __len__(self) -> int:
         return len(self.kind)

@@ -191,7 +191,7 @@ def save_qwen_image(folder: Path) -> Path:
     return folder
 
 
-def _wan_transformer() -> Any:
+def _wan_transformer(layers: int = 2) -> Any:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -200,17 +200,17 @@ def _wan_transformer() -> Any:
         text_dim=16,
         freq_dim=16,
         ffn_dim=24,
-        num_layers=2,
+        num_layers=layers,
         rope_max_seq_len=32,
     )
 
 
-def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
+def save_wan(folder: Path, scheduler: Any = None, layers: int = 2, **pipeline: Any) -> Path:
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLWan(
         base_dim=4, temperal_downsample=[True], scale_factor_temporal=2, scale_factor_spatial=2, **CAUSAL
     )
-    transformer = _wan_transformer()
+    transformer = _wan_transformer(layers)
     diffusers.WanPipeline(
         parts.t5_tokenizer(),
         parts.t5_encoder("UMT5", 16),
@@ -222,11 +222,11 @@ def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
     return folder
 
 
-def save_wan_a14b(folder: Path, boundary: float = 0.875, **pipeline: Any) -> Path:
+def save_wan_a14b(folder: Path, boundary: float = 0.875, layers: int = 2, **pipeline: Any) -> Path:
     """Of two transformers: the first of three steps is the first one's."""
     torch.manual_seed(1)
-    second = parts.randomised(_wan_transformer())
-    return save_wan(folder, transformer_2=second, boundary_ratio=boundary, **pipeline)
+    second = parts.randomised(_wan_transformer(layers))
+    return save_wan(folder, layers=layers, transformer_2=second, boundary_ratio=boundary, **pipeline)
 
 
 BUILDERS: dict[str, Callable[..., Path]] = {

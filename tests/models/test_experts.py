@@ -13,17 +13,18 @@ from dancegrpo_fast.experts import Experts, each
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.models.planning import settings_of
-from dancegrpo_fast.recipe import LoraSettings, Recipe
+from dancegrpo_fast.profile.profiler import profile_recipe
+from dancegrpo_fast.recipe import Recipe
 from dancegrpo_fast.train.loop import Trainer
 
 from ..release import release_but
 from . import checks
 from .cases import CASES, load, make_recipe
-from .folders import diffusers
+from .folders import diffusers, save_wan_a14b
+from .test_quantization import without_gpu as without_gpu
 
 Base = Callable[[str], Path]
 CASE = CASES["wan_a14b"]
-LORA = LoraSettings(rank=2, alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
 def recipe_of(base: Base, output: Path, **changes: Any) -> Recipe:
@@ -127,6 +128,36 @@ def test_what_waits_streams_and_is_recomputed_changes_no_bit(base: Base, tmp_pat
     more = {"checkpointing": "full", "offload": ["expert", "denoiser", "vae", "block_inputs"]}
     checks.run(recipe_of(base, tmp_path / "offloaded", **settings, **more))
     checks.assert_same_weights(tmp_path / "plain", tmp_path / "offloaded")
+
+
+@pytest.mark.release
+def test_blocks_of_both_stream(tmp_path: Path) -> None:
+    folder = save_wan_a14b(tmp_path / "base", layers=4)
+    for name, count in (("plain", 0), ("swapped", 1)):
+        checks.run(make_recipe(CASE, folder, tmp_path / name, lora=True, dtype="bfloat16", blocks_to_swap=count))
+    checks.assert_same_weights(tmp_path / "plain", tmp_path / "swapped")
+
+
+@pytest.mark.release
+def test_a_profile_has_both(base: Base, tmp_path: Path) -> None:
+    """Predicted of a trainer whose calls name a denoiser, in a trace of fake tensors."""
+    found = profile_recipe(recipe_of(base, tmp_path / "run", lora=True, dtype="bfloat16"))
+    weights = sum(
+        p.nbytes for p in load(recipe_of(base, tmp_path / "run", lora=True, dtype="bfloat16"))[0].denoiser.parameters()
+    )
+    assert found.predicted["rollout"]["parameters"] == found.rows["rollout"].budget["parameters"] >= weights
+
+
+@pytest.mark.release
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_both_are_quantised(base: Base, tmp_path: Path, kind: str) -> None:
+    more = {"quantization": kind, "dtype": "bfloat16", "checkpointing": "full", "iterations": 1}
+    recipe = recipe_of(base, tmp_path / "run", lora=True, **more)
+    checks.run(recipe)
+    stored = {"nf4": torch.uint8, "fp8": torch.float8_e4m3fn}[kind]
+    for one in each(load(recipe)[0].denoiser):
+        assert any(parameter.dtype == stored for parameter in one.parameters())
 
 
 def test_a_run_starts_from_what_another_left(base: Base, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def steps_per_sample(recipe: Recipe, stochastic: int) -> int:
 def _without_steps(recipe: Recipe, table: TransitionTable, turns: Sequence[int], expert: int) -> str:
     """Of two denoisers one has no step that could be trained on."""
     sampler, other = recipe.sampler, "below" if expert == 0 else "above"
-    times = ", ".join(f"{time:.3g}" for time in table.times.tolist())
+    times = ", ".join(f"{time:.3g}" for time in table.numbers)
     more = "" if expert == 0 else ', or model.second_expert "frozen"'
     return (
         f"sampler.num_steps: got {sampler.num_steps} steps at {times}, of which all with noise before the last are "
