@@ -18,7 +18,17 @@ from ..transitions import TransitionTable
 from .generator import GeneratorModel
 from .grids import to_frames
 from .guided import Conditioning, guided_batch, split_guided
-from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, variant_of, without_weights
+from .loading import (
+    find_denoiser,
+    find_folder,
+    load_denoiser,
+    load_encoders,
+    load_parts,
+    loaded_in,
+    published_as,
+    variant_of,
+    without_weights,
+)
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 from .weights import find_source, start_with
 
@@ -240,14 +250,18 @@ class DiffusersModel:
     def _open_store(self, texts: Sequence[str]) -> PromptStore:
         parts = [part for part in self.text_parts if (self.folder / part).is_dir()]
         given = self.folder / "prompt_embeds"
+        kind = self.settings.text_encoder_quantization
         if not parts:
             if not given.is_dir():
                 raise ValueError(f"model.path: got {self.folder}, want {self.text_parts} in it, or prompt_embeds/")
+            if kind is not None:
+                got = f'got "{kind}" for {self.folder}, which has embeddings and no text encoders'
+                raise ValueError(f"model.text_encoder_quantization: {got}, want null")
             store = PromptStore(given, given_identity(self.family))
             store.check(texts)
             return store
         longest = self.settings.max_text_tokens
-        identity = text_identity(self.family, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype)
+        identity = text_identity(self.family, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype, kind)
         store = PromptStore(cache_folder(Path(self.settings.prompt_cache), identity), identity)
         store.encode(texts, self._load_text_encoders)
         return store
@@ -260,14 +274,13 @@ class DiffusersModel:
     def _load_pipeline(self, wanted: Iterable[str]) -> Any:
         import diffusers
 
-        cls = getattr(diffusers, self.pipeline)
-        parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
-        absent = dict.fromkeys(parts - set(wanted))
-        options = loaded_in(self.frozen_dtype) | variant_of(*(self.folder / part for part in wanted))
-        return cls.from_pretrained(self.folder, **options, **absent)
+        return load_parts(getattr(diffusers, self.pipeline), self.folder, wanted, self.frozen_dtype)
 
     def _load_text_encoders(self) -> Any:
-        pipeline = self._load_pipeline(self.text_parts).to(self.device)
+        import diffusers
+
+        cls, kind = getattr(diffusers, self.pipeline), self.settings.text_encoder_quantization
+        pipeline = load_encoders(cls, self.folder, self.text_parts, self.frozen_dtype, kind, self.device)
 
         @torch.no_grad()
         def encode(text: str) -> Mapping[str, Tensor]:

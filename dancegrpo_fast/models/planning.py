@@ -83,6 +83,7 @@ def settings_of(
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
+        text_encoder_quantization=given.text_encoder_quantization or "none",
         kl_reference=train.kl_weight > 0,
         ema=train.ema_decay is not None,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,

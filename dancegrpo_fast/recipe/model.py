@@ -65,6 +65,8 @@ class ModelSettings:
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
             row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
             blocks that are not checkpointed); null: as they are.
+        text_encoder_quantization: how linear layers of the text encoders are stored while they encode: "nf4" or "int8"
+            (bitsandbytes'), "fp8" (cast while their layer runs); null: in `frozen_dtype`, as the rest of them.
         blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
             through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
             needs, or more where an iteration is counted to be shorter.
@@ -88,6 +90,7 @@ class ModelSettings:
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
     quantization: Literal["nf4", "int8", "fp8"] | None = None
+    text_encoder_quantization: Literal["nf4", "int8", "fp8"] | None = None
     blocks_to_swap: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
