@@ -52,6 +52,7 @@ class DiffusersModel:
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
+        gradient_sync: what the recipe's came to, as in `GeneratorModel`.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
     """
 
@@ -70,6 +71,7 @@ class DiffusersModel:
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    gradient_sync: str = "update"
 
     def __init__(
         self,

@@ -18,11 +18,13 @@ class GeneratorModel(Protocol):
     Attributes:
         denoiser: the network that is trained.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
+        gradient_sync: what the recipe's `train.gradient_sync` came to, "update" or "call".
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    gradient_sync: str
     decodes_x0: ClassVar[bool]
 
     def at(self, sampler: SamplerSettings) -> "GeneratorModel":
