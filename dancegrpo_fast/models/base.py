@@ -15,7 +15,6 @@ from ..memory.planning import tiles
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
-from .generator import GeneratorModel
 from .grids import to_frames
 from .guided import Conditioning, guided_batch, split_guided
 from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, variant_of, without_weights
@@ -118,6 +117,11 @@ class DiffusersModel:
     def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
 
+    @classmethod
+    def reference_size(cls, settings: ModelSettings, sampler: SamplerSettings) -> tuple[int, int]:
+        """Height and width in pixels of the picture that a sample edits; 0, 0 in a family without one."""
+        return 0, 0
+
     def _usual_tile(self) -> int:
         """The side of the tiles that "on" means.
 
@@ -153,7 +157,7 @@ class DiffusersModel:
         raise NotImplementedError
 
     def _count_tokens(self, pipeline: Any, text: str) -> int:
-        """Tokens that `_encode_text` would mark in `mask`, by a pipeline with the tokenizers only."""
+        """Tokens that `_encode_text` would mark in `mask`, by a pipeline with tokenizers and processors only."""
         raise NotImplementedError
 
     def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
@@ -178,6 +182,10 @@ class DiffusersModel:
     def _seen(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser sees of `latents`."""
         return latents.to(self.dtype)
+
+    def _of_sample(self, output: Tensor) -> Tensor:
+        """The part of the denoiser's output that is the sample's."""
+        return output
 
     def _guided_by_batch(self, guidance_scale: float) -> bool:
         return self.negative and guidance_scale != 1.0
@@ -247,24 +255,31 @@ class DiffusersModel:
             store.check(texts)
             return store
         longest = self.settings.max_text_tokens
-        identity = text_identity(self.family, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype)
+        name = self.family if self._called_as == self.pipeline else f"{self.family}-{self._called_as}"
+        identity = text_identity(name, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype)
         store = PromptStore(cache_folder(Path(self.settings.prompt_cache), identity), identity)
         store.encode(texts, self._load_text_encoders)
         return store
+
+    @property
+    def _called_as(self) -> str:
+        """The class of the folder's pipeline in diffusers."""
+        return self.pipeline
 
     @property
     def _stored_dtype(self) -> torch.dtype:
         """Of embeddings: the encoders', or the denoiser's where that is narrower, so that it sees the same."""
         return min(self.frozen_dtype, self.dtype, key=lambda dtype: dtype.itemsize)
 
-    def _load_pipeline(self, wanted: Iterable[str]) -> Any:
+    def _load_pipeline(self, wanted: Iterable[str], **given: Any) -> Any:
+        """The pipeline with parts that are wanted from the folder, and those that are given."""
         import diffusers
 
-        cls = getattr(diffusers, self.pipeline)
+        cls = getattr(diffusers, self._called_as)
         parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
-        absent = dict.fromkeys(parts - set(wanted))
+        others = dict.fromkeys(parts - set(wanted)) | given
         options = loaded_in(self.frozen_dtype) | variant_of(*(self.folder / part for part in wanted))
-        return cls.from_pretrained(self.folder, **options, **absent)
+        return cls.from_pretrained(self.folder, **options, **others)
 
     def _load_text_encoders(self) -> Any:
         pipeline = self._load_pipeline(self.text_parts).to(self.device)
@@ -276,11 +291,19 @@ class DiffusersModel:
 
         return encode
 
+    def _key(self, text: str, prompt: Prompt) -> str:
+        """What a row of the store is of: the text, where encoders see nothing else of the prompt."""
+        return text
+
+    def _negatives(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The rows of the negative prompt."""
+        return [self.sampler.negative_prompt]
+
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Of the prompts and the negative one, each once."""
-        texts = [prompt.text for prompt in prompts]
+        texts = [self._key(prompt.text, prompt) for prompt in prompts]
         if any(map(self._guided_by_batch, self._scales)):
-            texts.append(self.sampler.negative_prompt)
+            texts += self._negatives(prompts)
         return list(dict.fromkeys(texts))
 
     def cut_text(self, prompts: Sequence[Prompt], multiple: int = 1) -> None:
@@ -292,7 +315,8 @@ class DiffusersModel:
             return
         texts = self._texts(prompts)
         missing = self._store.missing(texts)
-        names = [name for name in self.text_parts if name.startswith("tokenizer") and (self.folder / name).is_dir()]
+        plain = [name for name in self.text_parts if name.startswith(("tokenizer", "processor"))]
+        names = [name for name in plain if (self.folder / name).is_dir()]
         if missing and not names:
             self._store.check(missing)
         lengths = [1]
@@ -315,7 +339,7 @@ class DiffusersModel:
         }
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        return self._text([prompt.text for prompt in prompts])
+        return self._text([self._key(prompt.text, prompt) for prompt in prompts])
 
     def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
         return False
@@ -333,7 +357,7 @@ class DiffusersModel:
         guidance_scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
-        output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
+        output = self._of_sample(denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0])
         output, uncond_output = split_guided(output, unconditional)
         return (output, None) if uncond_output is None else self._guide(output, uncond_output, guidance_scale)
 
@@ -369,16 +393,3 @@ def of_evaluation() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"evaluation: {error}") from error
-
-
-def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
-    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
-    with torch.no_grad():
-        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
-
-
-def check_frames(frames: Tensor, latents: Tensor) -> None:
-    """Raises RuntimeError where frames, which `latents` were decoded to, are no numbers."""
-    if bad := int(frames.isnan().flatten(1).any(dim=1).sum()):
-        where = "their latents" if bool(latents.isnan().any()) else "what the VAE makes of finite latents"
-        raise RuntimeError(f"decode: got {bad} of {len(frames)} samples with pixels that are no numbers, from {where}")
