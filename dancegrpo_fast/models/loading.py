@@ -1,7 +1,7 @@
 """Where a model's parts are, on this host or on the hub, and how its denoiser comes into the processes of a run."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,38 +148,38 @@ def load_parts(cls: Any, folder: Path, wanted: Iterable[str], dtype: torch.dtype
         folder: a diffusers folder.
         wanted: names of parts, which may lack there.
         dtype: of their weights.
-        more: arguments of `from_pretrained`.
+        more: arguments of `from_pretrained`, such as parts that are there.
     """
     wanted = tuple(wanted)
     parts = {name for name, value in cls.load_config(folder).items() if isinstance(value, (list, tuple))}
     absent = dict.fromkeys(parts - set(wanted))
     options = loaded_in(dtype) | variant_of(*(folder / part for part in wanted))
-    return cls.from_pretrained(folder, **options, **absent, **more)
+    return cls.from_pretrained(folder, **options, **absent | more)
 
 
 def load_encoders(
-    cls: Any, folder: Path, wanted: Iterable[str], dtype: torch.dtype, kind: str | None, device: torch.device
+    load: Callable[..., Any], names: Sequence[str], dtype: torch.dtype, kind: str | None, device: torch.device
 ) -> Any:
     """A pipeline with its text parts, on the device.
 
     Args:
-        cls, folder, wanted, dtype: as of `load_parts`.
+        load: makes it on the host, from more arguments of `from_pretrained`.
+        names: of its text encoders.
+        dtype: of their weights.
         kind: `model.text_encoder_quantization`.
         device: that encodes.
 
     Raises:
         ValueError: bitsandbytes is not installed, or cannot be used on this machine.
     """
-    wanted = tuple(wanted)
-    names = [name for name in wanted if name.startswith("text_encoder") and (folder / name).is_dir()]
     if kind not in quantization.BITSANDBYTES:
-        pipeline = load_parts(cls, folder, wanted, dtype)
+        pipeline = load()
         if kind == "fp8":
             for name in names:
                 quantization.store_encoder_in_fp8(getattr(pipeline, name), dtype)
         return pipeline.to(device)
     try:
-        pipeline = load_parts(cls, folder, wanted, dtype, **quantization.loading_encoders(kind, names, dtype))
+        pipeline = load(**quantization.loading_encoders(kind, names, dtype))
     except (ImportError, RuntimeError) as error:
         raise ValueError(f'model.text_encoder_quantization: got "{kind}" on {device}, {error}') from error
     for name in names:

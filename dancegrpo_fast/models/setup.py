@@ -17,12 +17,13 @@ from ..patch import accelerate
 from ..processes import fsdp_plugin
 from ..prompts import Prompt
 from ..quantization import store_in_fp8
-from ..recipe import Recipe
+from ..recipe import Recipe, SamplerSettings
 from .base import DiffusersModel
 from .planning import settings_of
 
 if TYPE_CHECKING:
     from ..memory.planning.iteration import Iteration
+    from ..memory.planning.specs import Spec
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -83,7 +84,7 @@ def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> N
     if recipe.evaluation is not None:
         sampled["evaluation"] = recipe.evaluation.sampling(recipe.sampler)
     tokens = {
-        f"a {whose} of {one.frames} x {one.height} x {one.width}": specs.tokens(spec, one.frames, one.height, one.width)
+        f"a {whose} of {one.frames} x {one.height} x {one.width}": _tokens(model, recipe, spec, one)
         for whose, one in sampled.items()
     }
     sequence.check(model.denoiser, train.sequence_parallel, train.sequence_kind, tokens, text_tokens)
@@ -92,6 +93,14 @@ def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> N
             'train.sequence_kind: got "ring" with model.attention null, whose results lack what a ring joins them by, '
             'want model.attention "auto"'
         )
+
+
+def _tokens(model: DiffusersModel, recipe: Recipe, spec: "Spec", sampler: SamplerSettings) -> int:
+    """Of a sample, with those of the picture that it edits."""
+    from ..memory.planning import specs
+
+    reference = model.reference_size(recipe.model, sampler)
+    return specs.tokens(spec, sampler.frames, sampler.height, sampler.width, reference)
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -106,7 +115,7 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     asked, sampler, train = recipe.model.attention, recipe.sampler, recipe.train
     assert asked is not None
     spec = specs.resolve(model.planned_as)
-    tokens = specs.tokens(spec, sampler.frames, sampler.height, sampler.width)
+    tokens = _tokens(model, recipe, spec, sampler)
     tokens += text_tokens if spec.denoiser in JOINT else 0
     rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else recipe.model.torch_dtype()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +14,9 @@ from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.models import family_of, load_model
 from dancegrpo_fast.models.base import DiffusersModel
-from dancegrpo_fast.models.loading import load_encoders
+from dancegrpo_fast.models.loading import load_encoders, load_parts
 from dancegrpo_fast.models.planning import settings_of
+from dancegrpo_fast.models.qwen_image_edit import picture_processor
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import ModelSettings, load_recipe
 from dancegrpo_fast.train.loop import Trainer
@@ -156,9 +158,10 @@ def test_text_encoders_are_stored_as_the_planner_counts_them(
         pytest.importorskip("bitsandbytes")
     folder = base(family)
     cls = family_of(ModelSettings(family, str(folder)))
-    pipeline = load_encoders(
-        getattr(diffusers, cls.pipeline), folder, cls.text_parts, torch.bfloat16, kind, torch.device("cpu")
-    )
+    given = {"processor": picture_processor(folder / "processor")} if "processor" in cls.text_parts else {}
+    make = partial(load_parts, getattr(diffusers, cls.pipeline), folder, cls.text_parts, torch.bfloat16, **given)
+    names = [part for part in cls.text_parts if part.startswith("text_encoder")]
+    pipeline = load_encoders(make, names, torch.bfloat16, kind, torch.device("cpu"))
     stored = {"nf4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
     for name, value in pipeline.load_config(folder).items():
         if name.startswith("text_encoder"):

@@ -192,7 +192,7 @@ def _split(model: nn.Module, case: Case) -> None:
     from ..trace.alone import split_alone
 
     spec = resolved(case.spec)
-    count = specs.tokens(spec, case.frames, case.height, case.width)
+    count = specs.tokens(spec, case.frames, case.height, case.width, case.reference)
     tokens = {f"a sample of {case.frames} x {case.height} x {case.width}": count}
     text = case.text_tokens or spec.text_tokens
     try:
