@@ -171,6 +171,8 @@ class _Valid(TorchFunctionMode):
         if func is Tensor.item and self.length and not args[0].is_floating_point():
             # What is read of such tensors are prompts' lengths.
             return self.length
+        if func is Tensor.tolist and self.length and not args[0].is_floating_point():
+            return [self.length] * len(args[0])
         found = func(*args, **(kwargs or {}))
         if func is Tensor.__invert__:
             self.negations.append(found)
