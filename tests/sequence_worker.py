@@ -92,6 +92,7 @@ def ring_on_a_cpu() -> torch.library.Library:
 
 
 def main(rank: int, store: str, output: str, *cases: str) -> None:
+    torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[1]))
     from dancegrpo_fast import accelerate
     from dancegrpo_fast.activations.checkpointing import apply

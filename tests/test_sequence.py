@@ -1,7 +1,5 @@
 """Tokens split between two gloo processes: one process's output and gradients, whatever the family, and refusals."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each process found in the cases that the chosen tests look at."""
     chosen = [case for case in BOTH if any(f"[{case}]" in item.name for item in request.session.items)]
     folder = tmp_path_factory.mktemp("sequence")
-    # -P: the installed package, not the folder of the script.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("sequence_worker.py"))]
-    commands = [[*command, str(rank), str(folder / "store"), str(folder / "found"), *chosen] for rank in range(WORLD)]
-    together(commands, folder, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
+    worker, files = str(Path(__file__).with_name("sequence_worker.py")), [str(folder / "store"), str(folder / "found")]
+    together([[worker, str(rank), *files, *chosen] for rank in range(WORLD)], folder, scripts=True)
     return [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(WORLD)]
 
 
