@@ -66,7 +66,8 @@ def work(folder: Path, megabytes: int) -> dict[str, str]:
     optimizer = Optimizer(parameters, TrainSettings(1, 1, 2, 1), keep_gradients=False)
     optimizer.step(changed=False, learning_rate=0.0)
     average = MovingAverage(parameters, optimizer.weights, 0.5)
-    state = State({"model": {"files": {}, "vae_in_tiles": False}}, processes, optimizer, average)
+    identity = {"model": {"files": {}, "vae_in_tiles": False}, "gradient_sync": "update"}
+    state = State(identity, processes, optimizer, average)
     directory, found = RunDirectory(folder), dict[str, str]()
     size = 16e-6 * sum(one.numel() for one in parameters.values())
     processes.collect([0])

@@ -90,7 +90,7 @@ class Processes:
         from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
         _check_environment(mixed_precision)
-        plugin = _fsdp_plugin()
+        plugin = fsdp_plugin()
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision,
             fsdp_plugin=plugin,
@@ -367,7 +367,7 @@ def is_sharded() -> bool:
     return _fsdp_asked() and dist.is_available() and dist.is_initialized()
 
 
-def _fsdp_plugin() -> Any:
+def fsdp_plugin() -> Any:
     """accelerate's FSDP settings where its configuration asks for FSDP, checked; or None.
 
     On the CPU accelerate itself leaves them out.

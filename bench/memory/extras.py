@@ -28,7 +28,8 @@ class Extra(NamedTuple):
 def _tokens(it: Iteration) -> int:
     """Of pictures and text together, in all rows."""
     s = it.settings
-    return specs.tokens(it.spec, s.frames, s.height, s.width) + (s.text_tokens or it.spec.text_tokens)
+    reference = s.reference_height, s.reference_width
+    return specs.tokens(it.spec, s.frames, s.height, s.width, reference) + (s.text_tokens or it.spec.text_tokens)
 
 
 def _frozen(it: Iteration) -> list[nn.Linear]:

@@ -8,12 +8,12 @@ import torch
 from ..prompts import Prompt
 from ..recipe import Recipe
 from .base import DiffusersModel
-from .base import check_frames as check_frames
-from .base import decode as decode
 from .base import of_evaluation as of_evaluation
 from .family import FAMILIES as FAMILIES
 from .family import family_of as family_of
 from .generator import GeneratorModel as GeneratorModel
+from .generator import check_frames as check_frames
+from .generator import decode as decode
 from .guided import Conditioning as Conditioning
 from .setup import prepare
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,10 +16,9 @@ from ..memory.planning import tiles
 from ..prompts import Prompt
 from ..recipe import ModelSettings, SamplerSettings
 from ..transitions import TransitionTable
-from .generator import GeneratorModel
+from . import loading
 from .grids import to_frames
 from .guided import Conditioning, guided_batch, split_guided
-from .loading import find_denoiser, find_folder, load_denoiser, loaded_in, published_as, variant_of, without_weights
 from .prompt_store import PromptStore, cache_folder, given_identity, text_identity
 from .weights import find_source, start_with
 
@@ -42,6 +42,7 @@ class DiffusersModel:
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
+        gradient_sync: what the recipe's came to, as in `GeneratorModel`.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
     """
 
@@ -60,6 +61,7 @@ class DiffusersModel:
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    gradient_sync: str = "update"
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class DiffusersModel:
         self.dtype, self.frozen_dtype = settings.torch_dtype(), settings.frozen_torch_dtype()
         whole = settings.denoiser is not None and not Path(settings.denoiser).is_file()
         elsewhere = (self.denoiser_part,) if whole else ()
-        self.folder = find_folder(settings.path, *elsewhere)
+        self.folder = loading.find_folder(settings.path, *elsewhere)
         given = settings.start_from
         self.start = None if given is None else find_source(given, self.denoiser_part, "model.start_from")
         self.denoiser_path = self._find_denoiser()
@@ -92,7 +94,7 @@ class DiffusersModel:
         self.table(sampler)
         if settings.lora is not None:
             check_targets(
-                without_weights(self.denoiser_class, self._config_folder(self.denoiser_path)),
+                loading.without_weights(self.denoiser_class, self._config_folder(self.denoiser_path)),
                 settings.lora.target_modules,
             )
         self._store = self._open_store(self._texts(prompts))
@@ -117,6 +119,11 @@ class DiffusersModel:
     @classmethod
     def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError where a prompt lacks what the family needs of it, before anything is loaded."""
+
+    @classmethod
+    def reference_size(cls, settings: ModelSettings, sampler: SamplerSettings) -> tuple[int, int]:
+        """Height and width in pixels of the picture that a sample edits; 0, 0 in a family without one."""
+        return 0, 0
 
     def _usual_tile(self) -> int:
         """The side of the tiles that "on" means.
@@ -153,7 +160,7 @@ class DiffusersModel:
         raise NotImplementedError
 
     def _count_tokens(self, pipeline: Any, text: str) -> int:
-        """Tokens that `_encode_text` would mark in `mask`, by a pipeline with the tokenizers only."""
+        """Tokens that `_encode_text` would mark in `mask`, by a pipeline with tokenizers and processors only."""
         raise NotImplementedError
 
     def _inputs(self, latents: Tensor, times: Tensor, text: Conditioning, guidance_scale: float) -> dict[str, Any]:
@@ -179,6 +186,10 @@ class DiffusersModel:
         """What the denoiser sees of `latents`."""
         return latents.to(self.dtype)
 
+    def _of_sample(self, output: Tensor) -> Tensor:
+        """The part of the denoiser's output that is the sample's."""
+        return output
+
     def _guided_by_batch(self, guidance_scale: float) -> bool:
         return self.negative and guidance_scale != 1.0
 
@@ -193,7 +204,7 @@ class DiffusersModel:
             if given is not None:
                 raise ValueError(f"model.denoiser: got {given} beside a whole denoiser in model.start_from, want null")
             return start.path
-        return self._part(self.denoiser_part) if given is None else find_denoiser(given, self.denoiser_part)
+        return self._part(self.denoiser_part) if given is None else loading.find_denoiser(given, self.denoiser_part)
 
     @property
     def planned_as(self) -> str:
@@ -201,7 +212,7 @@ class DiffusersModel:
         given = self.settings.denoiser
         if given is None or self.denoiser_path.is_file():
             return str(self.folder)
-        return published_as(given, self.denoiser_path)
+        return loading.published_as(given, self.denoiser_path)
 
     def _config_folder(self, path: Path) -> Path:
         """Where the configuration of the denoiser in `path` lies; of a file alone, in the model's folder."""
@@ -211,7 +222,7 @@ class DiffusersModel:
         import diffusers
 
         folder = self._part("vae")
-        options = loaded_in(self.frozen_dtype) | variant_of(folder)
+        options = loading.loaded_in(self.frozen_dtype) | loading.variant_of(folder)
         vae = getattr(diffusers, self.vae_class).from_pretrained(folder, **options)
         return vae.to(self.device).eval().requires_grad_(False)
 
@@ -225,9 +236,9 @@ class DiffusersModel:
         if not more:
             # What is to wait on the host is never all on the device.
             device = self.device if self.settings.blocks_to_swap == 0 else torch.device("cpu")
-            return load_denoiser(cls, path, config, self.dtype, device)
+            return loading.load_denoiser(cls, path, config, self.dtype, device)
         try:
-            return load_denoiser(cls, path, config, self.dtype, self.device, **more)
+            return loading.load_denoiser(cls, path, config, self.dtype, self.device, **more)
         except (ImportError, RuntimeError) as error:
             raise ValueError(f'model.quantization: got "{kind}" on {self.device}, {error}') from error
 
@@ -240,34 +251,43 @@ class DiffusersModel:
     def _open_store(self, texts: Sequence[str]) -> PromptStore:
         parts = [part for part in self.text_parts if (self.folder / part).is_dir()]
         given = self.folder / "prompt_embeds"
+        kind = self.settings.text_encoder_quantization
         if not parts:
             if not given.is_dir():
                 raise ValueError(f"model.path: got {self.folder}, want {self.text_parts} in it, or prompt_embeds/")
+            if kind is not None:
+                got = f'got "{kind}" for {self.folder}, which has embeddings and no text encoders'
+                raise ValueError(f"model.text_encoder_quantization: {got}, want null")
             store = PromptStore(given, given_identity(self.family))
             store.check(texts)
             return store
         longest = self.settings.max_text_tokens
-        identity = text_identity(self.family, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype)
+        name = self.family if self._called_as == self.pipeline else f"{self.family}-{self._called_as}"
+        identity = text_identity(name, self.folder, parts, longest, self.frozen_dtype, self._stored_dtype, kind)
         store = PromptStore(cache_folder(Path(self.settings.prompt_cache), identity), identity)
         store.encode(texts, self._load_text_encoders)
         return store
+
+    @property
+    def _called_as(self) -> str:
+        """The class of the folder's pipeline in diffusers."""
+        return self.pipeline
 
     @property
     def _stored_dtype(self) -> torch.dtype:
         """Of embeddings: the encoders', or the denoiser's where that is narrower, so that it sees the same."""
         return min(self.frozen_dtype, self.dtype, key=lambda dtype: dtype.itemsize)
 
-    def _load_pipeline(self, wanted: Iterable[str]) -> Any:
+    def _load_pipeline(self, wanted: Iterable[str], **given: Any) -> Any:
+        """The pipeline with parts that are wanted from the folder, and those that are given."""
         import diffusers
 
-        cls = getattr(diffusers, self.pipeline)
-        parts = {name for name, value in cls.load_config(self.folder).items() if isinstance(value, (list, tuple))}
-        absent = dict.fromkeys(parts - set(wanted))
-        options = loaded_in(self.frozen_dtype) | variant_of(*(self.folder / part for part in wanted))
-        return cls.from_pretrained(self.folder, **options, **absent)
+        return loading.load_parts(getattr(diffusers, self._called_as), self.folder, wanted, self.frozen_dtype, **given)
 
     def _load_text_encoders(self) -> Any:
-        pipeline = self._load_pipeline(self.text_parts).to(self.device)
+        names = [part for part in self.text_parts if part.startswith("text_encoder") and (self.folder / part).is_dir()]
+        load, kind = partial(self._load_pipeline, self.text_parts), self.settings.text_encoder_quantization
+        pipeline = loading.load_encoders(load, names, self.frozen_dtype, kind, self.device)
 
         @torch.no_grad()
         def encode(text: str) -> Mapping[str, Tensor]:
@@ -276,11 +296,19 @@ class DiffusersModel:
 
         return encode
 
+    def _key(self, text: str, prompt: Prompt) -> str:
+        """What a row of the store is of: the text, where encoders see nothing else of the prompt."""
+        return text
+
+    def _negatives(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The rows of the negative prompt."""
+        return [self.sampler.negative_prompt]
+
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Of the prompts and the negative one, each once."""
-        texts = [prompt.text for prompt in prompts]
+        texts = [self._key(prompt.text, prompt) for prompt in prompts]
         if any(map(self._guided_by_batch, self._scales)):
-            texts.append(self.sampler.negative_prompt)
+            texts += self._negatives(prompts)
         return list(dict.fromkeys(texts))
 
     def cut_text(self, prompts: Sequence[Prompt], multiple: int = 1) -> None:
@@ -292,7 +320,8 @@ class DiffusersModel:
             return
         texts = self._texts(prompts)
         missing = self._store.missing(texts)
-        names = [name for name in self.text_parts if name.startswith("tokenizer") and (self.folder / name).is_dir()]
+        plain = [name for name in self.text_parts if name.startswith(("tokenizer", "processor"))]
+        names = [name for name in plain if (self.folder / name).is_dir()]
         if missing and not names:
             self._store.check(missing)
         lengths = [1]
@@ -315,7 +344,7 @@ class DiffusersModel:
         }
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        return self._text([prompt.text for prompt in prompts])
+        return self._text([self._key(prompt.text, prompt) for prompt in prompts])
 
     def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
         return False
@@ -333,7 +362,7 @@ class DiffusersModel:
         guidance_scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         rows = guided_batch(self._seen(latents, conditioning), times, conditioning, unconditional)
-        output = denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0]
+        output = self._of_sample(denoiser(**self._inputs(*rows, guidance_scale), return_dict=False)[0])
         output, uncond_output = split_guided(output, unconditional)
         return (output, None) if uncond_output is None else self._guide(output, uncond_output, guidance_scale)
 
@@ -369,16 +398,3 @@ def of_evaluation() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"evaluation: {error}") from error
-
-
-def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
-    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
-    with torch.no_grad():
-        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
-
-
-def check_frames(frames: Tensor, latents: Tensor) -> None:
-    """Raises RuntimeError where frames, which `latents` were decoded to, are no numbers."""
-    if bad := int(frames.isnan().flatten(1).any(dim=1).sum()):
-        where = "their latents" if bool(latents.isnan().any()) else "what the VAE makes of finite latents"
-        raise RuntimeError(f"decode: got {bad} of {len(frames)} samples with pixels that are no numbers, from {where}")

@@ -6,19 +6,25 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..recipe import ModelSettings
+from ..recipe import ModelSettings, SamplerSettings
 from .base import DiffusersModel
 from .loading import CONFIG, pipeline_index
+from .pictures import WithReference
 
 FAMILIES = {
     "flux": "flux:Flux",
+    "flux_kontext": "flux_kontext:FluxKontext",
     "stable_diffusion": "stable_diffusion:StableDiffusion",
     "hunyuan_video": "hunyuan_video:HunyuanVideo",
     "skyreels_i2v": "skyreels_i2v:SkyReelsI2V",
     "sd3": "sd3:StableDiffusion3",
     "qwen_image": "qwen_image:QwenImage",
+    "qwen_image_edit": "qwen_image_edit:QwenImageEdit",
     "wan": "wan:Wan",
 }
+
+# Pipelines that a family is called as, beside its own.
+_OTHER_PIPELINES = {"QwenImageEditPipeline": "qwen_image_edit"}
 
 
 def family_of(settings: ModelSettings) -> type[DiffusersModel]:
@@ -31,14 +37,14 @@ def family_of(settings: ModelSettings) -> type[DiffusersModel]:
             configurations of another family.
     """
     name = settings.family
-    if name not in FAMILIES:
-        raise ValueError(f'model.family: got "{name}", want one of {", ".join(FAMILIES)}')
-    family = _class(name)
+    family = _named(name)
+    _check_reference(settings, family)
     _check_path(settings.path, family)
     if settings.dtype == "float16" and not family.float16:
         able = ", ".join(other for other in FAMILIES if _class(other).float16)
         raise ValueError(f'model.dtype: got "float16" for {name}, want "bfloat16" or "float32"; float16 is for {able}')
     index = pipeline_index(settings.path)
+    _check_pipeline(settings, index.get("_class_name"))
     kind, place = _denoiser(settings, family.denoiser_part, index)
     if kind is not None and kind != family.denoiser_class:
         right = [other for other in FAMILIES if _class(other).denoiser_class == kind]
@@ -64,6 +70,40 @@ def _check_path(path: str, family: type[DiffusersModel]) -> None:
         line = shlex.join(["python", "-c", f"from diffusers import {family.pipeline}; {call}"])
         made = f"which this makes once: {line}"
     raise ValueError(f"model.path: got the file {path}, want a diffusers folder, {made}")
+
+
+def _check_pipeline(settings: ModelSettings, pipeline: str | None) -> None:
+    """Raises ValueError where a folder is of another family's pipeline; its denoiser may come from elsewhere."""
+    owners = {_class(name).pipeline: name for name in FAMILIES} | _OTHER_PIPELINES
+    owner = owners.get(pipeline or "", settings.family)
+    if settings.denoiser is None and owner != settings.family:
+        raise ValueError(f'model.family: got "{settings.family}" for the {pipeline} of {settings.path}, want "{owner}"')
+
+
+def reference_size(settings: ModelSettings, sampler: SamplerSettings) -> tuple[int, int]:
+    """Height and width in pixels of the picture whose tokens are in every call; 0, 0 in a family without one.
+
+    Raises:
+        ValueError: no such family, or settings of one in a family without.
+    """
+    family = _named(settings.family)
+    _check_reference(settings, family)
+    return family.reference_size(settings, sampler)
+
+
+def _check_reference(settings: ModelSettings, family: type[DiffusersModel]) -> None:
+    if settings.reference_height is not None and not issubclass(family, WithReference):
+        able = ", ".join(other for other in FAMILIES if issubclass(_class(other), WithReference))
+        raise ValueError(
+            f"model.reference_height: got {settings.reference_height} for {settings.family}, want null; {able} edit a "
+            "picture"
+        )
+
+
+def _named(name: str) -> type[DiffusersModel]:
+    if name not in FAMILIES:
+        raise ValueError(f'model.family: got "{name}", want one of {", ".join(FAMILIES)}')
+    return _class(name)
 
 
 def _class(name: str) -> type[DiffusersModel]:

@@ -25,10 +25,7 @@ class Flux(DiffusersModel):
 
     def _set_up(self, config: Any) -> None:
         self._guided = bool(config.guidance_embeds)
-        ids = torch.zeros(*self._grid, 3)
-        ids[..., 1] += torch.arange(self._grid[0])[:, None]
-        ids[..., 2] += torch.arange(self._grid[1])[None, :]
-        self._image_ids = ids.reshape(-1, 3).to(self.device, self.dtype)
+        self._image_ids = image_ids(self._grid).to(self.device, self.dtype)
 
     def _shape(self, sampler: SamplerSettings) -> tuple[int, ...]:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -69,3 +66,12 @@ class Flux(DiffusersModel):
         config = self.vae.config
         scaled: Tensor = unpacked(latents, self._grid) / config.scaling_factor + config.shift_factor
         return scaled
+
+
+def image_ids(grid: tuple[int, int], first: int = 0) -> Tensor:
+    """Positions `[h w, 3]` of the tokens of a picture; `first` is the first of the three."""
+    ids = torch.zeros(*grid, 3)
+    ids[..., 0] = first
+    ids[..., 1] += torch.arange(grid[0])[:, None]
+    ids[..., 2] += torch.arange(grid[1])[None, :]
+    return ids.reshape(-1, 3)

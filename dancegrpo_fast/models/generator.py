@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..prompts import Prompt
@@ -18,11 +19,13 @@ class GeneratorModel(Protocol):
     Attributes:
         denoiser: the network that is trained.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
+        gradient_sync: what the recipe's `train.gradient_sync` came to, "update" or "call".
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
+    gradient_sync: str
     decodes_x0: ClassVar[bool]
 
     def at(self, sampler: SamplerSettings) -> "GeneratorModel":
@@ -38,7 +41,10 @@ class GeneratorModel(Protocol):
         ...
 
     def unconditional(self, guidance_scale: float) -> Conditioning | None:
-        """One row for the second half of a guided batch, or None where the family or the scale needs none."""
+        """One row for the second half of a guided batch, or None where the family or the scale needs none.
+
+        What differs between prompts is in `encode` instead, as `guided_batch` finds it.
+        """
         ...
 
     def table(self, sampler: SamplerSettings, *, deterministic: bool = False) -> TransitionTable:
@@ -68,3 +74,16 @@ class GeneratorModel(Protocol):
     def save(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes the trained weights as diffusers reads them: a full denoiser, or LoRA weights alone."""
         ...
+
+
+def decode(model: GeneratorModel, latents: Tensor, rows: int) -> Tensor:
+    """Frames of all samples, decoded `rows` at a time: float32 `[B, T, 3, H, W]` on the CPU."""
+    with torch.no_grad():
+        return torch.cat([model.decode(part).cpu() for part in latents.split(rows)])
+
+
+def check_frames(frames: Tensor, latents: Tensor) -> None:
+    """Raises RuntimeError where frames, which `latents` were decoded to, are no numbers."""
+    if bad := int(frames.isnan().flatten(1).any(dim=1).sum()):
+        where = "their latents" if bool(latents.isnan().any()) else "what the VAE makes of finite latents"
+        raise RuntimeError(f"decode: got {bad} of {len(frames)} samples with pixels that are no numbers, from {where}")

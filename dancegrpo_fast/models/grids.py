@@ -5,6 +5,13 @@ from torch import Tensor
 from ..recipe import SamplerSettings
 
 
+def packed(latents: Tensor) -> Tensor:
+    """Tokens `[B, h w, 4 C]` from latents `[B, C, 2 h, 2 w]`, two by two."""
+    batch, channels, height, width = latents.shape
+    parts = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return parts.reshape(batch, height * width // 4, 4 * channels)
+
+
 def unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
     """`[B, C / 4, 2 h, 2 w]` from latents `[B, h w, C]` that were packed two by two on a grid of `(h, w)`."""
     rows, columns = grid

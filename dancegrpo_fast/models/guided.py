@@ -7,20 +7,25 @@ from torch import Tensor
 
 Conditioning = Mapping[str, Tensor]
 
+# Before the name of a tensor: the negative prompt's, where each prompt has one of its own.
+NEGATIVE = "negative_"
+
 
 def guided_batch(
     latents: Tensor, times: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """The 2B rows of a guided call: the prompts', then as many of the unconditional row; B rows where that is None.
 
-    What `unconditional` lacks (an image that both halves see) is the same in both halves.
+    What `unconditional` lacks is the prompt's own negative, and where it has none (an image that both halves see) the
+    same in both halves.
     """
     if unconditional is None:
         return latents, times, conditioning
-    both = {
-        name: torch.cat([value, unconditional[name].expand_as(value) if name in unconditional else value])
-        for name, value in conditioning.items()
-    }
+    both = {}
+    for name, value in conditioning.items():
+        if not name.startswith(NEGATIVE):
+            own = conditioning.get(NEGATIVE + name, value)
+            both[name] = torch.cat([value, unconditional.get(name, own).expand_as(value)])
     return torch.cat([latents, latents]), torch.cat([times, times]), both
 
 

@@ -1,12 +1,14 @@
 """Where a model's parts are, on this host or on the hub, and how its denoiser comes into the processes of a run."""
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import quantization
 from ..memory.planning import specs
 from ..processes import is_sharded
 
@@ -136,6 +138,54 @@ def without_weights(name: str, folder: Path) -> nn.Module:
     with torch.device("meta"):
         made: nn.Module = cls.from_config(cls.load_config(folder))
     return made
+
+
+def load_parts(cls: Any, folder: Path, wanted: Iterable[str], dtype: torch.dtype, **more: Any) -> Any:
+    """A pipeline with some of its parts, on the host.
+
+    Args:
+        cls: of diffusers.
+        folder: a diffusers folder.
+        wanted: names of parts, which may lack there.
+        dtype: of their weights.
+        more: arguments of `from_pretrained`, such as parts that are there.
+    """
+    wanted = tuple(wanted)
+    parts = {name for name, value in cls.load_config(folder).items() if isinstance(value, (list, tuple))}
+    absent = dict.fromkeys(parts - set(wanted))
+    options = loaded_in(dtype) | variant_of(*(folder / part for part in wanted))
+    return cls.from_pretrained(folder, **options, **absent | more)
+
+
+def load_encoders(
+    load: Callable[..., Any], names: Sequence[str], dtype: torch.dtype, kind: str | None, device: torch.device
+) -> Any:
+    """A pipeline with its text parts, on the device.
+
+    Args:
+        load: makes it on the host, from more arguments of `from_pretrained`.
+        names: of its text encoders.
+        dtype: of their weights.
+        kind: `model.text_encoder_quantization`.
+        device: that encodes.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or cannot be used on this machine.
+    """
+    if kind not in quantization.BITSANDBYTES:
+        pipeline = load()
+        if kind == "fp8":
+            for name in names:
+                quantization.store_encoder_in_fp8(getattr(pipeline, name), dtype)
+        return pipeline.to(device)
+    try:
+        pipeline = load(**quantization.loading_encoders(kind, names, dtype))
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f'model.text_encoder_quantization: got "{kind}" on {device}, {error}') from error
+    for name in names:
+        # A pipeline leaves those in 4 bits where they were loaded.
+        getattr(pipeline, name).to(device)
+    return pipeline
 
 
 def load_denoiser(

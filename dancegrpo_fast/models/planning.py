@@ -9,6 +9,7 @@ from ..memory.planning.rewards import REWARD_MODELS, REWARDS, Reward
 from ..memory.planning.settings import Settings
 from ..optimizers import ADAMW, EIGHT_BIT, probe
 from ..recipe import LoraSettings, Recipe, RewardSettings, TrainSettings
+from .family import reference_size
 
 ADAMW_BYTES = 8  # two float32 states
 
@@ -37,12 +38,13 @@ def settings_of(
         gpu_gib: capacity; None: `model.memory_gib`, or that of an 80 GB card.
 
     Raises:
-        ValueError: settings that contradict.
+        ValueError: settings that contradict, or an unknown family.
     """
     given, sampler, train = recipe.model, recipe.sampler, recipe.train
     shards = processes if strategy != "none" else 1
     groups = max(1, processes // train.sequence_parallel)
     samples = -(-train.prompts_per_iteration * train.group_size // groups)
+    reference_height, reference_width = reference_size(given, sampler)
     settings = Settings(
         model or given.denoiser or given.path,
         sampler.frames,
@@ -83,8 +85,11 @@ def settings_of(
         **_optimizer(train),
         rewards=_rewards(recipe),
         text_encoders=text_encoders,
+        text_encoder_quantization=given.text_encoder_quantization or "none",
         kl_reference=train.kl_weight > 0,
         ema=train.ema_decay is not None,
+        reference_height=reference_height,
+        reference_width=reference_width,
         gpu_gib=gpu_gib or given.memory_gib or CARDS[USUAL].gib,
     )
     # Several processes choose alike, wherever they run.

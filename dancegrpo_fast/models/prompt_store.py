@@ -37,6 +37,7 @@ def text_identity(
     max_text_tokens: int | None,
     dtype: torch.dtype,
     stored: torch.dtype,
+    quantization: str | None = None,
 ) -> Identity:
     """What the embeddings of a model folder depend on.
 
@@ -47,9 +48,13 @@ def text_identity(
         max_text_tokens: as set; None is the pipeline's own.
         dtype: of the text encoders.
         stored: of the embeddings.
+        quantization: of the text encoders; None: none.
     """
     files = sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file())
+    # Stores that are there know of none.
+    fewer_bits = {} if quantization is None else {"quantization": quantization}
     return {
+        **fewer_bits,
         "format": FORMAT,
         "family": family,
         "dtype": str(dtype).removeprefix("torch."),

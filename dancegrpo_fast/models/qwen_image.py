@@ -1,7 +1,7 @@
 """Qwen-Image: packed latents `[B, tokens, 64]`, a rectified flow, guidance by a negative prompt that keeps the norm."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class QwenImage(DiffusersModel):
     pipeline = "QwenImagePipeline"
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
-    text_parts = ("text_encoder", "tokenizer")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_tensors = ("prompt_embeds", "prompt_embeds_mask")
     mask = "prompt_embeds_mask"
     padded = text_tensors
@@ -44,7 +44,10 @@ class QwenImage(DiffusersModel):
 
     def _encode_text(self, pipeline: Any, text: str) -> Mapping[str, Tensor]:
         embeds, mask = pipeline.encode_prompt(text, device=self.device, max_sequence_length=self._most_tokens)
-        # The pipeline gives no mask where all tokens are the prompt's.
+        return self._padded(embeds, mask)
+
+    def _padded(self, embeds: Tensor, mask: Tensor | None) -> Mapping[str, Tensor]:
+        """A row of as many tokens as any has; the pipeline gives no mask where all tokens are the prompt's."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device) if mask is None else mask
         missing = self._most_tokens - embeds.shape[1]
         return {
@@ -86,6 +89,15 @@ class QwenImage(DiffusersModel):
 
 def unscaled(vae: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, T, H, W]` with the mean and standard deviation that the VAE gives each channel."""
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (latents.new_tensor(vae.config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+    mean, std = _statistics(vae, latents)
     return latents * std + mean
+
+
+def scaled(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `unscaled`."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def _statistics(vae: Any, like: Tensor) -> list[Tensor]:
+    return [like.new_tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")]

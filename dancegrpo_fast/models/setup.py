@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,14 +14,16 @@ from ..allocator import expands
 from ..memory.planning.settings import GIB, Settings
 from ..memory.trace.tracer import collected
 from ..patch import accelerate
+from ..processes import fsdp_plugin
 from ..prompts import Prompt
 from ..quantization import store_in_fp8
-from ..recipe import Recipe
+from ..recipe import Recipe, SamplerSettings
 from .base import DiffusersModel
 from .planning import settings_of
 
 if TYPE_CHECKING:
     from ..memory.planning.iteration import Iteration
+    from ..memory.planning.specs import Spec
 
 # Whose longest attention has the text's tokens beside the latents'.
 JOINT = (
@@ -66,6 +68,8 @@ def prepare(
     with collected() if traces else nullcontext():
         recipe = with_swap(model, recipe, device, text_tokens)
         if training:
+            recipe = with_sync(model, recipe, device, text_tokens)
+            model.gradient_sync = recipe.train.gradient_sync
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
     set_swap(model, recipe, device)
@@ -80,7 +84,7 @@ def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> N
     if recipe.evaluation is not None:
         sampled["evaluation"] = recipe.evaluation.sampling(recipe.sampler)
     tokens = {
-        f"a {whose} of {one.frames} x {one.height} x {one.width}": specs.tokens(spec, one.frames, one.height, one.width)
+        f"a {whose} of {one.frames} x {one.height} x {one.width}": _tokens(model, recipe, spec, one)
         for whose, one in sampled.items()
     }
     sequence.check(model.denoiser, train.sequence_parallel, train.sequence_kind, tokens, text_tokens)
@@ -89,6 +93,14 @@ def check_sequence(model: DiffusersModel, recipe: Recipe, text_tokens: int) -> N
             'train.sequence_kind: got "ring" with model.attention null, whose results lack what a ring joins them by, '
             'want model.attention "auto"'
         )
+
+
+def _tokens(model: DiffusersModel, recipe: Recipe, spec: "Spec", sampler: SamplerSettings) -> int:
+    """Of a sample, with those of the picture that it edits."""
+    from ..memory.planning import specs
+
+    reference = model.reference_size(recipe.model, sampler)
+    return specs.tokens(spec, sampler.frames, sampler.height, sampler.width, reference)
 
 
 def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
@@ -103,7 +115,7 @@ def set_attention(model: DiffusersModel, recipe: Recipe, device: torch.device, t
     asked, sampler, train = recipe.model.attention, recipe.sampler, recipe.train
     assert asked is not None
     spec = specs.resolve(model.planned_as)
-    tokens = specs.tokens(spec, sampler.frames, sampler.height, sampler.width)
+    tokens = _tokens(model, recipe, spec, sampler)
     tokens += text_tokens if spec.denoiser in JOINT else 0
     rows = train.micro_batch * (1 if model.unconditional(sampler.guidance_scale) is None else 2)
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else recipe.model.torch_dtype()
@@ -157,6 +169,43 @@ def set_swap(model: DiffusersModel, recipe: Recipe, device: torch.device) -> Non
         raise ValueError(f"model.{error}") from error
 
 
+def with_sync(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> Recipe:
+    """The recipe with "update" or "call" for `gradient_sync`, in all processes the same.
+
+    "auto" asks the planner where processes share the weights, and says why; elsewhere gradients are there anyway.
+
+    Raises:
+        ValueError: "auto" on CPUs whose memory is not said, or in float32 throughout.
+    """
+    if recipe.train.gradient_sync != "auto":
+        return recipe
+    count, strategy = processes()
+    chosen: Literal["update", "call"] = "update"
+    if count > 1 and strategy != "none":
+        _check_planned('train.gradient_sync: got "auto"', '"update" or "call"', recipe)
+        gib = _capacity(recipe, device)
+        if gib is None:
+            raise ValueError('train.gradient_sync: got "auto" on CPUs, want model.memory_gib, "update" or "call"')
+        from accelerate.utils import gather_object
+
+        from ..memory.planning import planner
+
+        settings, (why,) = planner.with_sync(_settings(model, recipe, device, text_tokens, gib))
+        # A process whose device has less memory decides for all.
+        chosen = "call" if "call" in gather_object([settings.gradient_sync]) else "update"
+        print(why if chosen == settings.gradient_sync else "gradient_sync call: for another process", flush=True)
+    return replace(recipe, train=replace(recipe.train, gradient_sync=chosen))
+
+
+def _check_planned(got: str, otherwise: str, recipe: Recipe) -> None:
+    """Raises ValueError, which begins with `got`, for a run that the planner does not count."""
+    if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
+        raise ValueError(
+            f"{got} in float32 throughout, want model.dtype bfloat16 or train.mixed_precision bf16, which the planner "
+            f"counts, or {otherwise}"
+        )
+
+
 def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int) -> None:
     """Applies the recipe's policy; "auto" asks the planner for the one that recomputes least, and says which.
 
@@ -168,11 +217,7 @@ def set_checkpointing(model: DiffusersModel, recipe: Recipe, device: torch.devic
     policy: checkpointing.Policy = checkpointing.FirstBlocks(int(count)) if kind == "first" else asked
     offload = "block_inputs" in recipe.train.offload
     if asked == "auto":
-        if recipe.model.dtype == "float32" and recipe.train.mixed_precision == "no":
-            raise ValueError(
-                'model.checkpointing: got "auto" in float32 throughout, want model.dtype bfloat16 or '
-                "train.mixed_precision bf16, which the planner counts, or a policy by name"
-            )
+        _check_planned('model.checkpointing: got "auto"', "a policy by name", recipe)
         policy, offload = _automatic(_iteration(model, recipe, device, text_tokens))
     try:
         checkpointing.apply(model.denoiser, policy, offload=offload)
@@ -246,9 +291,11 @@ def processes() -> tuple[int, str]:
     if not is_initialized():
         return 1, "none"
     state = AcceleratorState()
-    if state.distributed_type != DistributedType.FSDP:
+    # On CPUs accelerate's state leaves FSDP out.
+    plugin = state.fsdp_plugin if state.distributed_type == DistributedType.FSDP else fsdp_plugin()
+    if plugin is None:
         return state.num_processes, "none"
-    return state.num_processes, "full_shard" if state.fsdp_plugin.reshard_after_forward else "shard_grad_op"
+    return state.num_processes, "full_shard" if plugin.reshard_after_forward else "shard_grad_op"
 
 
 def _settings(model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int, gib: float) -> Settings:

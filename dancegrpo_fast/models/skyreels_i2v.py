@@ -1,6 +1,5 @@
 """SkyReels image to video: HunyuanVideo whose denoiser also sees the first frame's latents, on 16 more channels."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..prompts import Prompt
-from ..prompts.images import check_images, key_of, read_image
 from ..rng import generator
+from . import pictures
 from .guided import Conditioning
 from .hunyuan_video import HunyuanVideo
 
@@ -23,13 +22,11 @@ class SkyReelsI2V(HunyuanVideo):
 
     @classmethod
     def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
-        check_images(map(_image, prompts))
+        pictures.check(prompts)
 
     def _set_up(self, config: Any) -> None:
         super()._set_up(config)
-        # By `key_of`, and of their contents: the same picture may lie in several places.
-        self._digests: dict[str, str] = {}
-        self._first_frames: dict[str, Tensor] = {}
+        self._pictures = pictures.Pictures(self._first_frame)
         channels, latent_channels = int(config.in_channels), self.latent_shape[0]
         if channels != 2 * latent_channels:
             raise ValueError(
@@ -38,30 +35,18 @@ class SkyReelsI2V(HunyuanVideo):
             )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        first_frames = torch.stack([self._first_frame(prompt) for prompt in prompts])
-        return {**super().encode(prompts), "first_frame": first_frames}
+        first_frames = torch.stack([self._pictures.latents(prompt) for prompt in prompts])
+        return {**super().encode(prompts), "first_frame": first_frames.to(self.device)}
 
     def encodes_with_vae(self, prompts: Sequence[Prompt]) -> bool:
-        return any(key_of(*_image(prompt)) not in self._digests for prompt in prompts)
-
-    def _first_frame(self, prompt: Prompt) -> Tensor:
-        """Latents `[C, H', W']` of a picture, drawn from the VAE's posterior with noise that its content seeds."""
-        key = key_of(*_image(prompt))
-        if key not in self._digests:
-            image = read_image(key, prompt.meta["image"])
-            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-            if digest not in self._first_frames:
-                self._first_frames[digest] = self._encode_image(image, generator("first frame", digest))
-            self._digests[key] = digest
-        return self._first_frames[self._digests[key]]
+        return not self._pictures.has(prompts)
 
     @torch.no_grad()
-    def _encode_image(self, image: object, noise: torch.Generator) -> Tensor:
-        from diffusers.video_processor import VideoProcessor
-
-        processor = VideoProcessor(vae_scale_factor=self.vae.spatial_compression_ratio)
-        pixels = processor.preprocess(image, height=self.sampler.height, width=self.sampler.width)
+    def _first_frame(self, image: object, digest: str) -> Tensor:
+        """Latents `[C, H', W']` of a picture, drawn from the VAE's posterior with noise that its content seeds."""
+        pixels = pictures.pixels_of(image, self.sampler.height, self.sampler.width)
         posterior = self.vae.encode(pixels.unsqueeze(2).to(self.device, self.frozen_dtype)).latent_dist
+        noise = generator("first frame", digest)
         latents: Tensor = posterior.sample(noise)[0, :, 0].float() * self.vae.config.scaling_factor
         return latents.to(self.dtype)
 
@@ -75,7 +60,3 @@ class SkyReelsI2V(HunyuanVideo):
     def _embedded_guidance(self, guidance_scale: float) -> float:
         # Guided by the batch; what is embedded is "no guidance".
         return 1.0
-
-
-def _image(prompt: Prompt) -> tuple[str, Any]:
-    return prompt.text, prompt.meta.get("image")

@@ -18,6 +18,8 @@ from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fano
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._settings import Settings
 
+# Quantised and distributed weights are other classes; fake ones stand for plain ones.
+PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, FakeTensor)
 # Where torch keeps those of a module.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -150,9 +152,7 @@ def _is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:
     """Whether a layer's product may be computed without calling it."""
     if type(layer) is not nn.Linear or not _unhooked(layer):
         return False
-    # Quantised and distributed weights are other classes; fake ones stand for plain ones.
-    known = nn.Parameter, Tensor, FakeTensor
-    return all(type(p) in known and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
+    return all(type(p) in PLAIN and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
 
 
 class FeedForward:

@@ -36,7 +36,8 @@ class ModelSettings:
     """The generator.
 
     Args:
-        family: "flux", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image" or "wan".
+        family: "flux", "flux_kontext", "stable_diffusion", "hunyuan_video", "skyreels_i2v", "sd3", "qwen_image",
+            "qwen_image_edit" or "wan".
         path: a diffusers folder, or a name on the hub.
         dtype: of the denoiser's weights. "float16", in families that are trained in it, scales the loss.
         denoiser: where the denoiser is instead, a folder or a name on the hub: in its `transformer/` or `unet/`, or
@@ -65,9 +66,13 @@ class ModelSettings:
         quantization: how frozen bfloat16 weights under LoRA are stored: "nf4" or "int8" (bitsandbytes', on a GPU; a
             row's result depends on no other row), "fp8" (cast while their layer runs, and kept so for its backward in
             blocks that are not checkpointed); null: as they are.
+        text_encoder_quantization: how linear layers of the text encoders are stored while they encode: "nf4" or "int8"
+            (bitsandbytes'), "fp8" (cast while their layer runs); null: in `frozen_dtype`, as the rest of them.
         blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
             through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
             needs, or more where an iteration is counted to be shorter.
+        reference_height, reference_width: in pixels, to which the picture of a prompt is resized in families that edit
+            it ("flux_kontext", "qwen_image_edit"), whatever its own shape is; null: those of the samples.
     """
 
     family: str
@@ -88,7 +93,10 @@ class ModelSettings:
     prompt_cache: str = "runs/prompt_cache"
     max_text_tokens: int | None = None
     quantization: Literal["nf4", "int8", "fp8"] | None = None
+    text_encoder_quantization: Literal["nf4", "int8", "fp8"] | None = None
     blocks_to_swap: int | Literal["auto"] = 0
+    reference_height: int | None = None
+    reference_width: int | None = None
 
     def __post_init__(self) -> None:
         check_fields("model", self, ["path", "denoiser", "start_from", "prompt_cache"])
@@ -96,12 +104,17 @@ class ModelSettings:
         first, _, count = self.checkpointing.partition(":")
         if self.checkpointing not in known and not (first == "first" and count.isdigit() and int(count) > 0):
             raise ValueError(f'model.checkpointing: got "{self.checkpointing}", want one of {known} or "first:K"')
-        for name in ("memory_gib", "max_text_tokens", "vae_tile"):
+        for name in ("memory_gib", "max_text_tokens", "vae_tile", "reference_height", "reference_width"):
             value = getattr(self, name)
             if value is not None:
                 positive(f"model.{name}", value)
         if self.vae_tile is not None and self.vae_tiling == "off":
             raise ValueError(f'model.vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
+        if (self.reference_height is None) != (self.reference_width is None):
+            raise ValueError(
+                f"model.reference_height: got {shown(self.reference_height)} with reference_width "
+                f"{shown(self.reference_width)}, want both, or null"
+            )
         if self.start_as == "merged":
             if self.start_from is None:
                 raise ValueError('model.start_as: got "merged" without model.start_from, want both')

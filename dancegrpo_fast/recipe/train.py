@@ -40,7 +40,7 @@ class TrainSettings:
         ratio_norm: GRPO-Guard's RatioNorm.
         mixed_precision: autocast of the denoiser; under FSDP2 its parameters are also gathered in it.
         gradient_sync: when processes reduce gradients: once an "update", or after every model "call", which under FSDP2
-            keeps gradients in shards throughout.
+            keeps gradients in shards throughout. "auto": once an update, but where that does not fit the memory.
         rollout_replica: under FSDP2, gather each parameter once a rollout and keep it, in the precision of the forward,
             until the samples are drawn. Samples are the same.
         sequence_parallel: how many processes share the tokens of a sample; the samples are dealt to groups of them.
@@ -75,7 +75,7 @@ class TrainSettings:
     kl_weight: float = 0.0
     ratio_norm: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
-    gradient_sync: Literal["update", "call"] = "update"
+    gradient_sync: Literal["auto", "update", "call"] = "update"
     rollout_replica: bool = False
     sequence_parallel: int = 1
     sequence_kind: Literal["ulysses", "ring"] = "ulysses"

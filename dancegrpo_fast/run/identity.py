@@ -111,7 +111,7 @@ def _decodes(tile: int | bool | None) -> str:
 def check_model(
     folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], accepted: Collection[str] = ()
 ) -> list[Change]:
-    """How the model of this run differs from the one that the checkpoint in `folder` was made with, as `check_run`.
+    """How the model of this run, and what was chosen for it, differ from those of the checkpoint, as `check_run`.
 
     Raises:
         ValueError: a difference that is not accepted.
@@ -127,4 +127,8 @@ def check_model(
     if now["vae_in_tiles"] != then.get("vae_in_tiles"):
         decodes = [_decodes(one.get("vae_in_tiles")) for one in (now, then)]
         found.append(Change("model.vae_tiling", f"a VAE that decodes {decodes[0]}", f"one that decodes {decodes[1]}"))
+    # Earlier checkpoints say it in the recipe only.
+    reduced = state.get("gradient_sync") or state["recipe"]["train"].get("gradient_sync", "update")
+    if identity["gradient_sync"] != reduced:
+        found.append(Change("train.gradient_sync", identity["gradient_sync"], reduced))
     return settle(folder, found, accepted)

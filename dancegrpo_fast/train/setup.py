@@ -102,14 +102,15 @@ class Setup:
             # The text encoders are loaded next.
             self.rewards.to("cpu")
         self._load_model(evaluated)
-        identity["model"] = model_identity(self.model)
+        identity |= {"model": model_identity(self.model), "gradient_sync": self.model.gradient_sync}
         self._build(evaluated, identity)
         if found is not None:
             self._restore(found, accepted)
         known = "rows_are_equal" in state and not self.changes
         self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
+        each_call = self.model.gradient_sync == "call"
         self.updates = Updates(
-            recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal
+            recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal, each_call
         )
         self.speed = self._measure()
         self._continue(found, state, identity)

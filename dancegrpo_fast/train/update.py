@@ -23,6 +23,7 @@ class Updates:
     Attributes:
         denoiser: what is trained, as the processes wrap it.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
+        each_call: processes reduce gradients after every model call, not once an update.
     """
 
     recipe: Recipe
@@ -32,6 +33,7 @@ class Updates:
     loss: Loss
     processes: Processes
     rows_are_equal: bool
+    each_call: bool
 
     def plan(self, batch: Batch, iteration: int, tally: Tally) -> list[tuple[list[Call], int]]:
         """For each update this process's model calls, and how many every process makes in it."""
@@ -45,7 +47,7 @@ class Updates:
         # where only the last one reduces, at least that one.
         own = torch.tensor([len(calls) for calls in updates])
         most = self.processes.max(own).cpu()
-        every = self.recipe.train.gradient_sync == "call" or self.processes.sharded
+        every = self.each_call or self.processes.sharded
         made = most if every else torch.maximum(own, most.clamp(max=1))
         rows, used = int(made.sum()) * self.policy.rows, sum(call.used for calls in updates for call in calls)
         tally.counts["model_rows"] += rows
@@ -94,9 +96,9 @@ class Updates:
             first: the update is the first after its rollout.
             scale: of the loss.
         """
-        changed, each_call = False, self.recipe.train.gradient_sync == "call"
+        changed = False
         for number in range(made):
-            with self.processes.reducing(self.denoiser, last=each_call or number == made - 1):
+            with self.processes.reducing(self.denoiser, last=self.each_call or number == made - 1):
                 loss = self._nothing(batch) if number >= len(calls) else self._sum(batch, calls[number], tally, first)
                 if loss is None:
                     tally.counts["backwards_skipped"] += 1

@@ -1,6 +1,5 @@
 """What checkpoint policies keep between forward and backward, in bytes of live storages."""
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from dancegrpo_fast.activations.checkpointing import FirstBlocks, apply, blocks_
 from ..patch.models import FAMILIES, assert_same_bits, run
 from ..release import release_but
 from .policies import MODELS, build, kept
+from .streams import side_stream
 
 
 @pytest.mark.parametrize("dtype", release_but((torch.bfloat16,), [torch.float32, torch.bfloat16]), ids=str)
@@ -129,27 +129,9 @@ def test_offload_on_a_gpu() -> None:
 
 def test_copies_run_beside_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[Any] = []
-
-    class Stream:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def wait_stream(self, other: Any) -> None:
-            assert (self.name, other.name) == ("side", "main")
-
-        def record_event(self) -> int:
-            log.append(("copied", len(log)))
-            return len(log) - 1
-
-        def wait_event(self, event: int) -> None:
-            assert self.name == "main"
-            log.append(("awaited", event))
-
-    main, side = Stream("main"), Stream("side")
+    side = side_stream(monkeypatch, log)
     empty_strided = torch.empty_strided
     monkeypatch.setattr(torch, "empty_strided", lambda *a, pin_memory=False, **k: empty_strided(*a, **k))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(offload_module.HostInputs, "_side", lambda *_: side)
     model = build("wan")
     inputs = MODELS["wan"].inputs()

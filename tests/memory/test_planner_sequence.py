@@ -13,7 +13,7 @@ from dancegrpo_fast.memory.planning.calls import _traced
 from dancegrpo_fast.memory.planning.cards import Rates
 from dancegrpo_fast.memory.planning.cases import kinds_of, resolved
 from dancegrpo_fast.memory.planning.planner import Plan, plan
-from dancegrpo_fast.memory.planning.sequences import exchanged
+from dancegrpo_fast.memory.planning.sequences import exchanged, told
 from dancegrpo_fast.memory.planning.settings import Settings
 
 from ..release import release_but
@@ -83,6 +83,11 @@ def test_what_is_exchanged() -> None:
     ring = replace(case, sequence_kind="ring")
     assert exchanged(ring) == (6 * each, 6 * each + 2 * 4 * 2 * each)
     assert exchanged(replace(case, sequence_parallel=1)) == (0, 0)
+    # 512 more tokens of a picture to edit.
+    assert exchanged(replace(case, reference=(256, 512))) == (4 * each, 4 * each)
+    settings = Settings(**FLUX, sequence_parallel=4, reference_height=256, reference_width=512)
+    [reason] = told(settings, replace(case, reference=(256, 512)))
+    assert "a GPU has 384 of 1536 tokens" in reason
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,11 @@ def test_block_ops_keep_on_cuda_what_they_keep_on_the_cpu() -> None:
     model, inputs = tiny("flux", torch.bfloat16)
     accelerate(model, "fast", recompute="all", gates_from_weights=True)
     traced, measured = trace(model, inputs), measure(model, inputs)
-    for group in ("matmul", "norm", "activation", "rope", "elementwise"):
+    for group in ("matmul", "activation", "rope", "elementwise"):
         assert traced.saved_by_group.get(group) == measured.saved_by_group.get(group)
+    # Mean and deviation of the model's own last norm are float32 there.
+    wider = 2 * 2 * inputs["hidden_states"].shape[:2].numel()
+    assert traced.saved_by_group["norm"] == measured.saved_by_group["norm"] + wider
     # Products with float32 results there are products of float32 copies here.
     assert traced.flops_by_group["backward"]["matmul"] == measured.flops_by_group["backward"]["matmul"]
     assert traced.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]

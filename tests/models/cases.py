@@ -22,37 +22,47 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """How a family is sampled: height and width, the scale of guidance, and its pipeline's call of the same."""
+    """How a family is sampled: height and width, the scale of guidance, and its pipeline's call of the same.
+
+    `reference` is the size of a picture to edit.
+    """
 
     family: str
     size: tuple[int, int]
     guidance: float
     call: dict[str, Any]
+    reference: tuple[int | None, int | None] = (None, None)
 
     @property
     def image(self) -> bool:
-        """The prompts have first frames."""
-        return self.family == "skyreels_i2v"
+        """The prompts have pictures: first frames, or what is edited."""
+        return self.family == "skyreels_i2v" or self.reference != (None, None)
 
 
 WITHOUT = {"negative_prompt": [NEGATIVE] * 2}
 CLIP = {"num_frames": 5, "max_sequence_length": 24}
+# Else Kontext's pipeline makes pictures of a million pixels.
+UNSCALED = {"max_area": 16 * 16, "_auto_resize": False}
+# Of text and picture, where the picture is small.
+EDIT_TOKENS = 64
 CASES = {
     case.family: case
     for case in (
         Case("flux", (16, 16), 3.5, {"guidance_scale": 3.5, "max_sequence_length": 12}),
+        Case("flux_kontext", (16, 16), 3.5, {"guidance_scale": 3.5, "max_sequence_length": 12} | UNSCALED, (20, 28)),
         Case("stable_diffusion", (16, 16), 5.0, {"guidance_scale": 5.0} | WITHOUT),
         Case("hunyuan_video", (32, 32), 6.0, {"guidance_scale": 6.0} | CLIP),
         Case("skyreels_i2v", (32, 32), 5.0, {"guidance_scale": 1.0, "true_cfg_scale": 5.0} | WITHOUT | CLIP),
         Case("sd3", (16, 16), 4.0, {"guidance_scale": 4.0, "max_sequence_length": 12} | WITHOUT),
         Case("qwen_image", (16, 16), 4.0, {"true_cfg_scale": 4.0, "max_sequence_length": 24} | WITHOUT),
+        Case("qwen_image_edit", (16, 16), 4.0, {"true_cfg_scale": 4.0, "max_sequence_length": 288} | WITHOUT, (32, 64)),
         Case("wan", (16, 32), 5.0, {"guidance_scale": 5.0} | WITHOUT | CLIP | {"max_sequence_length": 12}),
     )
 }
 
 
 def write_prompts(file: Path, case: Case) -> None:
-    """Pictures of different sizes beside the file where the family needs first frames."""
+    """Pictures of different sizes beside the file where the family needs them."""
     rows = []
     for number, text in enumerate(PROMPTS):
         rows.append({"prompt": text})
@@ -77,6 +87,8 @@ def make_recipe(case: Case, base: Path, output: Path, **changes: Any) -> Recipe:
         "height": case.size[0],
         "width": case.size[1],
         "frames": case.call.get("num_frames", 1),
+        "reference_height": case.reference[0],
+        "reference_width": case.reference[1],
         "guidance_scale": case.guidance,
         "negative_prompt": NEGATIVE,
         "iterations": 3,

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from dancegrpo_fast.memory.planning.margins import with_margins
+from dancegrpo_fast.memory.planning.planner import plan
 from dancegrpo_fast.memory.planning.settings import GIB
-from dancegrpo_fast.models import setup
+from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.base import DiffusersModel
+from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import Recipe
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
@@ -65,6 +68,15 @@ def pieces(recipe: Recipe, model: DiffusersModel) -> Any:
     """The planner's, for this recipe and its loaded model."""
     given = replace(recipe, model=replace(recipe.model, memory_gib=1.0))
     return setup._iteration(model, given, CPU, text_tokens=3)
+
+
+def syncing(recipe: Recipe, processes: int) -> list[float]:
+    """GiB of a run under FSDP2 whose gradients are reduced once an update, and after every call."""
+    model: Any = load_model(recipe, CPU, [Prompt("red", {})])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "processes", lambda: (processes, "full_shard"))
+        asked = setup._settings(model, recipe, CPU, text_tokens=3, gib=1.0)
+    return [plan(asked.changed(gradient_sync=each), advise=False).total_bytes / GIB for each in ("update", "call")]
 
 
 def least_gib(iteration: Any, size: int) -> float:

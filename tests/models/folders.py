@@ -1,11 +1,15 @@
 """Tiny folders of every family as their pipelines save them, with weights drawn here; `BUILDERS`."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from dancegrpo_fast.models.qwen_image_edit import picture_processor
 
 from . import parts
 
@@ -23,10 +27,10 @@ CAUSAL: dict[str, Any] = {
 }
 
 
-def save_flux(folder: Path, **changes: Any) -> Path:
+def save_flux(folder: Path, pipeline: str = "FluxPipeline", **changes: Any) -> Path:
     torch.manual_seed(0)
     transformer = parts.flux_transformer(WIDTH, **{"guidance_embeds": True} | changes)
-    diffusers.FluxPipeline(
+    getattr(diffusers, pipeline)(
         diffusers.FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
         ),
@@ -38,6 +42,10 @@ def save_flux(folder: Path, **changes: Any) -> Path:
         parts.randomised(transformer),
     ).save_pretrained(folder)
     return folder
+
+
+def save_flux_kontext(folder: Path) -> Path:
+    return save_flux(folder, "FluxKontextPipeline")
 
 
 def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
@@ -157,19 +165,21 @@ def save_sd3(folder: Path, **scheduler: Any) -> Path:
     return folder
 
 
-def save_qwen_image(folder: Path) -> Path:
-    """Tokens are bytes, so that the chat template takes two hundred of them."""
+def _qwen_image(folder: Path, pipeline: Any, added: tuple[str, ...] = (), **transformer: Any) -> Any:
+    """Tokens are bytes, and those added. Gives back the tokenizer."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     torch.manual_seed(0)
     tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = transformers.Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [])
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    numbers = {"image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_PAD)} if added else {}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = parts.language_model(len(tokens), 16, 1, 256) | {"rope_parameters": rope}
+    text = parts.language_model(len(tokenizer), 16, 1, 256) | {"rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **numbers)
     vae = diffusers.AutoencoderKLQwenImage(base_dim=8, temperal_downsample=[False], **CAUSAL)
-    transformer = diffusers.QwenImageTransformer2DModel(
+    denoiser = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=2,
@@ -177,17 +187,43 @@ def save_qwen_image(folder: Path) -> Path:
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
+        **transformer,
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    diffusers.QwenImagePipeline(
-        scheduler,
-        parts.randomised(vae),
-        parts.randomised(transformers.Qwen2_5_VLForConditionalGeneration(config)),
-        tokenizer,
-        parts.randomised(transformer),
+    pipeline(
+        scheduler=scheduler,
+        vae=parts.randomised(vae),
+        text_encoder=parts.randomised(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer=tokenizer,
+        transformer=parts.randomised(denoiser),
     ).save_pretrained(folder)
+    return tokenizer
+
+
+def save_qwen_image(folder: Path) -> Path:
+    """The chat template takes two hundred tokens."""
+    _qwen_image(folder, diffusers.QwenImagePipeline)
+    return folder
+
+
+IMAGE_PAD = "<|image_pad|>"
+
+
+def save_qwen_image_edit(folder: Path, pipeline: str = "QwenImageEditPlusPipeline", **transformer: Any) -> Path:
+    """As the published tokenizer, that of this folder makes 64 tokens of what precedes the user's words."""
+    cls = getattr(diffusers, pipeline)
+    template = cls(*[None] * 6).prompt_template_encode
+    words = template.removeprefix("<|im_start|>system\n").partition("<|im_end|>")[0]
+    # Beside the words there are 16 tokens, and one more stands for most of the words.
+    added = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", IMAGE_PAD, "<|vision_end|>", words[: 17 - 64])
+    tokenizer = _qwen_image(folder, partial(cls, processor=None), added, **transformer)
+    transformers.Qwen2VLImageProcessor().save_pretrained(folder / "processor")
+    tokenizer.save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -218,12 +254,23 @@ def save_wan(folder: Path, scheduler: Any = None, **pipeline: Any) -> Path:
     return folder
 
 
+def load_pipeline(folder: Path, name: str = "DiffusionPipeline") -> Any:
+    """The whole pipeline of a folder; where that sees pictures, without its processor of videos, as in training."""
+    processor = folder / "processor"
+    parts = {"processor": picture_processor(processor)} if processor.is_dir() else {}
+    pipeline = getattr(diffusers, name).from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 BUILDERS: dict[str, Callable[..., Path]] = {
     "flux": save_flux,
+    "flux_kontext": save_flux_kontext,
     "stable_diffusion": save_stable_diffusion,
     "hunyuan_video": save_hunyuan_video,
     "skyreels_i2v": save_skyreels,
     "sd3": save_sd3,
     "qwen_image": save_qwen_image,
+    "qwen_image_edit": save_qwen_image_edit,
     "wan": save_wan,
 }

@@ -43,7 +43,7 @@ def main(folder: Path, rank: str) -> None:
 
     torch.set_num_threads(1)
     for file in sorted(folder.glob("*.json")):
-        with group(folder, file.stem, True, int(rank)):
+        with group(folder, file.stem, True, int(rank), 2):
             torch.save(run(file), folder / f"{file.stem}.{rank}")
 
 

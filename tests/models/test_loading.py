@@ -27,7 +27,7 @@ from dancegrpo_fast.train.residence import Residence
 
 from ..processes import together
 from ..train.tiny import reward
-from .cases import CASES, PROMPTS, load, make_recipe, shards
+from .cases import CASES, load, make_recipe, shards
 from .checks import CPU
 from .folders import diffusers
 
@@ -128,7 +128,7 @@ def embeds_and_frames(
     assert {value.dtype for value in floating.values()} == {model.dtype}
     (store,) = (output / "cache").iterdir()
     assert store == model._store.folder
-    return floating, frames, model._store.rows(list(PROMPTS), ["prompt_embeds"])["prompt_embeds"].dtype
+    return floating, frames, model._store.rows(model._texts(prompts), ["prompt_embeds"])["prompt_embeds"].dtype
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -138,7 +138,7 @@ def test_frozen_parts_are_in_bfloat16_beside_a_float32_denoiser(base: Base, tmp_
     assert low[2] == mixed[2] == torch.bfloat16
     # The VAE and the encoders make of anything what they make beside a denoiser of their own dtype.
     assert torch.equal(low[1], mixed[1])
-    for name in low[0].keys() - {"first_frame"}:
+    for name in low[0].keys() - {"first_frame", "reference"}:
         assert torch.equal(mixed[0][name], low[0][name].float())
 
 

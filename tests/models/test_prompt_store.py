@@ -204,6 +204,7 @@ def test_the_cache_depends_on_what_the_text_encoders_are(base: Base, tmp_path: P
     made = {load(make_recipe("flux", folder, tmp_path))[0]._store.folder}
     made.add(load(make_recipe("flux", folder, tmp_path, max_text_tokens=10))[0]._store.folder)
     made.add(load(make_recipe("flux", folder, tmp_path, dtype="bfloat16"))[0]._store.folder)
+    made.add(load(make_recipe("flux", folder, tmp_path, text_encoder_quantization="fp8"))[0]._store.folder)
     weights = folder / "text_encoder_2" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -213,7 +214,7 @@ def test_the_cache_depends_on_what_the_text_encoders_are(base: Base, tmp_path: P
     shutil.copytree(base("flux"), tmp_path / "other")
     (tmp_path / "other" / "transformer" / "note.txt").write_text("x")
     made.add(load(make_recipe("flux", tmp_path / "other", tmp_path))[0]._store.folder)
-    assert len(made) == 4
+    assert len(made) == 5
     assert {path.parent for path in made} == {tmp_path / "cache"}
 
 

@@ -1,17 +1,22 @@
 """Frozen weights in fewer bits: bitsandbytes' on its CPU kernels, which diffusers lets nobody use, and float8."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from dancegrpo_fast.memory.planning import folders
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.quantised import quantised
-from dancegrpo_fast.models import load_model
+from dancegrpo_fast.models import family_of, load_model
 from dancegrpo_fast.models.base import DiffusersModel
+from dancegrpo_fast.models.loading import load_encoders, load_parts
+from dancegrpo_fast.models.planning import settings_of
+from dancegrpo_fast.models.qwen_image_edit import picture_processor
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import ModelSettings, load_recipe
 from dancegrpo_fast.train.loop import Trainer
@@ -19,6 +24,10 @@ from dancegrpo_fast.train.loop import Trainer
 from ..memory.small import case_of
 from ..train.tiny import LoraSettings, make_recipe
 from . import checks
+from .cases import CASES, load
+from .cases import make_recipe as recipe_of_family
+
+diffusers = pytest.importorskip("diffusers")
 
 KINDS = ("nf4", "int8", "fp8")
 LORA = LoraSettings(rank=2, alpha=2)
@@ -138,3 +147,60 @@ def test_weights_in_fewer_bits_are_for_lora_on_bfloat16() -> None:
         ModelSettings("flux", "folder", "bfloat16", quantization="nf4")
     with pytest.raises(ValueError, match=r'model.quantization: got "fp8" with float32, want bfloat16'):
         ModelSettings("flux", "folder", lora=LoraSettings(), quantization="fp8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", CASES)
+def test_text_encoders_are_stored_as_the_planner_counts_them(
+    base: Callable[[str], Path], tmp_path: Path, family: str, kind: str
+) -> None:
+    if kind != "fp8":
+        pytest.importorskip("bitsandbytes")
+    folder = base(family)
+    cls = family_of(ModelSettings(family, str(folder)))
+    given = {"processor": picture_processor(folder / "processor")} if "processor" in cls.text_parts else {}
+    make = partial(load_parts, getattr(diffusers, cls.pipeline), folder, cls.text_parts, torch.bfloat16, **given)
+    names = [part for part in cls.text_parts if part.startswith("text_encoder")]
+    pipeline = load_encoders(make, names, torch.bfloat16, kind, torch.device("cpu"))
+    stored = {"nf4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    for name, value in pipeline.load_config(folder).items():
+        if name.startswith("text_encoder"):
+            counted = folders.part(folder / name, *value)
+            narrow = [p for p in getattr(pipeline, name).parameters() if p.dtype == stored and p.ndim == 2]
+            # Two weights of nf4 are a byte.
+            assert sum(p.numel() * (2 if kind == "nf4" else 1) for p in narrow) == counted.linear > 0
+
+
+@pytest.mark.parametrize(("family", "dtype"), [*((family, "bfloat16") for family in CASES), ("sd3", "float32")])
+def test_text_in_fewer_bits_is_further_from_what_it_was(
+    base: Callable[[str], Path], tmp_path: Path, family: str, dtype: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for kind in (None, "int8", "fp8", "nf4"):
+        changes = {"prompt_cache": str(tmp_path / "cache"), "frozen_dtype": dtype, "text_encoder_quantization": kind}
+        model, prompts = load(recipe_of_family(CASES[family], base(family), tmp_path / "run", **changes))
+        rows = model.encode(prompts)
+        found[kind] = torch.cat([value.flatten() for name, value in rows.items() if name.endswith("embeds")])
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    plain = found.pop(None)
+    errors = [float((value - plain).norm()) for value in found.values()]
+    assert 0 < errors[0] < errors[1] < errors[2] < float(plain.norm())
+
+
+def test_bitsandbytes_is_asked_for_where_it_lacks(
+    base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers import quantizer_bnb_4bit
+
+    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
+    settings = {"prompt_cache": str(tmp_path / "cache"), "text_encoder_quantization": "nf4"}
+    with pytest.raises(ValueError, match=r'model.text_encoder_quantization: got "nf4" on cpu, .*bitsandbytes'):
+        load(recipe_of_family(CASES["flux"], base("flux"), tmp_path / "run", **settings))
+
+
+def test_embeddings_that_come_with_a_folder_are_not_quantised(flux: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(flux, tmp_path / "run", text_encoder_quantization="fp8")
+    with pytest.raises(ValueError, match=r'text_encoder_quantization: got "fp8" for .* no text encoders, want null'):
+        load_model(recipe, checks.CPU, [Prompt("red", {})])
+    assert settings_of(recipe).text_encoder_quantization == "fp8"

@@ -14,7 +14,7 @@ import torch
 from dancegrpo_fast import transitions
 from dancegrpo_fast.models import family_of, load_model
 from dancegrpo_fast.models.base import find_folder, guided_batch, split_guided
-from dancegrpo_fast.models.grids import to_frames
+from dancegrpo_fast.models.grids import packed, to_frames, unpacked
 from dancegrpo_fast.prompts import Prompt, load_prompts
 from dancegrpo_fast.recipe import ModelSettings
 
@@ -133,6 +133,14 @@ def test_frames_are_on_the_8_bit_grid() -> None:
     assert torch.equal(to_frames(video), wanted.view(1, 6, 1, 1, 1).expand(2, 6, 3, 1, 1))
 
 
+def test_packing_is_undone() -> None:
+    latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    tokens = packed(latents)
+    assert tokens.shape == (2, 6, 12) and torch.equal(unpacked(tokens, (2, 3)), latents)
+    # Two by two, channel by channel; tokens row by row.
+    assert tokens[0, 1, :4].tolist() == latents[0, 0, :2, 2:4].flatten().tolist()
+
+
 def test_guided_batches_are_the_prompts_then_the_negative_prompt() -> None:
     latents, times = torch.arange(2.0)[:, None], torch.tensor([5.0, 6.0])
     conditioning = {"text": torch.tensor([[1.0], [2.0]]), "image": torch.tensor([[3.0], [4.0]])}
@@ -141,6 +149,12 @@ def test_guided_batches_are_the_prompts_then_the_negative_prompt() -> None:
     assert twice.tolist() == [5.0, 6.0, 5.0, 6.0]
     assert text["text"].flatten().tolist() == [1.0, 2.0, 9.0, 9.0]
     assert text["image"].flatten().tolist() == [3.0, 4.0, 3.0, 4.0]
+    own = conditioning | {"negative_text": torch.tensor([[7.0], [8.0]])}
+    _, _, text_of_each = guided_batch(latents, times, own, {})
+    assert text_of_each.keys() == conditioning.keys()
+    assert text_of_each["text"].flatten().tolist() == [1.0, 2.0, 7.0, 8.0]
+    assert text_of_each["image"].flatten().tolist() == [3.0, 4.0, 3.0, 4.0]
+    assert guided_batch(latents, times, own, None) == (latents, times, own)
     output, uncond = split_guided(text["text"], {})
     assert uncond is not None
     assert (output.flatten().tolist(), uncond.flatten().tolist()) == ([1.0, 2.0], [9.0, 9.0])

@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.memory import ledger
 from dancegrpo_fast.memory.planning.blocks import compose
+from dancegrpo_fast.memory.planning.settings import GIB
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.planning import settings_of
 from dancegrpo_fast.prompts import Prompt
@@ -80,6 +81,35 @@ def test_auto_refuses_what_does_not_fit(flux: Path, tmp_path: Path) -> None:
         loaded(flux, tmp_path, checkpointing="auto", **BF16)
     with pytest.raises(ValueError, match=r'"auto" in float32 throughout, want model.dtype bfloat16'):
         loaded(flux, tmp_path, checkpointing="auto", memory_gib=1.0)
+
+
+def test_gradients_are_reduced_as_often_as_the_memory_allows(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"mixed_precision": "bf16", "vae_tiling": "off"}
+    update, call = checks.syncing(make_recipe(flux, tmp_path / "run", **options), 8)
+    assert call < update
+    # Where each has all weights, gradients are there anyway, and nothing is asked for.
+    assert loaded(flux, tmp_path, gradient_sync="auto")[1].gradient_sync == "update"
+    assert loaded(flux, tmp_path, gradient_sync="call")[1].gradient_sync == "call"
+    monkeypatch.setattr(setup, "processes", lambda: (8, "full_shard"))
+    assert capsys.readouterr().out == ""
+    for gib, chosen in ((update, "update"), ((update + call) / 2, "call")):
+        given = options | {"gradient_sync": "auto", "memory_gib": gib}
+        assert loaded(flux, tmp_path, **given)[1].gradient_sync == chosen
+        assert capsys.readouterr().out.startswith(f"gradient_sync {chosen}: ")
+    # Policies are chosen for what was found.
+    given = options | {"gradient_sync": "auto", "checkpointing": "auto", "memory_gib": update + SLACK / GIB}
+    _, model = loaded(flux, tmp_path, **given)
+    assert model.gradient_sync == "update" and capsys.readouterr().out.count("\ncheckpointing none: ") == 1
+    # Another process may have less.
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: [*found, "call"])
+    assert loaded(flux, tmp_path, **options, gradient_sync="auto", memory_gib=update)[1].gradient_sync == "call"
+    assert capsys.readouterr().out == "gradient_sync call: for another process\n"
+    with pytest.raises(ValueError, match=r'gradient_sync: got "auto" on CPUs, want model.memory_gib, "update" or'):
+        loaded(flux, tmp_path, **options, gradient_sync="auto")
+    with pytest.raises(ValueError, match=r'gradient_sync: got "auto" in float32 throughout, want model.dtype'):
+        loaded(flux, tmp_path, gradient_sync="auto", memory_gib=update)
 
 
 def test_nothing_is_recomputed_without_training(flux: Path, tmp_path: Path) -> None:

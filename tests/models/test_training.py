@@ -10,7 +10,7 @@ import torch
 from ..release import release_but
 from . import checks
 from .cases import CASES, make_recipe
-from .folders import diffusers
+from .folders import load_pipeline
 
 # As the paper's recipes have it, which train all weights, and a LoRA of low precision throughout.
 RECIPES: dict[bool, dict[str, Any]] = {False: {"mixed_precision": "bf16"}, True: {"dtype": "bfloat16"}}
@@ -80,7 +80,7 @@ def test_checkpoint_policies_and_attention_change_no_bit_of_the_recipes_precisio
 def test_lora_is_what_the_pipeline_loads(run: Callable[..., Path], base: Callable[[str], Path], family: str) -> None:
     output = run(family, lora=True, micro_batch=4)
     trained = checks.weights(output)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base(family))
+    pipeline = load_pipeline(base(family))
     pipeline.load_lora_weights(output / "model", adapter_name="default")
     denoiser = pipeline.unet if family == "stable_diffusion" else pipeline.transformer
     loaded = dict(denoiser.named_parameters())

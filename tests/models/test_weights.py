@@ -17,7 +17,7 @@ from dancegrpo_fast.run.identity import model_identity
 from ..release import release_but
 from . import lora_files
 from .cases import CASES, load, make_recipe
-from .folders import diffusers
+from .folders import diffusers, load_pipeline
 
 Base = Callable[[str], Path]
 families = pytest.mark.parametrize("family", release_but(("flux", "stable_diffusion"), CASES))
@@ -53,7 +53,7 @@ def test_layers_are_what_was_written(base: Base, tmp_path: Path, family: str, wr
 def test_merged_layers_are_the_pipelines(base: Base, tmp_path: Path, family: str) -> None:
     lora_files.write("diffusers", base(family), tmp_path / "file")
     model, _ = load(recipe_from(base(family), tmp_path, tmp_path / "file", None, start_as="merged"))
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base(family))
+    pipeline = load_pipeline(base(family))
     pipeline.load_lora_weights(tmp_path / "file")
     part = model.denoiser_part
     pipeline.fuse_lora(components=[part])

@@ -111,6 +111,19 @@ def test_another_model_is_refused(flux: Path, finished: Path, tmp_path: Path) ->
         Trainer(longer(flux, finished, vae_tiling="on"), resume="auto")
 
 
+def test_gradients_that_are_reduced_otherwise_are_refused(flux: Path, finished: Path) -> None:
+    """By what "auto" came to, not by the word."""
+    assert Trainer(longer(flux, finished, gradient_sync="auto"), resume="auto").start == 2
+    wrong = r'train\.gradient_sync: got "call", want "update"; .* --accept-changes train.gradient_sync'
+    with pytest.raises(ValueError, match=wrong):
+        Trainer(longer(flux, finished, gradient_sync="call"), resume="auto")
+    trainer = Trainer(longer(flux, finished, gradient_sync="call"), "auto", "train.gradient_sync")
+    assert trainer.state.identity["gradient_sync"] == "call"
+    rewrite(finished / "checkpoints" / "000002" / "state.json", gradient_sync="call")
+    with pytest.raises(ValueError, match=r'gradient_sync: got "update", want "call"'):
+        Trainer(longer(flux, finished, gradient_sync="auto"), resume="auto")
+
+
 def test_changes_are_taken_when_asked_for(flux: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = Path((recipe := longer(flux, finished, learning_rate=1e-2, micro_batch=2, ema_decay=0.5)).prompts)
     prompts.write_text(prompts.read_text() + prompts.read_text().splitlines()[0])

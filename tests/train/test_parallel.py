@@ -13,7 +13,7 @@ from dancegrpo_fast.processes import Processes, share
 from dancegrpo_fast.run import checkpoint
 from dancegrpo_fast.train.loop import Trainer
 
-from ..models import lora_files
+from ..models import checks, lora_files
 from ..processes import together
 from ..tolerances import REORDERED_SUMS, assert_same_training
 from .tiny import EvaluationSettings, LoraSettings, make_recipe, reward
@@ -118,6 +118,8 @@ def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
     add("fsdp-swap", True, lora=LoraSettings(rank=2, alpha=2), blocks_to_swap=1)
     add("fsdp-bf16", True, **BF16)
+    memory = sum(checks.syncing(recipe(flux, folder / "counted", **BF16), WORLD)) / 2
+    add("fsdp-auto", True, gradient_sync="auto", memory_gib=memory, vae_tiling="off", **BF16)
     # Nothing is left to do but to save the model.
     of_one_file = str(folder / "ddp-even" / "checkpoints" / "000001")
     add("fsdp-crossed", True, of_one_file, **SETTINGS["even"] | {"iterations": 1})
@@ -185,6 +187,15 @@ def test_gradients_are_reduced_once_per_update(runs: Path, kind: str) -> None:
     # Two processes with the same number of calls of full micro-batches; each of them is reduced.
     (one, two), calls = seen(runs, f"{kind}-kl"), rows(runs / f"{kind}-kl")
     assert one["reductions"] == two["reductions"] == sum(row["skipped"]["model_rows"] for row in calls) // 2 // WORLD
+
+
+def test_gradients_are_reduced_after_every_call_where_the_planner_finds_no_room(runs: Path) -> None:
+    once, each = (seen(runs, f"fsdp-{name}") for name in ("bf16", "auto"))
+    assert {rank["reductions"] for rank in once} == {1}
+    calls = rows(runs / "fsdp-auto")[0]["skipped"]["model_rows"] // 2 // WORLD
+    assert {rank["reductions"] for rank in each} == {calls} and calls > 1
+    (state,) = (runs / "fsdp-auto" / "checkpoints").glob("*/state.json")
+    assert json.loads(state.read_text())["gradient_sync"] == "call"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -39,6 +39,8 @@ RELEASE: dict[str, tuple[str, dict[str, Any]]] = {
     "skyreels": ("skyreels_i2v", {}),
     "kl": ("qwen_image", {"kl_weight": 0.1, "gradient_sync": "call", "block_ops": "lossless"}),
     "wan": ("wan", {"checkpointing": "attention"}),
+    "kontext": ("flux_kontext", {"block_ops": "lossless", "reference_height": 24, "reference_width": 24}),
+    "edit": ("qwen_image_edit", {"lora": True}),
     "uneven": ("flux", {"prompts_per_iteration": 3, "group_size": 3, "best_of_n": 1, "timestep_fraction": 1.0}),
     "dropped": ("flux", {"group_size": 5, "rewards": [reward("Refusing", on_error="drop", max_dropped=0.9)]}),
     "win_rate": ("flux", {"rewards": [reward("Brightness", win_rate=True)]}),

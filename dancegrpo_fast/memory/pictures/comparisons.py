@@ -124,7 +124,8 @@ class _Corner:
 def _extent(settings: Settings) -> tuple[int, int]:
     """Samples of a replay call, and tokens of one."""
     spec = resolved(settings.model)
-    return settings.micro_batch, specs.tokens(spec, settings.frames, settings.height, settings.width)
+    reference = settings.reference_height, settings.reference_width
+    return settings.micro_batch, specs.tokens(spec, settings.frames, settings.height, settings.width, reference)
 
 
 def _corner(settings: Settings, names: Sequence[str]) -> _Corner:

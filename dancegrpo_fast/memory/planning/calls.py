@@ -7,7 +7,7 @@ checkpointed, everything. Models without kinds of blocks are traced as a whole.
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -163,7 +163,7 @@ def _regions(
     return regions
 
 
-def _by_block(found: Trace, blocks: Sequence[str]) -> list[tuple[str, str] | None]:
+def _by_block(found: Trace, blocks: Collection[str]) -> list[tuple[str, str] | None]:
     """Of each event of a model without kinds: the block that ran last."""
     regions: list[tuple[str, str] | None] = [None] * len(found.events)
     owners: dict[str, str | None] = {}
@@ -181,7 +181,7 @@ def _by_block(found: Trace, blocks: Sequence[str]) -> list[tuple[str, str] | Non
 
 
 def _summary(
-    found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None, blocks: Sequence[str]
+    found: Trace, case: Case, kinds: Sequence[Kind], counts: Sequence[int], extra: int | None, blocks: Collection[str]
 ) -> Summary:
     casts = _casts(found) if case.dtype == "fp32_master" else {}
     # Sharded blocks' gradients are told apart by where the backward of all blocks begins and ends.
@@ -240,11 +240,13 @@ def _forward(found: Trace) -> str:
     return "forward" if "forward" in found.phases else "rollout"
 
 
-def _owner(module: str, blocks: Sequence[str]) -> str | None:
-    return next((path for path in blocks if module == path or module.startswith(path + ".")), None)
+def _owner(module: str, blocks: Collection[str]) -> str | None:
+    """The block that a module is or belongs to."""
+    ends = [i for i, letter in enumerate(module) if letter == "."]
+    return next((module[:end] for end in (*ends, len(module)) if module[:end] in blocks), None)
 
 
-def _made(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:
+def _made(found: Trace, blocks: Collection[str]) -> dict[str, dict[str, tuple[int, int]]]:
     """By block and group: bytes that its forward made, and those of them that are kept."""
     kept = {id(storage) for storage in found.kept}
     figures: dict[str, dict[str, tuple[int, int]]] = {}
@@ -257,7 +259,7 @@ def _made(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[int,
     return figures
 
 
-def _work(found: Trace, blocks: Sequence[str]) -> dict[str, dict[str, tuple[float, float]]]:
+def _work(found: Trace, blocks: Collection[str]) -> dict[str, dict[str, tuple[float, float]]]:
     """By block and group: FLOPs of its forward, and bytes that it reads and writes."""
     figures: dict[str, dict[str, tuple[float, float]]] = {}
     for place, work in enumerate((found.flops, found.traffic)):
@@ -280,7 +282,7 @@ def small(case: Case, policy: Hashable) -> Summary:
     spec = resolved(case.spec)
     kinds, counts = kinds_of(spec), least_of(spec)
     found = _traced(case, policy, counts)  # type: ignore[arg-type]  # hashable, for the cache
-    return _summary(found, case, kinds, counts, None, () if kinds else block_paths(case))
+    return _summary(found, case, kinds, counts, None, () if kinds else set(block_paths(spec)))
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,5 @@
 """What is traced: a model of some size, its kinds of blocks, and how many of each a small one has."""
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def kinds_of(spec: specs.Spec) -> tuple[Kind, ...]:
 
 
 def _found(spec: specs.Spec) -> tuple[Kind, ...]:
-    model = specs.build(spec)
+    model = specs.prototype(spec)
     paths = checkpointing.block_paths(model)
     kinds: list[Kind] = []
     before: object = None
@@ -112,8 +111,7 @@ def _found(spec: specs.Spec) -> tuple[Kind, ...]:
 def _runs_cut(spec: specs.Spec, kinds: Sequence[Kind]) -> bool:
     """Whether a model of a class that is not known takes its inputs with other numbers of blocks."""
     for more in (0, 1):
-        model = specs.build(spec)
-        _cut(model, kinds, [kind.least + more for kind in kinds])
+        model = specs.build(spec, blocks=_some(kinds, [kind.least + more for kind in kinds]))
         if not guessed.runs(model, specs.small_inputs(spec)):
             return False
     return True
@@ -131,17 +129,13 @@ def _merged(kinds: list[Kind]) -> tuple[Kind, ...]:
     return tuple(found) if len(found) <= MOST_KINDS else ()
 
 
-def _cut(model: nn.Module, kinds: Sequence[Kind], counts: Sequence[int]) -> None:
-    """Leaves so many blocks of each kind: the first ones and the last; or puts in copies."""
-    for path in dict.fromkeys(kind.path for kind in kinds):
-        held = list(model.get_submodule(path).children())
-        kept: list[nn.Module] = []
-        for kind, count in zip(kinds, counts, strict=True):
-            if kind.path == path:
-                blocks = held[kind.start : kind.start + kind.blocks]
-                blocks = [copy.deepcopy(blocks[0]) for _ in range(count - len(blocks))] + blocks
-                kept += [*blocks[: count - 1], blocks[-1]]
-        setattr(model, path, nn.ModuleList(kept))
+def _some(kinds: Sequence[Kind], counts: Sequence[int]) -> dict[str, list[int]]:
+    """So many blocks of each kind, by the path of their list: the first ones and the last; or the first again."""
+    found: dict[str, list[int]] = {}
+    for kind, count in zip(kinds, counts, strict=True):
+        places = [*[kind.start] * (count - kind.blocks), *range(kind.start, kind.start + kind.blocks)]
+        found.setdefault(kind.path, []).extend([*places[: count - 1], places[-1]])
+    return found
 
 
 def build(case: Case, counts: Sequence[int]) -> nn.Module:
@@ -155,8 +149,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
     from ...patch import accelerate
 
     spec = resolved(case.spec)
-    model = specs.build(spec, torch.float32 if case.dtype == "fp32_master" else torch.bfloat16)
-    _cut(model, kinds_of(spec), counts)
+    dtype = torch.float32 if case.dtype == "fp32_master" else torch.bfloat16
+    model = specs.build(spec, dtype, _some(kinds_of(spec), counts))
     if case.lora:
         if lost := unmatched(model, case.lora_targets):
             raise ValueError(f"target_modules: got {', '.join(lost)}, want endings of names in {case.spec}")
@@ -192,7 +186,7 @@ def _split(model: nn.Module, case: Case) -> None:
     from ..trace.alone import split_alone
 
     spec = resolved(case.spec)
-    count = specs.tokens(spec, case.frames, case.height, case.width)
+    count = specs.tokens(spec, case.frames, case.height, case.width, case.reference)
     tokens = {f"a sample of {case.frames} x {case.height} x {case.width}": count}
     text = case.text_tokens or spec.text_tokens
     try:
@@ -223,10 +217,9 @@ def whole_model(case: Case) -> nn.Module:
     return build(case, block_counts(case))
 
 
-@lru_cache(maxsize=16)
-def block_paths(case: Case) -> tuple[str, ...]:
+def block_paths(spec: specs.Spec) -> tuple[str, ...]:
     """Of the blocks that diffusers checkpoints, in the order in which the model runs them."""
-    return tuple(checkpointing.block_paths(whole_model(case)))
+    return tuple(checkpointing.block_paths(specs.prototype(spec)))
 
 
 @lru_cache(maxsize=32)

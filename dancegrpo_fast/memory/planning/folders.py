@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...quantization import linear_layers, stored_in_fewer
+
 INDEX = "model_index.json"
 # Parts that have no weights.
 PLAIN = ("scheduler", "tokenizer", "feature_extractor", "processor", "guider")
@@ -26,8 +28,6 @@ UNUSED = ("safety_checker",)
 # A weights file of diffusers or transformers: its shard, and its variant before or after that.
 _FILE = re.compile(r"(?:diffusion_pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?(\.\w+)?\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Of two-dimensional weights that are no linear layer's, or that quantisation leaves alone.
-_NO_LINEAR = re.compile(r"embed|shared|relative_attention_bias|lm_head|wte|wpe")
 _MOST_HEADER = 100_000_000
 # A configuration that its class cannot be made of.
 _FAILURES = (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError)
@@ -102,9 +102,9 @@ def header(file: Path) -> dict[str, Any] | None:
 
 
 def stored(folder: Path) -> tuple[int, int] | None:
-    """Numbers in a folder's safetensors files, and those in linear layers; of several variants one is counted.
+    """Numbers in a folder's safetensors files, and those in linear layers that quantisation takes.
 
-    None where no variant is there whole, or where its weights are quantised.
+    Of several variants one is counted. None where no variant is there whole, or where its weights are quantised.
     """
     variants: dict[tuple[str, str], list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -118,19 +118,15 @@ def stored(folder: Path) -> tuple[int, int] | None:
         whole = {name: value["shape"] for name, value in tensors.items() if value["dtype"] in _FLOATS}
         if any(value["dtype"] in ("U8", "I8") or value["dtype"].startswith("F8") for value in tensors.values()):
             continue
-        linear = [s for name, s in whole.items() if len(s) == 2 and not _NO_LINEAR.search(name)]
+        linear = [s for name, s in whole.items() if len(s) == 2 and stored_in_fewer(name)]
         return sum(map(prod, whole.values())), sum(map(prod, linear))
     return None
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, and those in linear layers."""
-    linear = [
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _NO_LINEAR.search(name)
-    ]
-    return sum(p.numel() for p in model.parameters()), sum(linear)
+    """Parameters of a model, and those in linear layers that quantisation takes."""
+    linear = sum(layer.weight.numel() for layer in linear_layers(model))
+    return sum(p.numel() for p in model.parameters()), linear
 
 
 def _made(folder: Path, library: str, kind: str) -> nn.Module:

@@ -20,7 +20,10 @@ from .sharding import weights_of
 from .swapping import choose
 from .verdict import Verdict, verdicts
 
-__all__ = ["Plan", "on_cards", "plan", "with_swap"]
+__all__ = ["Plan", "on_cards", "plan", "with_swap", "with_sync"]
+
+# How the reason begins why "auto" reduces after every call.
+CALL = "gradient_sync call:"
 
 
 def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
@@ -37,6 +40,16 @@ def with_swap(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     blocks = weights_of(case).blocks
     count, why = choose(settings, len(blocks), bool(kinds_of(resolved(settings.model))), attempt)
     return settings.changed(blocks_to_swap=count), (f"blocks_to_swap auto: {why}",)
+
+
+def with_sync(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings with "update" or "call" for `gradient_sync`, which "auto" finds where weights are split, and why."""
+    if settings.gradient_sync != "auto" or not settings.is_sharded:
+        return settings, ()
+    found = _asked(settings)[2]
+    taken = f"{found.total_bytes / GIB:.1f} of {settings.gpu_gib:.1f} GiB with margins"
+    why = [reason for reason in found.reasons if reason.startswith(CALL)] or [f"gradient_sync update: it takes {taken}"]
+    return settings.changed(gradient_sync=found.settings.gradient_sync), tuple(why)
 
 
 def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
@@ -84,7 +97,7 @@ def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, polic
     found = _plan(iteration, picked)
     if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
         return iteration, picked, found
-    kept = f"gradient_sync call: once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
+    kept = f"{CALL} once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
     iteration = Iteration(settings.changed(gradient_sync="call"))
     iteration.reasons.append(kept)
     picked = iteration.pick(NAMED if quick else None)

@@ -65,7 +65,7 @@ def _of_kinds(settings: Settings, case: Case) -> list[BlockFigures]:
 def _parts(settings: Settings, case: Case) -> list[BlockFigures]:
     """Of a model that is traced as a whole: each of its blocks is a kind of its own."""
     plain, handed = small(case, "none"), small(case, "full").handed
-    return [_figures(settings, plain, path, handed.get(path, 0), 0) for path in block_paths(case)]
+    return [_figures(settings, plain, path, handed.get(path, 0), 0) for path in block_paths(resolved(case.spec))]
 
 
 def _figures(settings: Settings, found: Summary, path: str, inputs: int, saved: float) -> BlockFigures:

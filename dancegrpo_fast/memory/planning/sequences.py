@@ -19,7 +19,7 @@ def exchanged(case: Case) -> tuple[float, float]:
     if count == 1:
         return 0.0, 0.0
     heads = spec.config["num_attention_heads"] * spec.config["attention_head_dim"]
-    own = specs.tokens(spec, case.frames, case.height, case.width)
+    own = specs.tokens(spec, case.frames, case.height, case.width, case.reference)
     if spec.denoiser != "WanTransformer3DModel":
         own += case.text_tokens or spec.text_tokens
     one = case.rows * own / count * heads * sum(kind.blocks for kind in kinds_of(spec))
@@ -41,7 +41,7 @@ def told(settings: Settings, case: Case) -> list[str]:
     count, spec = settings.sequence_parallel, resolved(case.spec)
     if count == 1:
         return []
-    tokens = specs.tokens(spec, case.frames, case.height, case.width)
+    tokens = specs.tokens(spec, case.frames, case.height, case.width, case.reference)
     text = case.text_tokens or spec.text_tokens
     shared = spec.denoiser != "WanTransformer3DModel"
     forward, backward = (seconds * 1e3 for seconds in exchange_seconds(settings, case))

@@ -97,7 +97,8 @@ def _weights_of(case: Case) -> Weights:
     named = dict(model.named_parameters())
     held: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in (*_prefixes(model, kinds), "")}
     for name, p in named.items():
-        held[next(prefix for prefix in held if name.startswith(prefix))].append(p)
+        ends = [i + 1 for i, letter in enumerate(name) if letter == "."]
+        held[next((name[:end] for end in ends if name[:end] in held), "")].append(p)
     parts = [
         Part(
             prefix,
@@ -330,6 +331,15 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
 @lru_cache(maxsize=32)
 def step_figures(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], optimizer: str) -> tuple[float, float, float]:
     """States, temporaries and traffic of AdamW's step on tensors of so many numbers, traced without their model."""
+    if len(sizes) < 3 or len(set(dtypes)) > 1:
+        return _step(sizes, dtypes, optimizer)
+    # Linear in the numbers and in the tensors, of which there may be thousands.
+    one, two = (_step((sum(sizes) - n + 1, *[1] * (n - 1)), dtypes[:n], optimizer) for n in (1, 2))
+    more = len(sizes) - 1
+    return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1]), one[2] + more * (two[2] - one[2])
+
+
+def _step(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], optimizer: str) -> tuple[float, float, float]:
     held = nn.ParameterList(
         nn.Parameter(torch.empty(n, dtype=dtype, device="meta")) for n, dtype in zip(sizes, dtypes, strict=True)
     )

@@ -1,6 +1,8 @@
 """What a denoiser is and what it is called with: shipped models, local diffusers folders and hub names."""
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from math import prod
@@ -247,13 +249,38 @@ def cast(model: nn.Module, dtype: torch.dtype, keep_in_float32: tuple[str, ...] 
     return model
 
 
-def build(spec: Spec, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The denoiser on the `meta` device, in training mode, all parameters asking for gradients."""
+_prototypes: dict[str, nn.Module] = {}
+
+
+def prototype(spec: Spec) -> nn.Module:
+    """The denoiser on the `meta` device in float32, to look at and not to change."""
     import diffusers
 
-    cls = getattr(diffusers, spec.denoiser)
-    with torch.device("meta"):
-        model: nn.Module = cls(**spec.config)
+    key = f"{spec.denoiser} {spec.config}"
+    if key not in _prototypes:
+        with torch.device("meta"):
+            _prototypes[key] = getattr(diffusers, spec.denoiser)(**spec.config)
+    return _prototypes[key]
+
+
+def build(
+    spec: Spec, dtype: torch.dtype = torch.bfloat16, blocks: Mapping[str, Sequence[int]] | None = None
+) -> nn.Module:
+    """The denoiser on the `meta` device, in training mode, all parameters asking for gradients.
+
+    Args:
+        spec: the model.
+        dtype: of the parameters that diffusers would load in it.
+        blocks: of lists of blocks, by their path, those that it has, each number a block of its own; others are whole.
+    """
+    whole = prototype(spec)
+    # To make all blocks and drop most takes longer than to copy some.
+    lists = {whole.get_submodule(path): places for path, places in (blocks or {}).items()}
+    memo: dict[int, Any] = {
+        id(held): nn.ModuleList(copy.deepcopy(held.get_submodule(str(place))) for place in places)
+        for held, places in lists.items()
+    }
+    model = copy.deepcopy(whole, memo)
     if spec.family.sorts_text or spec.denoiser not in FAMILIES:
         guessed.count_masked(model)
     return cast(model, dtype, spec.keep_in_float32).train()

@@ -66,19 +66,21 @@ class _Pool:
         return block
 
     def release(self, block: _Block) -> None:
-        if block.before is not None and block.before.free:
-            self._take(block.before)
-            block.size += block.before.size
-            block.before = block.before.before
-            if block.before is not None:
-                block.before.after = block
         if block.after is not None and block.after.free:
             self._take(block.after)
-            block.size += block.after.size
-            block.after = block.after.after
-            if block.after is not None:
-                block.after.before = block
+            block = _joined(block, block.after)
+        if block.before is not None and block.before.free:
+            self._take(block.before)
+            block = _joined(block.before, block)
         self._rest(block)
+
+
+def _joined(block: _Block, after: _Block) -> _Block:
+    block.size += after.size
+    block.after = after.after
+    if block.after is not None:
+        block.after.before = block
+    return block
 
 
 def reserved_bytes(found: Trace) -> int:

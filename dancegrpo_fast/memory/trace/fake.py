@@ -1,7 +1,7 @@
 """Models on fake tensors, with the operators that CUDA would run.
 
-The tensors say that they are on the CPU: a torch without CUDA refuses autograd on fake CUDA ones. Where CUDA's
-operators keep or need other memory than the CPU's, a `TorchFunctionMode` calls CUDA's.
+The tensors say that they are on the CPU: a torch without CUDA refuses autograd on CUDA ones without memory. Where
+CUDA's operators keep or need other memory than the CPU's, a `TorchFunctionMode` calls CUDA's.
 """
 
 import contextlib
@@ -14,11 +14,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
+
+from .tensors import Fake, Fakes
 
 ATTENTION = ("flash", "efficient", "cudnn", "math", "cpu")
 HALF = (torch.float16, torch.bfloat16)
@@ -165,29 +166,26 @@ class CudaOperators(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _cuda_blocks() -> Iterator[None]:
-    """Inside, block ops do what they do where tensors say that they are on CUDA."""
+def _blocks(cuda: bool) -> Iterator[None]:
+    """Inside, block ops take fake weights for real ones, and do what they do on CUDA or on a CPU."""
     from ...ops import gated_projection
     from ...patch import _pieces
 
-    def norm_dtype(x: Tensor) -> torch.dtype | None:
-        return torch.float32 if torch.is_autocast_enabled("cpu") else None
-
-    def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
-        found: Tensor = torch.ops.dgf_memory.mm_float32(grad.t(), inputs)
-        return found
-
-    with (
-        mock.patch.object(_pieces, "_norm_dtype", norm_dtype),
-        mock.patch.object(gated_projection, "_weight_gradient", weight_gradient),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_pieces, "PLAIN", (*_pieces.PLAIN, Fake)))
+        if cuda:
+            stack.enter_context(mock.patch.object(_pieces, "_norm_dtype", _norm_dtype))
+            stack.enter_context(mock.patch.object(gated_projection, "_weight_gradient", _weight_gradient))
         yield
 
 
-@cache
-def fake_mode() -> FakeTensorMode:
-    """The one mode of this process: fakes of two modes do not mix, and modules keep some in caches."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+def _norm_dtype(x: Tensor) -> torch.dtype | None:
+    return torch.float32 if torch.is_autocast_enabled("cpu") else None
+
+
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    found: Tensor = torch.ops.dgf_memory.mm_float32(grad.t(), inputs)
+    return found
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -269,10 +267,10 @@ def fake_tensors(
     try:
         for module, name, method in methods:
             vars(module)[name] = method
-        with fake_mode():
+        with Fakes(attention != "cpu"):
             for held, name, value in places:
                 held[name] = convert(value)
-            with operators, contextlib.nullcontext() if attention == "cpu" else _cuda_blocks():
+            with operators, _blocks(attention != "cpu"):
                 yield lambda tree: tree_map_only(Tensor, convert, tree)
     finally:
         for held, name, value in places:

@@ -11,13 +11,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...activations import operators
 from .result import Storage, Trace
+from .tensors import CPU, Fake
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             # Of a fake tensor it is known, and asked for more often than all else.
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+            return CPU if isinstance(args[0], Fake) else func(*args, **kwargs)
         module = self._module()
         given = tensors_in((*args, *kwargs.values()))
         for tensor in given:
