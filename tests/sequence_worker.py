@@ -1,6 +1,6 @@
 """One of two gloo processes that share the tokens of tiny transformers. Started by test_sequence.py.
 
-Usage: sequence_worker.py RANK STORE OUTPUT
+Usage: sequence_worker.py RANK STORE OUTPUT CASE..., such as "ulysses flux" and "ring wan".
 """
 
 import sys
@@ -91,7 +91,8 @@ def ring_on_a_cpu() -> torch.library.Library:
     return library
 
 
-def main(rank: int, store: str, output: str) -> None:
+def main(rank: int, store: str, output: str, *cases: str) -> None:
+    torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[1]))
     from dancegrpo_fast import accelerate
     from dancegrpo_fast.activations.checkpointing import apply
@@ -104,7 +105,7 @@ def main(rank: int, store: str, output: str) -> None:
     groups = {kind: SequenceGroup(torch.device("cpu"), WORLD, WORLD, kind) for kind in ("ulysses", "ring")}
     library = ring_on_a_cpu()
     found: dict[str, Any] = {}
-    for kind, name in [*(("ulysses", name) for name in CASES), *(("ring", name) for name in RING)]:
+    for kind, _, name in (case.partition(" ") for case in cases):
         tiny = Tiny(TINY[name].build, TINY[name].draw, CASES[name])
         # A ring joins results in float32 whatever they are.
         dtype = torch.float32 if kind == "ring" else torch.float64

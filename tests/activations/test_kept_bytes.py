@@ -12,11 +12,12 @@ from dancegrpo_fast.activations import offload as offload_module
 from dancegrpo_fast.activations.checkpointing import FirstBlocks, apply, blocks_of
 
 from ..patch.models import FAMILIES, assert_same_bits, run
+from ..release import release_but
 from .policies import MODELS, build, kept
 from .streams import side_stream
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", release_but((torch.bfloat16,), [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_policies_keep_less_in_order(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype)
@@ -36,7 +37,7 @@ def test_autocast_keeps_no_weights_of_checkpointed_blocks(name: str) -> None:
     assert 0 < cached - uncached <= outside
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", release_but(("flux", "unet"), MODELS))
 def test_first_blocks_keep_less_one_by_one(name: str) -> None:
     model = build(name)
     count = len(blocks_of(model))

@@ -16,7 +16,6 @@ from bench.gpu.process import Runner
 from dancegrpo_fast.memory.planning import margins
 
 from ..tolerances import PREDICTED_BYTES
-from .cases import run_pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -176,10 +175,19 @@ def test_no_claim_holds_without_a_run() -> None:
     assert {job["held"] for job in JOBS} <= {ledger.NEVER, *known}
 
 
-def test_every_gpu_test_belongs_to_a_claim_of_its_stage(tmp_path: Path) -> None:
+class Collected:
+    """A plugin of a pytest within this one, which has imported most of what that one does."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.names = [item.nodeid for item in session.items]
+
+
+def test_every_gpu_test_belongs_to_a_claim_of_its_stage() -> None:
     """And what the first call leaves out is what is meant to be: nothing of CUDA's kernels but Inductor's graphs."""
-    found, _ = run_pytest(tmp_path, "-m", "gpu", "--collect-only", "tests/gpu", "tests/activations/test_kept_bytes.py")
-    names = [text for text in found.stdout.splitlines() if "::" in text]
+    found, files = Collected(), ("tests/gpu", "tests/activations/test_kept_bytes.py")
+    options = ("-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}")
+    assert pytest.main([*options, *(str(ROOT / file) for file in files)], [found]) == 0
+    names = found.names
     patterns = {stage: [job["tests"] for job in JOBS if job["stage"] == stage and "tests" in job] for stage in JUDGES}
     chosen: dict[str, list[str]] = {"tests": [], "more": []}
     for name in names:

@@ -98,6 +98,7 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 @needs_modules
+@pytest.mark.release
 def test_a_dry_run_of_the_timings(tmp_path: Path) -> None:
     """The stage that pytest-benchmark measures in, whose rows the gate judges."""
     found = gate(tmp_path, "--dry", "--only", "modules,bench")

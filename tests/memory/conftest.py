@@ -19,7 +19,7 @@ def collected_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def flux() -> Plan:
     """FLUX.1-dev with LoRA, all of its blocks computed again."""
     return plan(Settings(**FLUX, lora=16, checkpointing="full", rewards=(REWARDS["hps"],)), advise=False)

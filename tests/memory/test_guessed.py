@@ -1,5 +1,7 @@
 """Denoisers of classes that have no specification."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,17 @@ VIDEO = HEADS | {
     "vace_in_channels": 12,
     "rope_max_seq_len": 32,
 }
+CONFIGS = {"AURA": AURA, "LUMINA": LUMINA, "VIDEO": VIDEO}
 
 
 def folder(path: Path, config: dict[str, Any], vae: dict[str, Any] | None = None) -> Path:
     return write(path, None, transformer=config, **({} if vae is None else {"vae": vae}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a configuration, the same for all tests: what is guessed is guessed once."""
+    return cache(lambda name: folder(tmp_path_factory.mktemp(name), CONFIGS[name]))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,10 @@ def folder(path: Path, config: dict[str, Any], vae: dict[str, Any] | None = None
             "[B, tokens, C]",
             (("transformer_blocks", 2), ("single_transformer_blocks", 3)),
         ),
-        (LUMINA, None, "[B, C, H, W]", (("noise_refiner", 1), ("context_refiner", 1), ("layers", 3))),
+        pytest.param(
+            *(LUMINA, None, "[B, C, H, W]", (("noise_refiner", 1), ("context_refiner", 1), ("layers", 3))),
+            marks=pytest.mark.release,
+        ),
         # Its blocks of one list run within the other's, so that all of it is traced.
         (VIDEO, {"temperal_downsample": [False, True, True]}, "[B, C, T, H, W]", ()),
     ],
@@ -95,14 +107,14 @@ def test_inputs_and_blocks_are_found(
 
 
 @pytest.mark.usefixtures("collected_once")
-@pytest.mark.parametrize("config", release_but((AURA,), [AURA, LUMINA, VIDEO]))
-def test_few_blocks_say_what_all_do(tmp_path: Path, config: dict[str, Any]) -> None:
-    case = case_of(folder(tmp_path, config), 128)
+@pytest.mark.parametrize("name", release_but(("AURA",), CONFIGS))
+def test_few_blocks_say_what_all_do(folders: Callable[[str], Path], name: str) -> None:
+    case = case_of(folders(name), 128)
     assert composed(compose(case, "full")) == pytest.approx(whole_trace(case, "full"), rel=COMPOSED)
 
 
-def test_the_plan_says_what_was_assumed(tmp_path: Path) -> None:
-    found = plan(Settings(str(folder(tmp_path, AURA)), 1, 64, 64, checkpointing="full"), advise=False)
+def test_the_plan_says_what_was_assumed(folders: Callable[[str], Path]) -> None:
+    found = plan(Settings(str(folders("AURA")), 1, 64, 64, checkpointing="full"), advise=False)
     assert any("has no specification: assumed to be called with" in reason for reason in found.reasons)
     assert any("there is no model_index.json" in reason for reason in found.reasons)
 

@@ -1,10 +1,13 @@
 """Plans of GPUs that share a sample's tokens."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dancegrpo_fast.memory.planning import specs
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.calls import _traced
 from dancegrpo_fast.memory.planning.cards import Rates
@@ -15,6 +18,7 @@ from dancegrpo_fast.memory.planning.settings import Settings
 
 from ..release import release_but
 from ..tolerances import COMPOSED
+from .pipelines import write
 from .small import case_of
 
 attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -26,10 +30,13 @@ FLUX |= {"checkpointing": "full", "text_encoders": "precomputed", "attention": "
 
 
 @pytest.mark.parametrize("which", release_but(("wan21-1.3b ring",), ["flux-dev ulysses", "wan21-1.3b ring"]))
-def test_few_blocks_say_what_all_do(which: str) -> None:
+def test_few_blocks_say_what_all_do(which: str, tmp_path: Path) -> None:
+    """Of the real width, in eight of its layers."""
     model, kind = which.split()
+    config = json.loads((specs.CONFIGS / f"{model}.json").read_text())["denoiser"]
+    folder = write(tmp_path, None, transformer=config | {"num_layers": 8})
     active = attention_dispatch._AttentionBackendRegistry._active_backend
-    case = replace(case_of(model, 512, frames=5 if "wan" in model else 1), sequence_parallel=4, sequence_kind=kind)
+    case = replace(case_of(folder, 512, frames=5 if "wan" in model else 1), sequence_parallel=4, sequence_kind=kind)
     blocks = compose(case, "full")
     whole = _traced(case, "full", tuple(one.blocks for one in kinds_of(resolved(case.spec))))
     for phase in ("forward", "backward"):

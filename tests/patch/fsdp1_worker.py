@@ -110,6 +110,7 @@ def refusal(group: Group) -> str:
 
 
 def main(rank: int, store: str, output: str) -> None:
+    torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2]))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=dist.FileStore(store, WORLD))
     both = dist.group.WORLD

@@ -59,6 +59,7 @@ def by_policy(model: nn.Module, inputs: dict[str, Any]) -> dict[str, dict[str, T
 
 
 def main(rank: int, store: str, output: str) -> None:
+    torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2]))
     from dancegrpo_fast import accelerate
     from tests.patch.models import TINY

@@ -1,8 +1,6 @@
 """Accelerated and checkpointed blocks under context parallelism, FSDP2 and FSDP1: the bits of diffusers' own."""
 
 import itertools
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +16,8 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 def start(worker: str, folder: Path) -> Path:
     """Runs two processes to their ends; their findings begin with the returned path."""
     output = folder / "found"
-    # -P: the installed package, not the folder of the script.
-    command = [sys.executable, "-P", str(Path(__file__).with_name(worker))]
-    commands = [[*command, str(rank), str(folder / "store"), str(output)] for rank in range(WORLD)]
-    together(commands, folder, [os.environ | {"OMP_NUM_THREADS": "1"}] * WORLD)
+    script, files = str(Path(__file__).with_name(worker)), [str(folder / "store"), str(output)]
+    together([[script, str(rank), *files] for rank in range(WORLD)], folder, scripts=True)
     return output
 
 

@@ -1,6 +1,5 @@
 """Runs in processes that are killed: they go on to the bits of one that was not, and keep nobody out."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import pytest
 from dancegrpo_fast.run.folder import RunDirectory
 from dancegrpo_fast.train.loop import Trainer
 
-from ..processes import LIMIT
+from ..processes import LIMIT, forked
 from ..release import release_but
 from ..train.tiny import EvaluationSettings, RewardSettings, make_recipe, write_recipe
 from .bits import assert_same_run, rows
@@ -23,21 +22,6 @@ RUNNER = """
 from dancegrpo_fast.cli import main
 raise SystemExit(main(["train", *arguments]))
 """
-# What every run imports, imported once: processes are forked from one that has it.
-IMPORTED = [
-    "accelerate",
-    "dancegrpo_fast.cli.train",
-    "dancegrpo_fast.train.loop",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.transformers.transformer_flux",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers",
-    "jsonargparse",
-    "matplotlib.pyplot",
-    "torch.utils.tensorboard",
-]
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(IMPORTED)
 
 HOLDER = """
 import time
@@ -70,9 +54,7 @@ def workspace(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def start(workspace: Path, output: str, *options: str) -> ForkServerProcess:
     arguments = [str(workspace / "recipe.yaml"), "--output_dir", str(workspace / output), *options]
-    process = FORKED.Process(target=exec, args=(RUNNER, {"arguments": arguments}))
-    process.start()
-    return process
+    return forked(exec, RUNNER, {"arguments": arguments})
 
 
 def wait(process: ForkServerProcess) -> int | None:
@@ -132,8 +114,7 @@ def written(run: Path) -> int:
 def test_a_folder_is_one_runs(workspace: Path) -> None:
     """Two runs in a folder would drop each other's rows; a killed one keeps nobody out."""
     root = workspace / "run"
-    holder = FORKED.Process(target=exec, args=(HOLDER, {"root": str(root)}))
-    holder.start()
+    holder = forked(exec, HOLDER, {"root": str(root)})
     while not (root / "claimed").exists() and holder.is_alive():
         time.sleep(0.05)
     who = rf"process {holder.pid} on {socket.gethostname()}, since 20..-..-.. ..:..:..\+00:00"

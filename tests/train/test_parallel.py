@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def run_together(folder: Path, cases: dict[str, tuple[bool, Any, str | None]], w
             one["name"] = "tests.train.tiny:" + one["name"].rpartition(":")[2]
         whole[name] = {"sharded": sharded, "recipe": made, "resume": resume}
     (folder / "cases.json").write_text(json.dumps(whole))
-    together([[sys.executable, str(WORKER), str(rank), str(world), str(folder)] for rank in range(world)], folder)
+    together([[str(WORKER), str(rank), str(world), str(folder)] for rank in range(world)], folder, scripts=True)
     return folder
 
 

@@ -10,6 +10,7 @@ import torch
 from dancegrpo_fast.recipe import EvaluationSettings
 
 from ..models import cases, folders, parts
+from ..release import release_but
 from . import test_parallel as parallel
 from . import tiny
 from .test_parallel import Alone
@@ -45,9 +46,17 @@ RELEASE: dict[str, tuple[str, dict[str, Any]]] = {
     "win_rate": ("flux", {"rewards": [reward("Brightness", win_rate=True)]}),
 }
 EVERY = SETTINGS | RELEASE
-# Autocast, and what the planner is asked for.
-BF16 = {"mixed_precision": "bf16", "attention": "auto", "checkpointing": "auto", "memory_gib": 4.0}
-CASES = [*SETTINGS, *(pytest.param(name, marks=pytest.mark.release) for name in RELEASE)]
+# Without and with what the planner is asked for, which each process traces.
+AUTOCAST: dict[str, dict[str, Any]] = {
+    "bf16": {"mixed_precision": "bf16"},
+    "planned": {"mixed_precision": "bf16", "attention": "auto", "checkpointing": "auto", "memory_gib": 4.0},
+}
+# FSDP2 has every setting, DDP what is asked of a group's gradients.
+BOTH = ("ddp", "fsdp")
+KINDS = release_but(("fsdp",), BOTH)
+CASES = release_but(
+    ("even ddp", *(f"{name} fsdp" for name in SETTINGS)), [f"{name} {kind}" for name in EVERY for kind in BOTH]
+)
 
 
 def recipe(bases: Path, output: Path, family: str, **changes: Any) -> Any:
@@ -65,14 +74,26 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wanted(request: pytest.FixtureRequest) -> list[str]:
-    """Names of the settings that the chosen tests look at."""
-    chosen = {name for item in request.session.items for name in EVERY if f"[{name}-" in item.name + "-"}
-    return [name for name in EVERY if name in chosen]
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    """Tests of this file that run."""
+    return [item.name for item in request.session.items if item.path == request.path]
 
 
 @pytest.fixture(scope="module")
-def runs(bases: Path, wanted: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wanted(chosen: list[str]) -> dict[str, list[str]]:
+    """By kind, names of the settings that they look at."""
+
+    def looked_at(name: str, kind: str) -> bool:
+        ids = [f"[{name} {kind}]", *([f"[{kind}]"] if name == "even" else [])]
+        return any(one in test for one in ids for test in chosen)
+
+    return {kind: [name for name in EVERY if looked_at(name, kind)] for kind in BOTH}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    bases: Path, chosen: list[str], wanted: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The folder of all runs of two groups of two processes."""
     folder, made = tmp_path_factory.mktemp("together"), {}
 
@@ -82,29 +103,32 @@ def runs(bases: Path, wanted: list[str], tmp_path_factory: pytest.TempPathFactor
         made[name] = sharded, recipe(bases, folder / name, family, **given), resume
 
     for kind, sharded in (("ddp", False), ("fsdp", True)):
-        for name in wanted:
+        for name in wanted[kind]:
             add(f"{kind}-{name}", sharded, name)
-        add(f"{kind}-bf16", sharded, "lora", lora=False, kl_weight=0.0, **BF16)
-        add(f"{kind}-resumed", sharded, "even", str(folder / f"{kind}-even" / "checkpoints" / "000001"))
+        for name, changes in AUTOCAST.items():
+            if any(f"[{name} {kind}]" in test for test in chosen):
+                add(f"{kind}-{name}", sharded, "lora", lora=False, kl_weight=0.0, **changes)
+        if any(f"[{kind}]" in test for test in chosen):
+            add(f"{kind}-resumed", sharded, "even", str(folder / f"{kind}-even" / "checkpoints" / "000001"))
     return parallel.run_together(folder, made, WORLD)
 
 
 @pytest.fixture(scope="module")
-def alone(bases: Path, wanted: list[str], tmp_path_factory: pytest.TempPathFactory) -> Alone:
+def alone(bases: Path, wanted: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    chosen = {name: EVERY[name] for name in wanted}
-    return parallel.run_alone({n: recipe(bases, folder / n, family, **given) for n, (family, given) in chosen.items()})
+    given = {name: EVERY[name] for names in wanted.values() for name in names}
+    return parallel.run_alone({n: recipe(bases, folder / n, family, **more) for n, (family, more) in given.items()})
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", CASES)
-def test_groups_of_processes_train_as_one(runs: Path, alone: Alone, name: str, kind: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_groups_of_processes_train_as_one(runs: Path, alone: Alone, case: str) -> None:
     """Weights, gradient norms, rewards and counts; the ratio of the first update is 1 to the bit."""
+    name, kind = case.split()
     processes = f"4 processes ({'FSDP2' if kind == 'fsdp' else 'DDP'}, 2 a sample by ulysses)"
     parallel.assert_trained_as_one(runs, alone, kind, name, processes)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_divided_between_groups(runs: Path, kind: str) -> None:
     ranks = [torch.load(runs / f"{kind}-even.{rank}.pt", weights_only=True)["kept"] for rank in range(WORLD)]
     assert ranks[0] == ranks[1] and ranks[2] == ranks[3]
@@ -112,21 +136,22 @@ def test_samples_are_divided_between_groups(runs: Path, kind: str) -> None:
         assert chosen == [*first, *second] == list(range(8))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_are_those_of_one_process(runs: Path, alone: Alone, kind: str) -> None:
     parallel.test_evaluations_are_those_of_one_process(runs, alone, kind)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
     parallel.test_resumed_runs_end_with_the_same_bits(runs, kind)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_ratio_is_one_under_autocast(runs: Path, kind: str) -> None:
-    (row,) = parallel.rows(runs / f"{kind}-bf16")
+@pytest.mark.parametrize("case", release_but(("bf16 fsdp",), [f"{name} {kind}" for name in AUTOCAST for kind in BOTH]))
+def test_the_ratio_is_one_under_autocast(runs: Path, case: str) -> None:
+    name, kind = case.split()
+    (row,) = parallel.rows(runs / f"{kind}-{name}")
     assert row["ratio_first_update_max_dev"] == 0.0 and row["grad_norm"] > 0.0
-    weights = [torch.load(runs / f"{kind}-bf16.{rank}.pt", weights_only=True)["weights"] for rank in range(WORLD)]
+    weights = [torch.load(runs / f"{kind}-{name}.{rank}.pt", weights_only=True)["weights"] for rank in range(WORLD)]
     for other in weights[1:]:
         parallel.assert_same_bits(weights[0], other)
 

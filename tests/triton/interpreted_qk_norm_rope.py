@@ -134,7 +134,7 @@ def test_matches_reference(norm: str, rope: str | None, full: bool, mode: str) -
     release_but(((BF16, F32),), [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)]),
     ids=str,
 )
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", release_but(("head_twice", "token"), NORMS))
 def test_dtypes(norm: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert_matches_reference(Case(norm, dtype=dtypes[0], weight_dtype=dtypes[1], rope_gradient="once"))
 
@@ -193,7 +193,7 @@ def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     assert_matches_reference(Case(norm, rope, mode="fast", heads=heads, dim=dim, tokens=tokens, batch=batch))
 
 
-@pytest.mark.parametrize("norm", release_but(("head_twice", "token"), NORMS))
+@pytest.mark.parametrize("norm", release_but(("head_twice",), NORMS))
 def test_odd_heads_without_rotation(norm: str) -> None:
     assert_matches_reference(Case(norm, None, dim=17))
 
@@ -234,7 +234,7 @@ def test_tables_of_any_strides() -> None:
     assert_same_bits(run(case, "triton", streams), run(case, "triton"))
 
 
-@pytest.mark.parametrize("norm", release_but(("head", "token"), NORMS))
+@pytest.mark.parametrize("norm", release_but(("token",), NORMS))
 def test_samples_do_not_know_their_batch(norm: str) -> None:
     case = Case(norm, batch=3, tokens=(3, 1), mode="fast")
     streams, grads = case.streams(), case.grads()

@@ -4,6 +4,7 @@ Collected by test_interpreted.py only, with TRITON_INTERPRET=1.
 """
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from ..gpu.test_block_ops import OPS, Draw, results
 from ..ops import conftest
 from ..ops.cases import BF16, F16, F32
 
-NAMES = ("norm", "gated norm in segments", "rms norm with weights", "gate", "gate per token", "rope over tokens")
-CASES = [(name, (BF16, BF16)) for name in (*NAMES, "rope of two streams", "rope without a norm")]
-CASES += [("norm", (F16, F16)), ("gated norm", (BF16, F32)), ("rope", (F32, F32)), ("rope of halves", (BF16, F32))]
+NAMES = ("norm", "gated norm in segments", "gate", "gate per token", "rope of two streams", "rope without a norm")
+CASES: list[Any] = [*((name, (BF16, BF16)) for name in NAMES), ("gated norm", (BF16, F32))]
+MORE = [("rms norm with weights", (BF16, BF16)), ("rope over tokens", (BF16, BF16))]
+MORE += [("norm", (F16, F16)), ("rope", (F32, F32)), ("rope of halves", (BF16, F32))]
+CASES += [pytest.param(*case, marks=pytest.mark.release) for case in MORE]
 
 
 nothing_known = conftest.nothing_known
