@@ -150,6 +150,10 @@ def _inner(value: Any, given: dict[int, Fake], real: list[Tensor]) -> Any:
     if isinstance(value, Fake):
         given[id(value.meta)] = value
         return value.meta
+    if isinstance(value, Tensor) and value.is_meta:
+        # Among what a model keeps out of sight, in lists.
+        given[id(value)] = fake(value)
+        return value
     if isinstance(value, Tensor):
         real.append(value)
         return value.to("meta")
