@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,10 @@ def test_only_models_of_two_denoisers_have_a_second() -> None:
             Iteration(Settings("wan22-5b", 5, 64, 64, lora=2, **more))
     with pytest.raises(ValueError, match="offload: got expert with fsdp 8"):
         Settings("wan22-a14b", fsdp=8, offload=("expert",))
+    swapped: dict[str, Any] = {"lora": 8, "blocks_to_swap": 4}
+    for more in (swapped, {"lora": 8, "quantization": "nf4"}, {"lora": 0}):
+        with pytest.raises(ValueError, match="offload: got expert with .*, want one of them"):
+            Settings("wan22-a14b", offload=("expert",), **more)
 
 
 def test_kinds_are_found_by_their_parameters(wan: Path) -> None:

@@ -138,7 +138,8 @@ def test_samples_are_divided_between_groups(runs: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_are_those_of_one_process(runs: Path, alone: Alone, kind: str) -> None:
-    parallel.test_evaluations_are_those_of_one_process(runs, alone, kind)
+    # Products of fewer rows are rounded otherwise on some CPUs.
+    parallel.assert_same_evaluations(runs, alone, kind, exact=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -266,6 +266,14 @@ class Settings:
         for what in ("denoiser", "expert"):
             if what in self.offload and self.is_sharded:
                 raise ValueError(f"offload: got {what} with fsdp {self.fsdp}, want fsdp 1")
+        others = {
+            "full fine-tuning": not self.lora,
+            f'quantization "{self.quantization}"': self.quantization in ("nf4", "int8"),
+            f"blocks_to_swap {self.blocks_to_swap}": self.blocks_to_swap != 0,
+        }
+        for name, there in others.items():
+            if there and "expert" in self.offload:
+                raise ValueError(f"offload: got expert with {name}, want one of them")
         if bool(self.reference_height) != bool(self.reference_width):
             raise ValueError(
                 f"reference_height: got {self.reference_height} with reference_width {self.reference_width}, want both"
