@@ -152,7 +152,7 @@ def test_only_models_of_two_denoisers_have_a_second() -> None:
         Settings("wan22-a14b", fsdp=8, offload=("expert",))
     swapped: dict[str, Any] = {"lora": 8, "blocks_to_swap": 4}
     for more in (swapped, {"lora": 8, "quantization": "nf4"}, {"lora": 0}):
-        with pytest.raises(ValueError, match="offload: got expert with .*, want one of them"):
+        with pytest.raises(ValueError, match="offload: got expert with"):
             Settings("wan22-a14b", offload=("expert",), **more)
 
 
