@@ -10,7 +10,8 @@ from torch import nn
 BITSANDBYTES = ("nf4", "int8")
 # Of a text encoder's two-dimensional weights: no linear layers, or left as they are by transformers, whose T5 casts
 # what goes into `wo` to the dtype of its weight.
-_AS_THEY_ARE = re.compile(r"embed|shared|relative_attention_bias|lm_head|wte|wpe|text_projection|DenseReluDense\.wo")
+_WIDE = r"DenseReluDense\.wo"
+_AS_THEY_ARE = re.compile(rf"embed|shared|relative_attention_bias|lm_head|wte|wpe|text_projection|{_WIDE}")
 
 
 def loading(kind: str | None, device: torch.device) -> dict[str, Any]:
@@ -51,6 +52,11 @@ def store_in_fp8(denoiser: Any, compute: torch.dtype) -> None:
 def stored_in_fewer(name: str) -> bool:
     """Whether a text encoder's two-dimensional weight of this name, or its layer's, is quantised."""
     return _AS_THEY_ARE.search(name) is None
+
+
+def wide_in_float16(name: str) -> bool:
+    """Whether transformers loads a text encoder's weight of this name in float32 where the others are float16."""
+    return re.search(_WIDE, name) is not None
 
 
 def linear_layers(encoder: nn.Module) -> Iterator[nn.Linear]:

@@ -65,7 +65,16 @@ def _eager_t5(it: Iteration) -> float:
     return (2 + 2 + 4 + 4) * it.settings.micro_batch * T5_HEADS * tokens**2
 
 
+def _wide_t5(it: Iteration) -> float:
+    return 2 * sum(part.wide for part in it.spec.text_encoders)
+
+
 EXTRAS = {
+    "T5's wo in float32": Extra(
+        "two bytes more for each weight of T5's layers named `wo`, as transformers before 5 loads them beside "
+        "bitsandbytes' layers in bfloat16, too",
+        _wide_t5,
+    ),
     "square attention mask": Extra(
         "a mask of all pairs of tokens: as bool, its negation, and as a 16-bit bias (diffusers 0.32)", _square_mask
     ),

@@ -105,10 +105,10 @@ def test_shards_and_variants_are_counted_once(tmp_path: Path) -> None:
     for name in ("model-00001-of-00002", "model-00002-of-00002"):
         save(tmp_path / f"{name}.safetensors", {f"{name}.weight": (4, 4)})
     save(tmp_path / "model.fp16.safetensors", TENSORS)
-    assert folders.stored(tmp_path) == (32, 32)
+    assert folders.stored(tmp_path) == (32, 32, 0)
     # A shard lacks, and the other variant is whole.
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert folders.stored(tmp_path) == (432, 256)
+    assert folders.stored(tmp_path) == (432, 256, 0)
 
 
 def test_quantised_files_are_not_taken_for_plain_ones(tmp_path: Path) -> None:
@@ -119,11 +119,24 @@ def test_quantised_files_are_not_taken_for_plain_ones(tmp_path: Path) -> None:
 def test_bytes_of_quantised_encoders() -> None:
     part = specs.resolve("wan22-a14b").text_encoders[0]
     rest = part.parameters - part.linear
-    assert part.bytes(2) == 2 * part.parameters and part.bytes(4) == 4 * part.parameters
-    assert part.bytes(2, "nf4") == part.linear * 9 // 16 + 2 * rest
-    assert part.bytes(2, "int8") == part.bytes(2, "fp8") == part.linear + 2 * rest
+    assert part.bytes("bfloat16") == 2 * part.parameters and part.bytes("float32") == 4 * part.parameters
+    assert part.bytes("bfloat16", "nf4") == part.linear * 9 // 16 + 2 * rest
+    assert part.bytes("bfloat16", "int8") == part.bytes("bfloat16", "fp8") == part.linear + 2 * rest
     # A14B's, as its folder has it.
-    assert part.bytes(2) / GIB == pytest.approx(10.58, abs=0.005)
+    assert part.bytes("bfloat16") / GIB == pytest.approx(10.58, abs=0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_t5_has_the_bytes_that_transformers_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In float16 a part of it stays in float32."""
+    import transformers
+
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    found = folders.part(tmp_path, "transformers", "T5EncoderModel")
+    assert isinstance(found, folders.Part) and found.wide == 2 * 8 * 16
+    loaded = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+    assert found.bytes(str(dtype).removeprefix("torch.")) == sum(p.nbytes for p in loaded.parameters())
 
 
 def test_a_name_on_the_hub_is_read_as_a_folder(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

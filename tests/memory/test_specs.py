@@ -187,7 +187,7 @@ def test_text_encoders_have_the_parameters_stated() -> None:
         assert encoders
         for encoder in encoders:
             [wanted] = [model for key, model in built.items() if key in encoder.source]
-            assert (encoder.parameters, encoder.linear) == folders.counted(wanted), encoder
+            assert (encoder.parameters, encoder.linear, encoder.wide) == folders.counted(wanted), encoder
 
 
 def test_local_folder_and_its_vae_are_read(tmp_path: Any) -> None:

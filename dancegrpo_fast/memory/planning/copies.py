@@ -8,8 +8,6 @@ from .settings import GIB, Settings
 from .sharding import REDUCE, Rest, Weights
 from .specs import Spec
 
-WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
-
 
 def has_second(settings: Settings, spec: Spec) -> bool:
     """Whether two denoisers take turns along the steps.
@@ -51,21 +49,19 @@ def copies(settings: Settings, weights: Weights, experts: int) -> float:
 
 def encoder_bytes(settings: Settings, spec: Spec) -> int:
     """Of what makes the conditions."""
-    width = WIDTHS[settings.frozen_dtype]
-    return sum(part.bytes(width, settings.text_encoder_quantization) for part in spec.text_encoders)
+    return sum(part.bytes(settings.frozen_dtype, settings.text_encoder_quantization) for part in spec.text_encoders)
 
 
 def other_bytes(settings: Settings, spec: Spec) -> int:
     """Of parts that are neither denoiser, VAE nor encoder."""
-    return sum(part.bytes(WIDTHS[settings.frozen_dtype]) for part in spec.others)
+    return sum(part.bytes(settings.frozen_dtype) for part in spec.others)
 
 
 def words(settings: Settings, spec: Spec) -> list[str]:
     """What is counted beside the denoiser and the VAE, what is not, and what was assumed."""
-    width = WIDTHS[settings.frozen_dtype]
 
     def listed(parts: tuple[Part, ...], quantization: str) -> str:
-        return ", ".join(f"{part.name} {part.bytes(width, quantization) / GIB:.2f}" for part in parts)
+        return ", ".join(f"{part.name} {part.bytes(settings.frozen_dtype, quantization) / GIB:.2f}" for part in parts)
 
     found = list(spec.assumed)
     if spec.text_encoders:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ...quantization import linear_layers, stored_in_fewer
+from ...quantization import linear_layers, stored_in_fewer, wide_in_float16
 
 INDEX = "model_index.json"
 # Parts that have no weights.
@@ -27,6 +27,7 @@ ENCODERS = ("text_encoder", "image_encoder", "connectors")
 UNUSED = ("safety_checker",)
 # A weights file of diffusers or transformers: its shard, and its variant before or after that.
 _FILE = re.compile(r"(?:diffusion_pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?(\.\w+)?\.safetensors")
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST_HEADER = 100_000_000
 # A configuration that its class cannot be made of.
@@ -42,20 +43,24 @@ class Part:
         parameters: how many.
         source: how they were counted.
         linear: how many of them are weights of linear layers, which quantisation stores in fewer bits.
+        wide: how many of the others are float32 where the rest is float16.
     """
 
     name: str
     parameters: int
     source: str
     linear: int = 0
+    wide: int = 0
 
-    def bytes(self, width: int, quantization: str = "none") -> int:
-        """Of its weights: `width` bytes a number, linear layers as `quantization` stores them.
+    def bytes(self, dtype: str, quantization: str = "none") -> int:
+        """Of its weights in "bfloat16", "float16" or "float32", linear layers as `quantization` stores them.
 
         "nf4": half a byte and a float32 scale for 64 weights; "int8" and "fp8": one byte, without the few scales.
         """
+        width = WIDTHS[dtype]
         each = {"none": width, "nf4": 0.5 + 4 / 64, "int8": 1, "fp8": 1}[quantization]
-        return round(self.linear * each) + (self.parameters - self.linear) * width
+        wider = self.wide * (WIDTHS["float32"] - width) if dtype == "float16" else 0
+        return round(self.linear * each) + (self.parameters - self.linear) * width + wider
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,16 @@ def header(file: Path) -> dict[str, Any] | None:
     return found
 
 
-def stored(folder: Path) -> tuple[int, int] | None:
-    """Numbers in a folder's safetensors files, and those in linear layers that quantisation takes.
+class Numbers(NamedTuple):
+    """How many a model has, and as `Part` has them of these."""
+
+    parameters: int
+    linear: int
+    wide: int
+
+
+def stored(folder: Path) -> Numbers | None:
+    """Of a folder's safetensors files.
 
     Of several variants one is counted. None where no variant is there whole, or where its weights are quantised.
     """
@@ -119,14 +132,16 @@ def stored(folder: Path) -> tuple[int, int] | None:
         if any(value["dtype"] in ("U8", "I8") or value["dtype"].startswith("F8") for value in tensors.values()):
             continue
         linear = [s for name, s in whole.items() if len(s) == 2 and stored_in_fewer(name)]
-        return sum(map(prod, whole.values())), sum(map(prod, linear))
+        wide = [s for name, s in whole.items() if wide_in_float16(name)]
+        return Numbers(*(sum(map(prod, shapes)) for shapes in (whole.values(), linear, wide)))
     return None
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, and those in linear layers that quantisation takes."""
+def counted(model: nn.Module) -> Numbers:
+    """Of a model."""
     linear = sum(layer.weight.numel() for layer in linear_layers(model))
-    return sum(p.numel() for p in model.parameters()), linear
+    wide = sum(p.numel() for name, p in model.named_parameters() if wide_in_float16(name))
+    return Numbers(sum(p.numel() for p in model.parameters()), linear, wide)
 
 
 def _made(folder: Path, library: str, kind: str) -> nn.Module:
@@ -149,14 +164,14 @@ def part(folder: Path, library: str, kind: str) -> Part | str:
     """A part of a pipeline, or why it cannot be counted."""
     name = folder.name
     if (numbers := stored(folder)) is not None:
-        return Part(name, numbers[0], f"{kind}: the headers of its files", numbers[1])
+        return Part(name, numbers.parameters, f"{kind}: the headers of its files", numbers.linear, numbers.wide)
     if not (folder / "config.json").is_file():
         return f"{name} ({kind}): neither whole safetensors files nor a config.json in {folder}"
     try:
         found = counted(_made(folder, library, kind))
     except _FAILURES as error:
         return f"{name} ({kind}): cannot be made of its config.json ({type(error).__name__}: {error})"
-    return Part(name, found[0], f"{kind}: its config.json", found[1])
+    return Part(name, found.parameters, f"{kind}: its config.json", found.linear, found.wide)
 
 
 def _listed(index: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
