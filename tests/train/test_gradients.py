@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.train import Trainer
 
-from ..tolerances import REORDERED_SUMS, assert_same_gradient, assert_within_budget
+from ..tolerances import DRAW, REORDERED_SUMS, assert_same_gradient, assert_within_budget
 from .tiny import LoraSettings, make_recipe, reward
 
 TWO = [
@@ -177,7 +177,7 @@ def test_every_update(flux: Path, diffusion: Path, tmp_path: Path, monkeypatch: 
     assert {t for t, mean in enumerate(told["mean"]) if mean is not None} == set(trained)
     found = torch.tensor([[told[kind][t] for t in trained] for kind in ("mean", "max")])
     truth, plain = (by_step(one, trained) for one in zip(*every, strict=True))
-    assert_within_budget(found, truth, plain)
+    assert_within_budget(found, truth, plain, source=DRAW * float((plain.double() - truth).abs().max()))
 
 
 def test_long_gradients_are_made_shorter(flux: Path, tmp_path: Path) -> None:
