@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import parts
-from ..tolerances import FORMULA, assert_within_budget
+from ..tolerances import DRAW, FORMULA, assert_within_budget
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -180,4 +180,5 @@ def assert_gradients_within_budget(
     relative = max(errors[k] / size(g) for k, g in known.items() if k not in none)
     noise = max((errors[k] for k in none), default=0.0)
     for key, grad in known.items():
-        assert_within_budget(actual[key], grad, plain[key], source=noise if key in none else relative * size(grad))
+        source = noise if key in none else relative * size(grad)
+        assert_within_budget(actual[key], grad, plain[key], source=DRAW * source)
