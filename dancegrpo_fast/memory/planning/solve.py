@@ -135,23 +135,30 @@ class _Relaxation:
         self.fronts = [_front(options) for options in choices]
         self.hulls = [_hull(front) for front in self.fronts]
         self.sizes = sizes
+        # From each kind on: what one block's step along its hull saves a byte, its bytes, and its kind, the best first.
+        steps = [
+            ((a.cost - b.cost) / (b.kept - a.kept), b.kept - a.kept, k)
+            for k, hull in enumerate(self.hulls)
+            for a, b in pairwise(hull)
+        ]
+        steps.sort(reverse=True)
+        self.steps = [[step for step in steps if step[2] >= kind] for kind in range(len(sizes))]
 
     def __call__(self, kind: int, done: int, budget: int) -> float:
         """With `done` blocks of this kind chosen, all of those before, and `budget` bytes left; inf if none fits."""
-        cost, steps = 0.0, []
+        cost = 0.0
         for k in range(kind, len(self.sizes)):
-            count = self.sizes[k] - (done if k == kind else 0)
-            hull = self.hulls[k]
-            budget -= count * hull[0].kept
-            cost += count * hull[0].cost
-            for a, b in pairwise(hull):
-                steps.append(((a.cost - b.cost) / (b.kept - a.kept), count * (b.kept - a.kept)))
+            count, least = self.sizes[k] - (done if k == kind else 0), self.hulls[k][0]
+            budget -= count * least.kept
+            cost += count * least.cost
         if budget < 0:
             return math.inf
-        for gain, size in sorted(steps, reverse=True):
-            taken = min(size, budget)
-            cost -= gain * taken
-            budget -= taken
+        for gain, each, k in self.steps[kind]:
+            size = each * (self.sizes[k] - (done if k == kind else 0))
+            if size >= budget:
+                return cost - gain * budget
+            cost -= gain * size
+            budget -= size
         return cost
 
 
