@@ -221,7 +221,12 @@ def make(file: Path, name: str, jobs: int, where: Row) -> None:
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = {pool.submit(_rows, wanted, where): place for place, wanted in work.items()}
         for done, future in enumerate(as_completed(waiting), 1):
-            made = future.result()
+            try:
+                made = future.result()
+            except BaseException:
+                # Else it is told when all others have ended.
+                pool.shutdown(cancel_futures=True)
+                raise
             known |= {_identity(found): found for found in made}
             write(file, [known[_of(entry)] for entry in every if _of(entry) in known])
             spent = sum(found["cpu_seconds"] for found in made)

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dancegrpo_fast.memory.planning import policy
+from dancegrpo_fast.memory.planning.blocks import Blocks
 from dancegrpo_fast.memory.planning.cards import CARDS
+from dancegrpo_fast.memory.planning.cases import Case, kernel
 from dancegrpo_fast.memory.planning.cases import case_of as planned_case
-from dancegrpo_fast.memory.planning.cases import kernel
+from dancegrpo_fast.memory.planning.iteration import Iteration
 from dancegrpo_fast.memory.planning.margins import CONTEXT, limit, margins, with_margins
 from dancegrpo_fast.memory.planning.planner import Plan, _asked, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
@@ -94,3 +98,23 @@ def test_memory_beside_tensors(flux: Plan) -> None:
 def test_a_model_by_name_is_planned() -> None:
     by_name = plan("flux-dev", height=256, width=256, lora=16, checkpointing="full", attention="flash", advise=False)
     assert by_name == plan(Settings(**FLUX, lora=16, checkpointing="full"), advise=False)  # type: ignore[arg-type]  # any setting
+
+
+def test_what_a_model_changes_in_place_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CogVideoX turns queries in place, and torch refuses policies that keep them."""
+    it = Iteration(Settings("flux-dev", height=256, width=256, lora=8, attention="flash"))
+    compose = policy.compose
+
+    def refusing(case: Case, policies: Any, **more: Any) -> Blocks:
+        if isinstance(policies, list) and set(policies) - {"none", "full"}:
+            raise RuntimeError("Tensor cached during selective activation checkpoint has been mutated")
+        return compose(case, policies, **more)
+
+    def peak(blocks: Blocks) -> float:
+        return max(phase.bytes for phase in it.training(blocks))
+
+    monkeypatch.setattr(policy, "compose", refusing)
+    limit = (peak(compose(it.replay, "none")) + peak(compose(it.replay, "full"))) / 2
+    found = policy.automatic(it.settings, it.replay, peak, lambda _: 1.0, limit)
+    assert set(found.blocks.policies) == {"none", "full"}
+    assert peak(found.blocks) <= limit
