@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Fake(Tensor):
-    """A tensor that says it is on the CPU, over one on the `meta` device: torch's own fakes take five times as long.
+    """A tensor that says it is on the CPU, over one on the `meta` device: torch's own fakes take longer.
 
     Attributes:
         meta: of the same storage, for `Fakes` to compute with.
