@@ -51,13 +51,21 @@ class _Brief(Policy):
 
 
 def _budget(found: Trace, peak: Peak, before: Mapping[str, int], outputs: str) -> dict[str, int]:
-    """A traced peak, and what is there before that the trace did not see."""
-    seen = sum(s.size for s in found.storages if s.op == "existing")
+    """A traced peak, and what is there before."""
     names = _NAMES | {"outputs": outputs}
     pairs = [(names.get(name, name), size) for name, size in peak.by_category.items()]
     there = {category for category in peak.by_category if category in _STEPPED}
     pairs += [(name, before.get(name, 0)) for name in ("other models", "trajectories", *(_STEPPED - there))]
-    return sums([*pairs, ("trajectories", -seen)])
+    return sums(pairs)
+
+
+def _traced(*args: Any, **kwargs: Any) -> Trace:
+    """A trace of what is given and made: what it meets beside that is there before, or on the host."""
+    found = trace(*args, **kwargs)
+    for storage in found.storages:
+        if storage.op == "existing":
+            storage.size = 0
+    return found
 
 
 @collected()
@@ -89,7 +97,7 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
     # States of masters and of other optimisers are taken as they are.
     kind = "fused" if train.optimizer == ADAMW and train.master_dtype is None else None
     inputs = {"noise": noise, "conditioning": conditioning, "ids": ids}
-    sampled = trace(trainer.denoiser, inputs, train=False, attention="cpu", optimizer=kind, call=drawn)
+    sampled = _traced(trainer.denoiser, inputs, train=False, attention="cpu", optimizer=kind, call=drawn)
     keeps = {"keep_denoised": trainer.model.decodes_x0, "keep_outputs": train.ratio_norm}
     left = Trajectory.allocate(batch, len(trainer.table), noise, **keeps)
 
@@ -118,7 +126,7 @@ def predict(trainer: "Trainer", before: Mapping[str, int], rows: Sequence[Mappin
         (call,) = plan_calls([items], len(rows), index, 1 / batch, advantages.device)
         return trainer.updates.terms(data, call)
 
-    replay = trace(
+    replay = _traced(
         trainer.denoiser,
         {
             "trajectory": vars(left),
@@ -153,7 +161,7 @@ def _decoded(trainer: "Trainer", latents: Tensor) -> list[tuple[str, int]]:
     def call(latents: Tensor) -> Tensor:
         return decode(model, latents, trainer.policy.rows)
 
-    found = trace(model.vae, {"latents": latents}, train=False, attention="cpu", call=call)
+    found = _traced(model.vae, {"latents": latents}, train=False, attention="cpu", call=call)
     names = {"temporaries": "temporaries", "workspace": "workspace", "outputs": "trajectories"}
     peak = found.peak_of("rollout").by_category
     return [(name, peak.get(category, 0)) for category, name in names.items()]
@@ -171,7 +179,7 @@ def _stepped(trainer: "Trainer", before: Mapping[str, int], data: int) -> dict[s
         torch.nn.utils.clip_grad_norm_(parameters, trainer.recipe.train.max_grad_norm)
         return parameters[0].sum()
 
-    found = trace(stepped, {}, attention="cpu", optimizer="single", call=clipped)
+    found = _traced(stepped, {}, attention="cpu", optimizer="single", call=clipped)
     peak = max(map(found.peak_of, ("forward", "optimizer")), key=lambda peak: peak.bytes)
     budget = _budget(found, peak, before, "temporaries")
     if masters:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -118,7 +117,7 @@ def test_processes_share_out_the_prompts_or_the_tokens(tmp_path: Path) -> None:
     recipe = recipe_for(base, tmp_path / "run", micro_batch=3)
     tiny.write_recipe(recipe, tmp_path / "recipe.json")
     worker = Path(__file__).parent / "evaluate_worker.py"
-    together([[sys.executable, str(worker), str(rank), str(tmp_path)] for rank in range(2)], tmp_path)
+    together([[str(worker), str(rank), str(tmp_path)] for rank in range(2)], tmp_path, scripts=True)
     evaluate(recipe, None, tmp_path / "alone", samplers=["ode"])
     assert rows_of(tmp_path / "scores") == rows_of(tmp_path / "alone")
     for row in rows_of(tmp_path / "alone"):

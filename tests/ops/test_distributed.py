@@ -1,6 +1,5 @@
 """The ops under DDP and FSDP2: two gloo processes give the losses, ratios and weights of one."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ WORLD = 2
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     store, output = tmp_path / "store", tmp_path / "found"
-    command = [sys.executable, str(WORKER)]
-    together([[*command, str(rank), str(WORLD), str(store), str(output)] for rank in range(WORLD)], tmp_path)
+    files = str(WORLD), str(store), str(output)
+    together([[str(WORKER), str(rank), *files] for rank in range(WORLD)], tmp_path, scripts=True)
     model = make_model()
     alone = update(model, list(range(WORLD)), WORLD)
     assert bool((alone["first_ratio"] == 1.0).all()) and bool((alone["ratio"] != 1.0).any())

@@ -1,7 +1,6 @@
 """Self checks in several processes, and in whole models."""
 
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ class TestRanks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             given = [str(tmp_path / "store"), str(free.getsockname()[1]), str(tmp_path / "found")]
-        together([[sys.executable, "-P", str(WORKER), str(rank), *given] for rank in range(2)], tmp_path)
+        together([[str(WORKER), str(rank), *given] for rank in range(2)], tmp_path, scripts=True)
         for rank in range(2):
             by_wrong = torch.load(f"{given[2]}.{rank}", weights_only=True)
             for wrong, here, used in ((0, "passed", "eager torch"), (1, "failed", "Triton")):

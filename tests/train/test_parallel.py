@@ -51,7 +51,19 @@ STARTED: dict[str, dict[str, Any]] = {
     "adapter": {"lora": LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS), "kl_weight": 0.1},
     "merged": {"iterations": 1},
 }
+# DDP is handed its samples as FSDP2 is: those that are divided in other ways are a release's.
+OF_RELEASE = {"ddp": ("uneven", "dropped", *STARTED), "fsdp": ()}
+KINDS = tuple(OF_RELEASE)
 BF16: dict[str, Any] = {"prompts_per_iteration": 2, "mixed_precision": "bf16", "iterations": 1}
+
+
+def each_kind(*names: str) -> list[Any]:
+    """These settings under DDP and FSDP2, but for the release's."""
+    return [
+        pytest.param(name, kind, marks=[pytest.mark.release] if name in OF_RELEASE[kind] else [])
+        for name in names
+        for kind in KINDS
+    ]
 
 
 def recipe(base: Path, output: Path, **changes: Any) -> Any:
@@ -90,13 +102,17 @@ def run_alone(recipes: dict[str, Any]) -> Alone:
 
 
 @pytest.fixture(scope="module")
-def runs(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(flux: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of two processes."""
     folder, cases = tmp_path_factory.mktemp("parallel"), {}
+    chosen = [item.name for item in request.session.items if item.path == request.path]
     start = folder / "start"
     lora_files.write("diffusers", flux, start)
 
     def add(name: str, sharded: bool, resume: str | None = None, **changes: Any) -> None:
+        kind, _, of = name.partition("-")
+        if of in OF_RELEASE[kind] and not any(test.endswith(f"[{of}-{kind}]") for test in chosen):
+            return
         cases[name] = sharded, recipe(flux, folder / name, **changes), resume
 
     for kind, sharded in (("ddp", False), ("fsdp", True)):
@@ -174,15 +190,17 @@ def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str, proces
             assert one[key] == pytest.approx(two[key], rel=REORDERED_SUMS)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", [*SETTINGS, *STARTED])
+@pytest.mark.parametrize(("name", "kind"), each_kind(*SETTINGS, *STARTED))
 def test_two_processes_train_as_one(runs: Path, alone: Alone, kind: str, name: str) -> None:
     assert_trained_as_one(runs, alone, kind, name)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_reduced_once_per_update(runs: Path, kind: str) -> None:
-    for name, updates in (("even", 4), ("uneven", 1), ("lonely", 2), ("lora", 2)):
+    updates_of = {"even": 4, "uneven": 1, "lonely": 2, "lora": 2}
+    for name, updates in updates_of.items():
+        if name in OF_RELEASE[kind]:
+            continue
         assert [rank["reductions"] for rank in seen(runs, f"{kind}-{name}")] == [updates] * WORLD
     # Two processes with the same number of calls of full micro-batches; each of them is reduced.
     (one, two), calls = seen(runs, f"{kind}-kl"), rows(runs / f"{kind}-kl")
@@ -198,8 +216,7 @@ def test_gradients_are_reduced_after_every_call_where_the_planner_finds_no_room(
     assert json.loads(state.read_text())["gradient_sync"] == "call"
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["even", "uneven"])
+@pytest.mark.parametrize(("name", "kind"), each_kind("even", "uneven"))
 def test_samples_are_divided(runs: Path, kind: str, name: str) -> None:
     one, two = (rank["kept"] for rank in seen(runs, f"{kind}-{name}"))
     batch = 8 if name == "even" else 9
@@ -208,10 +225,10 @@ def test_samples_are_divided(runs: Path, kind: str, name: str) -> None:
         assert set(first) <= set(share(batch, 0, WORLD)) and set(second) <= set(share(batch, 1, WORLD))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_what_is_dropped_is_dropped_everywhere(runs: Path, kind: str) -> None:
-    one, two = (rank["kept"][0][1] for rank in seen(runs, f"{kind}-dropped"))
-    assert one == two and rows(runs / f"{kind}-dropped")[0]["dropped"] == 15 - len(one)
+@pytest.mark.parametrize(("name", "kind"), each_kind("dropped"))
+def test_what_is_dropped_is_dropped_everywhere(runs: Path, name: str, kind: str) -> None:
+    one, two = (rank["kept"][0][1] for rank in seen(runs, f"{kind}-{name}"))
+    assert one == two and rows(runs / f"{kind}-{name}")[0]["dropped"] == 15 - len(one)
     assert all(len(set(one) & set(share(15, index, WORLD))) < len(share(15, index, WORLD)) for index in range(WORLD))
 
 
@@ -222,7 +239,7 @@ def test_shares_are_whole_and_even(count: int, processes: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_are_those_of_one_process(runs: Path, alone: Alone, kind: str) -> None:
     # Before training there is nothing to round.
     assert_same_evaluations(runs, alone, kind, exact=2)
@@ -239,7 +256,7 @@ def assert_same_evaluations(runs: Path, alone: Alone, kind: str, *, exact: int) 
         assert (runs / f"{kind}-even" / "samples" / path.name).is_file()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
     whole, resumed = newest(runs / f"{kind}-even"), newest(runs / f"{kind}-resumed")
     assert whole.keys() == resumed.keys() == {"model", "optimizer", "ema", "rng"}
@@ -247,7 +264,7 @@ def test_resumed_runs_end_with_the_same_bits(runs: Path, kind: str) -> None:
         assert_same_bits(resumed[group], tensors)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_to_one_stops_all_and_a_judge_that_fails_in_one_none(runs: Path, kind: str) -> None:
     """The second process has the signal, and in the continued run the failure."""
     whole, stopped, continued = (runs / f"{kind}-{name}" for name in ("even", "stopped", "continued"))
@@ -261,7 +278,7 @@ def test_a_signal_to_one_stops_all_and_a_judge_that_fails_in_one_none(runs: Path
     assert rows(continued, "evaluations") == rows(whole, "evaluations")[3:]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_another_number_of_processes_resumes_with_a_warning(flux: Path, runs: Path, kind: str, tmp_path: Path) -> None:
     folder = runs / f"{kind}-even" / "checkpoints" / "000001"
     made = recipe(flux, tmp_path / "run", **SETTINGS["even"])
@@ -302,7 +319,7 @@ def test_shards_are_taken_from_whole_files(runs: Path) -> None:
         assert_same_bits(dict(loaded.named_parameters()), wanted[group])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_models_are_whole(runs: Path, kind: str) -> None:
     from diffusers import FluxTransformer2DModel
 
@@ -330,7 +347,7 @@ def test_what_processes_cannot_do_is_refused(runs: Path) -> None:
         assert rank["error"] == "train.rollout_replica: got true in 2 processes (DDP), want FSDP2, or false"
     for rank in seen(runs, "fsdp-swap"):
         assert rank["error"] == "model.blocks_to_swap: got 1 under FSDP2, want 0"
-    for kind in ("ddp", "fsdp"):
+    for kind in KINDS:
         for rank in seen(runs, f"{kind}-win_rate"):
             assert rank["error"].startswith("train.prompts_per_iteration: got 3 on 2 processes, want a multiple")
 

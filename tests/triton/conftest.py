@@ -1,6 +1,7 @@
 """Makes Triton's interpreter fast enough to test with."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,9 @@ def language_patched_once() -> Iterator[None]:
     from triton.runtime import interpreter
 
     original, done = interpreter._patch_lang, set()
+    restored = SimpleNamespace(restore=lambda: None)
 
+    @cache
     def patch_once(fn: Callable[..., Any]) -> SimpleNamespace:
         seen = [id(value) for value in fn.__globals__.values()]
         modules = tuple(module for module in (tl, tl.core) if id(module) in seen)
@@ -28,8 +31,10 @@ def language_patched_once() -> Iterator[None]:
             original(fn)
             # Triton before 3.7 has a conversion here that NumPy refuses from 2.4 on.
             tl.tensor.__index__ = lambda self: int(self.handle.data.item())
-        return SimpleNamespace(restore=lambda: None)
+        return restored
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
+        # A dictionary of all dtypes for every operator.
+        patch.setattr(interpreter, "_get_np_dtype", cache(interpreter._get_np_dtype))
         yield

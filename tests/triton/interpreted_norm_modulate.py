@@ -105,7 +105,6 @@ def assert_matches(case: Case, mode: str) -> None:
 
 
 @pytest.mark.pairs
-@pytest.mark.pairs
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
 @pytest.mark.parametrize(

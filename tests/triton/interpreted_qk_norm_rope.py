@@ -121,7 +121,6 @@ def assert_matches_reference(case: Case) -> None:
 
 
 @pytest.mark.pairs
-@pytest.mark.pairs
 @pytest.mark.parametrize("mode", ["lossless", "fast"])
 @pytest.mark.parametrize(("rope", "full"), ROPES)
 @pytest.mark.parametrize("norm", NORMS)
