@@ -96,3 +96,10 @@ def keep_start(denoiser: nn.Module) -> None:
             for part in (layer.lora_A, layer.lora_B):
                 part[START] = copy.deepcopy(part[ADAPTER])
         one.set_adapter(ADAPTER)
+
+
+def plain_name(name: str) -> str:
+    """Of peft's names of tensors what diffusers has."""
+    for layer in ("lora_A", "lora_B"):
+        name = name.replace(f".{layer}.{ADAPTER}.", f".{layer}.")
+    return name.removeprefix("base_model.model.")

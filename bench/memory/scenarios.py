@@ -12,23 +12,26 @@ class Scenario(NamedTuple):
 
 _HUNYUAN = "hunyuan-video --frames 53 --height 480 --width 640"
 _FLUX = "flux-dev --height 720 --width 720"
+# As the trainer takes all weights.
+_ALL = "--dtype float32 --mixed_precision bf16"
 # Nothing that is not running is on the device.
 _SMALL = "--quantization nf4 --offload block_inputs,denoiser,vae"
 SCENARIOS = (
     Scenario("HunyuanVideo LoRA, 80 GB", f"{_HUNYUAN} --lora 32 --gpu 80"),
-    Scenario("HunyuanVideo full fine-tuning, 8 x 80 GB", f"{_HUNYUAN} --fsdp 8 --gpu 80"),
+    Scenario("HunyuanVideo full fine-tuning, 8 x 80 GB", f"{_HUNYUAN} {_ALL} --fsdp 8 --gpu 80"),
     Scenario("HunyuanVideo LoRA, 24 GB", f"{_HUNYUAN} --lora 32 {_SMALL} --gpu 24"),
     Scenario("FLUX LoRA, 80 GB", f"{_FLUX} --lora 128 --num_steps 12 --timestep_fraction 0.5 --prompts 2 --gpu 80"),
     Scenario("FLUX LoRA, 40 GB", f"{_FLUX} --lora 128 --num_steps 12 --timestep_fraction 0.5 --prompts 2 --gpu 40"),
     Scenario("FLUX LoRA, 16 GB", f"{_FLUX} --lora 32 {_SMALL} --gpu 16"),
     Scenario(
         "SkyReels-I2V full fine-tuning, 8 x 80 GB",
-        "skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --guidance_scale 5 --fsdp 8 --gpu 80",
+        f"skyreels-i2v --frames 53 --height 400 --width 640 --group_size 8 --guidance_scale 5 {_ALL} --fsdp 8 --gpu 80",
     ),
     Scenario(
         "Stable Diffusion 1.4 full fine-tuning, 80 GB",
         "sd14 --height 512 --width 512 --group_size 16 --prompts 4 --micro_batch 4 --rollout_batch 16 --num_steps 50"
-        " --timestep_fraction 0.98 --guidance_scale 5 --dtype float32 --mixed_precision bf16 --rewards hps --gpu 80",
+        " --timestep_fraction 0.98 --guidance_scale 5"
+        f" {_ALL} --rewards hps --gpu 80",
     ),
     *(
         Scenario(f"{name}, 8 x 80 GB", f"recipes/{name}.yaml --fsdp 8 --group_size {group} --gpu 80")

@@ -70,11 +70,6 @@ _IDLE_SHARDED = Away(
 )
 
 
-def _and_states(other: Away) -> Away:
-    offload = (*other.changes["offload"], "optimizer")
-    return Away(f"{other.words}; AdamW's states and step are on the host", {**other.changes, "offload": offload})
-
-
 _LORA = (NOTHING, _IDLE, _SWAPPED)
 # As the paper's recipes have it.
 _ALL = {"dtype": "float32", "mixed_precision": "bf16"}
@@ -82,13 +77,8 @@ TRAINED = (
     Trained("LoRA 32", {"lora": 32}, (1,), _LORA),
     Trained("LoRA 32 on nf4", {"lora": 32, "quantization": "nf4"}, (1,), _LORA),
     Trained("LoRA 32 on fp8", {"lora": 32, "quantization": "fp8"}, (1,), _LORA),
-    Trained("all weights", _ALL, (1,), (NOTHING, _IDLE, _and_states(_IDLE))),
-    Trained(
-        "all weights",
-        _ALL,
-        (8, 16, 32),
-        (NOTHING, _IDLE_SHARDED, _and_states(_IDLE_SHARDED)),
-    ),
+    Trained("all weights", _ALL, (1,), (NOTHING, _IDLE)),
+    Trained("all weights", _ALL, (8, 16, 32), (NOTHING, _IDLE_SHARDED)),
 )
 # Of guidance only whether there is any counts: without an embedding of it a call has two rows.
 GUIDANCE = 5.0

@@ -212,7 +212,8 @@ class BlockSwap:
     # Where the weights are.
 
     def _enter(self, device: torch.device) -> None:
-        self.device = device
+        # With its index, as tensors there have it.
+        device = self.device = torch.empty(0, device=device).device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         size = max(streamed.host.nbytes for streamed in self.streamed)
         self._buffers = [_Buffer(size, device) for _ in range(BUFFERS)]

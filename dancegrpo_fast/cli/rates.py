@@ -11,7 +11,6 @@ ROWS = {
     "bandwidth_gb_s": "copy in its memory, GB/s",
     "pcie_gb_s": "to and from the host, GB/s",
     "link_gb_s": "between devices, GB/s",
-    "host_gb_s": "copy in host memory, GB/s",
     "launch_us": "start of an operator, us",
 }
 

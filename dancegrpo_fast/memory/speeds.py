@@ -13,7 +13,7 @@ from .planning.cards import Rates
 from .trace.tracer import measure as followed
 
 # Of the time that is allowed, a share for each of them.
-MEASURED = ("tflops", "attention_tflops", "bandwidth_gb_s", "pcie_gb_s", "host_gb_s", "launch_us")
+MEASURED = ("tflops", "attention_tflops", "bandwidth_gb_s", "pcie_gb_s", "launch_us")
 # Seconds that calls between two looks at the clock take at least.
 SPELL = 0.05
 
@@ -94,9 +94,8 @@ def _measured(device: torch.device, sizes: Sizes, share: float, link: float | No
     if device.type == "cuda":
         host = torch.device("cpu")
         linked = sizes.bytes / max(_copying(sizes.bytes, *ends, share / 2) for ends in ((host, device), (device, host)))
-        stepped = 2 * sizes.bytes / _copying(sizes.bytes, host, host, share)
     else:
-        linked, stepped = copied / 2, copied
+        linked = copied / 2
     starting = 1e6 * _starting(sizes, device, share)
     return Rates(
         tflops=products / 1e12,
@@ -104,7 +103,6 @@ def _measured(device: torch.device, sizes: Sizes, share: float, link: float | No
         bandwidth_gb_s=copied / 1e9,
         pcie_gb_s=linked / 1e9,
         link_gb_s=link or linked / 1e9,
-        host_gb_s=stepped / 1e9,
         launch_us=starting,
     )
 

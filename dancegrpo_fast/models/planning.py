@@ -132,7 +132,8 @@ def _rewards(recipe: Recipe) -> tuple[Reward, ...]:
             name = REWARD_MODELS[reward.name]
             if name == "clip_score" and "ViT-H-14" in str(reward.args.get("path")):
                 name = "clip_score_h"
-            unasked = "bfloat16" if name == "videoalign" else "float32"
-            width = 4 if reward.args.get("dtype", unasked) == "float32" else 2
-            found[name] = replace(REWARDS[name], bytes_per_parameter=width)
+            found[name] = REWARDS[name]
+            if "dtype" in reward.args:
+                width = 4 if reward.args["dtype"] == "float32" else 2
+                found[name] = replace(found[name], bytes_per_parameter=width)
     return tuple(found.values())

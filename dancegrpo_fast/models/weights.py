@@ -1,5 +1,6 @@
 """Weights to start from or to score: LoRA files of any writer, whole denoisers, checkpoints of a run."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def read_adapter(file: Path, denoiser: nn.Module, part: str, pipeline: Any) -> A
         config = _peft_config(beside)
     # Unprefixed, as peft and `save_lora_adapter` write them; other names are left to diffusers.
     modules = {name for name, _ in denoiser.named_modules()}
-    own = {name: _plain(name) for name in tensors}
+    own = {name: lora.plain_name(name) for name in tensors}
     tensors = {
         f"{part}.{own[name]}" if own[name].partition(".lora_")[0] in modules else name: value
         for name, value in tensors.items()
@@ -151,13 +152,6 @@ def read_adapter(file: Path, denoiser: nn.Module, part: str, pipeline: Any) -> A
     }
     tensors, alphas, passed_over = _converted(file, tensors, denoiser, part, pipeline)
     return Adapter(file, tensors, alphas, {} if alphas else config, passed_over)
-
-
-def _plain(name: str) -> str:
-    """Of peft's names what diffusers has."""
-    for adapter in ("lora_A", "lora_B"):
-        name = name.replace(f".{adapter}.default.", f".{adapter}.")
-    return name.removeprefix("base_model.model.")
 
 
 def _peft_config(file: Path) -> dict[str, Any]:
@@ -176,14 +170,18 @@ def _converted(
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     told = {"unet_config": denoiser.config} if part == "unet" else {}
-    if pipeline.__name__ == "FluxPipeline":
+    # Beside layers with peft's names some converters drop them, and some take them for kohya's.
+    beside = {n: v for n, v in tensors.items() if n.endswith(".alpha") and f"{n[:-6]}.lora_A.weight" in tensors}
+    tensors = {name: value for name, value in tensors.items() if name not in beside}
+    # FLUX's tell others if they are asked to.
+    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         told["return_alphas"] = True
     try:
         found = pipeline.lora_state_dict(tensors, **told)
     except (ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{file}: got LoRA layers that {pipeline.__name__} cannot read: {error!r}") from error
     converted, alphas = found if isinstance(found, tuple) else (found, None)
-    alphas = dict(alphas or {})
+    alphas = beside | dict(alphas or {})
     for name in [name for name in converted if name.endswith(".alpha")]:
         alphas[name] = converted.pop(name)
     mine = {name: value for name, value in converted.items() if name.startswith(f"{part}.")}
@@ -226,7 +224,7 @@ def read_checkpoint(folder: Path, weights: str | None, parts: Sequence[str]) -> 
     config = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["target_modules"]}
     # Of several denoisers the names already begin with the part.
     prefix = f"{parts[0]}." if len(parts) == 1 else ""
-    layers = {f"{prefix}{_plain(name)}": value for name, value in tensors.items()}
+    layers = {f"{prefix}{lora.plain_name(name)}": value for name, value in tensors.items()}
     return Adapter(folder, layers, {}, {f"{part}.{name}": v for part in parts for name, v in config.items()}), weights
 
 

@@ -60,7 +60,7 @@ class Recipe:
             at_least("threads", self.threads, 1)
 
     def _check_expert(self) -> None:
-        """What `train.offload` "expert" moves has to stay as it is, and whole."""
+        """What `train.offload` moves of denoisers has to stay as it is, and whole."""
         model = self.model
         others = {
             "all weights trained (model.lora null)": model.lora is None,
@@ -70,6 +70,11 @@ class Recipe:
         for what, there in others.items():
             if there and "expert" in self.train.offload:
                 raise ValueError(f'train.offload: got "expert" with {what}, want one of them')
+        if model.quantization == "int8" and "denoiser" in self.train.offload:
+            # bitsandbytes keeps its codes beside the parameters that torch would move.
+            raise ValueError(
+                'train.offload: got "denoiser" with model.quantization "int8", want "nf4" or "fp8", or not both'
+            )
 
     def check_trained(self) -> None:
         """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""

@@ -71,10 +71,12 @@ class State:
         """
         groups, state = checkpoint.stored(folder, self.processes)
         found, weights = check_model(folder, state, self.identity, accepted), groups["model"]
-        if {name: tuple(one.shape) for name, one in self.optimizer.weights.items()} != {
-            n: w.shape for n, w in weights.items()
-        }:
-            raise ValueError(f"resume: {folder} holds other parameters than this model trains")
+        mine, theirs = (
+            {name: list(one.shape) for name, one in held.items()} for held in (self.optimizer.weights, weights)
+        )
+        if other := next((name for name in mine | theirs if mine.get(name) != theirs.get(name)), None):
+            trained, kept = (f"of shape {held[other]}" if other in held else "no such one" for held in (mine, theirs))
+            raise ValueError(f"resume: got {trained} for {other}, which is trained here, want {kept}, as in {folder}")
         with torch.no_grad():
             for name, weight in self.optimizer.weights.items():
                 weight.copy_(like(weights[name], weight))

@@ -58,6 +58,31 @@ def test_gradients_are_reduced_as_often_as_the_card_wants() -> None:
         assert any(reason.startswith("gradient_sync call: ") for reason in found.reasons) == (wanted is call)
 
 
+def test_smaller_cards_reduce_as_often_as_they_want() -> None:
+    given = Settings("flux-dev", height=256, width=256, attention="flash", checkpointing="full", fsdp=8)
+    call = plan(given.changed(gradient_sync="call"), advise=False)
+    found = plan(given, advise=False)
+    assert found.gradient_sync == "update" and found.settings.gradient_sync == "auto"
+    assert {each.size for each in found.cards if each.state == "yes"} == {
+        each.size for each in found.cards if each.gib * GIB >= call.total_bytes
+    }
+    smallest = next(each for each in found.cards if each.state == "yes")
+    assert smallest.gib * GIB < found.total_bytes
+
+
+def test_gradients_are_reduced_after_every_call_where_that_is_faster() -> None:
+    given = Settings("flux-dev", height=256, width=256, attention="flash", fsdp=8, gradient_sync="update")
+    full, none = (plan(given.changed(checkpointing=name), advise=False).total_bytes for name in ("full", "none"))
+    given = given.changed(gradient_sync="auto", gpu_gib=(full + none) / 2 / GIB)
+    chosen = {}
+    for link in (10.0, 1e6):
+        found = plan(given.changed(rates=replace(given.rates, link_gb_s=link)), advise=False)
+        chosen[found.gradient_sync] = found
+    assert list(chosen) == ["update", "call"] and chosen["call"].policy == "none" != chosen["update"].policy
+    (why,) = (reason for reason in chosen["call"].reasons if reason.startswith("gradient_sync call: "))
+    assert "with more recomputation" in why
+
+
 def test_flash_says_whose_masks_it_does_not_take() -> None:
     for model, frames, said in (("hunyuan-video", 5, True), ("flux-dev", 1, False), ("sd14", 1, False)):
         given = Settings(model, frames=frames, height=256, width=256, attention="flash")

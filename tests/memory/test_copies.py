@@ -25,14 +25,19 @@ def wan(tmp_path: Path) -> Path:
 def test_copies_are_as_large_as_what_is_trained(wan: Path) -> None:
     def found(**more: Any) -> tuple[float, int]:
         settings = asked(wan, **more)
-        weights = sharding.weights_of(cases.case_of(settings, 1, "flash", train=True))
-        return copies.copies(settings, weights, 2), weights.trainable
+        case = cases.case_of(settings, 1, "flash", train=True)
+        return copies.copies(settings, case, 2), sharding.weights_of(case).trainable
 
     held, trained = found(lora=0, kl_reference=True)
     assert 2 * 2 * trained < held < 2 * 4 * trained  # in bfloat16, and what Wan keeps in float32
     assert found(lora=0, ema=True) == (2 * 4 * trained, trained)
     assert found(lora=0, ema=True, fsdp=2) == (4 * trained, trained)
     assert found(lora=0, ema=True, second_expert="frozen") == (4 * trained, trained)
+    # Of the KL's model the frozen one is a copy, too.
+    assert found(lora=0, kl_reference=True, second_expert="frozen")[0] == held
+    # As wide in shards as alone, whatever they are gathered in.
+    masters: dict[str, Any] = {"lora": 0, "kl_reference": True, "dtype": "float32", "mixed_precision": "bf16"}
+    assert 2 * found(**masters, fsdp=2)[0] == found(**masters)[0] == 2 * 4 * trained
     layers = found(ema=True)
     assert layers[0] == 2 * 4 * layers[1] < held
     # LoRA layers are switched off for it.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dancegrpo_fast.memory.planning.advice import knobs
 from dancegrpo_fast.memory.planning.blocks import compose
 from dancegrpo_fast.memory.planning.budget import CATEGORIES, Advice
 from dancegrpo_fast.memory.planning.cards import Rates
@@ -175,6 +177,10 @@ def test_advice_is_recomputed(flux: Plan) -> None:
     assert fitting == sorted(fitting, key=lambda advice: (advice.seconds, advice.gib))
     swapped = next(advice for advice in fitting if advice.text.startswith("blocks_to_swap 28: "))
     assert swapped == printed(swapped.text, plan(advised.settings, advise=False, blocks_to_swap=28), advised)
+    # Weights are shared where a run on one GPU had no word for it.
+    alone = replace(advised, settings=flux.settings.changed(strategy="none"))
+    (more,) = (knob for knob in knobs(alone, host=False, count=57, thorough=True) if "under FSDP" in knob.text)
+    assert flux.settings.changed(**more.changes).is_sharded
     ops = next(advice for advice in fitting if advice.text.startswith("block ops"))
     assert ops == printed(
         ops.text, plan(advised.settings.changed(block_ops="lossless", recompute="all"), advise=False), advised
@@ -291,7 +297,13 @@ def test_rates_scale_seconds(flux: Plan) -> None:
         ({"model": "flux-dev", "checkpointing": "some"}, 'checkpointing: got "some"'),
         ({"model": "flux-dev", "checkpointing": "none", "offload": ("block_inputs",)}, "offload: got block_inputs"),
         ({"model": "flux-dev", "checkpointing": "first:0", "offload": ("block_inputs",)}, "offload: got block_inputs"),
-        ({"model": "flux-dev", "optimizer": "adamw8bit", "offload": ("optimizer",)}, "offload: got optimizer with"),
+        ({"model": "flux-dev", "offload": ("optimizer",)}, 'offload: got "optimizer", want one of'),
+        ({"model": "flux-dev", "fsdp": 2, "strategy": "none", "offload": ("denoiser",)}, "offload: got denoiser with"),
+        (
+            {"model": "flux-dev", "lora": 8, "quantization": "int8", "offload": ("denoiser",)},
+            'offload: got denoiser with quantization "int8"',
+        ),
+        ({"model": "flux-dev", "torch_version": "2.9rc1"}, 'torch_version: got "2.9rc1", want one such as "2.7"'),
         ({"model": "flux-dev", "gradient_sync": "never"}, 'gradient_sync: got "never", want one of auto, update, call'),
         ({"model": "flux-dev", "rollout_replica": True}, "rollout_replica: got True"),
         ({"model": "flux-dev", "micro_batch": 13}, "micro_batch: got 13, want at most"),

@@ -13,6 +13,7 @@ from dancegrpo_fast.memory.planning.calls import _traced
 from dancegrpo_fast.memory.planning.cards import Rates
 from dancegrpo_fast.memory.planning.cases import kinds_of, resolved
 from dancegrpo_fast.memory.planning.planner import Plan, plan
+from dancegrpo_fast.memory.planning.quantised import quantised
 from dancegrpo_fast.memory.planning.sequences import exchanged, told
 from dancegrpo_fast.memory.planning.settings import Settings
 
@@ -88,6 +89,12 @@ def test_what_is_exchanged() -> None:
     settings = Settings(**FLUX, sequence_parallel=4, reference_height=256, reference_width=512)
     [reason] = told(settings, replace(case, reference=(256, 512)))
     assert "a GPU has 384 of 1536 tokens" in reason
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_quantised_weights_are_those_of_one_gpu(kind: str) -> None:
+    case = case_of("flux-dev", 512, lora=16)
+    assert quantised(replace(case, sequence_parallel=4), kind) == quantised(case, kind)
 
 
 @pytest.mark.parametrize(

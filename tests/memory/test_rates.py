@@ -23,7 +23,7 @@ pytest.importorskip("jsonargparse")
 
 CPU = torch.device("cpu")
 SMALL = speeds.Sizes(side=32, heads=2, tokens=32, width=16, bytes=1 << 12, blocks=1)
-REACHED = Rates(*(float(value) for value in range(1, 8)))
+REACHED = Rates(*(float(value) for value in range(1, 7)))
 # Before tests put another in its place.
 PATH = measured.path
 
@@ -39,7 +39,7 @@ def test_a_cpu_is_measured() -> None:
     state = torch.get_rng_state()
     found = speeds.measure(CPU, seconds=0.1, sizes=SMALL)
     assert all(math.isfinite(rate) and rate > 0 for rate in vars(found).values())
-    assert found.host_gb_s == found.bandwidth_gb_s == pytest.approx(2 * found.pcie_gb_s)
+    assert found.bandwidth_gb_s == pytest.approx(2 * found.pcie_gb_s)
     assert found.link_gb_s == found.pcie_gb_s
     assert speeds.measure(CPU, seconds=0.1, sizes=SMALL, link_gb_s=5.0).link_gb_s == 5.0
     assert torch.equal(torch.get_rng_state(), state)
@@ -63,10 +63,10 @@ def test_what_is_kept_is_counted_with_as_eager_models_reach_it(unmeasured: Path)
     measured.keep("A card", REACHED, "2.13", "2026-01-01")
     measured.keep("Another", replace(REACHED, tflops=9.0), "2.13", "2026-01-02")
     found = measured.kept("A card")
-    assert found == Rates(EAGER, 2 * EAGER, 3 * EAGER, 4.0, 5.0, 6.0, 7.0)
+    assert found == Rates(EAGER, 2 * EAGER, 3 * EAGER, 4.0, 5.0, 6.0)
     assert measured.kept("A third") is None
     measured.keep("A card", replace(REACHED, launch_us=8.0), "2.14", "2026-01-03")
-    assert [measured.kept(name).launch_us for name in ("A card", "Another")] == [8.0, 7.0]  # type: ignore[union-attr]
+    assert [measured.kept(name).launch_us for name in ("A card", "Another")] == [8.0, 6.0]  # type: ignore[union-attr]
     assert [file.name for file in unmeasured.parent.iterdir()] == ["rates.json"]
 
 
@@ -129,7 +129,7 @@ def test_plans_of_this_device_count_with_them_and_no_others(diffusion: Path, tmp
         assert parse(["sd14", *other]).settings.measured == ""
     assert parse(["sd14", "--card", "4090"]).settings.rates == CARDS["4090"].rates
     faster = parse(["sd14", "--device", "cpu", "--rates.tflops", "50"]).settings
-    assert faster.rates.tflops == 50.0 and faster.rates.launch_us == 7.0 and faster.measured == ""
+    assert faster.rates.tflops == 50.0 and faster.rates.launch_us == 6.0 and faster.measured == ""
     recipe = make_recipe(diffusion, tmp_path / "run", mixed_precision="bf16")
     assert settings_of(recipe, device="cpu").measured == name
     assert settings_of(recipe, device="cpu", processes=2).measured == ""

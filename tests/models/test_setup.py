@@ -1,5 +1,6 @@
 """Block ops, attention, checkpoints, tiles and float8 weights of a recipe: what is put in, and that results stay."""
 
+import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,16 @@ from torch import nn
 
 from bench.memory import ledger
 from dancegrpo_fast.memory.planning.blocks import compose
+from dancegrpo_fast.memory.planning.rewards import REWARDS
 from dancegrpo_fast.memory.planning.settings import GIB
 from dancegrpo_fast.models import load_model, setup
 from dancegrpo_fast.models.planning import settings_of
 from dancegrpo_fast.prompts import Prompt
 from dancegrpo_fast.recipe import EvaluationSettings, LoraSettings, Recipe, RewardSettings
+from dancegrpo_fast.rewards.clip_score import ClipScore
+from dancegrpo_fast.rewards.hps import Hps
+from dancegrpo_fast.rewards.pickscore import PickScore
+from dancegrpo_fast.rewards.videoalign import VideoQuality
 
 from ..tolerances import PREDICTED_BYTES
 from ..train.tiny import make_recipe, reward
@@ -207,6 +213,11 @@ def test_reward_models_are_counted_once_and_as_wide_as_they_are(flux: Path, tmp_
     asked = setup._settings(model, replace(recipe, rewards=trained, evaluation=judges), checks.CPU, 3, 24.0)
     widths = {one.name: one.bytes_per_parameter for one in asked.rewards}
     assert widths == {"videoalign": 2, "hps": 2, "clip_score": 4}
+    # Those that are named on the command line are as wide as the trainer loads them unasked.
+    loads = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "clip_score_h": ClipScore}
+    for name, counted in REWARDS.items():
+        unasked = inspect.signature(loads.get(name, VideoQuality)).parameters["dtype"].default
+        assert counted.bytes_per_parameter == {"float32": 4, "bfloat16": 2}[unasked]
 
 
 def test_every_process_plans_its_share(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,20 @@ def test_kohya_files(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[s
         load(recipe_from(base("stable_diffusion"), tmp_path, file, replace(LORA, alpha=1)))
 
 
+@pytest.mark.parametrize("family", release_but(("flux", "flux_kontext"), [one for one in CASES if one != "wan_a14b"]))
+def test_alphas_beside_the_layers_are_kept(base: Base, tmp_path: Path, family: str) -> None:
+    """As trainers write them that know no metadata."""
+    written = lora_files.write("diffusers without alpha", base(family), tmp_path / "file")
+    (file,) = (tmp_path / "file").iterdir()
+    tensors = load_file(file)
+    names = [name.replace("lora_A.weight", "alpha") for name in tensors if "lora_A" in name]
+    save_file(tensors | {name: torch.tensor(6.0) for name in names}, file)
+    model, _ = load(recipe_from(base(family), tmp_path, file))
+    lora_files.assert_same(
+        lora_files.layers(model.denoiser), {name: (*pair, 3.0) for name, (*pair, _) in written.items()}
+    )
+
+
 def test_other_layers_are_refused_with_what_the_file_has(base: Base, tmp_path: Path) -> None:
     flux, file = base("flux"), tmp_path / "file" / "pytorch_lora_weights.safetensors"
     lora_files.write("diffusers without alpha", flux, file.parent)

@@ -46,6 +46,9 @@ def columns(settings: Settings) -> list[Column]:
         "master_dtype": "none",
     }
     full = alone | {"lora": 0, "blocks_to_swap": 0}
+    if settings.lora or settings.precision == "bf16":
+        # As the trainer takes all weights.
+        full |= {"dtype": "float32", "mixed_precision": "bf16", "master_dtype": "none"}
     wanted = {
         f"LoRA {rank}": lora,
         f"LoRA {rank}, nf4": lora | {"quantization": "nf4", "dtype": "bfloat16", "mixed_precision": "no"},

@@ -36,7 +36,6 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
     away += [("expert", "the denoiser whose turn it is not waits on the host")] if experts > 1 else []
     away += [("vae", "the VAE waits on the host")] if top != "decode" else []
     away += [("rewards", "reward models wait on the host")] if s.rewards else []
-    away += [("optimizer", "states and their step on the host")] if s.lora == 0 else []
     for name, text in away:
         if name not in s.offload:
             yield Knob(f"offload {name}: {text}", {"offload": (*s.offload, name)})
@@ -50,13 +49,13 @@ def knobs(plan: Plan, *, host: bool, count: int, thorough: bool) -> Iterator[Kno
         yield Knob("VAE tiling", {"vae_tiling": "on"})
     if s.optimizer == "adamw_foreach":
         yield Knob("AdamW fused instead of foreach", {"optimizer": "adamw"})
-    if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit" and "optimizer" not in s.offload:
+    if s.optimizer.startswith("adamw") and s.optimizer != "adamw8bit":
         yield Knob("8-bit AdamW", {"optimizer": "adamw8bit"})
     most = count - BUFFERS
     if s.lora and not s.is_sharded and s.blocks_to_swap == 0 and most > 0:
         for some in sorted({-(-most // 2), most}):
             yield Knob(f"blocks_to_swap {some}: frozen weights wait on the host", {"blocks_to_swap": some})
-    if s.is_sharded and s.gradient_sync == "update":
+    if s.is_sharded and plan.gradient_sync == "update":
         yield Knob("gradients reduced after every call", {"gradient_sync": "call"})
     if s.is_sharded:
         yield Knob(
@@ -78,7 +77,8 @@ def _traced_anew(s: Settings) -> Iterator[Knob]:
         for name in ("nf4", "int8", "fp8"):
             yield Knob(f"frozen weights in {name}", {"quantization": name})
     if s.quantization == "none":
-        yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp})
+        strategy = "full_shard" if s.strategy == "none" else s.strategy
+        yield Knob(f"{2 * s.fsdp} GPUs under FSDP", {"fsdp": 2 * s.fsdp, "strategy": strategy})
     if s.block_ops == "off" and kinds_of(resolved(s.model)):
         # Of frozen layers the GELU's input is not kept anyway.
         again = "all" if s.lora else "gelu"

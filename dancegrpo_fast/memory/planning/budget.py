@@ -70,6 +70,7 @@ class Plan:
         reasons: for the policy and the attention, and what was assumed.
         advice: ranked.
         cards: whether it fits each size of card, `checkpointing auto` solved for each.
+        gradient_sync: "update" or "call", as asked or chosen.
     """
 
     settings: Settings
@@ -80,6 +81,7 @@ class Plan:
     reasons: tuple[str, ...]
     advice: tuple[Advice, ...] = ()
     cards: tuple[Verdict, ...] = ()
+    gradient_sync: str = "update"
 
     @property
     def peak(self) -> Phase:
@@ -143,6 +145,7 @@ class Plan:
         return {
             "settings": self.settings.as_dict(),
             "policy": self.policy,
+            "gradient_sync": self.gradient_sync,
             "phases": [
                 vars(phase) | {"bytes": phase.bytes, "timeline": [list(point) for point in phase.timeline]}
                 for phase in self.phases

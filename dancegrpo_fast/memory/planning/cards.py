@@ -22,7 +22,6 @@ class Rates:
         bandwidth_gb_s: of device memory, 10^9 bytes a second.
         pcie_gb_s: to and from host memory, one way.
         link_gb_s: between devices, one way.
-        host_gb_s: of host memory, for an optimiser that steps there.
         launch_us: that the host takes for each operator of an eager model, in microseconds: 53.7 ms for 1,185 were
             measured in github.com/facebookresearch/sam2/issues/768.
     """
@@ -32,7 +31,6 @@ class Rates:
     bandwidth_gb_s: float = 1878.0
     pcie_gb_s: float = 52.8
     link_gb_s: float = 380.0
-    host_gb_s: float = 100.0
     launch_us: float = 45.0
 
 

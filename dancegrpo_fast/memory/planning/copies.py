@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from .calls import Vector, added
+from .cases import Case
 from .folders import Part
 from .settings import GIB, Settings
-from .sharding import REDUCE, Rest, Weights
+from .sharding import REDUCE, Rest, stored_width, weights_of
 from .specs import Spec
 
 
@@ -39,12 +40,16 @@ def with_second(rest: Rest, settings: Settings) -> Rest:
     )
 
 
-def copies(settings: Settings, weights: Weights, experts: int) -> float:
-    """Bytes of the model of a KL and of a moving average, on each device."""
-    shards = settings.fsdp if settings.is_sharded else 1
+def copies(settings: Settings, case: Case, experts: int) -> float:
+    """Bytes of the model of a KL, frozen experts and all, and of a moving average, on each device."""
+    weights, shards = weights_of(case), settings.fsdp if settings.is_sharded else 1
     trained = experts if settings.second_expert == "trained" else 1
-    reference = weights.trainable_bytes if settings.kl_reference and not settings.lora else 0
-    return trained * (reference + (REDUCE * weights.trainable if settings.ema else 0)) / shards
+    held = 0.0
+    if settings.kl_reference and not settings.lora:
+        held += experts * weights.trainable_bytes * stored_width(case)
+    if settings.ema:
+        held += trained * REDUCE * weights.trainable
+    return held / shards
 
 
 def encoder_bytes(settings: Settings, spec: Spec) -> int:

@@ -25,14 +25,24 @@ from .sharding import REDUCE, Gathers, Rest, rest, state_bytes, weights_of, with
 
 # How a reason begins that says it of a replay.
 BOUND = "launch-bound"
+ROUNDED = (
+    "all weights in 16 bits alone, as asked; this package's trainer refuses that, as small steps are rounded away: plan"
+    " --dtype float32 --mixed_precision bf16, or --master_dtype float32"
+)
 
 
 class Iteration:
-    """The pieces of one plan."""
+    """The pieces of one plan.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: what is planned.
+        gradient_sync: of "auto", the one that is planned here.
+    """
+
+    def __init__(self, settings: Settings, gradient_sync: str = "update") -> None:
+        self.asked = settings
         if settings.gradient_sync == "auto":
-            settings = settings.changed(gradient_sync="update")
+            settings = settings.changed(gradient_sync=gradient_sync)
         self.settings = settings
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
@@ -53,6 +63,8 @@ class Iteration:
                 f"optimizer {settings.optimizer}: {found} bytes of states for each trained number, and nothing of what "
                 "its step takes"
             )
+        if not settings.lora and settings.precision == "bf16":
+            self.reasons.append(ROUNDED)
         self.reasons += told(settings, self.replay)
         self.second = has_second(settings, self.spec)
         self.rest: Rest = rest(settings, self.replay)
@@ -60,7 +72,7 @@ class Iteration:
         self.expert = sum(self.rest.weights.values())
         self.rest = with_second(self.rest, settings) if self.second else self.rest
         self.reasons += self.rest.swap.reasons()
-        self.copies = copies(settings, weights_of(self.replay), 2 if self.second else 1)
+        self.copies = copies(settings, self.replay, 2 if self.second else 1)
         self.copies += other_bytes(settings, self.spec)
         self.reasons += words(settings, self.spec)
         self.encoders = encoder_bytes(settings, self.spec)
@@ -286,17 +298,14 @@ class Iteration:
         """The optimiser."""
         s = self.settings
         fixed = self._replay_fixed(self.rest.reduced)
-        rates = s.rates
-        seconds = self.rest.step_traffic / (rates.bandwidth_gb_s * 1e9)
-        if "optimizer" in s.offload:
-            moved = 2 * sum(self.rest.reduced.values())
-            seconds = self.rest.step_traffic / (rates.host_gb_s * 1e9) + moved / (rates.pcie_gb_s * 1e9)
+        seconds = self.rest.step_traffic / (s.rates.bandwidth_gb_s * 1e9)
         return self._phase("optimizer", [Moment({}, "load", ""), Moment(self.rest.step, "AdamW", "")], fixed, seconds)
 
     def at(self, gib: float) -> "Iteration":
         """The same on a device of so many GiB, at the same speed; its decode in tiles that fit there, if any can."""
         other = copy.copy(self)
-        other.settings, other.reasons = self.settings.changed(gpu_gib=gib), []
+        other.asked, other.settings = (each.changed(gpu_gib=gib) for each in (self.asked, self.settings))
+        other.reasons = []
         if self.decode is not None and not decoding.is_hopeless(other):
             decoding.choose(other)
         return other

@@ -1,6 +1,6 @@
 """Plans a GRPO iteration before there is a GPU, and says what one change would give."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ def with_sync(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     found = _asked(settings)[2]
     taken = f"{found.total_bytes / GIB:.1f} of {settings.gpu_gib:.1f} GiB with margins"
     why = [reason for reason in found.reasons if reason.startswith(CALL)] or [f"gradient_sync update: it takes {taken}"]
-    return settings.changed(gradient_sync=found.settings.gradient_sync), tuple(why)
+    return settings.changed(gradient_sync=found.gradient_sync), tuple(why)
 
 
 def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
@@ -90,27 +90,49 @@ def on_cards(settings: Settings, names: Iterable[str] = MEANT, *, quick: bool = 
         return {name: _asked(with_swap(settings.on(name))[0], quick=quick)[2] for name in names}
 
 
-def _asked(settings: Settings, *, quick: bool = False) -> tuple[Iteration, policies.Picked, Plan]:
-    """The plan, with gradients reduced once an update, or after every call where "auto" would not fit otherwise."""
-    iteration = Iteration(settings)
-    picked = iteration.pick(NAMED if quick else None)
-    found = _plan(iteration, picked)
-    if settings.gradient_sync != "auto" or not settings.is_sharded or found.fits(settings.gpu_gib):
-        return iteration, picked, found
-    kept = f"{CALL} once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
-    iteration = Iteration(settings.changed(gradient_sync="call"))
-    iteration.reasons.append(kept)
-    picked = iteration.pick(NAMED if quick else None)
+Made = tuple[Iteration, policies.Picked, Plan]
+
+
+def _asked(settings: Settings, *, quick: bool = False) -> Made:
+    """The plan of the settings; `quick`: under named policies only."""
+    return _reduced(settings, lambda iteration: iteration.pick(NAMED if quick else None))
+
+
+def _reduced(settings: Settings, pick: Callable[[Iteration], policies.Picked]) -> Made:
+    """A plan with gradients reduced as asked, or with "auto" once an update, unless after every call fits or is faster.
+
+    Args:
+        settings: what is planned.
+        pick: the policy of one that reduces in one of both ways.
+    """
+    once = _made(Iteration(settings), pick)
+    _, picked, found = once
+    fits = found.fits(settings.gpu_gib)
+    if settings.gradient_sync != "auto" or not settings.is_sharded:
+        return once
+    if fits and (picked.name == "none" or settings.checkpointing != "auto"):
+        return once
+    each = _made(Iteration(settings, "call"), pick)
+    if not fits:
+        why = f"{CALL} once an update takes {found.total_bytes / GIB:.1f} GiB with margins"
+    elif each[2].fits(settings.gpu_gib) and each[2].seconds < found.seconds:
+        why = f"{CALL} an iteration takes {each[2].seconds:.0f} s, and {found.seconds:.0f} s with more recomputation"
+    else:
+        return once
+    return each[0], each[1], replace(each[2], reasons=(*each[2].reasons, why))
+
+
+def _made(iteration: Iteration, pick: Callable[[Iteration], policies.Picked]) -> Made:
+    picked = pick(iteration)
     return iteration, picked, _plan(iteration, picked)
 
 
 def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict, ...]:
     def on(gib: float) -> Plan:
-        if asked.blocks_to_swap == "auto":
-            other = Iteration(with_swap(asked.changed(gpu_gib=gib))[0])
-        else:
-            other = iteration.at(gib)
         # The named policies are enough to say whether it fits, and are traced already.
+        if asked.blocks_to_swap == "auto" or (asked.gradient_sync == "auto" and asked.is_sharded):
+            return _asked(with_swap(asked.changed(gpu_gib=gib))[0], quick=True)[2]
+        other = iteration.at(gib)
         return _plan(other, other.pick(NAMED))
 
     return verdicts(found, on)
@@ -118,12 +140,15 @@ def _cards(asked: Settings, iteration: Iteration, found: Plan) -> tuple[Verdict,
 
 def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thorough: bool) -> tuple[Advice, ...]:
     def again(changed: Settings, same_policy: bool) -> Plan:
-        other = Iteration(changed)
         if not same_policy:
-            return _plan(other, other.pick())
+            return _asked(changed)[2]
         chosen = list(picked.blocks.policies) if picked.blocks.kinds else picked.blocks.policies[0]
         host = picked.blocks.host_inputs or "block_inputs" in changed.offload
-        return _plan(other, replace(picked, blocks=compose(other.replay, chosen, host_inputs=host)))
+
+        def same(other: Iteration) -> policies.Picked:
+            return replace(picked, blocks=compose(other.replay, chosen, host_inputs=host))
+
+        return _reduced(changed, same)[2]
 
     def mixed(each: list[Hashable]) -> Plan:
         blocks = compose(iteration.replay, each, host_inputs=picked.blocks.host_inputs)
@@ -144,10 +169,11 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
     there = tuple(phase for phase in phases if phase is not None)
     held = margins(settings, max(phase.bytes for phase in there)) | untraced(there)
     return Plan(
-        settings,
+        iteration.asked,
         there,
         held,
         {name.replace("_", " "): size for name, size in numbers(picked.blocks.saved()).items()},
         picked.name,
         (*picked.reasons, *iteration.reasons, *iteration.bound(picked.blocks)),
+        gradient_sync=settings.gradient_sync,
     )

@@ -67,7 +67,8 @@ def conversion_bytes(found: Quantised, policies: Sequence[Hashable]) -> tuple[fl
 def quantised(case: Case, base: str) -> Quantised:
     """Of the whole model with its LoRA layers; `base` is "nf4", "int8" or "fp8"."""
     # Sizes of the call change no weight.
-    plain = replace(case, frames=1, height=1, width=1, rows=1, kernel="flash", train=True, quantization="none")
+    plain = replace(case, frames=1, height=1, width=1, rows=1, sequence_parallel=1)
+    plain = replace(plain, kernel="flash", train=True, quantization="none")
     return _quantised(plain, base)
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward model: how many parameters, bytes of each, and where the number comes from."""
+    """A reward model: how many parameters, bytes of each as the trainer loads it unasked, and the number's source."""
 
     name: str
     parameters: int
     source: str
-    bytes_per_parameter: int = 2
+    bytes_per_parameter: int = 4
 
     @property
     def bytes(self) -> int:
@@ -28,7 +28,10 @@ REWARDS = {
         Reward("clip_score", 427_616_513, _CLIP_L),
         Reward("clip_score_h", 986_109_441, _CLIP_H),
         Reward(
-            "videoalign", 2_208_987_136, "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)"
+            "videoalign",
+            2_208_987_136,
+            "transformers.Qwen2VLModel of Qwen/Qwen2-VL-2B-Instruct and Linear(1536, 1)",
+            bytes_per_parameter=2,
         ),
     )
 }

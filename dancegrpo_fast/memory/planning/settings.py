@@ -10,11 +10,11 @@ from .checks import check_integer, check_kind, check_number, check_one_of, check
 from .rewards import Reward
 
 GIB = 2**30
-_VERSION = re.compile(r"\d+\.\d+")
+_VERSION = re.compile(r"\d+\.\d+(\.\d+)?(\+\w+)?")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
-OFFLOAD = ("block_inputs", "optimizer", "text_encoders", "vae", "rewards", "denoiser", "expert")
+OFFLOAD = ("block_inputs", "text_encoders", "vae", "rewards", "denoiser", "expert")
 CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "master_dtype": ("none", "float32"),
@@ -76,7 +76,8 @@ class Settings:
         strategy: "full_shard", "shard_grad_op" (weights stay gathered between forward and backward), or "none".
         rollout_replica: under FSDP, weights stay gathered during a rollout.
         gradient_sync: when gradients are reduced: once an "update", until when they are all there in float32, or after
-            every model "call". "auto": once an update where that fits. Without FSDP they are there anyway.
+            every model "call". "auto": once an update, unless that does not fit or is slower. Without FSDP they are
+            there anyway.
         sequence_parallel: how many of the GPUs share a sample's tokens.
         sequence_kind: how: "ulysses" or "ring".
         offload: what waits in host memory while it is not used: some of `OFFLOAD`.
@@ -222,7 +223,7 @@ class Settings:
         samples = self.group_size * self.prompts
         if self.vae_tile is not None and self.vae_tiling == "off":
             raise ValueError(f'vae_tile: got {self.vae_tile} with vae_tiling "off", want "on" or "auto"')
-        if self.torch_version and not _VERSION.match(self.torch_version):
+        if self.torch_version and not _VERSION.fullmatch(self.torch_version):
             raise ValueError(f'torch_version: got "{self.torch_version}", want one such as "2.7"')
         for name in ("micro_batch", "rollout_batch"):
             if getattr(self, name) > samples:
@@ -261,10 +262,8 @@ class Settings:
             raise ValueError(
                 f'offload: got block_inputs with checkpointing "{self.checkpointing}", want a policy that checkpoints'
             )
-        if "optimizer" in self.offload and self.optimizer == "adamw8bit":
-            raise ValueError("offload: got optimizer with adamw8bit, which steps on the device, want another")
         for what in ("denoiser", "expert"):
-            if what in self.offload and self.is_sharded:
+            if what in self.offload and self.fsdp > 1:
                 raise ValueError(f"offload: got {what} with fsdp {self.fsdp}, want fsdp 1")
         others = {
             "full fine-tuning": not self.lora,
@@ -274,6 +273,9 @@ class Settings:
         for name, there in others.items():
             if there and "expert" in self.offload:
                 raise ValueError(f"offload: got expert with {name}, want one of them")
+        if self.quantization == "int8" and "denoiser" in self.offload:
+            # bitsandbytes keeps its codes beside the parameters that torch would move.
+            raise ValueError('offload: got denoiser with quantization "int8", want "nf4" or "fp8", or not both')
         if bool(self.reference_height) != bool(self.reference_width):
             raise ValueError(
                 f"reference_height: got {self.reference_height} with reference_width {self.reference_width}, want both"

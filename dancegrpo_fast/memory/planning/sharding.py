@@ -147,6 +147,11 @@ class Rest:
     swap: Swap
 
 
+def stored_width(case: Case) -> int:
+    """How many times as wide shards are as what is gathered of them: masters are gathered in bf16."""
+    return 2 if case.dtype == "bf16_autocast" else 1
+
+
 def state_bytes_8bit(sizes: Sequence[int]) -> int:
     """Of bitsandbytes' 8-bit AdamW."""
     return sum(8 * n if n < 4096 else 2 * n + 8 * math.ceil(n / 256) for n in sizes)
@@ -163,8 +168,7 @@ def rest(settings: Settings, case: Case) -> Rest:
     shards = settings.fsdp if settings.is_sharded else 1
     base = None if settings.quantization == "none" else quantised(case, settings.quantization)
     master = settings.precision == "fp32_master"
-    # Gathered, masters are in bf16.
-    wider = 2 if case.dtype == "bf16_autocast" else 1
+    wider = stored_width(case)
     stored = weights.tables + (weights.bytes * wider / shards if base is None else base.stored)
     swap = swap_of(settings, [part.streams for part in weights.blocks] if base is None else base.streams)
     stored -= swap.saved
@@ -309,7 +313,7 @@ def state_bytes(settings: Settings, dtype: torch.dtype) -> float:
 
 def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float, float, float]:
     """States, temporaries of a step, and its traffic; of all shards together."""
-    scale = 2 if case.dtype == "bf16_autocast" else 1
+    scale = stored_width(case)
     if settings.optimizer == "adamw8bit":
         states: float = state_bytes_8bit(weights.sizes)
         # Gradient read, weight and states read and written.
@@ -319,12 +323,9 @@ def _optimizer(settings: Settings, case: Case, weights: Weights) -> tuple[float,
         each = {dtype: state_bytes(settings, dtype) for dtype in set(weights.dtypes)}
         kept = sum(n * each[dtype] for n, dtype in pairs)
         kept *= 1 if settings.optimizer == "other" else scale
-        there = 0 if "optimizer" in settings.offload else kept
-        return there, 0, 2 * kept + 3 * weights.trainable_bytes * scale
+        return kept, 0, 2 * kept + 3 * weights.trainable_bytes * scale
     kind = "foreach" if settings.optimizer == "adamw_foreach" else "fused"
     found = step_figures(weights.sizes, weights.dtypes, kind)
-    if "optimizer" in settings.offload:
-        return 0, 0, found[2] * scale
     return found[0] * scale, found[1] * scale, found[2] * scale
 
 

@@ -102,7 +102,7 @@ class Fakes(TorchDispatchMode):
             more["device"] = "meta"
         if not known.pure:
             return _outer(func(*inner, **more), given)
-        key = func, self.cuda, _key(inner), _key(tuple(more.items()))
+        key = func, self.cuda, torch.get_default_dtype(), _key(inner), _key(tuple(more.items()))
         if key not in _results:
             found = func(*inner, **more)
             if func is torch.ops.aten.native_layer_norm.default and not self.cuda:
