@@ -21,6 +21,8 @@ from dancegrpo_fast.memory.planning.planner import plan
 from dancegrpo_fast.memory.planning.settings import Settings
 from dancegrpo_fast.memory.planning.verdict import GUESSES, NO, YES
 
+from ..tolerances import AUTO_FILLS
+
 WHERE = {name: name for name in ("torch", "diffusers", "peft", "git", "date")}
 
 
@@ -144,6 +146,6 @@ def test_the_committed_atlas() -> None:
         for name in MEANT if "answers" in row else ():
             state, spare, seconds, policy, away, peak = row["answers"][name]
             assert (state == YES) == (spare >= 0) and seconds > 0 and policy and peak and row["away"][away]
-            seen.append(states.index(state))
+            seen.append(states.index(YES if spare >= -AUTO_FILLS else state))
         # What fits a card fits every larger one.
         assert seen == sorted(seen)

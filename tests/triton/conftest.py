@@ -36,5 +36,10 @@ def language_patched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
         # A dictionary of all dtypes for every operator.
-        patch.setattr(interpreter, "_get_np_dtype", cache(interpreter._get_np_dtype))
+        numpys, of_scalars = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
+        patch.setattr(
+            interpreter,
+            "_get_np_dtype",
+            lambda kind: numpys(kind) if isinstance(kind.scalar, tl.pointer_type) else of_scalars(kind.scalar),
+        )
         yield
