@@ -27,8 +27,7 @@ COMPOSED = 0.005
 PUBLISHED = 0.02
 # Predicted bytes against measured ones: what the trainer's own loop keeps a call longer than needed is not predicted.
 PREDICTED_BYTES = 0.02
-# GiB that `checkpointing auto` may miss of what it fills where the reward models' phase is the largest: their margin grows
-# with what the replay takes.
+# GiB that `checkpointing auto` may miss of what it fills where reward models take most: margins grow with the replay.
 AUTO_FILLS = 0.1
 # Kernels among themselves evaluate the same polynomials; what may differ is a root.
 KERNELS_APART_ULPS = 2
