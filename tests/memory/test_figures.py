@@ -74,7 +74,7 @@ def test_labels_name_phases_peak_policies_groups_and_sizes(small: Plan, drawn: l
     assert {"none", "full", "attention", "matmul"} <= policies
     assert any("24 GiB that are given" in text for text in texts["policies"])
     assert f"fits the 24 GiB with {24 - small.total_bytes / GIB:.1f} GiB to spare" in texts["policies"]
-    assert {"LoRA 2", "LoRA 2, nf4", "all weights", "all weights, 8 GPUs", "fits"} <= set(texts["cards"])
+    assert {"LoRA 2", "LoRA 2, nf4", "all weights", "all weights, 8 GPUs", "in float32", "fits"} <= set(texts["cards"])
     assert {name for name, size in small.saved_by_group.items() if size >> 20} <= set(texts["saved"])
     assert {"512 x 512", "micro-batch", "none"} <= set(texts["sizes"])
 

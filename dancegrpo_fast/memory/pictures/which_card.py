@@ -45,15 +45,16 @@ def columns(settings: Settings) -> list[Column]:
         "target_modules": settings.target_modules or Settings.target_modules,
         "master_dtype": "none",
     }
-    full = alone | {"lora": 0, "blocks_to_swap": 0}
+    full, width = alone | {"lora": 0, "blocks_to_swap": 0}, ""
     if settings.lora or settings.precision == "bf16":
         # As the trainer takes all weights.
         full |= {"dtype": "float32", "mixed_precision": "bf16", "master_dtype": "none"}
+        width = "\nin float32"
     wanted = {
         f"LoRA {rank}": lora,
         f"LoRA {rank}, nf4": lora | {"quantization": "nf4", "dtype": "bfloat16", "mixed_precision": "no"},
-        "all weights": full,
-        f"all weights, {SHARED} GPUs": full | {"fsdp": SHARED, "strategy": strategy},
+        f"all weights{width}": full,
+        f"all weights, {SHARED} GPUs{width}": full | {"fsdp": SHARED, "strategy": strategy},
     }
     found = []
     for label, changes in wanted.items():
