@@ -11,9 +11,10 @@ from dancegrpo_fast.memory.planning import cases, folders, specs
 from dancegrpo_fast.memory.planning.planner import Iteration, plan
 from dancegrpo_fast.memory.planning.settings import GIB, Settings
 
+from ..patch.models import SD3
 from .pipelines import T5, TENSORS, WAN, asked, save, wan22, write
 
-pytest.importorskip("diffusers")
+Sd3 = pytest.importorskip("diffusers").SD3Transformer2DModel
 pytest.importorskip("transformers")
 
 CLIP = {
@@ -174,3 +175,12 @@ def test_kinds_are_found_by_their_parameters(wan: Path) -> None:
     medium = cases.kinds_of(specs.resolve("sd35-medium"))
     assert medium == (cases.Kind("transformer_blocks", 0, 13, 1), cases.Kind("transformer_blocks", 13, 11, 2))
     assert cases.kinds_of(specs.resolve("sdxl")) == ()
+
+
+def test_a_kind_of_one_block_is_not_the_last_of_another(tmp_path: Path) -> None:
+    """Of blocks with two attentions, with one, and without text behind it the last is of the second kind."""
+    Sd3(**SD3 | {"num_layers": 4}, qk_norm="rms_norm", dual_attention_layers=(0, 1)).save_config(
+        tmp_path / "transformer"
+    )
+    wanted = (cases.Kind("transformer_blocks", 0, 2, 1), cases.Kind("transformer_blocks", 2, 2, 2))
+    assert cases.kinds_of(specs.resolve(str(tmp_path))) == wanted

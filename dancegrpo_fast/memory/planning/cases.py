@@ -120,9 +120,10 @@ def _runs_cut(spec: specs.Spec, kinds: Sequence[Kind]) -> bool:
 def _merged(kinds: list[Kind]) -> tuple[Kind, ...]:
     """With a list's last block, where it is another as it has no text to hand on, in the kind before it."""
     found: list[Kind] = []
-    for kind in kinds:
+    for kind, after in zip(kinds, [*kinds[1:], None], strict=True):
         before = found[-1] if found else None
-        if kind.blocks == 1 and before is not None and before.path == kind.path:
+        is_last = after is None or after.path != kind.path
+        if kind.blocks == 1 and is_last and before is not None and before.path == kind.path:
             found[-1] = before._replace(blocks=before.blocks + 1, least=2)
         else:
             found.append(kind)
