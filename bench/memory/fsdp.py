@@ -169,7 +169,8 @@ def accumulated(model: nn.Module) -> list[Tensor]:
 def measured(family: Family, spec: specs.Spec, setting: Setting) -> dict[str, int]:
     """Peaks of real calls after one like them; of an "update" in the middle and at its end, where it reduces."""
     dtype = torch.float32 if setting.dtype == "fp32_master" else torch.bfloat16
-    model = prepare(real(spec, dtype), dtype if setting.lora else None, "off", setting.lora or RANK)
+    # LoRA layers are float32, as the trainer makes them.
+    model = prepare(real(spec, dtype), torch.float32 if setting.lora else None, "off", setting.lora or RANK)
     ranks = processes(setting)
     ranks._split(model)
     if setting.policy != "none":
