@@ -323,6 +323,11 @@ def test_bad_input(given: dict[str, object], message: str) -> None:
         plan(Settings(**given), advise=False)  # type: ignore[arg-type]  # wrong on purpose
 
 
+@pytest.mark.parametrize("version", ["2.7", "2.13.0+cpu", "2.14.0.dev20261101+cu130"])
+def test_versions_of_torch(version: str) -> None:
+    assert Settings("flux-dev", torch_version=version).fused_norm == (version != "2.7")
+
+
 def test_the_package_loads_no_diffusers() -> None:
     code = "import sys, dancegrpo_fast.memory as m; m.Settings; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT)

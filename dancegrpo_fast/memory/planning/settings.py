@@ -10,7 +10,7 @@ from .checks import check_integer, check_kind, check_number, check_one_of, check
 from .rewards import Reward
 
 GIB = 2**30
-_VERSION = re.compile(r"\d+\.\d+(\.\d+)?(\+\w+)?")
+_VERSION = re.compile(r"\d+\.\d+(\..*)?")
 
 POLICIES = ("none", "full", "attention", "matmul", "first:k", "auto")
 KERNELS = ("flash", "efficient", "cudnn", "math")
