@@ -68,6 +68,7 @@ def _cuda() -> tuple[ModuleType | None, str]:
     return module, f"built with nvcc {module.compiler} for compute capabilities {module.architectures}"
 
 
+_CPU = torch.device("cpu")
 _cuda_ready: set[int] = set()
 
 
@@ -241,8 +242,9 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
     Raises:
         ValueError: an unknown name, or a backend that cannot run such a call here; the message says why.
     """
-    check_name(backend)
     if backend == "auto":
+        if device == _CPU and _cpu()[0] is not None:
+            return "cpu"
         # The interpreter is for tests, which ask for it by name.
         order = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
         for name in order:
@@ -252,6 +254,7 @@ def pick(backend: str, device: torch.device, dtype: torch.dtype = torch.float32)
             if device.type == "cuda" and (_cuda()[0] is not None if name == "cuda" else dtype != torch.float64):
                 _warn_of_left_out("the CUDA module" if name == "cuda" else "Triton", reason)
         return "reference"
+    check_name(backend)
     if backend not in NAMES:
         wanted = ", ".join(f'"{name}"' for name in NAMES)
         raise ValueError(f'backend: got "{backend}", want one of {wanted}')

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checks import check_choice, check_dtype, check_int
 from ..ops._checks import FLOATS
-from ..ops.transition import check_scoring, transition_log_prob, transition_step
+from ..ops.transition import check_scoring, log_prob_op, transition_log_prob, transition_step
 from ..transitions import PACKED_COLUMNS, TransitionTable
 
 # Both far above what a script uses at once; past them everything is built anew, not kept for ever.
@@ -272,8 +272,7 @@ def _score(
     if torch.is_grad_enabled() and output.requires_grad:
         return transition_log_prob(latents, output, after, table, step, backend=backend)
     arguments = check_scoring(latents, output, after, table, step, None, None, "exact", backend)
-    found: Tensor = torch.ops.dgf.transition_log_prob(*arguments)
-    return found
+    return log_prob_op(*arguments)
 
 
 def advance(

@@ -135,13 +135,8 @@ def empty_unless(wanted: bool, like: Tensor | None) -> Tensor | None:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def packed(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Registered ops return no None: an empty tensor stands for it."""
-    return tuple(like.new_empty(0) if t is None else t for t in tensors)
-
-
-def unpacked(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The reverse of `packed`."""
+def unpacked(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The results that are wanted; a registered op returns an empty tensor for others."""
     return [t if keep else None for t, keep in zip(tensors, wanted, strict=True)]
 
 

@@ -146,13 +146,12 @@ def brief(result: Any) -> str:
     return f"{type(result).__name__}({fields})"
 
 
-def empty_gradients(model_output: Tensor, uncond_output: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of both outputs; without guidance the second is empty."""
-    empty = table.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
-    return torch.empty_like(model_output), empty
+def empty_gradients(model_output: Tensor, uncond_output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Room for the gradients of both outputs, the second one where there is guidance."""
+    return torch.empty_like(model_output), None if uncond_output is None else torch.empty_like(uncond_output)
 
 
-def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """Shapes of a backward op's results."""
     call, _ = split(arguments)
-    return empty_gradients(call.model_output, call.uncond_output, call.table)
+    return empty_gradients(call.model_output, call.uncond_output)

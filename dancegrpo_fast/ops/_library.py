@@ -1,17 +1,88 @@
-"""`torch.ops.dgf`: how an op is defined."""
+"""`torch.ops.dgf`: how an op is defined, and when a call goes through it."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("dgf", "DEF")
+# Classes of arguments that see no operator.
+PLAIN = {Tensor, torch.nn.Parameter}
+_QUIET = {type(None), bool, int, float, str, torch.dtype}
+Result = TypeVar("Result")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines one op for the CPU and CUDA; `fake` gives the shapes."""
+def register(schema: str, implementation: Callable[..., Result], fake: Callable[..., Any]) -> Callable[..., Result]:
+    """Defines one op for the CPU and CUDA; `fake` gives the shapes.
+
+    Both may leave results out as None, which a registered op returns as empty tensors.
+
+    Returns what to call in the op's place: the op where something watches, else its implementation at once, as torch's
+    dispatcher costs more than all the rest of a small call.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CPU")
-    _LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"dgf::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _whole(implementation), "CPU")
+    _LIBRARY.impl(name, _whole(implementation), "CUDA")
+    torch.library.register_fake(f"dgf::{name}", _whole(fake), lib=_LIBRARY)
+    op = getattr(torch.ops.dgf, name).default
+
+    def call(*arguments: Any) -> Result:
+        found: Result = (op if watched(arguments) else implementation)(*arguments)
+        return found
+
+    return call
+
+
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with an empty tensor, like its first one, for each None that it returns."""
+
+    @wraps(function)
+    def whole(*arguments: Any) -> Any:
+        found = function(*arguments)
+        if isinstance(found, Tensor) or all(one is not None for one in found):
+            return found
+        like = next(one for one in arguments if isinstance(one, Tensor))
+        return tuple(like.new_empty(0) if one is None else one for one in found)
+
+    return whole
+
+
+def watched(arguments: Iterable[Any]) -> bool:
+    """Whether something has to see an operator: what `modes_watch` finds, or tensors of another class."""
+    if modes_watch():
+        return True
+    for one in arguments:
+        kind = type(one)
+        if kind in _QUIET:
+            continue
+        if kind in PLAIN:
+            if one.is_meta:
+                return True
+        elif kind is not list or watched(one):
+            return True
+    return False
+
+
+# torch has no public way to ask for these.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_profiled = torch._C._autograd._profiler_enabled
+_traced = torch._C._is_tracing
+
+
+def modes_watch() -> bool:
+    """Whether a graph in the making, a mode (checkpoint policies, FLOP counters), a transform or a profiler does."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+        or _profiled()
+        or _traced()
+    )

@@ -11,15 +11,15 @@ from ._call import GradientTerms, LossOutputs, Noise, Objective, Transition
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """`[B, ...]` as the modules read it; contiguous samples go without sizes."""
+def operand(tensor: Tensor | None, numel: int) -> tuple[Any, ...] | None:
+    """`[B, ...]` of so many elements a sample as the modules read it; contiguous samples go without sizes."""
     if tensor is None:
         return None
-    code = DTYPE_CODES[tensor.dtype]
-    # The first test is the cheap one: indexing builds a view.
-    if tensor.is_contiguous() or tensor[0].is_contiguous():
-        return tensor.data_ptr(), code, tensor.stride(0)
-    return tensor.data_ptr(), code, tensor.stride(0), tuple(tensor.shape[1:]), tuple(tensor.stride()[1:])
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], numel
+    first, *strides = tensor.stride()
+    found = tensor.data_ptr(), DTYPE_CODES[tensor.dtype], first
+    return found if tensor[0].is_contiguous() else (*found, tuple(tensor.shape[1:]), tuple(strides))
 
 
 def address(tensor: Tensor | None) -> int:
@@ -37,13 +37,14 @@ def _check_devices(call: Transition, *others: Tensor | None) -> None:
 
 def _shared(call: Transition, launch: int | tuple[int, ...]) -> tuple[Any, ...]:
     """The argument that every entry point takes first."""
+    numel = call.numel
     return (
-        operand(call.latents),
-        operand(call.model_output),
-        operand(call.uncond_output),
-        operand(call.next_latents),
+        operand(call.latents, numel),
+        operand(call.model_output, numel),
+        operand(call.uncond_output, numel),
+        operand(call.next_latents, numel),
         call.batch,
-        call.numel,
+        numel,
         call.table.data_ptr(),
         call.table.shape[0],
         address(call.step),
@@ -57,11 +58,11 @@ def _shared(call: Transition, launch: int | tuple[int, ...]) -> tuple[Any, ...]:
 
 def _run(call: Transition, name: str, *rest: Any, sums: bool = True) -> None:
     """Calls an entry point of the module for the call's device; `sums`: the kernel needs room for partial sums."""
-    device = call.latents.device
-    if device.type == "cpu":
+    if call.latents.is_cpu:
         threads = backends.threads_for(call.latents.numel())
         getattr(backends.cpu_module(), name)(_shared(call, threads), *rest)
         return
+    device = call.latents.device
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _run(call, name, *rest, sums=sums)
@@ -88,10 +89,10 @@ def sample(call: Transition, noise: Noise, log_prob: Tensor, denoised: Tensor | 
     _run(
         call,
         "transition_sample",
-        operand(noise.given),
+        operand(noise.given, call.numel),
         noise.seed,
         address(ids),
-        operand(denoised),
+        operand(denoised, call.numel),
         log_prob.data_ptr(),
     )
     # The write went through a raw pointer, which autograd's version counter does not see.
@@ -112,8 +113,8 @@ def log_prob_gradient(call: Transition, grad_log_prob: Tensor, grad_output: Tens
         call,
         "transition_log_prob_gradient",
         grad_log_prob.data_ptr(),
-        operand(grad_output),
-        operand(grad_uncond),
+        operand(grad_output, call.numel),
+        operand(grad_uncond, call.numel),
         sums=False,
     )
 
@@ -124,8 +125,8 @@ def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> Non
     _run(
         call,
         "policy_loss",
-        operand(objective.reference_output),
-        operand(objective.old_output),
+        operand(objective.reference_output, call.numel),
+        operand(objective.old_output, call.numel),
         objective.old_log_prob.data_ptr(),
         objective.advantages.data_ptr(),
         address(objective.weight),
@@ -150,9 +151,9 @@ def policy_loss_gradient(
         grad_loss.data_ptr(),
         terms.step_scale.data_ptr(),
         terms.pull_scale.data_ptr(),
-        operand(terms.pull),
-        operand(terms.mean_output),
-        operand(grad_output),
-        operand(grad_uncond),
+        operand(terms.pull, call.numel),
+        operand(terms.mean_output, call.numel),
+        operand(grad_output, call.numel),
+        operand(grad_uncond, call.numel),
         sums=False,
     )

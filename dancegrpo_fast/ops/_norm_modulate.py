@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.common.modulation import compute_dtype, gated_residual
 from ..kernels.norm_modulate import reference
-from ._block import empty_unless, packed, reference_gradients, summed, triton_module
+from ._block import empty_unless, reference_gradients, summed, triton_module
 from .gated_residual import forward as gated_residual_op
 from .selfcheck import SAMPLES, Slice, Subject, kind, parameter_kind, trusted
 
@@ -144,7 +144,7 @@ _BACKWARD = Subject(
 )
 
 
-def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: Any) -> list[Tensor | None]:
     *given, backend = rest
     _, _, y, gate, *settings, wanted = given
     arguments = grad_h, list(grads), h, *given
@@ -157,7 +157,7 @@ def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: A
             trust = trusted(_BACKWARD, triton, signature, h.device, *arguments, backend)
         if trust:
             found = _backward_by_triton(triton, *arguments)
-    return packed(_backward_by_reference(*arguments) if found is None else found, h)
+    return _backward_by_reference(*arguments) if found is None else found
 
 
 def _backward_outputs(h: Tensor, values: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -166,5 +166,5 @@ def _backward_outputs(h: Tensor, values: Sequence[Any], wanted: Sequence[bool]) 
     return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
 
 
-def backward_fake(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    return packed(_backward_outputs(rest[0], rest[4:], rest[-2]), rest[0])
+def backward_fake(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> list[Tensor | None]:
+    return _backward_outputs(rest[0], rest[4:], rest[-2])

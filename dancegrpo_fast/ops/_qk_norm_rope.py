@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.common.modulation import compute_dtype
 from ..kernels.qk_norm_rope import reference
-from ._block import empty_unless, packed, reference_gradients, triton_module
+from ._block import empty_unless, reference_gradients, triton_module
 from .selfcheck import SAMPLES, Slice, Subject, kind, trusted
 
 # Of one stream: query, key, query weight, key weight, cos, sin.
@@ -202,7 +202,7 @@ _BACKWARD = Subject(
 )
 
 
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
+def backward(*arguments: Any) -> list[Tensor | None]:
     *given, backend = arguments
     streams, (norm, _, rope, rope_gradient, mode, wanted) = streams_of(given[4:]), given[4 + 2 * STREAM :]
     query, found = streams[0].query, None
@@ -213,9 +213,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
             trust = trusted(_BACKWARD, triton, signature, query.device, *arguments)
         if trust:
             found = _backward_by_triton(triton, *given)
-    return packed(_backward_by_reference(*given) if found is None else found, query)
+    return _backward_by_reference(*given) if found is None else found
 
 
-def backward_fake(grad_query: Any, grad_key: Any, rstd: Tensor, rstd2: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    streams = streams_of(arguments)
-    return packed(_backward_outputs(streams, arguments[-2]), streams[0].query)
+def backward_fake(grad_query: Any, grad_key: Any, rstd: Tensor, rstd2: Tensor, *arguments: Any) -> list[Tensor | None]:
+    return _backward_outputs(streams_of(arguments), arguments[-2])

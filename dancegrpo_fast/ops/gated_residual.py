@@ -15,7 +15,6 @@ from ._block import (
     check_tokens,
     check_tokens_like,
     empty_unless,
-    packed,
     parameter_rows,
     reference_gradients,
     register_flops,
@@ -95,26 +94,26 @@ _BACKWARD = Subject(
 
 def _backward_impl(
     grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, wanted: Sequence[bool], backend: str
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     arguments = grad, y, gate, split, mode, wanted
     found = None
     if triton := triton_module("gated_residual", backend, grad, y, gate):
         signature = (grad.dtype, grad.shape[2], kind(y), parameter_kind(gate, split), tuple(wanted))
         if mode == "fast" or trusted(_BACKWARD, triton, signature, grad.device, *arguments, backend):
             found = _backward_by_triton(triton, *arguments)
-    return packed(_backward_by_reference(*arguments) if found is None else found, grad)
+    return _backward_by_reference(*arguments) if found is None else found
 
 
-def _backward_fake(grad: Tensor, y: Tensor | None, gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return packed(_backward_outputs(grad, gate, rest[2]), grad)
+def _backward_fake(grad: Tensor, y: Tensor | None, gate: Tensor, *rest: Any) -> list[Tensor | None]:
+    return _backward_outputs(grad, gate, rest[2])
 
 
-register(
+_forward_op = register(
     "gated_residual(Tensor x, Tensor y, Tensor gate, SymInt split, str mode, str backend) -> Tensor",
     forward,
     _forward_fake,
 )
-register(
+backward_op = register(
     "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, SymInt split, str mode, bool[] wanted, str backend)"
     " -> (Tensor, Tensor)",
     _backward_impl,
@@ -132,8 +131,7 @@ class _GatedResidual(torch.autograd.Function):
         ctx.wanted = [ctx.needs_input_grad[2] and not ungated, ctx.needs_input_grad[3]]
         # y is needed for the gate's gradient alone.
         ctx.save_for_backward(y if ctx.wanted[1] else None, gate)
-        out: Tensor = torch.ops.dgf.gated_residual(x, y, gate, split, mode, backend)
-        return out
+        return _forward_op(x, y, gate, split, mode, backend)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +142,7 @@ class _GatedResidual(torch.autograd.Function):
             grad_y = grad
         elif any(ctx.wanted):
             grad_y, grad_gate = unpacked(
-                torch.ops.dgf.gated_residual_backward(grad, *ctx.saved_tensors, split, mode, ctx.wanted, backend),
+                backward_op(grad, *ctx.saved_tensors, split, mode, ctx.wanted, backend),
                 ctx.wanted,
             )
         return None, grad, grad_y, grad_gate, None, None, None

@@ -8,33 +8,35 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.gelu_tanh import reference
-from ._block import Cost, check_autocast, check_operand, packed, register_flops, triton_module
+from ._block import Cost, check_autocast, check_operand, register_flops, triton_module
 from ._checks import check_float
 from ._library import register
-from .gelu_tanh import check_arguments, joint_out, rows_of
+from .gelu_tanh import backward_op, check_arguments, forward_op, joint_out, rows_of
 
 
-def _gradients_fake(grad: Tensor, x: Tensor, prefix: Tensor | None, bias: bool, *unused: Any) -> tuple[Tensor, ...]:
+def _gradients_fake(
+    grad: Tensor, x: Tensor, prefix: Tensor | None, bias: bool, *unused: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
     bias_sum = x.new_empty(x.shape[-1]) if bias else None
-    return packed([joint_out(x, prefix), joint_out(x, None), bias_sum], x)
+    return joint_out(x, prefix), joint_out(x, None), bias_sum
 
 
 def _gradients_impl(
     grad: Tensor, x: Tensor, prefix: Tensor | None, bias: bool, mode: str, backend: str
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     triton = triton_module("gelu_tanh", backend, x)
     if triton and mode == "fast":
         outputs = _gradients_fake(grad, x, prefix, bias)
-        triton.gradients(grad, x, prefix, *outputs[:2], outputs[2] if bias else None)
+        triton.gradients(grad, x, prefix, *outputs)
         return outputs
     # torch's own kernels and sum, whose bits are eager's.
     activation = joint_out(x, prefix)
     reference.gelu_tanh(x, prefix, activation)
     grad_x = reference.gelu_tanh_gradient(grad, x)
-    return packed([activation, grad_x, reference.token_sum(grad_x) if bias else None], x)
+    return activation, grad_x, reference.token_sum(grad_x) if bias else None
 
 
-register(
+_gradients_op = register(
     "gelu_tanh_gradients(Tensor grad, Tensor x, Tensor? prefix, bool bias, str mode, str backend)"
     " -> (Tensor activation, Tensor grad_x, Tensor bias_sum)",
     _gradients_impl,
@@ -58,14 +60,14 @@ class _GeluLinear(torch.autograd.Function):
         ctx.width = 0 if prefix is None else prefix.shape[-1]
         by_h, _, by_weight, _, by_h_bias = ctx.needs_input_grad[:5]
         ctx.save_for_backward(h if by_h or by_weight or by_h_bias else None, prefix if by_weight else None, weight)
-        return F.linear(torch.ops.dgf.gelu_tanh(h, prefix, mode, backend), weight, bias)
+        return F.linear(forward_op(h, prefix, mode, backend), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, prefix, weight = ctx.saved_tensors
         by_h, by_prefix, by_weight, by_bias, by_h_bias = ctx.needs_input_grad[:5]
-        ops, rows = torch.ops.dgf, grad.reshape(-1, grad.shape[-1])
+        rows = grad.reshape(-1, grad.shape[-1])
         activation = grad_h = grad_prefix = grad_weight = grad_h_bias = None
         if by_h or by_prefix or by_h_bias:
             # The products of addmm's own gradients: another layout of the operands could give other bits.
@@ -73,12 +75,12 @@ class _GeluLinear(torch.autograd.Function):
             grad_prefix = joint[..., : ctx.width] if by_prefix else None
             own = joint[..., ctx.width :]
         if by_weight and (by_h or by_h_bias):
-            activation, grad_h, total = ops.gelu_tanh_gradients(own, h, prefix, by_h_bias, *ctx.settings)
+            activation, grad_h, total = _gradients_op(own, h, prefix, by_h_bias, *ctx.settings)
             grad_h_bias = total if by_h_bias else None
         elif by_weight:
-            activation = ops.gelu_tanh(h, prefix, *ctx.settings)
+            activation = forward_op(h, prefix, *ctx.settings)
         elif by_h or by_h_bias:
-            grad_h = ops.gelu_tanh_backward(own, h, *ctx.settings)
+            grad_h = backward_op(own, h, *ctx.settings)
             grad_h_bias = reference.token_sum(grad_h) if by_h_bias else None
         if activation is not None:
             grad_weight = rows.t().mm(activation.view(-1, weight.shape[1]))

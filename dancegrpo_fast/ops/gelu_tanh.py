@@ -47,8 +47,12 @@ def _backward_fake(grad: Tensor, x: Tensor, *unused: Any) -> Tensor:
     return joint_out(x, None)
 
 
-register("gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Tensor", _forward_impl, _forward_fake)
-register("gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", _backward_impl, _backward_fake)
+forward_op = register(
+    "gelu_tanh(Tensor x, Tensor? prefix, str mode, str backend) -> Tensor", _forward_impl, _forward_fake
+)
+backward_op = register(
+    "gelu_tanh_backward(Tensor grad, Tensor x, str mode, str backend) -> Tensor", _backward_impl, _backward_fake
+)
 
 
 class _GeluTanh(torch.autograd.Function):
@@ -58,12 +62,11 @@ class _GeluTanh(torch.autograd.Function):
         prepare(ctx)
         ctx.width = 0 if prefix is None else prefix.shape[-1]
         ctx.save_for_backward(x, prefix if keep_prefix else None)
-        out: Tensor = torch.ops.dgf.gelu_tanh(x, prefix, mode, backend)
-        return out
+        return forward_op(x, prefix, mode, backend)
 
     @staticmethod
     def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return (torch.ops.dgf.gelu_tanh(*kept, *settings),)
+        return (forward_op(*kept, *settings),)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +74,7 @@ class _GeluTanh(torch.autograd.Function):
         x, _ = saved(ctx)
         grad_x = grad_prefix = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.dgf.gelu_tanh_backward(grad[..., ctx.width :], x, *ctx.settings)
+            grad_x = backward_op(grad[..., ctx.width :], x, *ctx.settings)
         if ctx.needs_input_grad[1]:
             grad_prefix = grad[..., : ctx.width]
         return grad_x, grad_prefix, None, None, None

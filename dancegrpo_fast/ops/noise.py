@@ -9,7 +9,7 @@ from ..backends import check_name
 from ..checks import check_dtype, check_int, shown
 from ..transitions import TransitionTable
 from ._checks import FLOATS, check_per_sample, check_seed
-from .transition import empty_like
+from .transition import empty_like, step_op
 
 # The noise's counter has 32 bits for groups of four elements.
 _MOST_ELEMENTS = 2**34
@@ -48,9 +48,7 @@ def gaussian_noise(
     # The normals are float32 numbers, which every backend draws.
     out = empty_like(zeros, torch.float32 if dtype == torch.float64 else dtype)
     table = _UNIT_NOISE.packed(out.device)
-    torch.ops.dgf.transition_step(
-        zeros, zeros, out, None, 1.0, table, None, 0, False, backend, None, key, sample_ids, False
-    )
+    step_op(zeros, zeros, out, None, 1.0, table, None, 0, False, backend, None, key, sample_ids, False)
     return out.to(dtype)
 
 

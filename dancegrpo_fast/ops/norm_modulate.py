@@ -24,6 +24,7 @@ from ._block import (
 )
 from ._library import register
 from ._norm_modulate import backward, backward_fake, forward, forward_fake
+from .gated_residual import backward_op as gated_backward_op
 
 NORMS = ("layer", "rms")
 NORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,13 +34,13 @@ INPUTS = 7
 _SETTINGS = "SymInt split, str norm, float eps, str mode, ScalarType? norm_dtype"
 
 
-register(
+_forward_op = register(
     "norm_modulate(Tensor x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias,"
     f" {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     forward,
     forward_fake,
 )
-register(
+_backward_op = register(
     "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor mean, Tensor rstd, Tensor? y,"
     f" Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, {_SETTINGS}, bool[] wanted,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -56,7 +57,7 @@ class _NormModulate(torch.autograd.Function):
         ctx: Any, consumers: int, ungated: bool, x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        h, out, mean, rstd = torch.ops.dgf.norm_modulate(x, y, gate, *arguments)
+        h, out, mean, rstd = _forward_op(x, y, gate, *arguments)
         parameters, ctx.settings = arguments[:4], arguments[4:]
         prepare(ctx)
         ctx.wanted = list(ctx.needs_input_grad[2 : 2 + INPUTS])
@@ -75,7 +76,7 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
         h, _, _, _, _, *parameters = kept
-        return (torch.ops.dgf.norm_modulate(h, None, None, *parameters, *settings)[1],)
+        return (_forward_op(h, None, None, *parameters, *settings)[1],)
 
     @staticmethod
     @once_differentiable
@@ -86,9 +87,7 @@ class _NormModulate(torch.autograd.Function):
         h, mean, rstd, y, gate, *parameters = saved(ctx)
         *settings, backend = ctx.settings
         if grads:
-            found = torch.ops.dgf.norm_modulate_backward(
-                grad_h, grads, h, mean, rstd, y, gate, *parameters, *settings, ctx.wanted, backend
-            )
+            found = _backward_op(grad_h, grads, h, mean, rstd, y, gate, *parameters, *settings, ctx.wanted, backend)
             grad_x, grad_y, *more = unpacked(found, ctx.wanted)
             return None, None, grad_x, grad_x if ctx.ungated else grad_y, *more, *rest
         if grad_h is None:
@@ -98,7 +97,7 @@ class _NormModulate(torch.autograd.Function):
         if any(ctx.wanted[1:3]):
             split, mode = settings[0], settings[3]
             grad_y, grad_gate = unpacked(
-                torch.ops.dgf.gated_residual_backward(grad_h, y, gate, split, mode, ctx.wanted[1:3], backend),
+                gated_backward_op(grad_h, y, gate, split, mode, ctx.wanted[1:3], backend),
                 ctx.wanted[1:3],
             )
         return None, None, grad_h, grad_y, grad_gate, None, None, None, None, *rest

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_bool, check_level, check_number
 from ..kernels.policy_loss import reference
 from ..transitions import TransitionTable
+from . import _quick
 from ._call import (
     SHARED,
     GradientTerms,
@@ -79,23 +80,21 @@ def _loss_fake(*arguments: Any) -> LossOutputs:
     )
 
 
-def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     call, rest = split(arguments)
-    grad_output, grad_uncond = empty_gradients(call.model_output, call.uncond_output, call.table)
-    implementation(call).policy_loss_gradient(
-        call, GradientTerms(*rest), grad_output, None if call.uncond_output is None else grad_uncond
-    )
-    return grad_output, grad_uncond
+    grads = empty_gradients(call.model_output, call.uncond_output)
+    implementation(call).policy_loss_gradient(call, GradientTerms(*rest), *grads)
+    return grads
 
 
-register(
+_loss_op = register(
     f"policy_loss({SHARED}, Tensor old_log_prob, Tensor advantages, Tensor? weight, Tensor? reference_output,"
     " Tensor? old_output, float clip_low, float clip_high, float advantage_clip, float kl_weight, bool ratio_norm)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss_impl,
     _loss_fake,
 )
-register(
+_backward_op = register(
     f"policy_loss_backward({SHARED}, Tensor grad_loss, Tensor step_scale, Tensor pull_scale, Tensor? pull,"
     " Tensor? mean_output) -> (Tensor, Tensor)",
     _backward_impl,
@@ -109,7 +108,7 @@ class _PolicyLoss(torch.autograd.Function):
         # The outputs that are not differentiable would each be given a gradient of zeros.
         ctx.set_materialize_grads(False)
         shared, objective = arguments[:shared_count], Objective(*arguments[shared_count:])
-        out = LossOutputs(*torch.ops.dgf.policy_loss(*shared, *objective))
+        out = LossOutputs(*_loss_op(*shared, *objective))
         ctx.mark_non_differentiable(out.log_prob, out.ratio, out.metrics, out.has_grad)
         mean_output = objective.old_output if objective.ratio_norm else None
         save_shared(ctx, shared, out.step_scale, out.pull_scale, objective.reference_output, mean_output)
@@ -121,8 +120,55 @@ class _PolicyLoss(torch.autograd.Function):
         shared, terms = saved_shared(ctx)
         if grad is None:
             return (None,) * (1 + len(shared) + len(Objective._fields))
-        grads = torch.ops.dgf.policy_loss_backward(*shared, grad, *terms)
+        grads = _backward_op(*shared, grad, *terms)
         return None, *shared_gradients(shared, grads), *(None,) * len(Objective._fields)
+
+
+class _Linked(torch.autograd.Function):
+    """The loss of arguments that need no check, linked to the model outputs alone.
+
+    The other results go into `made`: each input and output of a function costs as much as an allocation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _quick.Loss,
+        step: int | Tensor,
+        kept: tuple[Tensor | None, ...],
+        made: list[LossOutputs],
+        model_output: Tensor,
+        uncond_output: Tensor | None,
+    ) -> Tensor:
+        out = call.run()
+        made.append(out)
+        each, ctx.step = (step, 0) if isinstance(step, Tensor) else (None, step)
+        ctx.scale = call.scale
+        ctx.save_for_backward(model_output, uncond_output, call.rows, each, out.step_scale, out.pull_scale, *kept)
+        return out.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, uncond, rows, each, step_scale, pull_scale, latents, next_latents, pull = ctx.saved_tensors
+        shared = latents, output, next_latents, uncond, ctx.scale, rows, each, ctx.step, False, "auto"
+        grads = _backward_op(*shared, grad, step_scale, pull_scale, pull, None)
+        return *(None,) * 4, grads[0], None if uncond is None else grads[1]
+
+
+def _linked(
+    call: _quick.Loss,
+    step: int | Tensor,
+    kept: tuple[Tensor | None, ...],
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+) -> tuple[Tensor, LossOutputs]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (model_output, uncond_output)):
+        made: list[LossOutputs] = []
+        loss: Tensor = _Linked.apply(call, step, kept, made, model_output, uncond_output)
+        return loss, made[0]
+    out = call.run()
+    return out.loss, out
 
 
 def _clip_range(value: Any) -> tuple[float, float]:
@@ -203,6 +249,15 @@ def policy_loss(
         ValueError: an argument of the wrong type, shape, dtype, device or range, or a row without noise whose weight
             is not 0.
     """
+    if ratio_norm is False and old_output is None:
+        quick = _quick.policy_loss(
+            *(latents, model_output, next_latents, table, step, old_log_prob, advantages, clip_range, advantage_clip),
+            *(uncond_output, guidance_scale, reference_output, kl_weight, weight, rounding, backend),
+        )
+        if quick is not None:
+            kept = (latents, next_latents, reference_output)
+            loss, out = _linked(quick, step, kept, model_output, uncond_output)
+            return PolicyLoss(loss, out.log_prob, out.ratio, PolicyMetrics(*out.metrics.unbind()), out.has_grad)
     shared = check_scoring(
         latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
     )

@@ -23,10 +23,10 @@ _SETTINGS = "str norm, float eps, str rope, str rope_gradient, str mode"
 _STREAMS = f"{_STREAM.format('', '')}, {_STREAM.format('?', '2')}"
 
 
-register(
+_forward_op = register(
     f"qk_norm_rope({_STREAMS}, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", forward, forward_fake
 )
-register(
+_backward_op = register(
     f"qk_norm_rope_backward(Tensor? grad_query, Tensor? grad_key, Tensor rstd, Tensor rstd2, {_STREAMS}, {_SETTINGS},"
     " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
@@ -38,7 +38,7 @@ class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        query, key, rstd, rstd2 = torch.ops.dgf.qk_norm_rope(*arguments)
+        query, key, rstd, rstd2 = _forward_op(*arguments)
         ctx.settings = arguments[2 * STREAM :]
         prepare(ctx)
         ctx.wanted = [ctx.needs_input_grad[i * STREAM + j] for i in range(2) for j in range(4)]
@@ -56,7 +56,7 @@ class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def recompute(kept: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
         _, _, *streams = kept
-        query, key, _, _ = torch.ops.dgf.qk_norm_rope(*streams, *settings)
+        query, key, _, _ = _forward_op(*streams, *settings)
         return query, key
 
     @staticmethod
@@ -67,9 +67,7 @@ class _QkNormRope(torch.autograd.Function):
             return *(None,) * (2 * STREAM), *rest
         rstd, rstd2, *streams = saved(ctx)
         *settings, backend = ctx.settings
-        found = torch.ops.dgf.qk_norm_rope_backward(
-            grad_query, grad_key, rstd, rstd2, *streams, *settings, ctx.wanted, backend
-        )
+        found = _backward_op(grad_query, grad_key, rstd, rstd2, *streams, *settings, ctx.wanted, backend)
         grads = unpacked(found, ctx.wanted)
         return *grads[:4], None, None, *grads[4:], None, None, *rest
 

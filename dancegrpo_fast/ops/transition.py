@@ -10,6 +10,7 @@ from ..backends import check_name
 from ..checks import check_bool, check_dtype, shown
 from ..kernels.transition import reference
 from ..transitions import TransitionTable
+from . import _quick
 from ._call import SHARED, Noise, Transition, brief, empty_gradients, gradients_fake, implementation, split
 from ._checks import (
     FLOATS,
@@ -38,7 +39,7 @@ class TransitionStep(NamedTuple):
         return brief(self)
 
 
-def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     call, (given, seed, sample_ids, denoised) = split(arguments)
     out = call.next_latents
     if overlaps_itself(out):
@@ -51,21 +52,19 @@ def _step_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
         first, last = storage_span(value)
         if first < stop and start < last and overlap(out, value):
             raise ValueError(f"out: got memory that {name} lies in too, want memory of its own")
-    log_prob, clean = _step_outputs(call, denoised)
-    implementation(call).sample(call, Noise(given, seed, sample_ids), log_prob, clean if denoised else None)
-    return log_prob, clean
+    outputs = _step_outputs(call, denoised)
+    implementation(call).sample(call, Noise(given, seed, sample_ids), *outputs)
+    return outputs
 
 
-def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     call, rest = split(arguments)
     return _step_outputs(call, rest[-1])
 
 
-def _step_outputs(call: Transition, denoised: bool) -> tuple[Tensor, Tensor]:
-    log_prob = call.table.new_empty(call.batch)
-    if not denoised:
-        return log_prob, call.table.new_empty(0)
-    return log_prob, empty_like(call.latents, call.next_latents.dtype)
+def _step_outputs(call: Transition, denoised: bool) -> tuple[Tensor, Tensor | None]:
+    clean = empty_like(call.latents, call.next_latents.dtype) if denoised else None
+    return call.table.new_empty(call.batch), clean
 
 
 def empty_like(latents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,23 +85,21 @@ def _log_prob_fake(*arguments: Any) -> Tensor:
     return call.table.new_empty(call.batch)
 
 
-def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     call, (grad_log_prob,) = split(arguments)
-    grad_output, grad_uncond = empty_gradients(call.model_output, call.uncond_output, call.table)
-    implementation(call).log_prob_gradient(
-        call, grad_log_prob, grad_output, None if call.uncond_output is None else grad_uncond
-    )
-    return grad_output, grad_uncond
+    grads = empty_gradients(call.model_output, call.uncond_output)
+    implementation(call).log_prob_gradient(call, grad_log_prob, *grads)
+    return grads
 
 
-register(
+step_op = register(
     f"transition_step({SHARED.replace('Tensor next_latents', 'Tensor(a!) next_latents')},"
     " Tensor? noise, SymInt? seed, Tensor? sample_ids, bool denoised) -> (Tensor, Tensor)",
     _step_impl,
     _step_fake,
 )
-register(f"transition_log_prob({SHARED}) -> Tensor", _log_prob_impl, _log_prob_fake)
-register(
+log_prob_op = register(f"transition_log_prob({SHARED}) -> Tensor", _log_prob_impl, _log_prob_fake)
+_backward_op = register(
     f"transition_log_prob_backward({SHARED}, Tensor grad_log_prob) -> (Tensor, Tensor)", _backward_impl, gradients_fake
 )
 
@@ -122,7 +119,7 @@ def saved_shared(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     return shared, saved[len(ctx.tensors) :]
 
 
-def shared_gradients(shared: list[Any], grads: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+def shared_gradients(shared: list[Any], grads: tuple[Tensor, Tensor | None]) -> tuple[Tensor | None, ...]:
     """A backward op's results in the places of the shared arguments: model_output and uncond_output."""
     return None, grads[0], None, None if shared[3] is None else grads[1], *(None,) * (len(shared) - 4)
 
@@ -131,14 +128,13 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *shared: Any) -> Tensor:
         save_shared(ctx, shared)
-        log_prob: Tensor = torch.ops.dgf.transition_log_prob(*shared)
-        return log_prob
+        return log_prob_op(*shared)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shared, _ = saved_shared(ctx)
-        return shared_gradients(shared, torch.ops.dgf.transition_log_prob_backward(*shared, grad))
+        return shared_gradients(shared, _backward_op(*shared, grad))
 
 
 def scored(*shared: Any) -> Tensor:
@@ -234,6 +230,12 @@ def transition_step(
         ValueError: an argument of the wrong type, shape, dtype, device or range (lists and arrays are no tensors), an
             input that requires grad in grad mode, or `out` that does in any.
     """
+    if sample_ids is None and out is None and out_dtype is None and return_denoised is False:
+        found = _quick.transition_step(
+            latents, model_output, table, step, noise, seed, uncond_output, guidance_scale, rounding, backend
+        )
+        if found is not None:
+            return TransitionStep(*found, None)
     scale, index, reference_rounding = _check_shared(
         latents, model_output, table, step, uncond_output, guidance_scale, rounding, backend
     )
@@ -266,7 +268,7 @@ def transition_step(
         if out_dtype is not None and out_dtype != out.dtype:
             raise ValueError(f"out_dtype: got {shown(out_dtype)} with out of {out.dtype}, want the same")
     packed = table.packed(latents.device, reference.compute_dtype(latents, model_output, uncond_output, out))
-    log_prob, denoised = torch.ops.dgf.transition_step(
+    log_prob, denoised = step_op(
         latents,
         model_output,
         out,
@@ -342,8 +344,6 @@ def transition_log_prob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    return scored(
-        *check_scoring(
-            latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
-        )
-    )
+    arguments = latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
+    found = _quick.transition_log_prob(*arguments)
+    return scored(*check_scoring(*arguments)) if found is None else found

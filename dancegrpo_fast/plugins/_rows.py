@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.transition import reference
-from ..ops.transition import empty_like, scored
+from ..ops.transition import empty_like, scored, step_op
 
 
 def rows(kind: str, sigma: Tensor, sigma_next: Tensor, level: float, sigma_max: float | Tensor) -> Tensor:
@@ -76,9 +76,7 @@ def transition(
     if next_latents is None:
         after = empty_like(latents, latents.dtype)
         with torch.no_grad():
-            log_prob, _ = torch.ops.dgf.transition_step(
-                latents, output.detach(), after, *settings, noise, None, None, False
-            )
+            log_prob, _ = step_op(latents, output.detach(), after, *settings, noise, None, None, False)
     else:
         after = next_latents.detach()
     after = after.float()
