@@ -106,26 +106,35 @@ def check_channels(name: str, value: Any, x: Tensor) -> None:
     check_device(name, value, x, "x")
 
 
-def parameter_rows(name: str, value: Tensor | None, x: Tensor, split: int | None) -> Tensor | None:
-    """`[B, C]`, `[B, 1, C]`, `[B, S, C]` or, with `split`, `[B, 2, C]` as three dimensions."""
+def check_parameter(name: str, value: Tensor | None, x: Tensor, split: int | None) -> None:
+    """`[B, C]`, `[B, 1, C]`, `[B, S, C]` or, with `split`, `[B, 2, C]`; or None."""
     if value is None:
-        return None
+        return
     check_float(name, value)
     check_device(name, value, x, "x")
     batch, tokens, channels = x.shape
-    if value.ndim == 2:
-        value = value.unsqueeze(1)
+    shape = (batch, 1, *value.shape[1:]) if value.ndim == 2 and len(value) == batch else tuple(value.shape)
     rows = (1, tokens) if split is None else (2,)
-    if value.ndim != 3 or (value.shape[0], value.shape[2]) != (batch, channels) or value.shape[1] not in rows:
+    if len(shape) != 3 or (shape[0], shape[2]) != (batch, channels) or shape[1] not in rows:
         wanted = f"[{batch}, {channels}] or [{batch}, {tokens}, {channels}]"
         wanted = wanted if split is None else f"[{batch}, 2, {channels}], as split is given"
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {wanted} for x of {tuple(x.shape)}")
-    return value
+
+
+def as_rows(parameter: Tensor | None) -> Tensor | None:
+    """`[B, C]` as `[B, 1, C]`."""
+    return parameter.unsqueeze(1) if parameter is not None and parameter.ndim == 2 else parameter
 
 
 def check_split(split: Any, x: Tensor) -> int:
     """The token, up to their number, from which the second row of parameters counts; -1 for None."""
     return -1 if split is None else check_int("split", split, 0, x.shape[1], " or None")
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """Room without gaps for numbers of x's shape and dtype."""
+    # Twice as fast without the argument.
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty_unless(wanted: bool, like: Tensor | None) -> Tensor | None:

@@ -51,6 +51,55 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return whole
 
 
+def layout(one: Tensor) -> tuple[Any, ...]:
+    """What a call depends on of a strided tensor, but for its numbers."""
+    return one.dtype, one.device, one.shape, one.stride()
+
+
+# Signatures that are kept; a run has few.
+MOST_KEPT = 4096
+
+
+def checked_once(check: Callable[..., Result]) -> Callable[..., Result]:
+    """`check` looks at layouts and settings alone: what it found is kept by them, unless it raises."""
+    passed: dict[Any, Result] = {}
+
+    def run(*arguments: Any) -> Result:
+        key = None if torch.compiler.is_compiling() else _signature(arguments)
+        if key is None:
+            return check(*arguments)
+        if key not in passed:
+            found = check(*arguments)
+            if len(passed) >= MOST_KEPT:
+                passed.clear()
+            passed[key] = found
+        return passed[key]
+
+    return run
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of a call, or a compiler that decides that by itself."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+
+
+def _signature(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
+    """None where an argument has to be looked at more closely."""
+    found: list[Any] = []
+    for one in arguments:
+        kind = type(one)
+        if kind in PLAIN and one.layout is torch.strided:
+            found.append(layout(one))
+        elif kind in _QUIET:
+            # 1, 1.0 and True are equal.
+            found += kind, one
+        else:
+            return None
+    return tuple(found)
+
+
 def watched(arguments: Iterable[Any]) -> bool:
     """Whether something has to see an operator: what `modes_watch` finds, or tensors of another class."""
     if modes_watch():

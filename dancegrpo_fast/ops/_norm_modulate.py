@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.common.modulation import compute_dtype, gated_residual
 from ..kernels.norm_modulate import reference
-from ._block import empty_unless, reference_gradients, summed, triton_module
+from ._block import contiguous_like, empty_unless, reference_gradients, summed, triton_module
 from .gated_residual import forward as gated_residual_op
 from .selfcheck import SAMPLES, Slice, Subject, kind, parameter_kind, trusted
 
@@ -35,24 +35,27 @@ class Given(NamedTuple):
         return reference.norm_modulate(h, scale, shift, weight, bias, *settings)
 
 
-def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+# The residual stream where there is a gate, the modulated tokens, mean (of a LayerNorm) and reciprocal deviation.
+Outputs = tuple[Tensor | None, Tensor, Tensor | None, Tensor]
+
+
+def _forward_outputs(x: Tensor, y: Tensor | None, norm: str) -> Outputs:
+    out = contiguous_like(x)
     rstd = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
-    mean = torch.empty_like(rstd) if norm == "layer" else rstd.new_empty(0)
-    return h, torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
+    return None if y is None else contiguous_like(x), out, torch.empty_like(rstd) if norm == "layer" else None, rstd
 
 
-def _by_triton(triton: Any, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _by_triton(triton: Any, x: Tensor, y: Tensor | None, *rest: Any) -> Outputs:
     outputs = _forward_outputs(x, y, rest[6])
     triton.forward(x, y, Given(*rest), outputs)
     return outputs
 
 
-def _by_reference(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, h = Given(*rest), x.new_empty(0)
+def _by_reference(x: Tensor, y: Tensor | None, *rest: Any) -> Outputs:
+    given, h = Given(*rest), None
     if y is not None and given.gate is not None:
         h = gated_residual(x, y, given.gate, given.split, given.mode == "fast").contiguous()
-    base = x if y is None else h
+    base = x if h is None else h
     out = given.modulated(base, *given[1:5])
     return h, out.contiguous(), *reference.statistics(base, given.norm, given.eps)
 
@@ -76,7 +79,7 @@ def _signature(like: Tensor, arguments: Sequence[Any], *operands: Any) -> tuple[
     return like.dtype, like.shape[2], norm, norm_dtype, *parameters, *operands
 
 
-def forward(x: Tensor, y: Tensor | None, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, y: Tensor | None, gate: Tensor | None, *rest: Any) -> Outputs:
     *settings, backend = rest
     arguments = x, y, gate, *settings
     if triton := triton_module("norm_modulate", backend, x, y, gate, *settings[:4]):
@@ -93,7 +96,7 @@ def forward(x: Tensor, y: Tensor | None, gate: Tensor | None, *rest: Any) -> tup
     return _by_reference(*arguments)
 
 
-def forward_fake(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_fake(x: Tensor, y: Tensor | None, *rest: Any) -> Outputs:
     return _forward_outputs(x, y, rest[6])
 
 
@@ -127,7 +130,7 @@ def _backward_sliced(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any)
     h, mean, rstd, y, gate, scale, shift, weight, bias, split, *settings = rest
     part = Slice(h.shape[1], h.shape[2], split)
     # The kernel takes statistics as they were written, without gaps.
-    statistics = (t if t.numel() == 0 else t[:SAMPLES, :: part.step].contiguous() for t in (mean, rstd))
+    statistics = (t if t is None or t.numel() == 0 else t[:SAMPLES, :: part.step].contiguous() for t in (mean, rstd))
     rows = map(part.parameter, (gate, scale, shift))
     given = part.tokens(grad_h), [part.tokens(g) for g in grads], part.tokens(h), *statistics, part.tokens(y)
     return *given, *rows, weight, bias, part.split, *settings

@@ -1,8 +1,9 @@
 """The ops by Triton: arguments for the kernels, room for their partial sums, and one launch a call."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .. import backends
 from ..kernels.policy_loss import triton_kernels as loss_kernels
 from ..kernels.transition import triton_kernels as kernels
 from ._call import GradientTerms, LossOutputs, Noise, Objective, Transition
+from ._library import MOST_KEPT, layout
 
 # Elements a program, what one sum of squares can hold; 16 elements a thread need no spills and fill 16-byte accesses.
 BLOCK = 4096
@@ -145,21 +147,125 @@ def _workspace(device: torch.device, tickets: int, room: int) -> tuple[Tensor, T
     return kept
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """One launch on the current stream of the current device."""
-    kernel[(programs,)](*arguments, **settings)
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """One launch on the current stream of the current device; returns the compiled kernel."""
+    return kernel[(programs,)](*arguments, **settings)
 
 
 def _launch_on(
     device: torch.device, kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]
-) -> None:
+) -> Any:
+    with _on(device):
+        return launch(kernel, programs, arguments, _settled(settings))
+
+
+def _settled(settings: dict[str, Any]) -> dict[str, Any]:
     # Noise, ratio 1 and the equality with the CPU kernels need every product rounded.
-    settings = {**settings, "interpreted": backends.interpreting(), "enable_fp_fusion": False}
+    return {**settings, "interpreted": backends.interpreting(), "enable_fp_fusion": False}
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):
-            launch(kernel, programs, arguments, settings)
-    else:
-        launch(kernel, programs, arguments, settings)
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+class Launch(NamedTuple):
+    """One launch: what `kernel[(programs,)](*arguments, **settings)` takes."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+class _Bound:
+    """A launch whose tensors alone differ from call to call, in the order in which calls give them."""
+
+    def __init__(self, made: Launch, template: tuple[Any, ...], compiled: Any):
+        self.template = template
+        names = made.kernel.arg_names[len(made.arguments) :]
+        self.constants = tuple(made.settings.get(name) for name in names)
+        self.run = compiled[(made.programs, 1, 1)]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        self.run(*_filled(self.template, tensors), *self.constants)
+
+
+class _Place(int):
+    """Where a tensor stands among those of a call."""
+
+
+def _with_places(arguments: Any, places: dict[tuple[int, torch.dtype], int]) -> Any:
+    """The arguments with places for tensors; None where one is none of the call's."""
+    if isinstance(arguments, Tensor):
+        place = places.get((arguments.data_ptr(), arguments.dtype))
+        return None if place is None else _Place(place)
+    if not isinstance(arguments, tuple):
+        return arguments
+    found = [_with_places(one, places) for one in arguments]
+    lost = any(one is None and given is not None for one, given in zip(found, arguments, strict=True))
+    return None if lost else tuple(found)
+
+
+def _filled(template: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple(
+        [
+            _filled(one, tensors) if type(one) is tuple else tensors[one] if type(one) is _Place else one
+            for one in template
+        ]
+    )
+
+
+# By the function that makes a launch, and by layouts.
+_bound: dict[Any, "_Bound"] = {}
+
+
+def planned(make: Callable[..., Launch]) -> Callable[..., None]:
+    """`make` says what to launch for inputs, settings and outputs; what it says is kept by the inputs' layouts.
+
+    Triton's own launcher asks every argument in every call, which takes longer than most of these kernels. The outputs,
+    a tuple, are new ones in every call, of layouts that follow from the inputs.
+    """
+
+    def run(*arguments: Any) -> None:
+        tensors: list[Tensor] = []
+        key = make, _collected(arguments[:-1], tensors)
+        tensors += [one for one in arguments[-1] if one is not None]
+        with _on(tensors[0].device):
+            known = _bound.get(key)
+            if known is not None:
+                known(tensors)
+                return
+            made = make(*arguments)
+            settings = _settled(made.settings)
+            compiled = launch(made.kernel, made.programs, made.arguments, settings)
+        places = {(t.data_ptr(), t.dtype): i for i, t in enumerate(tensors)}
+        # Two tensors at one place may lie apart in the next call, and copies are new in each; AMD's launches depend on
+        # more than the layouts.
+        if compiled is None or len(places) < len(tensors) or torch.version.hip is not None:
+            return
+        template = _with_places(made.arguments, places)
+        if template is not None:
+            if len(_bound) >= MOST_KEPT:
+                _bound.clear()
+            _bound[key] = _Bound(made._replace(settings=settings), template, compiled)
+
+    return run
+
+
+def _collected(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """A key of all that a launch depends on, alignment included; the tensors are put into the list."""
+    found: list[Any] = []
+    for one in arguments:
+        if isinstance(one, Tensor):
+            tensors.append(one)
+            found.append((layout(one), one.data_ptr() % 16 == 0))
+        elif isinstance(one, tuple):
+            found.append(_collected(one, tensors))
+        else:
+            found.append(one)
+    return tuple(found)
 
 
 def _settings(call: Transition) -> dict[str, Any]:

@@ -117,12 +117,13 @@ def _product_type(mode: str, y: torch.dtype, gate: Tensor) -> Any:
     return tl.float32 if mode == "fast" else type_of("gate y", y, gate.dtype)
 
 
-def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tensor) -> None:
+@_triton.planned
+def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, outputs: tuple[Tensor]) -> _triton.Launch:
     """Writes `x + gate y`."""
     batch, tokens, channels = x.shape
     blocks, settings = _settings(channels, split, _product_type(mode, y.dtype, gate))
-    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(out), tokens, channels, split)
-    _triton._launch_on(x.device, kernels.forward_kernel, batch * tokens * blocks, arguments, settings)
+    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(outputs[0]), tokens, channels, split)
+    return _triton.Launch(kernels.forward_kernel, batch * tokens * blocks, arguments, settings)
 
 
 def backward(

@@ -25,7 +25,8 @@ def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, 
     return {"block": block, "num_warps": max(1, block // (32 * thread))}
 
 
-def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> None:
+@_triton.planned
+def forward(x: Tensor, prefix: Tensor | None, outputs: tuple[Tensor]) -> _triton.Launch:
     """Writes the prefix and, behind it, `gelu(x)`."""
     copied_width = 0 if prefix is None else prefix.shape[-1]
     rows = _rows(x, copied_width == 0 and x.is_contiguous())
@@ -35,9 +36,9 @@ def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> None:
     arguments = (
         *(rows, *rows.stride(), rows.shape[1]),
         *(head, *((0, 0) if head is None else head.stride()), copied_width),
-        *(out, copied_width + rows.shape[1], copied + parts, copied),
+        *(outputs[0], copied_width + rows.shape[1], copied + parts, copied),
     )
-    _triton._launch_on(x.device, kernels.forward_kernel, len(rows) * (copied + parts), arguments, settings)
+    return _triton.Launch(kernels.forward_kernel, len(rows) * (copied + parts), arguments, settings)
 
 
 def backward(grad: Tensor, x: Tensor, grad_x: Tensor) -> None:

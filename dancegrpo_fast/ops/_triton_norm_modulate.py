@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.norm_modulate import triton_kernels as kernels
 from . import _triton
 from ._block import summed
-from ._norm_modulate import Given
+from ._norm_modulate import Given, Outputs
 from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, type_of
 
 # Rows longer than this leave the backward no registers for more than what it must hold.
@@ -47,19 +47,19 @@ def _settings(channels: int, block: int, split: int, warps: int) -> dict[str, An
     }
 
 
-def forward(x: Tensor, y: Tensor | None, given: Given, outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+@_triton.planned
+def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _triton.Launch:
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
-    operands = (x, y, *given[:5], None if y is None else h, out)
-    statistics = (mean if given.norm == "layer" else None, rstd)
-    arguments = (*map(rows_of, operands), *statistics, tokens, channels, given.split, given.eps)
+    operands = (x, y, *given[:5], h, out)
+    arguments = (*map(rows_of, operands), mean, rstd, tokens, channels, given.split, given.eps)
     types = _types(x, None if y is None else y.dtype, given)
     del types["grad_type"]
     block = triton.next_power_of_2(channels)
     # 16 elements a thread.
     settings = _settings(channels, block, given.split, min(16, block // 512)) | types
-    _triton._launch_on(x.device, kernels.forward_kernel, batch * tokens, arguments, settings)
+    return _triton.Launch(kernels.forward_kernel, batch * tokens, arguments, settings)
 
 
 def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize: int) -> list[list[Tensor | None]]:

@@ -92,26 +92,46 @@ def forward(
     streams: Any, norm: str, eps: float, rope: str, rope_gradient: str, mode: str, outputs: tuple[Tensor, ...]
 ) -> None:
     """Writes joint queries, joint keys and the norm's statistics."""
-    start = 0
-    for stream, rstd in zip(streams, outputs[2:], strict=False):
-        batch, tokens, heads, dim = stream.query.shape
-        half_split = rope == "half" and stream.cos is not None
-        operands: list[Any] = [None, None]
-        tensors = []
-        for i, (x, weight) in enumerate(((stream.query, stream.q_weight), (stream.key, stream.k_weight))):
-            if x is not None:
-                x, out = _in_runs(x, half_split), outputs[i][:, start : start + tokens]
-                operands[i] = (x, *x.stride(), _given(_vector(weight)), out, *out.stride()[:2])
-                tensors += [x, out]
-        arguments = (
-            *(*operands, rstd, _table(stream.cos), _table(stream.sin), tokens, batch * tokens, heads, dim),
-            *(_width(norm, heads, dim), eps, 0 if stream.cos is None else len(stream.cos)),
-            1 if norm == "token" else heads,
-        )
-        settings = _shared(stream, norm, rope, mode, tensors, FORWARD_REGISTERS)
-        settings["stepwise"] = mode == "lossless" and _stepwise(stream, norm, rope_gradient)
-        _triton._launch_on(rstd.device, kernels.forward_kernel, batch * tokens, arguments, settings)
-        start += tokens
+    query, key, *rstds = outputs
+    if len(streams) == 1:
+        _forward_stream(streams[0], norm, eps, rope, rope_gradient, mode, (query, key, rstds[0]))
+        return
+    parts = [stream.query.shape[1] for stream in streams]
+    queries = query.split_with_sizes(parts, 1)
+    keys = (key, key) if streams[0].key is None else key.split_with_sizes(parts, 1)
+    for stream, out, out_key, rstd in zip(streams, queries, keys, rstds, strict=True):
+        _forward_stream(stream, norm, eps, rope, rope_gradient, mode, (out, out_key, rstd))
+
+
+@_triton.planned
+def _forward_stream(
+    stream: Any,
+    norm: str,
+    eps: float,
+    rope: str,
+    rope_gradient: str,
+    mode: str,
+    outputs: tuple[Tensor, Tensor | None, Tensor],
+) -> _triton.Launch:
+    batch, tokens, heads, dim = stream.query.shape
+    half_split = rope == "half" and stream.cos is not None
+    operands: list[Any] = [None, None]
+    tensors: list[Tensor] = []
+    *outs, rstd = outputs
+    given = (stream.query, stream.q_weight, outs[0]), (stream.key, stream.k_weight, outs[1])
+    for i, (x, weight, out) in enumerate(given):
+        if x is not None and out is not None:
+            x = _in_runs(x, half_split)
+            operands[i] = (x, *x.stride(), _given(_vector(weight)), out, *out.stride()[:2])
+            tensors += [x, out]
+    arguments = (
+        *(*operands, rstd, _table(stream.cos), _table(stream.sin), tokens, batch * tokens, heads, dim),
+        *(_width(norm, heads, dim), eps, 0 if stream.cos is None else len(stream.cos)),
+        1 if norm == "token" else heads,
+    )
+    settings = _shared(stream, norm, rope, mode, tensors, FORWARD_REGISTERS)
+    settings["stepwise"] = mode == "lossless" and _stepwise(stream, norm, rope_gradient)
+    return _triton.Launch(kernels.forward_kernel, batch * tokens, arguments, settings)
 
 
 def _backward_stream(

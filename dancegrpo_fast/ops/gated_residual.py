@@ -10,25 +10,27 @@ from torch.autograd.function import once_differentiable
 from ..kernels.common import modulation as reference
 from ._block import (
     Cost,
+    as_rows,
+    check_parameter,
     check_settings,
     check_split,
     check_tokens,
     check_tokens_like,
+    contiguous_like,
     empty_unless,
-    parameter_rows,
     reference_gradients,
     register_flops,
     triton_module,
     unpacked,
 )
 from ._checks import check_float
-from ._library import register
+from ._library import checked_once, needs_graph, register
 from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 
 
 def _by_triton(triton: Any, x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Tensor]:
     out = _forward_fake(x)
-    triton.forward(x, y, gate, split, mode, out)
+    triton.forward(x, y, gate, split, mode, (out,))
     return (out,)
 
 
@@ -55,7 +57,7 @@ def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, backend: 
 
 
 def _forward_fake(x: Tensor, *unused: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x)
 
 
 def _backward_outputs(grad: Tensor, gate: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -169,16 +171,26 @@ def gated_residual(
     return call(x, y, gate, split, mode, backend)
 
 
-def call(
-    x: Tensor, y: Tensor, gate: Tensor, split: int | None, mode: str, backend: str, ungated: bool = False
-) -> Tensor:
-    """The op; `ungated` hands y the gradient of `gate y` instead of its own, and needs a gate without a gradient."""
+@checked_once
+def _checked(x: Tensor, y: Tensor, gate: Tensor, split: int | None, mode: str, backend: str) -> int:
+    """Where the gate's second row starts."""
     check_tokens("x", x)
     check_tokens_like("y", y, x, "x")
     check_float("gate", gate)
     check_settings(mode, backend)
-    start = check_split(split, x)
-    out: Tensor = _GatedResidual.apply(ungated, x, y, parameter_rows("gate", gate, x, split), start, mode, backend)
+    check_parameter("gate", gate, x, split)
+    return check_split(split, x)
+
+
+def call(
+    x: Tensor, y: Tensor, gate: Tensor, split: int | None, mode: str, backend: str, ungated: bool = False
+) -> Tensor:
+    """The op; `ungated` hands y the gradient of `gate y` instead of its own, and needs a gate without a gradient."""
+    start, rows = _checked(x, y, gate, split, mode, backend), as_rows(gate)
+    assert rows is not None
+    if not needs_graph(x, y, gate):
+        return _forward_op(x, y, rows, start, mode, backend)
+    out: Tensor = _GatedResidual.apply(ungated, x, y, rows, start, mode, backend)
     return out
 
 

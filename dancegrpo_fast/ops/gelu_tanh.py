@@ -10,7 +10,7 @@ from ..checks import check_bool
 from ..kernels.gelu_tanh import reference
 from ._block import Cost, check_device, check_settings, prepare, register_flops, saved, triton_module
 from ._checks import check_float
-from ._library import register
+from ._library import checked_once, needs_graph, register
 
 
 def joint_out(x: Tensor, prefix: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def _forward_impl(x: Tensor, prefix: Tensor | None, mode: str, backend: str) -> 
     triton = triton_module("gelu_tanh", backend, x)
     # torch's kernel is already one pass, and its bits are eager's.
     if triton and mode == "fast":
-        triton.forward(x, prefix, out)
+        triton.forward(x, prefix, (out,))
     else:
         reference.gelu_tanh(x, prefix, out)
     return out
@@ -80,6 +80,7 @@ class _GeluTanh(torch.autograd.Function):
         return grad_x, grad_prefix, None, None, None
 
 
+@checked_once
 def check_arguments(x: Tensor, prefix: Tensor | None, mode: str, backend: str, name: str) -> None:
     """What GELU reads, under the name that the caller knows it by, and the prefix that fits."""
     check_float(name, x)
@@ -116,6 +117,8 @@ def gelu_tanh(
     """
     check_arguments(x, prefix, mode, backend, "x")
     check_bool("keep_prefix", keep_prefix)
+    if not needs_graph(x, prefix):
+        return forward_op(x, prefix, mode, backend)
     out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
     return out
 

@@ -10,19 +10,20 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_choice, check_dtype, check_int
 from ._block import (
     Cost,
+    as_rows,
     check_channels,
     check_eps,
+    check_parameter,
     check_settings,
     check_split,
     check_tokens,
     check_tokens_like,
-    parameter_rows,
     prepare,
     register_flops,
     saved,
     unpacked,
 )
-from ._library import register
+from ._library import checked_once, needs_graph, register
 from ._norm_modulate import backward, backward_fake, forward, forward_fake
 from .gated_residual import backward_op as gated_backward_op
 
@@ -41,7 +42,7 @@ _forward_op = register(
     forward_fake,
 )
 _backward_op = register(
-    "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor mean, Tensor rstd, Tensor? y,"
+    "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor? mean, Tensor rstd, Tensor? y,"
     f" Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, {_SETTINGS}, bool[] wanted,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
@@ -54,17 +55,24 @@ class _NormModulate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, consumers: int, ungated: bool, x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any
+        ctx: Any,
+        consumers: int,
+        ungated: bool,
+        settings: tuple[Any, ...],
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        h, out, mean, rstd = _forward_op(x, y, gate, *arguments)
-        parameters, ctx.settings = arguments[:4], arguments[4:]
+        h, out, mean, rstd = _forward_op(x, y, gate, *parameters, *settings)
+        ctx.settings = settings
         prepare(ctx)
-        ctx.wanted = list(ctx.needs_input_grad[2 : 2 + INPUTS])
+        ctx.wanted = list(ctx.needs_input_grad[3:])
         ctx.ungated = ungated and ctx.wanted[1]
         if ctx.ungated:
             ctx.wanted[:2] = True, False
-        h = x if y is None else h
+        h = x if y is None or h is None else h
         # The gated tensor is needed for the gate's gradient alone.
         ctx.save_for_backward(h, mean, rstd, y if ctx.wanted[2] else None, gate, *parameters)
         # An alias, so that the residual's gradient comes here and is added on the way.
@@ -83,15 +91,14 @@ class _NormModulate(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *each, grad_h = gradients
         grads = [g for g in each if g is not None]
-        rest = (None,) * len(ctx.settings)
         h, mean, rstd, y, gate, *parameters = saved(ctx)
         *settings, backend = ctx.settings
         if grads:
             found = _backward_op(grad_h, grads, h, mean, rstd, y, gate, *parameters, *settings, ctx.wanted, backend)
             grad_x, grad_y, *more = unpacked(found, ctx.wanted)
-            return None, None, grad_x, grad_x if ctx.ungated else grad_y, *more, *rest
+            return None, None, None, grad_x, grad_x if ctx.ungated else grad_y, *more
         if grad_h is None:
-            return (None,) * (2 + INPUTS + len(rest))
+            return (None,) * (3 + INPUTS)
         grad_y = grad_h if ctx.ungated else None
         grad_gate = None
         if any(ctx.wanted[1:3]):
@@ -100,7 +107,45 @@ class _NormModulate(torch.autograd.Function):
                 gated_backward_op(grad_h, y, gate, split, mode, ctx.wanted[1:3], backend),
                 ctx.wanted[1:3],
             )
-        return None, None, grad_h, grad_y, grad_gate, None, None, None, None, *rest
+        return None, None, None, grad_h, grad_y, grad_gate, None, None, None, None
+
+
+@checked_once
+def _checked(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    split: int | None,
+    mode: str,
+    norm_dtype: torch.dtype | None,
+    consumers: int,
+    backend: str,
+) -> tuple[float, int, int]:
+    """`eps`, where the second rows of parameters start, and `consumers`."""
+    check_tokens("x", x)
+    check_settings(mode, backend)
+    eps = check_eps(eps)
+    check_choice("norm", norm, NORMS)
+    if (scale is None) != (shift is None):
+        missing = "scale" if scale is None else "shift"
+        raise ValueError(f"{missing}: got None, want both scale and shift or neither")
+    if norm_dtype is not None:
+        check_dtype("norm_dtype", norm_dtype, NORM_DTYPES)
+    consumers = check_int("consumers", consumers, 1)
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
+    start = check_split(split, x)
+    for name, value in (("gate", gate), ("scale", scale), ("shift", shift)):
+        check_parameter(name, value, x, split)
+    if y is not None:
+        check_tokens_like("y", y, x, "x")
+    return eps, start, consumers
 
 
 def call(
@@ -121,29 +166,16 @@ def call(
     ungated: bool = False,
 ) -> tuple[Tensor, ...]:
     """All forms; `ungated` hands y the gradient of `gate y` instead of its own."""
-    check_tokens("x", x)
-    check_settings(mode, backend)
-    eps = check_eps(eps)
-    check_choice("norm", norm, NORMS)
-    if (scale is None) != (shift is None):
-        missing = "scale" if scale is None else "shift"
-        raise ValueError(f"{missing}: got None, want both scale and shift or neither")
-    if norm_dtype is not None:
-        check_dtype("norm_dtype", norm_dtype, NORM_DTYPES)
-    consumers = check_int("consumers", consumers, 1)
-    check_channels("weight", weight, x)
-    check_channels("bias", bias, x)
-    start = check_split(split, x)
-    gate, scale, shift = (
-        parameter_rows(name, value, x, split) for name, value in (("gate", gate), ("scale", scale), ("shift", shift))
-    )
-    if y is not None:
-        check_tokens_like("y", y, x, "x")
+    tensors = x, y, gate, scale, shift, weight, bias
+    eps, start, consumers = _checked(*tensors, norm, eps, split, mode, norm_dtype, consumers, backend)
+    gate, scale, shift = map(as_rows, (gate, scale, shift))
+    settings = start, norm, eps, mode, norm_dtype, backend
+    if not needs_graph(*tensors):
+        h, out, _, _ = _forward_op(x, y, gate, scale, shift, weight, bias, *settings)
+        return x if y is None or h is None else h, *(out,) * consumers
     # Compiled graphs fuse what follows by themselves, and aliases would only be in their way.
     count = 1 if torch.compiler.is_compiling() else consumers
-    *outs, h = _NormModulate.apply(
-        count, ungated, x, y, gate, scale, shift, weight, bias, start, norm, eps, mode, norm_dtype, backend
-    )
+    *outs, h = _NormModulate.apply(count, ungated, settings, x, y, gate, scale, shift, weight, bias)
     if torch.compiler.is_compiling() and y is None:
         h = x
     return h, *outs * (consumers // count)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_choice, shown
 from ._block import Cost, check_device, check_eps, check_settings, prepare, register_flops, saved, unpacked
 from ._checks import check_float
-from ._library import register
+from ._library import checked_once, needs_graph, register
 from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
 
@@ -121,6 +121,22 @@ def _check_stream(name: str, stream: Stream, first: Stream, norm: str) -> None:
             raise ValueError(f"{name}.sin: got shape {tuple(value.shape)}, want that of cos, {tuple(stream.cos.shape)}")
 
 
+@checked_once
+def _checked(*arguments: Any) -> float:
+    """`eps` of the op's arguments."""
+    norm, eps, rope, rope_gradient, mode, backend = arguments[2 * STREAM :]
+    first, second = Stream(*arguments[:STREAM]), Stream(*arguments[STREAM : 2 * STREAM])
+    check_settings(mode, backend)
+    eps = check_eps(eps)
+    check_choice("norm", norm, NORMS)
+    check_choice("rope", rope, ROPES)
+    check_choice("rope_gradient", rope_gradient, GRADIENTS)
+    _check_stream("stream", first, first, norm)
+    if second.query is not None:
+        _check_stream("second", second, first, norm)
+    return eps
+
+
 def qk_norm_rope(
     stream: Stream,
     second: Stream | None = None,
@@ -153,19 +169,17 @@ def qk_norm_rope(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    check_settings(mode, backend)
-    eps = check_eps(eps)
-    check_choice("norm", norm, NORMS)
-    check_choice("rope", rope, ROPES)
-    check_choice("rope_gradient", rope_gradient, GRADIENTS)
     for name, value in (("stream", stream), ("second", second)):
         if not isinstance(value, Stream) and not (name == "second" and value is None):
             raise ValueError(f"{name}: got {shown(value)}, want a Stream")
-    _check_stream("stream", stream, stream, norm)
-    if second is not None:
-        _check_stream("second", second, stream, norm)
+        if value is not None and value.query is None:
+            check_float(f"{name}.query", value.query)
     both = (*stream, *(second or (None,) * STREAM))
-    query, key = _QkNormRope.apply(*both, norm, eps, rope, rope_gradient, mode, backend)
+    eps = _checked(*both, norm, eps, rope, rope_gradient, mode, backend)
+    if needs_graph(*both):
+        query, key = _QkNormRope.apply(*both, norm, eps, rope, rope_gradient, mode, backend)
+    else:
+        query, key, _, _ = _forward_op(*both, norm, eps, rope, rope_gradient, mode, backend)
     return query, None if stream.key is None else key
 
 

@@ -1,0 +1,146 @@
+"""Launches that are kept by layouts: the second call hands Triton's compiled kernel what its own launcher would."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+
+from dancegrpo_fast import backends
+from dancegrpo_fast.ops import _triton
+from dancegrpo_fast.ops.gated_residual import gated_residual
+from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
+from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate
+from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
+
+from . import offline
+
+
+class Recorder:
+    """In place of Triton's launcher: keeps what kernels are given."""
+
+    launched: list[tuple[Any, ...]]
+
+    def __init__(self, source: Any, metadata: Any):
+        self.name = metadata.name
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+        # Packed metadata, metadata of the launch, and two hooks come before the kernel's own arguments.
+        Recorder.launched.append((self.name, x, y, z, *rest[4:]))
+
+
+class Utilities:
+    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
+class Driver(offline._Driver):
+    utils, launcher_cls = Utilities(), Recorder
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_triton, "_bound", {})
+    monkeypatch.setattr(backends, "_refusal", lambda *arguments: "")
+    monkeypatch.setattr(Recorder, "launched", [], raising=False)
+    driver = triton.runtime.driver
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver(90))
+    yield
+
+
+def described(value: Any, addresses: dict[int, str]) -> Any:
+    """An argument; a tensor by its name, or its layout where it is new in each call."""
+    if isinstance(value, tuple):
+        return tuple(described(one, addresses) for one in value)
+    if isinstance(value, Tensor):
+        return addresses.get(value.data_ptr(), (value.dtype, tuple(value.shape), value.stride()))
+    return value
+
+
+def inputs() -> dict[str, Tensor]:
+    made = {name: torch.zeros(2, 8, 64, dtype=torch.bfloat16) for name in "xyqk"}
+    made |= {name: torch.zeros(2, 64, dtype=torch.bfloat16) for name in ("gate", "scale", "shift")}
+    made |= {name: torch.zeros(32, dtype=torch.bfloat16) for name in ("q_weight", "k_weight")}
+    return made | {name: torch.zeros(8, 16) for name in ("cos", "sin")}
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, 32))
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "norm": lambda t, **how: norm_modulate(t["x"], t["scale"], t["shift"], **how),
+    "rms": lambda t, **how: norm_modulate(t["x"], norm="rms", **how),
+    "gated norm": lambda t, **how: gated_residual_norm_modulate(
+        t["x"], t["y"], t["gate"], t["scale"], t["shift"], **how
+    ),
+    "gated": lambda t, **how: gated_residual(t["x"], t["y"], t["gate"], **how),
+    "gelu": lambda t, **how: gelu_tanh(t["x"], **how),
+    "gelu behind a prefix": lambda t, **how: gelu_tanh(t["x"], prefix=t["y"], **how),
+    "queries and keys": lambda t, **how: qk_norm_rope(
+        Stream(heads(t["q"]), heads(t["k"]), t["q_weight"], t["k_weight"], t["cos"], t["sin"]), **how
+    ),
+    "two streams": lambda t, **how: qk_norm_rope(
+        Stream(heads(t["q"]), heads(t["k"]), t["q_weight"], t["k_weight"]), Stream(heads(t["x"]), heads(t["y"])), **how
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kept_launch_is_given_what_the_launcher_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, seen = CALLS[name], []
+    for number in range(3):
+        tensors = inputs()
+        call(tensors, mode="fast", backend="triton")
+        addresses = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        seen.append([described(one, addresses) for one in Recorder.launched])
+        Recorder.launched.clear()
+        if number == 0:
+            monkeypatch.setattr(_triton, "launch", lambda *arguments: pytest.fail("Triton's launcher was asked again"))
+    assert seen[0] and seen[0] == seen[1] == seen[2]
+
+
+def launches_by_triton(calls: list[Callable[[], Any]], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call asked Triton's launcher."""
+    asked, original = [0], _triton.launch
+
+    def counted(*arguments: Any) -> Any:
+        asked[0] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(_triton, "launch", counted)
+    found = []
+    for call in calls:
+        asked[0] = 0
+        call()
+        found.append(asked[0] > 0)
+    return found
+
+
+def test_other_layouts_are_other_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, how = torch.zeros(1, 8, 64), {"mode": "fast", "backend": "triton"}
+    shifted = torch.zeros(8 * 64 + 1)[1:].view(1, 8, 64)
+    longer = torch.zeros(1, 9, 64)
+    strided = torch.zeros(1, 8, 128)[..., :64]
+    calls = [lambda x=x: norm_modulate(x, **how) for x in (x, x, shifted, longer, strided, x.bfloat16(), shifted)]
+    calls.append(lambda: norm_modulate(x, eps=1e-5, **how))
+    assert launches_by_triton(calls, monkeypatch) == [True, False, True, True, True, True, False, True]
+
+
+def test_tensors_at_one_place_and_copies_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, how = torch.zeros(1, 8, 64), {"mode": "fast", "backend": "triton"}
+    gate = torch.zeros(1, 64)
+    twice = lambda: gated_residual(x, x, gate, **how)  # noqa: E731
+    # Heads that are no whole runs of numbers are copied first.
+    copied = lambda: qk_norm_rope(Stream(*(torch.zeros(1, 8, 2, 40)[..., :36] for _ in range(2))), **how)  # noqa: E731
+    assert launches_by_triton([twice, twice, copied, copied], monkeypatch) == [True] * 4
