@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from dancegrpo_fast import backends
 from dancegrpo_fast.ops import _triton
 from dancegrpo_fast.ops._call import GradientTerms, LossOutputs, Noise, Objective, Transition
 
@@ -42,6 +43,38 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class Launcher:
+    """In place of Triton's: launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any):
+        self.name = metadata.name
+
+    def __call__(self, *arguments: Any) -> None:
+        pass
+
+
+class _Utilities:
+    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
+@contextlib.contextmanager
+def launching(launcher: type[Launcher], folder: Path, capability: int = 90) -> Iterator[None]:
+    """Ops of "triton" take CPU tensors, compile for a device that is not there, and call the launcher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        patch.setattr(_triton, "_bound", {})
+        patch.setattr(backends, "_refusal", lambda *arguments: "")
+        driver: Any = _Driver(capability)
+        driver.utils, driver.launcher_cls = _Utilities(), launcher
+        active = triton.runtime.driver
+        patch.setattr(active, "_active" if hasattr(active, "_active") else "active", driver)
+        yield
 
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

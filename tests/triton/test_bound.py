@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import triton
-
-from dancegrpo_fast import backends
 from dancegrpo_fast.ops import _triton
 from dancegrpo_fast.ops.gated_residual import gated_residual
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
@@ -22,40 +19,21 @@ from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 from . import offline
 
 
-class Recorder:
-    """In place of Triton's launcher: keeps what kernels are given."""
+class Recorder(offline.Launcher):
+    """Keeps what kernels are given."""
 
-    launched: list[tuple[Any, ...]]
-
-    def __init__(self, source: Any, metadata: Any):
-        self.name = metadata.name
+    launched: ClassVar[list[tuple[Any, ...]]] = []
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
         # Packed metadata, metadata of the launch, and two hooks come before the kernel's own arguments.
-        Recorder.launched.append((self.name, x, y, z, *rest[4:]))
-
-
-class Utilities:
-    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
-        return 1, 2, 32, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
-
-
-class Driver(offline._Driver):
-    utils, launcher_cls = Utilities(), Recorder
+        self.launched.append((self.name, x, y, z, *rest[4:]))
 
 
 @pytest.fixture(autouse=True)
-def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_triton, "_bound", {})
-    monkeypatch.setattr(backends, "_refusal", lambda *arguments: "")
-    monkeypatch.setattr(Recorder, "launched", [], raising=False)
-    driver = triton.runtime.driver
-    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver(90))
-    yield
+def no_device(tmp_path: Path) -> Iterator[None]:
+    Recorder.launched.clear()
+    with offline.launching(Recorder, tmp_path):
+        yield
 
 
 def described(value: Any, addresses: dict[int, str]) -> Any:
