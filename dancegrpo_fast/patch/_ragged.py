@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from ..ops._block import prepare
@@ -217,7 +216,8 @@ class Lengths:
         One sample's text is cut. That of several stays, as products of matrices could depend on its length. Compiled
         blocks would be compiled for every length, and context parallelism splits padded tokens.
         """
-        if isinstance(mask, FakeTensor) or mask.is_meta:
+        # Fake tensors of any kind have nothing to read.
+        if type(mask) is not Tensor or mask.is_meta:
             return None
         if getattr(model.transformer_blocks[0].attn.processor, "_parallel_config", None) is not None:
             return None
