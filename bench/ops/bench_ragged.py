@@ -9,7 +9,7 @@ that go before and behind. "equal" are two prompts as long as the padded text, w
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +66,7 @@ def _attentions(case: Case, place: Place) -> Contest:
     shape = (2, tokens, sizes.heads, sizes.head_dim)
     drawn = [torch.randn(shape, generator=generator, device=place.device, dtype=BF16) for _ in range(4)]
     leaves, grad = [t.requires_grad_() for t in drawn[:3]], drawn[3].flatten(2)
+    query, key, value = leaves
     lengths = [sizes.image + max(1, sizes.text * share // 256) for share in SHARES]
     valid = torch.arange(tokens) < torch.tensor(lengths)[:, None]
     ragged, there = Ragged.of(valid, place.device), valid.to(place.device)
@@ -79,10 +80,10 @@ def _attentions(case: Case, place: Place) -> Contest:
 
         def forward(i: int) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (blocks.attend(attn, *leaves, mask),)
+                return (blocks.attend(attn, query, key, value, mask),)
 
         def both(i: int) -> tuple[Tensor, ...]:
-            out = blocks.attend(attn, *leaves, mask)
+            out = blocks.attend(attn, query, key, value, mask)
             # What padding gives is nobody's.
             wanted = grad if name == EQUAL else grad * there[..., None]
             return (out.detach(), *torch.autograd.grad(out, leaves, wanted))
@@ -111,8 +112,9 @@ def _attentions(case: Case, place: Place) -> Contest:
 def _alone(leaves: list[Tensor], grad: Tensor, i: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Output and gradients `[S, H D]` of one sample's valid tokens."""
     given = [t.detach()[i : i + 1, :length].to(dtype).transpose(1, 2).requires_grad_() for t in leaves]
-    out = F.scaled_dot_product_attention(*given)
+    query, key, value = given
+    out = F.scaled_dot_product_attention(query, key, value)
     grads = torch.autograd.grad(
         out, given, grad[i, :length].to(dtype).view(1, length, *leaves[0].shape[2:]).transpose(1, 2)
     )
-    return tuple(cast(Tensor, t.detach()[0].transpose(0, 1).flatten(1)) for t in (out, *grads))
+    return tuple(t.detach()[0].transpose(0, 1).flatten(1) for t in (out, *grads))
