@@ -26,6 +26,8 @@ BLOCK_SPEED = (
     ("block-times-compile", "times_compile", 0.9, "compile"),
 )
 FLUX_MODEL, FLUX_SPEED = "FLUX.1-dev", ("flux-block-speed", "times_eager", 1.0, "eager")
+# Of attention without a mask, at two prompts of unequal length, by the faster of torch's own ways.
+RAGGED_SPEED = (("ragged-speed", "times_peer", 1.5, "masked"),)
 # Relative deviation of predicted bytes, and of the GPU what the allocator may keep beside tensors.
 MEMORY_OFF, FRAGMENTATION = 0.02, 0.13
 # Share of the memory's throughput in a kernel.
@@ -156,6 +158,19 @@ def _blocks(found: Evidence) -> list[Verdict]:
     ]
 
 
+def _ragged(found: Evidence) -> list[Verdict]:
+    """Of one attention, forward and with its backward."""
+    mine = [row for row in found.of("ragged") if row["backend"] in ("ours, native", "ours, _native_flash")]
+    verdicts = []
+    for way in sorted({row["pass"] for row in mine}):
+        best = max((row for row in mine if row["pass"] == way), key=lambda row: float(row["times_peer"]))
+        verdicts += _ratios(best, f"attention of unequal prompts, {best['backend']}, {way}", RAGGED_SPEED)
+    for row in mine:
+        text = f"{row['backend']}, {row['pass']}: {'within' if row['within_budget'] else 'off'} its budget"
+        verdicts.append(Verdict("ragged-values", row["within_budget"], text))
+    return verdicts or _none(("ragged-speed", "ragged-values"), "it was not measured")
+
+
 def _memory(found: Evidence) -> list[Verdict]:
     verdicts = []
     for row in found.of("memory", "decode memory"):
@@ -235,6 +250,7 @@ JUDGES: dict[str, Callable[[Evidence], list[Verdict]]] = {
     "memcheck": _sanitizer("memcheck"),
     "racecheck": _sanitizer("racecheck"),
     "ncu": _ncu,
+    "ragged": _ragged,
     "more": _tests("more"),
 }
 

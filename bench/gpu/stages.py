@@ -22,6 +22,7 @@ DRY_TESTS = ("tests/gpu/test_streams.py",)
 RL_CASES = tuple(f"bench/ops/bench_{op}.py" for op in ("transition", "policy_loss"))
 BLOCK_OPS = ("gelu_tanh", "norm_modulate", "gated_residual", "qk_norm_rope")
 BLOCK_CASES = tuple(f"bench/ops/bench_{name}.py" for name in (*BLOCK_OPS, "block_pair"))
+RAGGED_CASES = ("bench/ops/bench_ragged.py",)
 
 
 def _versions(gate: Gate) -> None:
@@ -172,6 +173,12 @@ def blocks(gate: Gate) -> Outcome:
     return _cases(gate, BLOCK_CASES, *_rounds(gate))
 
 
+def ragged(gate: Gate) -> Outcome:
+    """Attention of prompts of unequal length: with the mask, by varlen kernels, by a call for each sample."""
+    few = ["-k", "peer or native and not cudnn"] if gate.dry else []
+    return _missing(gate, "pytest_benchmark", "diffusers") or _cases(gate, RAGGED_CASES, *_rounds(gate), *few)
+
+
 def memory(gate: Gate) -> Outcome:
     """What the planner predicts, against what the GPU allocates and reserves; and which attention takes a mask."""
     few = ["-k", "attention and not flash and not cudnn"] if gate.dry else []
@@ -203,7 +210,7 @@ STAGES = {
     "ncu": Stage(tools.ncu, 25, 25),
 }
 # For a second run.
-LATER = {"more": Stage(more, 120, 120)}
+LATER = {"ragged": Stage(ragged, 25, 25), "more": Stage(more, 120, 120)}
 EVERY = STAGES | LATER
 # Of the whole gate, and of a second run; somewhat more than the stages, for its own start.
 SECONDS, SECONDS_AGAIN = 480, 180

@@ -11,7 +11,7 @@ from torch import nn
 from ..checks import check_bool
 from ..patch import _unwrapped
 from .facts import FACTS, NO_MASK, PREFERENCE
-from .rules import Case, Shapes, attentions, case_of, kernel_of, known, refusal, registry, sdpa_kernels
+from .rules import Case, Shapes, attentions, case_of, kernel_of, known, refusal, registry, sdpa_kernels, shares_call
 
 __all__ = ["Choice", "Memory", "Shapes", "apply", "check", "choose"]
 
@@ -91,8 +91,12 @@ def _choice(name: str, case: Case, usable: list[str], others: list[str]) -> Choi
     why += "holds the scores within max_scores_gib" if kernel in ("math", "flex") else "never holds the scores"
     if name == "native" and case.device == "cuda" and len(sdpa_kernels(case)) > 1:
         why += f"; where torch lacks it, {' or '.join(sdpa_kernels(case)[1:])}"
+    if case.ragged:
+        why += (
+            f"; prompts of unequal length in {'one call' if shares_call(name, case) else 'a call each'}, without a mask"
+        )
     if case.mask == "dropped" and FACTS[name].mask == NO_MASK:
-        why += "; raises for a batch that brings the mask back"
+        why += "; raises for a call that brings the mask back"
     return Choice(name, kernel, case.mask, case.mask_condition, _memory(name, case), tuple(usable), (why, *others))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checks import check_bool, check_int, check_number
 from ..patch import _unwrapped
+from ..patch._ragged import varlen_place
 from .facts import COPIED_MASK, FACTS, FLOATS, MASKS, NO_MASK
 
 GIB = 2**30
@@ -52,6 +53,7 @@ class Case:
     training: bool
     mask: str
     mask_condition: str
+    ragged: bool
     valid_keys_lead: bool
     dispatches: bool
     parallel: str
@@ -97,21 +99,21 @@ def _trims_text(model: nn.Module) -> bool:
     return function is not None and inspect.unwrap(function).__qualname__.startswith("trimmed_forward.")
 
 
-def _mask_of(model: nn.Module, shapes: Shapes) -> tuple[str, str]:
+def _mask_of(model: nn.Module, shapes: Shapes, ragged: bool) -> tuple[str, str]:
     """Whether a mask comes (none, kept or dropped), and under what condition."""
-    equal = shapes.equal_text or shapes.batch == 1
     when = MASKS[type(model).__name__].when
     if when == "never":
         return "none", "this family hands none to attention"
-    if when == "given":
-        if equal:
-            return "dropped", "with the text cut to its length and encoder_hidden_states_mask=None"
-        return "kept", "prompts of a batch differ in length (equal_text=False)"
-    if not _trims_text(model):
-        return "kept", "this family always builds one; accelerate(trim_text=True) drops it for equally long prompts"
-    if equal:
-        return "dropped", "while all prompts of a batch are equally long (trim_text); a mixed batch brings it back"
-    return "kept", "prompts of a batch differ in length (equal_text=False), which trim_text cannot drop"
+    if ragged:
+        return "dropped", "each sample attends to its own valid tokens (trim_text), but not in compiled blocks"
+    if when == "given" and (shapes.equal_text or shapes.batch == 1):
+        return "dropped", "with the text cut to its length and encoder_hidden_states_mask=None"
+    why = (
+        "prompts of a batch differ in length (equal_text=False)" if when == "given" else "this family always builds one"
+    )
+    if _trims_text(model):
+        return "kept", f"{why}, and context parallelism splits padded text"
+    return "kept", f"{why}; accelerate(trim_text=True) goes without"
 
 
 def attentions(model: nn.Module) -> list[Any]:
@@ -143,7 +145,8 @@ def case_of(
         ring = bool(configs) and configs[0].context_parallel_config.ring_degree > 1
         parallel = "ring" if ring else "ulysses" if configs else ""
     kind, capability = _device(device)
-    mask, condition = _mask_of(model, shapes)
+    ragged = _trims_text(model) and not parallel
+    mask, condition = _mask_of(model, shapes, ragged)
     return Case(
         shapes,
         heads=widths[0][1],
@@ -154,6 +157,7 @@ def case_of(
         training=training,
         mask=mask,
         mask_condition=condition,
+        ragged=ragged,
         valid_keys_lead=MASKS[type(model).__name__].valid_keys_lead,
         dispatches=bool(told),
         parallel=parallel,
@@ -177,6 +181,12 @@ def kernel_of(name: str, case: Case) -> str:
     if name == "native":
         return (sdpa_kernels(case) or ["math"])[0]
     return "CPU flash" if case.device == "cpu" and name == "_native_flash" else FACTS[name].kernel
+
+
+def shares_call(name: str, case: Case) -> bool:
+    """Whether one call of this backend takes samples of unequal length."""
+    dtype, dims = case.shapes.dtype, case.head_dims
+    return case.ragged and all(varlen_place(name, case.capability, dtype, dim) is not None for dim in dims)
 
 
 def _kernel_refusal(name: str, case: Case) -> str:
@@ -242,7 +252,7 @@ def refusal(name: str, case: Case) -> str:
         return "cannot train on the CPU"
     if reason := _kernel_refusal(name, case) or _mask_refusal(name, case):
         return reason
-    if facts.syncs == "always" or (facts.syncs and case.masked):
+    if (facts.syncs == "always" and not case.ragged) or (facts.syncs and case.masked):
         return "reads lengths back from the device in every layer, which stops the queue"
     if reason := _scores_refusal(name, case):
         return reason

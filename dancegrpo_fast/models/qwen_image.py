@@ -18,8 +18,8 @@ from .guided import Conditioning
 class QwenImage(DiffusersModel):
     """`QwenImageTransformer2DModel` with `AutoencoderKLQwenImage` and Qwen2.5-VL, as `QwenImagePipeline` calls them.
 
-    Prompts have different lengths: all are padded to the longest of the run, with a mask in every call, so that a row's
-    arithmetic depends on no other row.
+    Prompts have different lengths: all are padded to the longest of the run, with their mask in every call, so that a
+    row's arithmetic depends on no other row.
     """
 
     family = "qwen_image"

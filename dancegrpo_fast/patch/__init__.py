@@ -73,9 +73,10 @@ def accelerate(
         mode: "lossless" rounds where diffusers' blocks do; "fast" computes each op in float32 and rounds once.
         recompute: what the backward computes again instead of keeping it. "gelu": GELU's results, the widest there
             are; "all": also normalised tokens, queries and keys; "none".
-        trim_text: HunyuanVideo: cut the text to its valid length and drop the attention mask when all prompts of the
-            batch are equally long, which flash attention needs. Reads the lengths once for each new mask. None: in
-            "fast" mode only, as it changes the last bits.
+        trim_text: HunyuanVideo and Qwen-Image: attention goes by the lengths of the prompts, by one call of a varlen
+            kernel or one of any kernel for each sample, in place of a mask, which flash attention does not take.
+            Lengths are read once for each new mask; a sample's results depend on its own alone. Compiled blocks and
+            context parallelism keep the mask. None: in "fast" mode only, as it changes the last bits.
         gates_from_weights: full fine-tuning in "fast" mode: take the gradients of the gates from those of the
             projections' weights, so that what is gated is not kept. Layers that are frozen or not plain `nn.Linear`
             keep it as before.
@@ -105,8 +106,8 @@ def accelerate(
         raise ValueError(f'gates_from_weights: got True with mode "{mode}", want "fast" (it rounds elsewhere)')
     inner = _unwrapped(transformer)
     family = family_of(inner)
-    if trim_text and SUPPORTED[type(inner).__name__] != "hunyuan_video":
-        raise ValueError(f"trim_text: got True for {type(inner).__name__}, want it for HunyuanVideo only")
+    if trim_text and not family.trims:
+        raise ValueError(f"trim_text: got True for {type(inner).__name__}, want it for HunyuanVideo or Qwen-Image")
     check_sources(family)
     family.check(inner)
     trimmed = mode == "fast" if trim_text is None else trim_text

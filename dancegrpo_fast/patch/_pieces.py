@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from ..ops.gelu_linear import gelu_linear
 from ..ops.gelu_tanh import gelu_tanh
 from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
+from ._ragged import Ragged, attend, packed
 from ._settings import Settings
 
 # Quantised and distributed weights are other classes; fake ones stand for plain ones.
@@ -278,24 +280,28 @@ class Blocks(Settings):
         return mlp.project(hidden)
 
     def attend(
-        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parallel: bool = True
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Ragged | None, parallel: bool = True
     ) -> Tensor:
         """Attention by the backend that the model's processor was told to use, as `[B, S, H D]`."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         processor = attn.processor
+        settings = {"dropout_p": 0.0, "is_causal": False, "backend": processor._attention_backend}
+        dispatch = partial(dispatch_attention_fn, **settings)
         with self.unsaved("attention", query, key):
-            out = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=0.0,
-                is_causal=False,
-                backend=processor._attention_backend,
-                parallel_config=processor._parallel_config if parallel else None,
-            )
-        return cast(Tensor, out.flatten(2, 3).to(query.dtype))
+            if isinstance(mask, Ragged):
+                out = self._ragged(dispatch, query, key, value, mask)
+            else:
+                config = processor._parallel_config if parallel else None
+                out = dispatch(query, key, value, attn_mask=mask, parallel_config=config)
+        return out.flatten(2, 3).to(query.dtype)
+
+    def _ragged(self, dispatch: partial[Tensor], query: Tensor, key: Tensor, value: Tensor, ragged: Ragged) -> Tensor:
+        again = self.recompute == "all"
+        query, key = (packed(t, ragged, again) for t in (query, key))
+        with self.unsaved("attention", query, key):
+            out = attend(dispatch, query, key, packed(value, ragged, False), ragged)
+        return ragged.unpack(out)
 
     def norm_rope(
         self, attn: Any, first: Stream, second: Stream | None = None, norm: str = "head_twice", **more: Any

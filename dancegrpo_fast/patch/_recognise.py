@@ -27,13 +27,15 @@ class Family:
     """One architecture: what it replaces, and the sources that it was written for.
 
     `sources` maps "module:qualified name" to the fingerprint of the code that the patch stands in for. `check` raises
-    for a model that cannot be patched; `forwards` gives each module's new forward.
+    for a model that cannot be patched; `forwards` gives each module's new forward. `trims`: its attention gets a
+    mask of padded text, which `trim_text` does without.
     """
 
     name: str
     sources: dict[str, str]
     check: Callable[[nn.Module], None]
     forwards: Callable[[nn.Module, Blocks], Iterable[tuple[nn.Module, Callable[..., Any]]]]
+    trims: bool = False
 
 
 # From Python 3.12 and 3.14 on.

@@ -1,7 +1,6 @@
 """HunyuanVideoTransformer3DModel on the block ops: text to video, SkyReels' 32 channels, and image to video with its
 first frame's tokens modulated apart (token replace)."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from ._pieces import (
     stream_of,
     streams_of,
 )
+from ._ragged import Lengths, Ragged
 
 _MODULE = "diffusers.models.transformers.transformer_hunyuan_video"
 SOURCES = {
@@ -70,7 +70,7 @@ def double_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Ragged | None = None,
         freqs_cis: Rotary = None,
         token_replace_emb: Tensor | None = None,
         num_tokens: int | None = None,
@@ -112,7 +112,7 @@ def single_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Ragged | None = None,
         image_rotary_emb: Rotary = None,
         token_replace_emb: Tensor | None = None,
         num_tokens: int | None = None,
@@ -137,32 +137,12 @@ def single_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
     return forward
 
 
-class _Lengths:
-    """The one length that all prompts of the last mask have, read from the device once for each mask."""
-
-    def __init__(self) -> None:
-        self._mask: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._length: int | None = None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
-    def common(self, mask: Tensor) -> int | None:
-        """The number of leading tokens that are valid in every sample, or None where samples differ."""
-        if self._mask is None or self._mask() is not mask or self._version != mask._version:
-            host = mask.detach().cpu().bool()
-            counts = host.sum(dim=1)
-            length = int(counts[0])
-            same = length > 0 and bool((counts == length).all()) and bool(host[:, :length].all())
-            self._mask, self._version, self._length = weakref.ref(mask), mask._version, length if same else None
-        return self._length
-
-
 def trimmed_forward() -> Callable[..., Any]:
-    """The forward of a model whose batches of equally long prompts go without padding and without a mask."""
+    """The forward of a model whose attention goes by the lengths of prompts, without a mask."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.utils import apply_lora_scale
 
-    lengths = _Lengths()
+    lengths = Lengths(text_first=False, leading=True)
 
     @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]  # diffusers has no types
     def forward(
@@ -176,8 +156,11 @@ def trimmed_forward() -> Callable[..., Any]:
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        length = lengths.common(encoder_attention_mask)
-        if length is None:
+        batch, _, frames, height, width = hidden_states.shape
+        p, p_t = self.config.patch_size, self.config.patch_size_t
+        grid = frames // p_t, height // p, width // p
+        trimmed = lengths(self, encoder_attention_mask, grid[0] * grid[1] * grid[2])
+        if trimmed is None:
             # The LoRA scale is applied already, and left out of the arguments by the decorator.
             return type(self).forward(
                 self,
@@ -190,17 +173,15 @@ def trimmed_forward() -> Callable[..., Any]:
                 attention_kwargs,
                 return_dict,
             )
+        length, ragged = trimmed
         text = encoder_hidden_states[:, :length]
-        batch, _, frames, height, width = hidden_states.shape
-        p, p_t = self.config.patch_size, self.config.patch_size_t
-        grid = frames // p_t, height // p, width // p
         rotary = self.rope(hidden_states)
         temb, token_replace_emb = self.time_text_embed(timestep, pooled_projections, guidance)
         x = self.x_embedder(hidden_states)
         text = self.context_embedder(text, timestep, encoder_attention_mask[:, :length])
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            arguments = (x, text, temb, None, rotary, token_replace_emb, grid[1] * grid[2])
+            arguments = (x, text, temb, ragged, rotary, token_replace_emb, grid[1] * grid[2])
             x, text = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
         x = self.proj_out(self.norm_out(x, temb))
         x = x.reshape(batch, *grid, -1, p_t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
@@ -243,4 +224,4 @@ def forwards(transformer: nn.Module, blocks: Blocks) -> Iterator[tuple[nn.Module
         yield transformer, trimmed_forward()
 
 
-FAMILY = recognise.Family("HunyuanVideoTransformer3DModel", SOURCES, check, forwards)
+FAMILY = recognise.Family("HunyuanVideoTransformer3DModel", SOURCES, check, forwards, trims=True)

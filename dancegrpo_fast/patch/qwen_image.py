@@ -1,18 +1,21 @@
 """QwenImageTransformer2DModel on the block ops."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import _recognise as recognise
 from ._pieces import Blocks, added_layers_of, added_stream_of, clipped, heads_of, layers_of, stream_of
+from ._ragged import Lengths, Ragged
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"
 SOURCES = {
     f"{_MODULE}:QwenDoubleStreamAttnProcessor2_0.__call__": "f386fc5c29fcb666",
     f"{_MODULE}:QwenImageTransformerBlock.forward": "6c3c772ab10baba8",
+    f"{_MODULE}:QwenImageTransformer2DModel.forward": "9c8f430c7feb9c59",
     f"{_MODULE}:QwenImageTransformerBlock._modulate": "e81a9f67fc18c02d",
     f"{_MODULE}:apply_rotary_emb_qwen": "a25dd2eba1c395b4",
     f"{recognise.NORMALIZATION}:RMSNorm.forward": "e5796f5e37ef7276",
@@ -38,9 +41,9 @@ def _tables(freqs: Tensor | None) -> tuple[Tensor, ...]:
     return () if freqs is None else (freqs.real, freqs.imag)
 
 
-def _mask(text_mask: Tensor | None, tokens: int) -> Tensor | None:
-    if text_mask is None:
-        return None
+def _mask(text_mask: Tensor | Ragged | None, tokens: int) -> Tensor | Ragged | None:
+    if text_mask is None or isinstance(text_mask, Ragged):
+        return text_mask
     image = torch.ones((len(text_mask), tokens), dtype=torch.bool, device=text_mask.device)
     return torch.cat([text_mask, image], dim=1)[:, None, None, :]
 
@@ -52,7 +55,7 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         self: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None,
+        encoder_hidden_states_mask: Tensor | Ragged | None,
         temb: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
@@ -95,6 +98,67 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
+def trimmed_forward() -> Callable[..., Any]:
+    """The forward of a model whose attention goes by the lengths of prompts, without a mask."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import apply_lora_scale
+
+    lengths = Lengths(text_first=True, leading=False)
+
+    @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]  # diffusers has no types
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        timestep: Any = None,
+        img_shapes: Any = None,
+        guidance: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Any = None,
+        additional_t_cond: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        mask, trimmed = encoder_hidden_states_mask, None
+        if mask is not None and controlnet_block_samples is None:
+            trimmed = lengths(self, mask, hidden_states.shape[1])
+        if trimmed is None:
+            # The LoRA scale is applied already, and left out of the arguments by the decorator.
+            return type(self).forward(
+                self,
+                hidden_states,
+                encoder_hidden_states,
+                mask,
+                timestep,
+                img_shapes,
+                guidance,
+                attention_kwargs,
+                controlnet_block_samples,
+                additional_t_cond,
+                return_dict,
+            )
+        length, ragged = trimmed
+        x, text = self.img_in(hidden_states), self.txt_in(self.txt_norm(encoder_hidden_states[:, :length]))
+        timestep, index = timestep.to(x.dtype), None
+        if self.zero_cond_t:
+            timestep = torch.cat([timestep, timestep * 0], dim=0)
+            parts = [[prod(shape) for shape in sample] for sample in img_shapes]
+            rows = [[0] * first + [1] * sum(rest) for first, *rest in parts]
+            index = torch.tensor(rows, device=x.device, dtype=torch.int)
+        embedded = (timestep,) if guidance is None else (timestep, guidance.to(x.dtype) * 1000)
+        temb = self.time_text_embed(*embedded, x, additional_t_cond)
+        rotary = self.pos_embed(img_shapes, max_txt_seq_len=length, device=x.device)
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for block in self.transformer_blocks:
+            arguments = (x, text, ragged, temb, rotary, attention_kwargs, index)
+            text, x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+        temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
+        x = self.proj_out(self.norm_out(x, temb))
+        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    return cast(Callable[..., Any], forward)
+
+
 def check(transformer: nn.Module) -> None:
     """Refuses a model whose blocks differ from what the replacements compute."""
     model: Any = transformer
@@ -107,6 +171,11 @@ def check(transformer: nn.Module) -> None:
         recognise.check_feed_forwards(block, where, "img_mlp", "txt_mlp")
 
 
-FAMILY = recognise.Family(
-    "QwenImageTransformer2DModel", SOURCES, check, recognise.forwards_of(transformer_blocks=block_forward)
-)
+def forwards(transformer: nn.Module, blocks: Blocks) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Every block with its new forward, and the model's own where text is trimmed."""
+    yield from recognise.forwards_of(transformer_blocks=block_forward)(transformer, blocks)
+    if blocks.trim_text:
+        yield transformer, trimmed_forward()
+
+
+FAMILY = recognise.Family("QwenImageTransformer2DModel", SOURCES, check, forwards, trims=True)

@@ -246,7 +246,11 @@ class Setup:
         return Speed(self.recipe, len(self.table), shared, row, whole)
 
     def _probe_rows(self) -> bool:
-        conditioning = self.residence.encode(self.reached[: self.policy.rows])
+        # From the shortest to the longest: rows of a call have text of unequal length.
+        ordered = sorted(self.reached, key=lambda prompt: len(prompt.text))
+        steps = max(1, self.policy.rows - 1)
+        spread = [ordered[row * (len(ordered) - 1) // steps] for row in range(self.policy.rows)]
+        conditioning = self.residence.encode(spread)
         self.residence.use("denoiser")
         with self.processes.sampling(self.model.denoiser, resident=False):
             ours = rows_are_equal(self.policy, self.table, conditioning)

@@ -39,8 +39,8 @@ def real(family: str, **changes: Any) -> nn.Module:
         return getattr(diffusers, CLASSES[family])(**layers | changes)
 
 
-def trimmed() -> nn.Module:
-    model = real("hunyuan")
+def trimmed(family: str) -> nn.Module:
+    model = real(family)
     accelerate(model, "fast", trim_text=True)
     return model
 
@@ -104,18 +104,34 @@ def test_choice_with_every_library(device: str, training: bool) -> None:
     assert masked.backend == "native"
 
 
+@pytest.mark.parametrize("family", ["hunyuan", "qwen"])
 @pytest.mark.usefixtures("installed")
-def test_trimmed_text_drops_the_mask_for_equally_long_prompts_only() -> None:
-    for shapes, mask in ((VIDEO, "dropped"), (Shapes(2, 99, equal_text=True), "dropped"), (Shapes(2, 99), "kept")):
-        choice = attention.choose(trimmed(), shapes, "cuda:sm80", True)
-        assert choice.mask == mask
-        assert choice.backend == ("flash" if mask == "dropped" else "native")
-        assert ("raises for a batch" in choice.reasons[0]) is (mask == "dropped")
-    assert "trim_text=True" in attention.choose(real("hunyuan"), VIDEO, "cuda:sm80", True).mask_condition
-    model = real("hunyuan")
-    undo = accelerate(model, "fast", trim_text=False)
-    assert attention.choose(model, VIDEO, "cuda:sm80", True).mask == "kept"
+def test_ragged_text_has_no_mask(family: str) -> None:
+    shapes, plain = Shapes(2, 17056), real(family)
+    kept = attention.choose(plain, shapes, "cuda:sm80", True)
+    assert kept.kernel == "efficient" and "accelerate(trim_text=True) goes without" in kept.mask_condition
+    for device, backend, kernel, how in (
+        ("cuda:sm80", "flash", "FA2", "in one call"),
+        ("cuda:sm90", "native", "cuDNN", "in a call each"),
+        ("cpu", "native", "CPU flash", "in a call each"),
+    ):
+        choice = attention.choose(trimmed(family), shapes, device, True)
+        assert (choice.mask, choice.backend, choice.kernel) == ("dropped", backend, kernel)
+        assert f"prompts of unequal length {how}" in choice.reasons[0]
+        assert ("brings the mask back" in choice.reasons[0]) is (backend == "flash")
+    # diffusers' own way through them reads lengths in every layer.
+    for backend in ("flash_varlen", "_flash_varlen_3", "flash_varlen_hub"):
+        assert attention.check(trimmed(family), backend, shapes, "cuda:sm90", True).mask == "dropped"
+        with pytest.raises(ValueError, match=r"takes no mask|in every layer|wrong results"):
+            attention.check(plain, backend, shapes, "cuda:sm90", True)
+    undo = accelerate(plain, "fast", trim_text=False)
+    assert attention.choose(plain, shapes, "cuda:sm80", True).mask == "kept"
     undo()
+
+
+def test_ragged_text_keeps_its_mask_under_context_parallelism() -> None:
+    choice = attention.choose(trimmed("hunyuan"), VIDEO, "cuda:sm80", True, parallel="ulysses")
+    assert choice.mask == "kept" and "context parallelism splits padded text" in choice.mask_condition
 
 
 @pytest.mark.parametrize("device", ["cpu", *GPUS])
@@ -310,16 +326,18 @@ def test_every_usable_backend_of_the_cpu_computes_the_same(family: str) -> None:
                 assert_same_formula(grads[key], grad)
 
 
-def test_trimmed_model_runs_under_a_backend_without_masks() -> None:
+def test_ragged_text_runs_under_a_backend_without_masks() -> None:
     model = TINY["hunyuan"].model()
     accelerate(model, "fast", trim_text=True)
-    inputs = hunyuan_inputs(torch.float32, 2, lengths=(5,))
+    inputs = hunyuan_inputs(torch.float32, 2, lengths=(5, 3))
     wanted = run(model, inputs)
-    shapes = Shapes(2, 23, torch.float32, equal_text=True)
+    shapes = Shapes(2, 25, torch.float32)
     attention.apply(model, attention.check(model, "_native_flash", shapes, "cpu", True))
     assert_same_bits(run(model, inputs), wanted)
+    # HunyuanVideo takes as many tokens from the start as are valid.
+    inputs["encoder_attention_mask"][0, 0] = 0
     with pytest.raises(ValueError, match="`attn_mask` is not supported"):
-        run(model, hunyuan_inputs(torch.float32, 2, lengths=(5, 3)))
+        run(model, inputs)
 
 
 def test_apply_leaves_other_models_alone_and_is_undone() -> None:

@@ -80,6 +80,10 @@ MEMORY = [
         for name in expectations.MASKED
     ),
 ]
+RAGGED = [
+    {"op": "ragged", "backend": name, "pass": "forward", "times_peer": times, "within_budget": True}
+    for name, times in (("ours, native", 2.2), ("ours, _native_flash", 1.4), ("equal", 1.0))
+]
 SMOKE = [
     *(
         {"op": "smoke", "case": case, "passed": True, "detail": "fine"}
@@ -106,6 +110,8 @@ SMOKE = [
         ("memory", MEMORY, 0, {"reserved_bytes": 13 * GIB}, "3.00 GiB reserved beside 10.00"),
         ("memory", MEMORY, 1, {"peak_off": -0.5}, "decode-peak predicted -50.0% off"),
         ("memory", MEMORY, 2, {"runs": False, "error": "refused"}, "_native_efficient with a mask: refused"),
+        ("ragged", RAGGED, 0, {"times_peer": 1.49}, "ours, native, forward: 1.49 x masked"),
+        ("ragged", RAGGED, 1, {"within_budget": False}, "ours, _native_flash, forward: off its budget"),
         ("smoke", SMOKE, 0, {"passed": False, "detail": "3 bits"}, "cuda: step: 3 bits"),
         ("smoke", SMOKE, 3, {"rounding": "neither"}, "neither"),
     ],

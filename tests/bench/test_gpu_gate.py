@@ -100,11 +100,11 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 @needs_modules
 @pytest.mark.release
 def test_a_dry_run_of_the_timings(tmp_path: Path) -> None:
-    """The stage that pytest-benchmark measures in, whose rows the gate judges."""
-    found = gate(tmp_path, "--dry", "--only", "modules,bench")
+    """Stages that pytest-benchmark measures in, whose rows the gate judges."""
+    found = gate(tmp_path, "--dry", "--only", "modules,bench,ragged")
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
-    assert verdicts(tmp_path) == {"modules": "passed", "bench": "passed"}
-    assert {row["op"] for row in rows_of(tmp_path)} == {"host", "log_prob"}
+    assert verdicts(tmp_path) == dict.fromkeys(("modules", "bench", "ragged"), "passed")
+    assert {row["op"] for row in rows_of(tmp_path)} == {"host", "log_prob", "ragged"}
 
 
 @needs_modules
@@ -129,7 +129,7 @@ def test_a_gate_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
     second = tmp_path / "second"
     found = gate(second, "--dry", "--only", "failed", "--last", str(tmp_path))
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
-    assert verdicts(second) == dict.fromkeys(("modules", "bench", "ncu", "more"), "passed")
+    assert verdicts(second) == dict.fromkeys(("modules", "bench", "ncu", "ragged", "more"), "passed")
     hosts = [row for row in rows_of(second) if row["op"] == "host"]
     # What was measured stays, and is not measured again.
     assert hosts[: len(before)] == before and len({row["backend"] for row in hosts}) == len(hosts) > len(before)

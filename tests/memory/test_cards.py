@@ -90,6 +90,21 @@ def test_flash_says_whose_masks_it_does_not_take() -> None:
         assert ("takes no mask" in why) is said and why.startswith("attention flash: as asked")
 
 
+@pytest.mark.parametrize("model", ["hunyuan-video", "qwen-image"])
+def test_fast_block_ops_go_without_the_mask_of_unequal_prompts(model: str) -> None:
+    """The line says so; what is traced has the mask, as lengths are not known."""
+    given = Settings(model, frames=5 if model == "hunyuan-video" else 1, height=256, width=256, attention="auto")
+    found = {}
+    for ops in ("lossless", "fast"):
+        case = planned_case(given.changed(block_ops=ops), 2, "flash", train=True)
+        found[ops] = kernel(case, "auto", "cuda:sm80", False)
+        if ops == "fast":
+            assert "takes no mask" not in kernel(case, "flash", "cuda:sm80", False)[1]
+    assert found["lossless"][0] == "efficient" and "FA2" not in found["lossless"][1]
+    assert found["fast"][0] == "flash"
+    assert "FA2" in found["fast"][1] and "prompts of unequal length in" in found["fast"][1]
+
+
 def test_three_states(flux: Plan) -> None:
     exact, whole = flux.peak_bytes, flux.total_bytes
     between = (exact + CONTEXT * GIB + whole) / 2 / GIB

@@ -18,16 +18,7 @@ from dancegrpo_fast.patch import SUPPORTED, _pieces
 from ..ops.block_cases import held
 from ..release import release_but
 from ..tolerances import assert_within_budget
-from .models import (
-    FAMILIES,
-    TINY,
-    Inputs,
-    assert_gradients_within_budget,
-    assert_same_bits,
-    doubled,
-    hunyuan_inputs,
-    run,
-)
+from .models import FAMILIES, TINY, assert_gradients_within_budget, assert_same_bits, doubled, run
 
 BF16, F32 = torch.bfloat16, torch.float32
 LORA = {
@@ -177,61 +168,6 @@ def test_less_is_kept_for_the_backward(name: str) -> None:
     dgf.accelerate(model, "fast", recompute="all", gates_from_weights=True)
     kept.append(_saved_bytes(model, inputs))
     assert sorted(kept, reverse=True) == kept and len(set(kept)) == len(kept)
-
-
-class TestTrimmedText:
-    """HunyuanVideo without padding and mask."""
-
-    def made(self, lengths: tuple[int, ...]) -> tuple[Any, Inputs]:
-        model = TINY["hunyuan"].model(F32)
-        torch.manual_seed(1)
-        return model, hunyuan_inputs(F32, 2, lengths=lengths)
-
-    def run(self, lengths: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        model, inputs = self.made(lengths)
-        dgf.accelerate(model, "fast", **options)
-        masks: list[torch.Tensor | None] = []
-        original = F.scaled_dot_product_attention
-
-        def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-            masks.append(kwargs.get("attn_mask"))
-            return original(*args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "scaled_dot_product_attention", spy)
-            output = model(**inputs, return_dict=False)[0]
-        # The refiner's two attentions keep theirs.
-        return output, masks[-4:]
-
-    @pytest.mark.parametrize("lengths", [(5, 5), (7, 7), (1, 1)])
-    def test_equal_lengths_go_without_a_mask(self, lengths: tuple[int, ...]) -> None:
-        trimmed, masks = self.run(lengths)
-        padded, with_masks = self.run(lengths, trim_text=False)
-        assert masks == [None] * 4 and all(m is not None for m in with_masks)
-        model, inputs = self.made(lengths)
-        truth = model.double()(**doubled(inputs), return_dict=False)[0].detach()
-        assert_within_budget(trimmed.detach(), truth, padded.detach())
-
-    def test_different_lengths_keep_the_mask(self) -> None:
-        trimmed, masks = self.run((5, 3))
-        padded, _ = self.run((5, 3), trim_text=False)
-        assert all(m is not None for m in masks) and torch.equal(trimmed, padded)
-
-    def test_lengths_are_read_again_after_a_change(self) -> None:
-        model, inputs = self.made((5, 5))
-        dgf.accelerate(model, "fast")
-        first = model(**inputs, return_dict=False)[0]
-        inputs["encoder_attention_mask"][:, 3:] = 0
-        second = model(**inputs, return_dict=False)[0]
-        inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].clone()
-        assert torch.equal(model(**inputs, return_dict=False)[0], second) and not torch.equal(first, second)
-
-    def test_gradients_through_checkpoints(self) -> None:
-        model, inputs = self.made((5, 5))
-        dgf.accelerate(model, "fast", recompute="all")
-        wanted = run(model, inputs)
-        model.enable_gradient_checkpointing()
-        assert_same_bits(run(model, inputs), wanted)
 
 
 class TestRefusals:

@@ -175,8 +175,8 @@ def build(case: Case, counts: Sequence[int]) -> nn.Module:
         for p in model.parameters():
             p.data = p.data.to(torch.bfloat16)
     if case.block_ops != "off":
-        # Lengths of prompts are not known, and reading them off fakes is impossible: the text counts whole.
-        accelerate(model, case.block_ops, recompute=case.recompute, trim_text=False)
+        # Lengths cannot be read off fakes, whose text counts whole and keeps its mask.
+        accelerate(model, case.block_ops, recompute=case.recompute)
     if case.sequence_parallel > 1:
         _split(model, case)
     return model
