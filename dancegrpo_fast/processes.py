@@ -295,6 +295,23 @@ class Processes:
             finally:
                 module.set_requires_gradient_sync(True)
 
+    def average(self, denoiser: nn.Module) -> bool:
+        """Averages gradients over the processes, for a denoiser that is not wrapped; whether there are several.
+
+        Those that a process has not are zero there.
+        """
+        own = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        if not self.distributed:
+            return False
+        for parameter in own:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in own]:
+            work.wait()
+        for parameter in own:
+            parameter.grad /= self.count
+        return True
+
     @contextlib.contextmanager
     def sampling(self, denoiser: nn.Module, resident: bool) -> Iterator[None]:
         """Around calls without gradients; parameters are shards again afterwards, so that the optimiser sees them.

@@ -72,6 +72,7 @@ def prepare(
         if training:
             recipe = with_sync(model, recipe, device, text_tokens)
             model.gradient_sync = recipe.train.gradient_sync
+            model.passes = recipe.train.passes
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
     set_swap(model, recipe, device)

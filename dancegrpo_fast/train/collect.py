@@ -1,9 +1,9 @@
 """An iteration's samples: drawn, decoded and scored by the process that has them, and what is kept of them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..stopping import Stop
 from ..transitions import TransitionTable
 from .calls import Policy, fill_calls, model_calls
 from .clock import Clock
-from .draw import Draw, Start, shared_step
+from .draw import Draw, Recorder, Start, shared_step
 from .residence import Residence
 from .trajectory import Trajectory
 
@@ -70,6 +70,22 @@ def reward_input(frames: Tensor, prompts: Sequence[Prompt], groups: Sequence[int
     return RewardInput(frames, [one.text for one in own], torch.tensor(groups), [one.meta for one in own], fps)
 
 
+class PartRecorder(Recorder, Protocol):
+    """A `Recorder` of samples that are drawn a set at a time."""
+
+    def restart(self) -> None:
+        """An iteration begins."""
+        ...
+
+    def begin(self, part: range, first: int, device: torch.device) -> None:
+        """The samples at the places `part` are drawn next; that at 0 has number `first` in the run."""
+        ...
+
+    def keep(self, places: Collection[int]) -> None:
+        """Of these no others than those at `places` will be trained on."""
+        ...
+
+
 @dataclass
 class Collector:
     """Draws and scores the samples of an iteration.
@@ -81,6 +97,7 @@ class Collector:
     Attributes:
         keep_outputs: trajectories keep the model's outputs.
         stop: a signal ends a call, with Stopped.
+        recorder: takes gradients while samples are drawn; None: there are none.
         batch: B.
 
     Raises:
@@ -96,6 +113,7 @@ class Collector:
     residence: Residence
     keep_outputs: bool
     stop: Stop = field(default_factory=Stop)
+    recorder: PartRecorder | None = None
 
     def __post_init__(self) -> None:
         train, count = self.recipe.train, self.processes.groups
@@ -132,6 +150,8 @@ class Collector:
         start: Start | Tensor | None = None
         kept: list[int] = []
         buffer: Trajectory | None = None
+        if self.recorder is not None:
+            self.recorder.restart()
         for part in parts:
             self.residence.use("denoiser")
             with self.processes.sampling(policy.model.denoiser, self.recipe.train.rollout_replica):
@@ -139,7 +159,10 @@ class Collector:
                     start = self._start(draw, first)
                 own = start[part.start - mine.start : part.stop - mine.start] if isinstance(start, Tensor) else start
                 prompt_rows = self._on_device(self._prompt_rows(part))
-                trajectory = phase("rollout")(draw.samples)(own, prompt_rows, self._on_device(part) + first)
+                if self.recorder is not None:
+                    self.recorder.begin(part, first, self.processes.device)
+                ids = self._on_device(part) + first
+                trajectory = phase("rollout")(draw.samples)(own, prompt_rows, ids, self.recorder)
                 if part is parts[-1] and self.processes.sharded:
                     fill_calls(policy, self.table, conditioning, self._calls(), self.processes.group)
             clock.stop("sample")
@@ -149,6 +172,7 @@ class Collector:
                 rewards[:, dealt.start : dealt.stop] = self._scores(dealt, final, prompts, clock)
             rewards[:, part.start : part.stop] = self.processes.scores(rewards[:, part.start : part.stop])
             clock.stop("reward")
+            found: Sequence[int] = part
             if len(parts) > 1:
                 found = [place for place in self._choose(rewards)[2] if place in part]
                 if buffer is None:
@@ -156,6 +180,8 @@ class Collector:
                     buffer = trajectory.like(2 * (self.recipe.train.best_of_n or 0) * len(mine) // self._group)
                 buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
                 kept += found
+            if self.recorder is not None:
+                self.recorder.keep(found)
         return clock, conditioning, trajectory, buffer, kept, rewards
 
     def _scores(self, places: range, final: Tensor, prompts: Sequence[Prompt], clock: Clock) -> Tensor:
