@@ -306,10 +306,11 @@ class Processes:
         for parameter in own:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in own]:
+        gradients = [parameter.grad for parameter in own if parameter.grad is not None]
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
             work.wait()
-        for parameter in own:
-            parameter.grad /= self.count
+        for gradient in gradients:
+            gradient /= self.count
         return True
 
     @contextlib.contextmanager

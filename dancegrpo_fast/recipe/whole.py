@@ -86,6 +86,10 @@ class Recipe:
         got = f"train.passes: got {shown(train.passes)}"
         if train.passes == "reweight" and model.lora is None:
             raise ValueError(f'{got} without model.lora, want LoRA layers, 2 or "retain"')
+        if train.passes == "retain" and model.checkpointing == "auto":
+            raise ValueError(
+                f'{got} with model.checkpointing "auto", which has room for one graph only, want a policy by name, or 1'
+            )
         if model.dtype == "float16":
             raise ValueError(f"{got} with model.dtype float16, where an update may have to be made again, want 2")
         if model.blocks_to_swap != 0:

@@ -124,7 +124,7 @@ class OnePass:
             outputs: of it, with their graph.
         """
         whole = {**outputs, **self._loss.others(self._policy, self._policy.model.denoiser, inputs)}
-        kept = {name: None if values is None else values[dealt.trained] for name, values in whole.items()}
+        kept = _rows(whole, dealt.trained, len(dealt.samples))
         if self._per_sample is not None:
             samples = dealt.samples[dealt.trained]
             unweighted = Unweighted(drawn, torch.ones(len(self._part), device=samples.device))
@@ -171,7 +171,7 @@ class OnePass:
             if len(index) == 0:
                 continue
             any_found = True
-            outputs = {name: None if values is None else values[row] for name, values in one.outputs.items()}
+            outputs = _rows(one.outputs, row, len(one.places))
             steps, scale = torch.full_like(index, one.step), self._policy.scale(one.expert)
             term = self._loss.term(batch, index, steps, outputs, len(index) * weight, scale)
             tally.add(term, first=True)
@@ -194,6 +194,13 @@ class OnePass:
                 used, parameter = values if len(rows) == len(places) else values[row], self._parameters[name]
                 added = torch.tensordot(factors, used, dims=1).to(parameter.dtype)
                 parameter.grad = added if parameter.grad is None else parameter.grad + added
+
+
+def _rows(outputs: Outputs, rows: Tensor, count: int) -> Outputs:
+    """Some of `count` rows of every output; no copy of all."""
+    if len(rows) == count:
+        return outputs
+    return {name: None if values is None else values[rows] for name, values in outputs.items()}
 
 
 def _on_device(lists: Iterable[Sequence[int]], device: torch.device) -> list[Tensor]:

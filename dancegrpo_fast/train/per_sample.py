@@ -126,6 +126,9 @@ class PerSample:
         for parameter in self._parameters.values():
             parameter.grad = None
         if past:
-            raise ValueError(f'train.passes: got "reweight", and the model does not call the module of {past[0]}, want 2')
-        if any(bool(sums[1:].any()) for sums in made.values()) or not any(bool(sums.any()) for sums in made.values()):
+            raise ValueError(
+                f'train.passes: got "reweight", and the model does not call the module of {past[0]}, want 2'
+            )
+        mine, others = (any(bool(sums[part].any()) for sums in made.values()) for part in (slice(1), slice(1, None)))
+        if others or not mine:
             raise ValueError('train.passes: got "reweight" for a model that mixes the rows of its calls, want 2')

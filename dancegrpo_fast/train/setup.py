@@ -107,7 +107,8 @@ class Setup:
             # The text encoders are loaded next.
             self.rewards.to("cpu")
         self._load_model(evaluated)
-        identity |= {"model": model_identity(self.model), "gradient_sync": self.model.gradient_sync}
+        identity |= {"model": model_identity(self.model)}
+        identity |= {"gradient_sync": self.model.gradient_sync, "passes": self.model.passes}
         self._build(evaluated, identity)
         if found is not None:
             self._restore(found, accepted)
@@ -182,7 +183,9 @@ class Setup:
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if train.passes != 2 and processes.sharded:
-            raise ValueError(f"train.passes: got {shown(train.passes)} under FSDP2, which frees weights after a call, want 2")
+            raise ValueError(
+                f"train.passes: got {shown(train.passes)} under FSDP2, which frees weights after a call, want 2"
+            )
         if recipe.model.quantization is not None and processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
         if recipe.model.blocks_to_swap != 0 and processes.sharded:

@@ -35,18 +35,17 @@ class Term(NamedTuple):
 
 
 class Sampled(Protocol):
-    """Samples, before or after there are rewards.
-
-    Attributes:
-        trajectory: n samples.
-        own_advantages: float32 `[n]`.
-    """
+    """Samples, before or after there are rewards."""
 
     @property
-    def trajectory(self) -> Trajectory: ...
+    def trajectory(self) -> Trajectory:
+        """Of n samples."""
+        ...
 
     @property
-    def own_advantages(self) -> Tensor: ...
+    def own_advantages(self) -> Tensor:
+        """float32 `[n]`."""
+        ...
 
 
 class Loss(Protocol):
