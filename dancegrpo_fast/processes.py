@@ -295,24 +295,6 @@ class Processes:
             finally:
                 module.set_requires_gradient_sync(True)
 
-    def average(self, denoiser: nn.Module) -> bool:
-        """Averages gradients over the processes, for a denoiser that is not wrapped; whether there are several.
-
-        Those that a process has not are zero there.
-        """
-        own = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-        if not self.distributed:
-            return False
-        for parameter in own:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in own if parameter.grad is not None]
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
-        for gradient in gradients:
-            gradient /= self.count
-        return True
-
     @contextlib.contextmanager
     def sampling(self, denoiser: nn.Module, resident: bool) -> Iterator[None]:
         """Around calls without gradients; parameters are shards again afterwards, so that the optimiser sees them.

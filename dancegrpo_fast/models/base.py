@@ -34,8 +34,7 @@ class DiffusersModel:
     `mask` `_count_tokens`. In `_set_up` it may check the denoiser's configuration.
 
     Attributes:
-        family: as in recipes.
-        pipeline: the pipeline's class in diffusers.
+        family, pipeline: as in recipes, and the pipeline's class in diffusers.
         denoiser_part, denoiser_class, vae_class: its subfolder and the classes in diffusers.
         text_parts: subfolders that encode text.
         text_tensors: what `_encode_text` gives for a prompt.

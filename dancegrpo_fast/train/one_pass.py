@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..processes import Processes
 from .calls import Inputs, Policy, chunks
 from .collect import Batch
 from .draw import Dealt
@@ -194,6 +195,15 @@ class OnePass:
                 used, parameter = values if len(rows) == len(places) else values[row], self._parameters[name]
                 added = torch.tensordot(factors, used, dims=1).to(parameter.dtype)
                 parameter.grad = added if parameter.grad is None else parameter.grad + added
+
+    def reduce(self, processes: Processes) -> bool:
+        """Averages gradients over the processes, zero where one has none; whether processes are distributed."""
+        if not processes.distributed:
+            return False
+        for parameter in self._parameters.values():
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = processes.sum(own) / processes.count
+        return True
 
 
 def _rows(outputs: Outputs, rows: Tensor, count: int) -> Outputs:

@@ -125,7 +125,7 @@ class Updates:
             changed |= self.one_pass.backward(batch, pairs, self._weight(len(batch.chosen)), tally)
         if changed:
             self._add_missing()
-        return self.processes.average(self.policy.model.denoiser) or changed if self.one_pass else changed
+        return self.one_pass.reduce(self.processes) or changed if self.one_pass else changed
 
     def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self.one_pass else self.processes.reducing(self.denoiser, last)

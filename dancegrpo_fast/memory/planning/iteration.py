@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...quantization import BITSANDBYTES
-from . import decoding, specs
+from . import decoding, passes, specs
 from . import policy as policies
 from .blocks import Blocks, compose
 from .budget import CATEGORIES, Phase
@@ -44,6 +44,7 @@ class Iteration:
         if settings.gradient_sync == "auto":
             settings = settings.changed(gradient_sync=gradient_sync)
         self.settings = settings
+        passes.check(settings)
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
             raise ValueError(

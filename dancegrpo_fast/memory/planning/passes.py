@@ -58,17 +58,8 @@ def choose(iteration: "Iteration", blocks: Blocks, phases: Sequence[Phase]) -> t
         iteration: what is planned.
         blocks: under the policy that was picked.
         phases: of two passes.
-
-    Raises:
-        ValueError: one pass with what it cannot have.
     """
     settings = iteration.settings
-    if settings.passes == "2":
-        return "2", ()
-    if settings.is_sharded or settings.sequence_parallel > 1 or settings.blocks_to_swap != 0:
-        raise ValueError(f'passes: got "{settings.passes}" with shards, split samples or blocks to swap, want "2"')
-    if settings.passes == "reweight" and (why := unweighable(settings)):
-        raise ValueError(f'passes: got "reweight" with {why}, want "2" or "retain"')
     if settings.passes != "1":
         return settings.passes, ()
     room, reasons = limit(settings, settings.gpu_gib), []
@@ -90,6 +81,16 @@ def choose(iteration: "Iteration", blocks: Blocks, phases: Sequence[Phase]) -> t
             return kind, (f"passes {kind}: it {takes}; {saved}", *reasons)
         reasons.append(f"passes {kind} {takes}")
     return "2", (f"passes 2: {'; '.join(reasons)}",)
+
+
+def check(settings: Settings) -> None:
+    """Raises ValueError for one pass with what it cannot have."""
+    if settings.passes == "2":
+        return
+    if settings.is_sharded or settings.sequence_parallel > 1 or settings.blocks_to_swap != 0:
+        raise ValueError(f'passes: got "{settings.passes}" with shards, split samples or blocks to swap, want "2"')
+    if settings.passes == "reweight" and (why := unweighable(settings)):
+        raise ValueError(f'passes: got "reweight" with {why}, want "2" or "retain"')
 
 
 def unweighable(settings: Settings) -> str:
