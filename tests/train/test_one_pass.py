@@ -10,6 +10,7 @@ import torch
 
 from dancegrpo_fast.memory import profile
 from dancegrpo_fast.memory.planning.passes import held
+from dancegrpo_fast.profile import profile_recipe
 from dancegrpo_fast.train import Trainer
 from dancegrpo_fast.train.calls import probe
 from dancegrpo_fast.train.per_sample import PerSample
@@ -191,6 +192,12 @@ def test_a_model_whose_samples_cannot_be_told_apart_is_refused(
         sums.check(trainer.policy, inputs)
     with pytest.raises(ValueError, match="extra is no linear LoRA layer's"):
         PerSample(trainer.model.denoiser, {"extra": torch.nn.Parameter(torch.zeros(1))}, 4)
+
+
+def test_a_profile_says_what_it_does_not_predict(flux: Path, tmp_path: Path) -> None:
+    report = profile_recipe(make_recipe(flux, tmp_path / "run", passes="retain"), iterations=1)
+    rollout = next(row for row in report.rows if row.name == "rollout")
+    assert not report.predicted and "one pass on a CPU" in report.notes[0] and rollout.budget["saved"] > 0
 
 
 @pytest.mark.release
