@@ -52,6 +52,8 @@ class TrainSettings:
         sequence_kind: how: "ulysses" changes tokens for heads around attention, "ring" hands keys and values round.
         ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
             beside them; null: none.
+        overlap_rewards: score samples in a thread while the next ones are drawn, in sets that end where a group and a
+            model call do.
         offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards",
             "block_inputs" of blocks that are checkpointed, until their backward, and "expert", under LoRA the frozen
             weights of that of two denoisers whose turn it is not (in one process).
@@ -87,6 +89,7 @@ class TrainSettings:
     sequence_parallel: int = 1
     sequence_kind: Literal["ulysses", "ring"] = "ulysses"
     ema_decay: float | None = None
+    overlap_rewards: bool = False
     offload: list[Literal["denoiser", "vae", "rewards", "block_inputs", "expert"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,6 +110,7 @@ class TrainSettings:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, want more than 0, less than 1")
         self._check_passes()
+        self._check_overlap()
         if self.optimizer not in ("adamw", "adamw8bit") and not all(self.optimizer.partition(":")):
             raise ValueError(f'train.optimizer: got "{self.optimizer}", want adamw, adamw8bit or module:Class')
         for name, where in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("params", "nothing")):
@@ -141,6 +145,20 @@ class TrainSettings:
                 f'train.passes: got "reweight" with kl_weight {self.kl_weight}, whose gradient has other weights and '
                 'takes a backward of its own, want 2 or "retain"'
             )
+
+    def _check_overlap(self) -> None:
+        if not self.overlap_rewards:
+            return
+        if self.passes != 2:
+            raise ValueError(
+                f"train.overlap_rewards: got true with passes {shown(self.passes)}, whose calls are dealt for all "
+                "samples at once, want one of them"
+            )
+        if self.sequence_parallel != 1:
+            raise ValueError(f"train.overlap_rewards: got true with sequence_parallel {self.sequence_parallel}, want 1")
+        for what in ("denoiser", "vae", "rewards"):
+            if what in self.offload:
+                raise ValueError(f'train.overlap_rewards: got true with offload "{what}", which runs alone, want false')
 
     @property
     def updates_per_iteration(self) -> int:

@@ -186,6 +186,8 @@ class Setup:
             raise ValueError(
                 f"train.passes: got {shown(train.passes)} under FSDP2, which frees weights after a call, want 2"
             )
+        if train.overlap_rewards and processes.sharded:
+            raise ValueError("train.overlap_rewards: got true under FSDP2, want false")
         if recipe.model.quantization is not None and processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
         if recipe.model.blocks_to_swap != 0 and processes.sharded:
