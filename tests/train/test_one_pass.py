@@ -45,8 +45,8 @@ RETAINED: dict[str, dict[str, Any]] = {
 }
 REWEIGHTED = {name: changes | LORA for name, changes in RETAINED.items() if "kl_weight" not in changes}
 QUICK = [
-    *(("retain", name) for name in ("plain", "every sample in its row", "kl of adapters", "dropped", "no group")),
-    *(("reweight", name) for name in ("uneven", "ratio norm", "best of n, in their rows", "one group", "ddim")),
+    *(("retain", name) for name in ("plain", "every sample in its row", "kl of adapters", "no group")),
+    *(("reweight", name) for name in ("dropped", "best of n, in their rows", "ddim")),
 ]
 ALL = [("retain", name) for name in RETAINED] + [("reweight", name) for name in REWEIGHTED]
 
