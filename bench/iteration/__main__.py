@@ -1,4 +1,4 @@
-"""Times a recipe's iterations beside a plain loop of the same mathematics, counts both, and draws their curves."""
+"""Times recipes' iterations beside plain loops of the same mathematics, counts them, and draws the first's curves."""
 
 import argparse
 import statistics
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import environment
 from bench.repository import RESULTS
@@ -20,14 +21,17 @@ from bench.rows import Row, grid, write
 from dancegrpo_fast.memory import profile
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
-from dancegrpo_fast.recipe import Recipe, load_recipe
+from dancegrpo_fast.recipe import LoraSettings, Recipe, load_recipe
+from dancegrpo_fast.rng import derive_seed
 from dancegrpo_fast.train.loop import Trainer
 from tests.gpu.activity import FREE
 
 from . import figure
 from .plain import PlainLoop
 
-RECIPES = ("digits",)
+# A flow transformer, the same with LoRA, a guided UNet, and a video transformer; with `-lora` LoRA layers are added.
+RECIPES = ("digits", "digits-lora", "digits_ddim", "video_motion")
+LORA = LoraSettings(rank=8, alpha=8)
 # On a GPU each of these makes the host wait for the device.
 READS = (
     "item",
@@ -43,8 +47,11 @@ READS = (
     "allclose",
 )
 NOTES = """\
+ours: two passes, calls of the recipe's micro-batch; small calls: of one prompt's samples, as batched has them
+retain, reweight: ours in one pass, `train.passes`
 plain: the published scripts' loop in plain torch: batch 1, a host read and a reduction per micro-step, picture files
 batched: the same plain torch with a prompt's samples in one batch, no reads or reductions per step
+GFLOP: products and attention of an iteration, by torch's counter
 launches: torch operators of an iteration behind the last that would start work on a device (ours count once)
 host reads: calls of one iteration at which a GPU would be waited for, those on numbers that lie on the host included
 peak: live tensor bytes, model and optimiser included"""
@@ -74,37 +81,51 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[int], float]]:
-    """Name -> iteration, which returns the mean of the first reward."""
-    trainer = Trainer(replace(recipe, output_dir=str(folder / "ours"), evaluation=None))
-    first = trainer.rewards.names[0]
-    prompts = load_prompts(recipe.prompts)
+def contenders(recipe: Recipe, folder: Path) -> dict[str, tuple[int, Callable[[int], float]]]:
+    """Name -> rows of a model call, and iteration, which returns the mean of the first reward."""
+    prompts, group = load_prompts(recipe.prompts), recipe.train.group_size
 
-    def plain(rows: int) -> PlainLoop:
+    def ours(**changes: Any) -> tuple[int, Callable[[int], float]]:
+        train = replace(recipe.train, **changes)
+        name = "-".join(map(str, changes.values())) or "ours"
+        trainer = Trainer(replace(recipe, train=train, output_dir=str(folder / name), evaluation=None))
+        first = trainer.rewards.names[0]
+        return train.micro_batch, lambda number: float(trainer.iteration(number)[f"reward/{first}"])
+
+    def plain(rows: int) -> tuple[int, Callable[[int], float]]:
+        # As the trainer draws the first LoRA layers.
+        torch.manual_seed(derive_seed(recipe.seed, "weights"))
         model = load_model(recipe, torch.device("cpu"), prompts)
         model.denoiser.eval()
         pictures = folder / f"pictures{rows}"
         pictures.mkdir()
-        return PlainLoop(recipe, model, prompts, pictures, rows)
+        return rows, PlainLoop(recipe, model, prompts, pictures, rows).iteration
 
+    one_pass = {"retain": ours(passes="retain")}
+    if recipe.model.lora is not None:
+        one_pass["reweight"] = ours(passes="reweight")
     return {
-        "ours": lambda number: float(trainer.iteration(number)[f"reward/{first}"]),
-        "batched": plain(recipe.train.group_size).iteration,
-        "plain": plain(1).iteration,
+        "ours": ours(),
+        "small calls": ours(micro_batch=group),
+        **one_pass,
+        "batched": plain(group),
+        "plain": plain(1),
     }
 
 
 def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> list[Row]:
-    """One row per contender: seconds of every iteration, the reward curve, launches, host reads and peak bytes.
+    """One row per contender: seconds of every iteration, the reward curve, FLOPs, launches, reads and peak bytes.
 
     Args:
         name: of the recipe.
-        iterations: of ours and of the batched loop.
-        beside: the first of them, in which the plain loop takes its turn; its medians are of those.
+        iterations: of all but the plain loop.
+        beside: the first of them, in which that takes its turn; medians are of those.
         where: what ran it.
     """
-    recipe, _ = load_recipe([str(Path("recipes") / f"{name}.yaml")])
+    recipe, _ = load_recipe([str(Path("recipes") / f"{name.removesuffix('-lora')}.yaml")])
     recipe = replace(recipe, train=replace(recipe.train, iterations=iterations, updates_per_rollout=1))
+    if name.endswith("-lora"):
+        recipe = replace(recipe, model=replace(recipe.model, lora=LORA))
     with tempfile.TemporaryDirectory() as folder:
         runs = contenders(recipe, Path(folder))
         seconds: dict[str, list[float]] = {contender: [] for contender in runs}
@@ -115,15 +136,17 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
             turn = number % len(names)
             for contender in names[turn:] + names[:turn]:
                 begin = time.perf_counter()
-                curves[contender].append(runs[contender](number))
+                curves[contender].append(runs[contender][1](number))
                 seconds[contender].append(time.perf_counter() - begin)
             print(f"{name} {number}: " + ", ".join(f"{c} {seconds[c][-1]:.2f} s" for c in names), flush=True)
         rows = []
-        for contender, run in runs.items():
-            with Launches() as launches, Reads() as reads:
+        for contender, (calls_of, run) in runs.items():
+            with FlopCounterMode(display=False) as flops:
                 run(iterations + 1)
-            with profile() as report:
+            with Launches() as launches, Reads() as reads:
                 run(iterations + 2)
+            with profile() as report:
+                run(iterations + 3)
             rows.append(
                 {
                     "op": "iteration",
@@ -134,9 +157,11 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
                     "reward": curves[contender],
                     "launches": launches.count,
                     "host_reads": reads.count,
+                    "flops": flops.get_total_flops(),
                     "peak_bytes": report.peak.bytes,
+                    "peak_phase": report.peak.name,
                     "samples": recipe.train.prompts_per_iteration * recipe.train.group_size,
-                    "micro_batch": recipe.train.micro_batch if contender == "ours" else None,
+                    "micro_batch": calls_of,
                     "threads": torch.get_num_threads(),
                     "environment": where,
                 }
@@ -152,10 +177,11 @@ def table(rows: list[Row]) -> str:
         plain = next(r for r in rows if r["recipe"] == row["recipe"] and r["contender"] == "plain")
         times, mib = f"{plain['seconds_median'] / seconds:.1f}x", f"{row['peak_bytes'] / 2**20:.1f}"
         last = len(plain["reward"]) - 1
-        counts = [row["launches"], row["host_reads"], mib, f"{row['reward'][last]:.4f}"]
-        cells.append([row["recipe"], row["contender"], f"{seconds:.2f}", times, *counts])
+        counts = [f"{row['flops'] / 1e9:.1f}", row["launches"], row["host_reads"], mib, f"{row['reward'][last]:.4f}"]
+        cells.append([row["recipe"], row["contender"], row["micro_batch"], f"{seconds:.2f}", times, *counts])
     titles = (
-        "recipe, contender, s an iteration, against plain, launches, host reads, peak MiB, reward behind plain's last"
+        "recipe, contender, rows a call, s an iteration, against plain, GFLOP, launches, host reads, peak MiB, "
+        "reward behind plain's last"
     )
     head = titles.split(", ")
     return "\n".join(grid(head, cells))
@@ -165,8 +191,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.iteration", description=__doc__)
     parser.add_argument("--recipe", action="append", help=f"default {' and '.join(RECIPES)}; their bases must be built")
-    parser.add_argument("--iterations", type=int, default=120, help="so many, in which it learns (120)")
-    parser.add_argument("--beside", type=int, default=6, help="the first of them also by the plain loop (6)")
+    parser.add_argument("--iterations", type=int, default=120, help="of the first recipe, in which it learns (120)")
+    parser.add_argument("--beside", type=int, default=6, help="of the others, and of the plain loop (6)")
     parser.add_argument("--out", type=Path, default=RESULTS / "iteration.jsonl")
     options = parser.parse_args()
     # The scripts reduce and wait in every micro-step; one process is the least that this can cost.
@@ -174,10 +200,11 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
     where = environment()
     rows: list[Row] = []
-    for name in options.recipe or RECIPES:
-        rows += measure(name, options.iterations, options.beside, where)
+    names = options.recipe or RECIPES
+    for name in names:
+        rows += measure(name, options.iterations if name == names[0] else options.beside, options.beside, where)
         write(options.out, rows)
-    figure.draw(rows, options.out.with_suffix(".png"))
+    figure.draw([row for row in rows if row["recipe"] == names[0]], options.out.with_suffix(".png"))
     print(f"\n{table(rows)}\n\n{NOTES}\n\n{len(rows)} rows in {options.out}")
     dist.destroy_process_group()
 

@@ -22,16 +22,17 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the curves of every contender."""
+    """Draws the curves of the main contenders."""
     write(path.parent, {path.stem: partial(_curves, rows)}, [path.suffix[1:]])
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> Any:
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     drawn, panels = figure(3.0, len(recipes), 2)
-    styles = {"ours": (COLOURS[0], "-"), "batched": (COLOURS[2], "--"), "plain": (COLOURS[1], ":")}
+    styles = {"ours": (COLOURS[0], "-"), "retain": (COLOURS[4], "-"), "batched": (COLOURS[2], "--")}
+    styles["plain"] = (COLOURS[1], ":")
     for recipe, (samples, cost) in zip(recipes, panels.reshape(-1, 2), strict=True):
-        for row in (row for row in rows if row["recipe"] == recipe):
+        for row in (row for row in rows if row["recipe"] == recipe and row["contender"] in styles):
             colour, style = styles[row["contender"]]
             label = f"{row['contender']}, {row['seconds_median']:.2f} s an iteration"
             reward = smoothed(row["reward"])

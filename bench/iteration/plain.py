@@ -109,13 +109,14 @@ class PlainLoop:
         """Rewards `[K, n]` of pictures that went through files."""
         frames = self.model.decode(denoised)
         read = []
-        for place, picture in enumerate(frames[:, 0]):
-            path = self.folder / f"{number + place}.png"
+        for place, picture in enumerate(frames.flatten(0, 1)):
+            path = self.folder / f"{number * frames.shape[1] + place}.png"
             Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
             read.append(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255)
-        count = len(frames)
-        texts, meta = [prompt.text] * count, [prompt.meta] * count
-        return self.rewards(RewardInput(torch.stack(read)[:, None], texts, torch.zeros(count, dtype=torch.int64), meta))
+        texts, meta = [prompt.text] * len(frames), [prompt.meta] * len(frames)
+        groups = torch.zeros(len(frames), dtype=torch.int64)
+        fps = self.recipe.sampler.fps
+        return self.rewards(RewardInput(torch.stack(read).unflatten(0, frames.shape[:2]), texts, groups, meta, fps))
 
     def iteration(self, iteration: int) -> float:
         """One rollout and its update; returns the mean of the first reward."""
@@ -139,6 +140,7 @@ class PlainLoop:
         scores = torch.cat(rewards, dim=1)
         grouped = scores.reshape(len(scores), -1, group)
         normalised = (grouped - grouped.mean(dim=2, keepdim=True)) / (grouped.std(dim=2, keepdim=True) + 1e-8)
+        normalised = normalised.clamp(-train.advantage_clip, train.advantage_clip)
         weights = torch.tensor(self.rewards.weights)[:, None, None]
         advantages = (normalised * weights).sum(dim=0).flatten()
         self.update(prompts, torch.cat(latents), torch.cat(log_probs), advantages, first)
@@ -169,7 +171,7 @@ class PlainLoop:
                     self.transition(output[i : i + 1], x[i : i + 1], int(step), following[i : i + 1])[2]
                     for i, step in enumerate(at)
                 ]
-                adv = advantages[part].clamp(-train.advantage_clip, train.advantage_clip)
+                adv = advantages[part]
                 ratio = torch.exp(torch.cat(scored) - log_probs[rows, at])
                 clip = train.ratio_clip()
                 low, high = clip if isinstance(clip, tuple) else (clip, clip)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,7 @@ class DiffusersModel:
     `mask` `_count_tokens`. In `_set_up` it may check the denoiser's configuration.
 
     Attributes:
-        family: as in recipes.
-        pipeline: the pipeline's class in diffusers.
+        family, pipeline: as in recipes, and the pipeline's class in diffusers.
         denoiser_part, denoiser_class, vae_class: its subfolder and the classes in diffusers.
         text_parts: subfolders that encode text.
         text_tensors: what `_encode_text` gives for a prompt.
@@ -43,7 +42,7 @@ class DiffusersModel:
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
-        gradient_sync: what the recipe's came to, as in `GeneratorModel`.
+        gradient_sync, passes: what the recipe's came to, as in `GeneratorModel`.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
         denoiser_paths: folders or files of the denoisers, by their subfolders in a pipeline.
     """
@@ -64,6 +63,7 @@ class DiffusersModel:
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
     gradient_sync: str = "update"
+    passes: Literal[2, "retain", "reweight"] = 2
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ class GeneratorModel(Protocol):
         denoiser: the network that is trained, or several as `Experts`.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
         gradient_sync: what the recipe's `train.gradient_sync` came to, "update" or "call".
+        passes: what the recipe's `train.passes` came to, 2, "retain" or "reweight".
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
     gradient_sync: str
+    passes: Literal[2, "retain", "reweight"]
     decodes_x0: ClassVar[bool]
 
     def at(self, sampler: SamplerSettings) -> "GeneratorModel":

@@ -56,6 +56,8 @@ def settings_of(
         rollout_batch=train.micro_batch,
         num_steps=sampler.num_steps,
         timestep_fraction=train.timestep_fraction,
+        passes=str(train.passes),
+        trained_share=1.0 if train.best_of_n is None else 2 * train.best_of_n / train.group_size,
         guidance_scale=sampler.guidance_scale,
         text_tokens=text_tokens or given.max_text_tokens,
         dtype=given.dtype,

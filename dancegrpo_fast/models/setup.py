@@ -72,6 +72,7 @@ def prepare(
         if training:
             recipe = with_sync(model, recipe, device, text_tokens)
             model.gradient_sync = recipe.train.gradient_sync
+            model.passes = choose_passes(model, recipe, device, text_tokens)
             set_checkpointing(model, recipe, device, text_tokens)
         set_tiling(model, recipe, device, text_tokens)
     set_swap(model, recipe, device)
@@ -203,6 +204,34 @@ def with_sync(model: DiffusersModel, recipe: Recipe, device: torch.device, text_
         chosen = "call" if "call" in gather_object([settings.gradient_sync]) else "update"
         print(why if chosen == settings.gradient_sync else "gradient_sync call: for another process", flush=True)
     return replace(recipe, train=replace(recipe.train, gradient_sync=chosen))
+
+
+def choose_passes(
+    model: DiffusersModel, recipe: Recipe, device: torch.device, text_tokens: int
+) -> Literal[2, "retain", "reweight"]:
+    """What `train.passes` comes to, in all processes the same; 1 asks the planner, and says why.
+
+    Raises:
+        ValueError: 1 on a CPU whose memory is not said, or in float32 throughout.
+    """
+    asked = recipe.train.passes
+    if asked != 1:
+        return asked
+    _check_planned("train.passes: got 1", '2, "retain" or "reweight"', recipe)
+    gib = _capacity(recipe, device)
+    if gib is None:
+        raise ValueError('train.passes: got 1 on the CPU, want model.memory_gib, 2, "retain" or "reweight"')
+    from accelerate.utils import gather_object
+
+    from ..memory.planning import planner
+
+    found, why = planner.with_passes(_settings(model, recipe, device, text_tokens, gib))
+    # A process whose device has less memory decides for all.
+    everywhere = gather_object([found]) if processes()[0] > 1 else [found]
+    kinds: dict[str, Literal[2, "retain", "reweight"]] = {"2": 2, "reweight": "reweight", "retain": "retain"}
+    chosen = next(kind for kind in kinds if kind in everywhere)
+    print(why if chosen == found else f"passes {chosen}: for another process", flush=True)
+    return kinds[chosen]
 
 
 def _check_planned(got: str, otherwise: str, recipe: Recipe) -> None:

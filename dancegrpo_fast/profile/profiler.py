@@ -321,7 +321,9 @@ def profile_recipe(
             with profile(predicted, device=trainer.device, allocator=on_cpu) as report:
                 rows = [trainer.iteration(number) for number in range(2, iterations + 2)]
             report.title = _title(recipe)
-            if predicted is None and on_cpu:
+            if predicted is None and on_cpu and trainer.model.passes != 2:
+                report.notes += ["not predicted: one pass on a CPU"]
+            elif predicted is None and on_cpu:
                 report.predicted = predict(trainer, report.before, rows)
             elif predicted is None:
                 report.predicted, notes = planned(trainer)

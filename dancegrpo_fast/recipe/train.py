@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import shown
 from .checks import at_least, check_fields, positive
 
 
@@ -18,6 +19,10 @@ class TrainSettings:
         timestep_fraction: share of the trainable steps that each sample is trained on, drawn at random per sample.
         updates_per_rollout: optimiser steps that share out a rollout's samples.
         inner_epochs: passes over a rollout.
+        passes: through the model of each transition that is trained on. 2: the rollout's, and one that is replayed with
+            gradients. With one update a rollout the rollout's own call can have them: "retain" keeps its graph until
+            the advantages are known, "reweight" runs its backward at once into LoRA gradients of every sample apart,
+            which the advantages weight. 1: which of these the planner finds to fit, or else 2.
         best_of_n: train on the k best and k worst of each group; null: on all.
         optimizer: "adamw", "adamw8bit" (bitsandbytes', on a GPU), or any torch optimiser as "module:Class".
         optimizer_args: its arguments beside the next two: betas, eps, and so on.
@@ -47,6 +52,8 @@ class TrainSettings:
         sequence_kind: how: "ulysses" changes tokens for heads around attention, "ring" hands keys and values round.
         ema_decay: of an exponential moving average of the trained parameters over updates, which is evaluated and saved
             beside them; null: none.
+        overlap_rewards: score samples in a thread while the next ones are drawn, in sets that end where a group and a
+            model call do.
         offload: what waits in host memory while it does not run: "denoiser" (in one process), "vae", "rewards",
             "block_inputs" of blocks that are checkpointed, until their backward, and "expert", under LoRA the frozen
             weights of that of two denoisers whose turn it is not (in one process).
@@ -59,6 +66,7 @@ class TrainSettings:
     timestep_fraction: float = 0.6
     updates_per_rollout: int = 1
     inner_epochs: int = 1
+    passes: Literal[2, 1, "retain", "reweight"] = 2
     best_of_n: int | None = None
     optimizer: str = "adamw"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +89,7 @@ class TrainSettings:
     sequence_parallel: int = 1
     sequence_kind: Literal["ulysses", "ring"] = "ulysses"
     ema_decay: float | None = None
+    overlap_rewards: bool = False
     offload: list[Literal["denoiser", "vae", "rewards", "block_inputs", "expert"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,6 +109,8 @@ class TrainSettings:
             raise ValueError(f"train.timestep_fraction: got {self.timestep_fraction}, want more than 0, at most 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, want more than 0, less than 1")
+        self._check_passes()
+        self._check_overlap()
         if self.optimizer not in ("adamw", "adamw8bit") and not all(self.optimizer.partition(":")):
             raise ValueError(f'train.optimizer: got "{self.optimizer}", want adamw, adamw8bit or module:Class')
         for name, where in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("params", "nothing")):
@@ -119,6 +130,35 @@ class TrainSettings:
             raise ValueError(
                 f"train.warmup_updates: got {self.warmup_updates}, want less than the run's {self.updates} updates"
             )
+
+    def _check_passes(self) -> None:
+        if self.passes == 2:
+            return
+        # Only of the first update after a rollout is the ratio 1.
+        for name in ("updates_per_rollout", "inner_epochs", "sequence_parallel"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"train.passes: got {shown(self.passes)} with {name} {getattr(self, name)}, want 2")
+        if self.gradient_sync == "call":
+            raise ValueError(f'train.passes: got {shown(self.passes)} with gradient_sync "call", want "update"')
+        if self.passes == "reweight" and self.kl_weight > 0:
+            raise ValueError(
+                f'train.passes: got "reweight" with kl_weight {self.kl_weight}, whose gradient has other weights and '
+                'takes a backward of its own, want 2 or "retain"'
+            )
+
+    def _check_overlap(self) -> None:
+        if not self.overlap_rewards:
+            return
+        if self.passes != 2:
+            raise ValueError(
+                f"train.overlap_rewards: got true with passes {shown(self.passes)}, whose calls are dealt for all "
+                "samples at once, want one of them"
+            )
+        if self.sequence_parallel != 1:
+            raise ValueError(f"train.overlap_rewards: got true with sequence_parallel {self.sequence_parallel}, want 1")
+        for what in ("denoiser", "vae", "rewards"):
+            if what in self.offload:
+                raise ValueError(f'train.overlap_rewards: got true with offload "{what}", which runs alone, want false')
 
     @property
     def updates_per_iteration(self) -> int:

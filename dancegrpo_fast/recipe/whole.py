@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..checks import shown
 from .checks import at_least, check_fields
 from .evaluation import EvaluationSettings
 from .model import ModelSettings
@@ -53,6 +54,7 @@ class Recipe:
         if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
             raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
         self._check_expert()
+        self._check_passes()
         at_least("seed", self.seed, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
@@ -75,6 +77,26 @@ class Recipe:
             raise ValueError(
                 'train.offload: got "denoiser" with model.quantization "int8", want "nf4" or "fp8", or not both'
             )
+
+    def _check_passes(self) -> None:
+        """A backward of the rollout's own calls comes once, and may come long after its forward."""
+        train, model = self.train, self.model
+        if train.passes == 2:
+            return
+        got = f"train.passes: got {shown(train.passes)}"
+        if train.passes == "reweight" and model.lora is None:
+            raise ValueError(f'{got} without model.lora, want LoRA layers, 2 or "retain"')
+        if train.passes == "retain" and model.checkpointing == "auto":
+            raise ValueError(
+                f'{got} with model.checkpointing "auto", which has room for one graph only, want a policy by name, or 1'
+            )
+        if model.dtype == "float16":
+            raise ValueError(f"{got} with model.dtype float16, where an update may have to be made again, want 2")
+        if model.blocks_to_swap != 0:
+            raise ValueError(f"{got} with model.blocks_to_swap {shown(model.blocks_to_swap)}, want 2")
+        for what in ("denoiser", "expert", "block_inputs"):
+            if what in train.offload:
+                raise ValueError(f'{got} with train.offload "{what}", which moves what a backward needs, want 2')
 
     def check_trained(self) -> None:
         """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""

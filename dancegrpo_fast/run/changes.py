@@ -32,6 +32,7 @@ FREE = frozenset(
         "model.vae_tiling",  # whether it does, and in which, is compared
         "model.vae_tile",  # likewise
         "train.gradient_sync",  # what it came to is compared
+        "train.passes",  # likewise
         "train.iterations",  # a constant learning rate does not look at it, see `check_run`
         "train.offload",  # copies keep their bits
         "train.rollout_replica",  # parameters are the same, gathered once or at every call

@@ -131,4 +131,6 @@ def check_model(
     reduced = state.get("gradient_sync") or state["recipe"]["train"].get("gradient_sync", "update")
     if identity["gradient_sync"] != reduced:
         found.append(Change("train.gradient_sync", identity["gradient_sync"], reduced))
+    if identity["passes"] != state.get("passes", 2):
+        found.append(Change("train.passes", identity["passes"], state.get("passes", 2)))
     return settle(folder, found, accepted)

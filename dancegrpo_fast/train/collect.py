@@ -1,9 +1,11 @@
 """An iteration's samples: drawn, decoded and scored by the process that has them, and what is kept of them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from ..stopping import Stop
 from ..transitions import TransitionTable
 from .calls import Policy, fill_calls, model_calls
 from .clock import Clock
-from .draw import Draw, Start, shared_step
+from .draw import Draw, Recorder, Start, shared_step
 from .residence import Residence
 from .trajectory import Trajectory
 
@@ -70,6 +72,38 @@ def reward_input(frames: Tensor, prompts: Sequence[Prompt], groups: Sequence[int
     return RewardInput(frames, [one.text for one in own], torch.tensor(groups), [one.meta for one in own], fps)
 
 
+class Asked(NamedTuple):
+    """A set of samples.
+
+    Attributes:
+        part: their places.
+        trajectory: theirs.
+        dealt: places of those that this process scores.
+        scores: `[K, n]` of these, when they are there; None: there are none.
+    """
+
+    part: range
+    trajectory: Trajectory
+    dealt: range
+    scores: Future[Tensor] | None
+
+
+class PartRecorder(Recorder, Protocol):
+    """A `Recorder` of samples that are drawn a set at a time."""
+
+    def restart(self) -> None:
+        """An iteration begins."""
+        ...
+
+    def begin(self, part: range, first: int, device: torch.device) -> None:
+        """The samples at the places `part` are drawn next; that at 0 has number `first` in the run."""
+        ...
+
+    def keep(self, places: Collection[int]) -> None:
+        """Of these no others than those at `places` will be trained on."""
+        ...
+
+
 @dataclass
 class Collector:
     """Draws and scores the samples of an iteration.
@@ -81,6 +115,7 @@ class Collector:
     Attributes:
         keep_outputs: trajectories keep the model's outputs.
         stop: a signal ends a call, with Stopped.
+        recorder: takes gradients while samples are drawn; None: there are none.
         batch: B.
 
     Raises:
@@ -96,6 +131,7 @@ class Collector:
     residence: Residence
     keep_outputs: bool
     stop: Stop = field(default_factory=Stop)
+    recorder: PartRecorder | None = None
 
     def __post_init__(self) -> None:
         train, count = self.recipe.train, self.processes.groups
@@ -106,6 +142,11 @@ class Collector:
             raise ValueError(
                 f"train.micro_batch: got {train.micro_batch}, want at most the {self.batch // count} samples "
                 f"of each of {count} processes"
+            )
+        if train.overlap_rewards and len(self._parts()) == 1:
+            raise ValueError(
+                f"train.overlap_rewards: got true for {len(self._mine)} samples of a process, want whole groups, "
+                "and more than one set of them that ends where a model call does"
             )
         if train.prompts_per_iteration % count and self.rewards.compares_groups:
             raise ValueError(
@@ -132,42 +173,93 @@ class Collector:
         start: Start | Tensor | None = None
         kept: list[int] = []
         buffer: Trajectory | None = None
-        for part in parts:
-            self.residence.use("denoiser")
-            with self.processes.sampling(policy.model.denoiser, self.recipe.train.rollout_replica):
-                if start is None:
-                    start = self._start(draw, first)
-                own = start[part.start - mine.start : part.stop - mine.start] if isinstance(start, Tensor) else start
-                prompt_rows = self._on_device(self._prompt_rows(part))
-                trajectory = phase("rollout")(draw.samples)(own, prompt_rows, self._on_device(part) + first)
-                if part is parts[-1] and self.processes.sharded:
-                    fill_calls(policy, self.table, conditioning, self._calls(), self.processes.group)
-            clock.stop("sample")
-            # Processes with the same samples share them out here; one may have none.
-            if dealt := self.processes.scored(part, self._group if self.rewards.compares_groups else 1):
-                final = trajectory.final[dealt.start - part.start : dealt.stop - part.start]
-                rewards[:, dealt.start : dealt.stop] = self._scores(dealt, final, prompts, clock)
-            rewards[:, part.start : part.stop] = self.processes.scores(rewards[:, part.start : part.stop])
-            clock.stop("reward")
-            if len(parts) > 1:
-                found = [place for place in self._choose(rewards)[2] if place in part]
-                if buffer is None:
-                    # Where nothing is dropped, it is filled.
-                    buffer = trajectory.like(2 * (self.recipe.train.best_of_n or 0) * len(mine) // self._group)
-                buffer.put(len(kept), trajectory, self._on_device(found) - part.start)
-                kept += found
+        if self.recorder is not None:
+            self.recorder.restart()
+        asked: list[Asked] = []
+        with self._worker() as worker:
+            for part in parts:
+                self.residence.use("denoiser")
+                with self.processes.sampling(policy.model.denoiser, self.recipe.train.rollout_replica):
+                    if start is None:
+                        start = self._start(draw, first)
+                    here = slice(part.start - mine.start, part.stop - mine.start)
+                    own = start[here] if isinstance(start, Tensor) else start
+                    prompt_rows = self._on_device(self._prompt_rows(part))
+                    if self.recorder is not None:
+                        self.recorder.begin(part, first, self.processes.device)
+                    ids = self._on_device(part) + first
+                    trajectory = phase("rollout")(draw.samples)(own, prompt_rows, ids, self.recorder)
+                    if part is parts[-1] and self.processes.sharded:
+                        fill_calls(policy, self.table, conditioning, self._calls(), self.processes.group)
+                asked.append(self._ask(part, trajectory, prompts, worker, clock))
+                # One set is scored while the next is drawn.
+                while len(asked) > (worker is not None and part is not parts[-1]):
+                    scored = asked.pop(0)
+                    self._answer(scored, rewards, clock)
+                    found: Sequence[int] = scored.part
+                    if len(parts) > 1:
+                        if self._thins():
+                            found = [place for place in self._choose(rewards)[2] if place in scored.part]
+                        if buffer is None:
+                            # Where nothing is dropped, it is filled.
+                            best = (self.recipe.train.best_of_n or 0) if self._thins() else self._group / 2
+                            buffer = trajectory.like(int(2 * best) * len(mine) // self._group)
+                        buffer.put(len(kept), scored.trajectory, self._on_device(found) - scored.part.start)
+                        kept += found
+                    if self.recorder is not None:
+                        self.recorder.keep(found)
         return clock, conditioning, trajectory, buffer, kept, rewards
 
-    def _scores(self, places: range, final: Tensor, prompts: Sequence[Prompt], clock: Clock) -> Tensor:
-        """`[K, n]` of the n samples at `places`."""
+    def _worker(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
+        """A thread that scores as this one would; left by a signal or an error, it ends what it is at first."""
+        if not self.recipe.train.overlap_rewards:
+            return nullcontext()
+        threads, device = torch.get_num_threads(), self.processes.device
+
+        def begin() -> None:
+            # Both are a thread's own.
+            torch.set_num_threads(threads)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+
+        return ThreadPoolExecutor(1, "rewards", begin)
+
+    def _ask(
+        self,
+        part: range,
+        trajectory: Trajectory,
+        prompts: Sequence[Prompt],
+        worker: ThreadPoolExecutor | None,
+        clock: Clock,
+    ) -> Asked:
+        """Decodes a set, or what this process has of it, and scores it, or has it scored."""
+        clock.stop("sample")
+        # Processes with the same samples share them out here; one may have none.
+        dealt = self.processes.scored(part, self._group if self.rewards.compares_groups else 1)
+        if not dealt:
+            return Asked(part, trajectory, dealt, None)
         self.residence.use("vae")
+        final = trajectory.final[dealt.start - part.start : dealt.stop - part.start]
         frames = phase("decode")(decode)(self.policy.model, final, self.policy.rows)
         check_frames(frames, final)
         clock.stop("sample")
         self.residence.use(self.rewards)
-        groups = [place // self._group for place in places]
+        groups = [place // self._group for place in dealt]
         scored = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
-        return phase("rewards")(self.rewards)(scored)
+        if worker is not None:
+            return Asked(part, trajectory, dealt, worker.submit(self.rewards, scored))
+        made: Future[Tensor] = Future()
+        made.set_result(phase("rewards")(self.rewards)(scored))
+        return Asked(part, trajectory, dealt, made)
+
+    def _answer(self, asked: Asked, rewards: Tensor, clock: Clock) -> None:
+        """Puts the scores of a set, when they are there, into `[K, B]`."""
+        part, dealt = asked.part, asked.dealt
+        if asked.scores is not None:
+            with phase("rewards"):
+                rewards[:, dealt.start : dealt.stop] = asked.scores.result()
+        rewards[:, part.start : part.stop] = self.processes.scores(rewards[:, part.start : part.stop])
+        clock.stop("reward")
 
     def _batch(
         self,
@@ -189,10 +281,10 @@ class Collector:
             raise RuntimeError(f"rewards: left no group of iteration {iteration} with two samples, want one at least")
         if buffer is None:
             buffer, kept = trajectory, list(mine)
-            if self.recipe.train.best_of_n is not None:
-                kept = [place for place in chosen if place in mine]
-                buffer = trajectory.like(len(kept))
-                buffer.put(0, trajectory, self._on_device(kept) - mine.start)
+        if self.recipe.train.best_of_n is not None and not (self._thins() and len(self._parts()) > 1):
+            kept, whole = [place for place in chosen if place in mine], buffer
+            buffer = whole.like(len(kept))
+            buffer.put(0, whole, self._on_device(kept) - mine.start)
         return Batch(
             trajectory=buffer.rows(0, len(kept)),
             conditioning=conditioning,
@@ -211,13 +303,17 @@ class Collector:
 
     def _parts(self) -> list[range]:
         """This process's samples in the sets that are drawn one after the other."""
-        mine, size, train = self._mine, len(self._mine), self.recipe.train
-        # The deviation of the batch is not known before its last set is scored.
-        apart = train.best_of_n is not None and train.advantages == "group"
+        mine, size = self._mine, len(self._mine)
+        apart = self._thins() or self.recipe.train.overlap_rewards
         if apart and mine.start % self._group == 0 and mine.stop % self._group == 0:
             # A set ends where a model call does: its samples have the rows and neighbours that they have undivided.
             size = math.lcm(self._group, self.policy.rows)
         return [mine[first : first + size] for first in range(0, len(mine), size)]
+
+    def _thins(self) -> bool:
+        """Whether it is known which samples of a set are trained on as soon as it is scored."""
+        # The deviation of the batch is not known before its last set is scored.
+        return self.recipe.train.best_of_n is not None and self.recipe.train.advantages == "group"
 
     def _calls(self) -> list[int]:
         """Model calls of every process, those with the same samples being one."""

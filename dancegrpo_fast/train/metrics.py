@@ -41,7 +41,15 @@ class Tally:
     moved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
-            ("model_rows", "padded_rows", "shared_rows_saved", "zero_advantage_skipped", "backwards_skipped"), 0
+            (
+                "model_rows",
+                "padded_rows",
+                "one_pass_rows",
+                "shared_rows_saved",
+                "zero_advantage_skipped",
+                "backwards_skipped",
+            ),
+            0,
         )
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..allocator import expand_segments
+from ..checks import shown
+from ..experts import trained
 from ..files import write_text
 from ..models import family_of, load_model
 from ..optimizers import EIGHT_BIT, find_optimizer, probe
@@ -21,12 +23,15 @@ from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
 from ..stopping import Stop
 from .calls import Policy, rows_are_equal
+from .calls import probe as probe_inputs
 from .collect import Collector
 from .draw import shared_step
 from .ema import MovingAverage
 from .held_out import Evaluator
 from .losses import check_steps, make_loss
+from .one_pass import OnePass
 from .optimizer import Optimizer
+from .per_sample import PerSample
 from .residence import Residence
 from .speed import Speed, flops_of_a_row, peak_flops
 from .state import State
@@ -102,15 +107,19 @@ class Setup:
             # The text encoders are loaded next.
             self.rewards.to("cpu")
         self._load_model(evaluated)
-        identity |= {"model": model_identity(self.model), "gradient_sync": self.model.gradient_sync}
+        identity |= {"model": model_identity(self.model)}
+        identity |= {"gradient_sync": self.model.gradient_sync, "passes": self.model.passes}
         self._build(evaluated, identity)
         if found is not None:
             self._restore(found, accepted)
         known = "rows_are_equal" in state and not self.changes
         self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
         each_call = self.model.gradient_sync == "call"
+        self.collect.recorder = one_pass = self._one_pass()
         self.updates = Updates(
-            recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal, each_call
+            *(recipe, self.policy, self.denoiser, self.table, self.loss, self.processes, self.rows_are_equal),
+            each_call,
+            one_pass,
         )
         self.speed = self._measure()
         self._continue(found, state, identity)
@@ -163,7 +172,8 @@ class Setup:
 
     def _check(self) -> None:
         """Settings that these processes, or training, cannot have."""
-        recipe, processes, optimizer = self.recipe, self.processes, self.recipe.train.optimizer
+        recipe, processes, train = self.recipe, self.processes, self.recipe.train
+        optimizer = train.optimizer
         recipe.check_trained()
         find_optimizer(optimizer)
         if optimizer == EIGHT_BIT and self.device.type == "cpu":
@@ -172,6 +182,12 @@ class Setup:
             raise ValueError(f'train.optimizer: got "{optimizer}" under FSDP2, which cannot split its {kept.others[0]}')
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
+        if train.passes != 2 and processes.sharded:
+            raise ValueError(
+                f"train.passes: got {shown(train.passes)} under FSDP2, which frees weights after a call, want 2"
+            )
+        if train.overlap_rewards and processes.sharded:
+            raise ValueError("train.overlap_rewards: got true under FSDP2, want false")
         if recipe.model.quantization is not None and processes.sharded:
             raise ValueError(f'model.quantization: got "{recipe.model.quantization}" under FSDP2, want null')
         if recipe.model.blocks_to_swap != 0 and processes.sharded:
@@ -219,7 +235,8 @@ class Setup:
             recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
-        self.denoiser = processes.wrap(self.model.denoiser)
+        # Where the rollout's calls have gradients, all of them are reduced by hand.
+        self.denoiser = processes.wrap(self.model.denoiser) if self.model.passes == 2 else self.model.denoiser
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(
             self.parameters,
@@ -244,6 +261,21 @@ class Setup:
         shared = shared_step(self.table) + 1 if self.recipe.sampler.shared_noise else 0
         whole = None if peak is None else peak * self.processes.groups
         return Speed(self.recipe, len(self.table), shared, row, whole)
+
+    def _one_pass(self) -> OnePass | None:
+        """What takes gradients in the rollout, tried on a model call."""
+        kind, policy, per_sample = self.model.passes, self.policy, None
+        if kind == 2:
+            return None
+        more = "" if self.recipe.train.best_of_n is None else ", of samples that best-of-N leaves out, too"
+        self.notes.append(f"one pass ({kind}): the rollout's own model calls have the gradients{more}")
+        if kind == "reweight":
+            per_sample = PerSample(self.model.denoiser, self.parameters, policy.rows)
+            conditioning = self.residence.encode(self.reached[: policy.rows])
+            self.residence.use("denoiser")
+            for expert in range(len(trained(self.model.denoiser))):
+                per_sample.check(policy, probe_inputs(policy, self.table, conditioning, expert))
+        return OnePass(policy, self.loss, len(self.table), self.rows_are_equal, self.parameters, per_sample)
 
     def _probe_rows(self) -> bool:
         # From the shortest to the longest: rows of a call have text of unequal length.

@@ -63,7 +63,10 @@ class Speed:
         used = None
         if self.row is not None and self.peak is not None:
             passes = (3 if self.recipe.model.lora is None else 2) + (train.kl_weight > 0)
-            replayed = metrics["skipped"]["model_rows"] - metrics["skipped"]["padded_rows"]
+            skipped = metrics["skipped"]
+            replayed = skipped["model_rows"] - skipped["padded_rows"]
             rows = self.shared * prompts + (self.steps - self.shared) * samples + passes * replayed
+            # Their forward is the rollout's.
+            rows += (passes - 1) * skipped["one_pass_rows"]
             used = rows * self.row / (seconds * self.peak)
         return {"samples_per_second": samples / seconds, "mfu": used}

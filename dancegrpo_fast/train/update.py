@@ -1,6 +1,7 @@
 """The updates of an iteration: who is in which, the model calls it takes, and their gradients."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from .calls import Call, Inputs, Policy, pack, plan_calls, probe, select
 from .collect import Batch
 from .losses import Loss, Outputs, Term
 from .metrics import Tally
+from .one_pass import OnePass
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Updates:
         denoiser: what is trained, as the processes wrap it.
         rows_are_equal: the model gives the same bits in whichever row of a call a sample sits.
         each_call: processes reduce gradients after every model call, not once an update.
+        one_pass: has the gradients of the calls that drew the samples, and what is replayed is the rest of them; the
+            denoiser is not wrapped then.
     """
 
     recipe: Recipe
@@ -35,6 +39,7 @@ class Updates:
     processes: Processes
     rows_are_equal: bool
     each_call: bool
+    one_pass: OnePass | None = None
 
     def plan(self, batch: Batch, iteration: int, tally: Tally) -> list[tuple[list[Call], int]]:
         """For each update this process's model calls, and how many every process makes in it."""
@@ -50,6 +55,7 @@ class Updates:
         most = self.processes.max(own).cpu()
         every = self.each_call or self.processes.sharded
         made = most if every else torch.maximum(own, most.clamp(max=1))
+        made = own if self.one_pass else made
         rows, used = int(made.sum()) * self.policy.rows, sum(call.used for calls in updates for call in calls)
         tally.counts["model_rows"] += rows
         tally.counts["padded_rows"] += rows - used
@@ -78,10 +84,16 @@ class Updates:
         pairs = sum(len(item.samples) for item in items)
         tally.counts["zero_advantage_skipped"] += len(samples) * each - pairs
         tally.counts["shared_rows_saved"] += pairs - len(items)
-        # Reductions average over processes, the loss is a sum over them.
-        weight = 1.0 / (max(total, 1) * each) * self.processes.count
+        if self.one_pass is not None:
+            items = [item for item in items if item.step == batch.shared_step]
         packed = pack(items, self.policy.rows, equal=self.rows_are_equal)
+        weight = self._weight(total)
         return plan_calls(packed, self.policy.rows, batch.prompts, weight, batch.own_advantages.device)
+
+    def _weight(self, total: int) -> float:
+        """Of a pair, of so many samples that all processes have in an update."""
+        # Reductions average over processes, the loss is a sum over them.
+        return 1.0 / (max(total, 1) * self.loss.pairs_per_sample) * self.processes.count
 
     def backward(
         self, batch: Batch, calls: Sequence[Call], made: int, tally: Tally, *, first: bool, scale: float
@@ -99,16 +111,24 @@ class Updates:
         """
         changed = False
         for number in range(made):
-            with self.processes.reducing(self.denoiser, last=self.each_call or number == made - 1):
+            with self._reducing(last=self.each_call or number == made - 1):
                 loss = self._nothing(batch) if number >= len(calls) else self._sum(batch, calls[number], tally, first)
                 if loss is None:
                     tally.counts["backwards_skipped"] += 1
                     continue
                 self.processes.accelerator.backward(loss if scale == 1 else scale * loss)
                 changed = True
+        if self.one_pass is not None:
+            samples = [here for here, sample in enumerate(batch.kept) if sample in set(batch.chosen)]
+            items = self.loss.pairs(batch, samples)
+            pairs = {(one, item.step) for item in items if item.step != batch.shared_step for one in item.samples}
+            changed |= self.one_pass.backward(batch, pairs, self._weight(len(batch.chosen)), tally)
         if changed:
             self._add_missing()
-        return changed
+        return self.one_pass.reduce(self.processes) or changed if self.one_pass else changed
+
+    def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.one_pass else self.processes.reducing(self.denoiser, last)
 
     def _add_missing(self) -> None:
         """Gradients of zero for a denoiser that had no call, so that its momentum moves on as the other's does."""

@@ -1,6 +1,7 @@
 """The plain loop does the trainer's mathematics: the same samples, rewards and weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from bench.iteration.__main__ import table
 from bench.iteration.plain import PlainLoop
 from dancegrpo_fast.models import load_model
 from dancegrpo_fast.prompts import load_prompts
+from dancegrpo_fast.recipe import Recipe
+from dancegrpo_fast.rng import derive_seed
 from dancegrpo_fast.train.loop import Trainer
 
+from ..models import cases, folders
 from ..tolerances import assert_same_training
 from ..train import tiny
 
@@ -26,9 +30,24 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("rows", [1, 4])
 def test_plain_loop_trains_the_same(base: Path, tmp_path: Path, rows: int) -> None:
     guided = {"guidance_scale": 2.0} if (base / "unet").is_dir() else {}
-    recipe = tiny.make_recipe(base, tmp_path / "run", **guided)
+    assert_trains_the_same(tiny.make_recipe(base, tmp_path / "run", **guided), tmp_path, rows)
+
+
+@pytest.mark.release
+def test_it_does_with_videos_and_lora(tmp_path: Path) -> None:
+    """Several rewards, each limited before it is weighted."""
+    base = folders.BUILDERS["hunyuan_video"](tmp_path / "hunyuan_video" / "base")
+    rewards = [tiny.reward("Brightness", weight=9.0), tiny.reward("Brightness", label="blue", args={"channel": 2})]
+    changes: dict[str, Any] = {"rewards": rewards, "lora": True, "micro_batch": 3, "advantage_clip": 1.0}
+    recipe = cases.make_recipe(cases.CASES["hunyuan_video"], base, tmp_path / "runs" / "run", **changes)
+    assert_trains_the_same(recipe, tmp_path, rows=3)
+
+
+def assert_trains_the_same(recipe: Recipe, tmp_path: Path, rows: int) -> None:
+    """The trainer, and the plain loop with so many rows a call."""
     trainer = Trainer(recipe)
     prompts = load_prompts(recipe.prompts)
+    torch.manual_seed(derive_seed(recipe.seed, "weights"))
     model = load_model(recipe, torch.device("cpu"), prompts)
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
     loop = PlainLoop(recipe, model, prompts, tmp_path, rows)
@@ -66,10 +85,12 @@ def test_rows_make_the_table_and_the_figure(tmp_path: Path) -> None:
             "launches": 10,
             "host_reads": 2,
             "peak_bytes": 3 << 20,
+            "flops": 10**9,
+            "micro_batch": 4,
         }
         for contender, seconds in (("ours", 1.0), ("batched", 2.0), ("plain", 10.0))
     ]
-    assert [line.split("|")[4].strip() for line in table(rows).splitlines()[2:]] == ["10.0x", "5.0x", "1.0x"]
+    assert [line.split("|")[5].strip() for line in table(rows).splitlines()[2:]] == ["10.0x", "5.0x", "1.0x"]
     assert figure.smoothed([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     figure.draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size

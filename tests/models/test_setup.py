@@ -118,6 +118,26 @@ def test_gradients_are_reduced_as_often_as_the_memory_allows(
         loaded(flux, tmp_path, gradient_sync="auto", memory_gib=update)
 
 
+def test_one_pass_is_of_the_kind_that_fits(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"passes": 1, "mixed_precision": "bf16", "vae_tiling": "off", "memory_gib": 8.0}
+    assert loaded(flux, tmp_path, **options)[1].passes == "retain"
+    assert capsys.readouterr().out.startswith("passes retain: ")
+    assert loaded(flux, tmp_path, **options | {"memory_gib": 0.5})[1].passes == 2
+    assert loaded(flux, tmp_path, passes="retain")[1].passes == "retain"
+    # Another process may have less.
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: [*found, "2"])
+    monkeypatch.setattr(setup, "processes", lambda: (2, "none"))
+    capsys.readouterr()
+    assert loaded(flux, tmp_path, **options)[1].passes == 2
+    assert capsys.readouterr().out == "passes 2: for another process\n"
+    with pytest.raises(ValueError, match=r"train.passes: got 1 on the CPU, want model.memory_gib, 2"):
+        loaded(flux, tmp_path, passes=1, mixed_precision="bf16")
+    with pytest.raises(ValueError, match=r"train.passes: got 1 in float32 throughout, want model.dtype"):
+        loaded(flux, tmp_path, passes=1, memory_gib=8.0)
+
+
 def test_nothing_is_recomputed_without_training(flux: Path, tmp_path: Path) -> None:
     recipe, _ = loaded(flux, tmp_path, checkpointing="full")
     for training in (True, False):

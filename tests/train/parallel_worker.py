@@ -61,6 +61,14 @@ def count_reductions(trainer: Any) -> list[int]:
                 return _original(*arguments, **settings)
 
             setattr(dist, name, reduce_scatter)
+    elif not isinstance(trainer.denoiser, torch.nn.parallel.DistributedDataParallel):
+        reduce = trainer.updates.one_pass.reduce
+
+        def reduced(processes: Any) -> bool:
+            counts[0] += 1
+            return bool(reduce(processes))
+
+        trainer.updates.one_pass.reduce = reduced
     else:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 

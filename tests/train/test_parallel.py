@@ -46,6 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # A reference model of its own, and gradients that are reduced in every call.
     "kl": {"prompts_per_iteration": 2, "kl_weight": 0.1, "gradient_sync": "call"},
 }
+# Under DDP alone: gradients of the rollout's own calls. A sample's are dropped in either process, and one has none.
+ONE_PASS: dict[str, dict[str, Any]] = {
+    "retain": SETTINGS["dropped"] | {"passes": "retain"},
+    "reweight": SETTINGS["lonely"] | {"passes": "reweight", "lora": LoraSettings(rank=2, alpha=2)},
+}
 # From a LoRA file.
 STARTED: dict[str, dict[str, Any]] = {
     "adapter": {"lora": LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS), "kl_weight": 0.1},
@@ -131,7 +136,9 @@ def runs(flux: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         first = str(folder / f"{kind}-stopped" / "checkpoints" / "000001")
         add(f"{kind}-continued", sharded, first, **stops | {"evaluation": judged})
         add(f"{kind}-replica", sharded, rollout_replica=True, **BF16)
+        add(f"{kind}-retain", sharded, **ONE_PASS["retain"])
         add(f"{kind}-win_rate", sharded, rewards=[reward("Brightness", win_rate=True)])
+    add("ddp-reweight", False, **ONE_PASS["reweight"])
     add("fsdp-swap", True, lora=LoraSettings(rank=2, alpha=2), blocks_to_swap=1)
     add("fsdp-bf16", True, **BF16)
     memory = sum(checks.syncing(recipe(flux, folder / "counted", **BF16), WORLD)) / 2
@@ -145,7 +152,7 @@ def runs(flux: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def alone(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    recipes = {name: recipe(flux, folder / name, **changes) for name, changes in SETTINGS.items()}
+    recipes = {name: recipe(flux, folder / name, **changes) for name, changes in (SETTINGS | ONE_PASS).items()}
     lora_files.write("diffusers", flux, folder / "start")
     for how, changes in STARTED.items():
         recipes[how] = recipe(flux, folder / how, start_from=str(folder / "start"), start_as=how, **changes)
@@ -193,6 +200,20 @@ def assert_trained_as_one(runs: Path, alone: Alone, kind: str, name: str, proces
 @pytest.mark.parametrize(("name", "kind"), each_kind(*SETTINGS, *STARTED))
 def test_two_processes_train_as_one(runs: Path, alone: Alone, kind: str, name: str) -> None:
     assert_trained_as_one(runs, alone, kind, name)
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_two_processes_train_as_one_in_one_pass(runs: Path, alone: Alone, name: str) -> None:
+    """Gradients are reduced once, when they are weighted."""
+    assert_trained_as_one(runs, alone, "ddp", name)
+    updates = len(rows(runs / f"ddp-{name}"))
+    assert [rank["reductions"] for rank in seen(runs, f"ddp-{name}")] == [updates] * WORLD
+
+
+def test_shards_are_not_there_when_a_graph_is_gone_through(runs: Path) -> None:
+    assert {rank["error"] for rank in seen(runs, "fsdp-retain")} == {
+        'train.passes: got "retain" under FSDP2, which frees weights after a call, want 2'
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

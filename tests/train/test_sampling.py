@@ -29,9 +29,9 @@ def test_best_of_n_keeps_what_it_trains_on(
     drawn: list[int] = []
     original, found = Draw.samples, []
 
-    def counted(draw: Draw, start: Any, prompts: Any, ids: torch.Tensor) -> Any:
+    def counted(draw: Draw, start: Any, prompts: Any, ids: torch.Tensor, recorder: Any) -> Any:
         drawn.append(len(ids))
-        return original(draw, start, prompts, ids)
+        return original(draw, start, prompts, ids, recorder)
 
     monkeypatch.setattr(Draw, "samples", counted)
     for name in ("sets", "whole"):

@@ -92,7 +92,7 @@ def test_shared_first_step_changes_nothing_but_the_work(
     shared = train(base, tmp_path / "shared", **options)[0]
     samples = Draw.samples
 
-    def separate_samples(draw: Draw, start: Start, prompts: torch.Tensor, ids: torch.Tensor) -> Any:
+    def separate_samples(draw: Draw, start: Start, prompts: torch.Tensor, ids: torch.Tensor, *_: Any) -> Any:
         return samples(draw, start.shared.latents[prompts, 0], prompts, ids)
 
     monkeypatch.setattr(Draw, "samples", separate_samples)

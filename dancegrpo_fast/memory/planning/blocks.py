@@ -66,6 +66,10 @@ class Blocks:
         """What the forward keeps, by the group of the operators that made it."""
         return self._sum(lambda s: s.saved)
 
+    def kept(self) -> Vector:
+        """What there is more after a forward than before it."""
+        return added((1, self._sum(lambda s: s.kept)), (-1, self.static()))
+
     def static(self) -> Vector:
         """What is there before the call."""
         return self._sum(lambda s: s.static)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...quantization import BITSANDBYTES
-from . import decoding, specs
+from . import decoding, passes, specs
 from . import policy as policies
 from .blocks import Blocks, compose
 from .budget import CATEGORIES, Phase
@@ -44,6 +44,7 @@ class Iteration:
         if settings.gradient_sync == "auto":
             settings = settings.changed(gradient_sync=gradient_sync)
         self.settings = settings
+        passes.check(settings)
         self.spec = resolved(settings.model)
         if self.spec.denoiser == "UNet2DConditionModel" and "block_inputs" in settings.offload:
             raise ValueError(
@@ -221,10 +222,16 @@ class Iteration:
             (1, {"trajectories": self.latents * self.settings.trajectory_copies + self.embeddings}),
         )
 
+    @property
+    def training_calls(self) -> int:
+        """Model calls with gradients of an iteration."""
+        s = self.settings
+        return math.ceil(s.samples * max(1, round(s.num_steps * s.timestep_fraction)) / s.micro_batch)
+
     def training(self, blocks: Blocks) -> tuple[Phase, Phase]:
         """One micro-step's bytes, and the seconds of all."""
         s = self.settings
-        calls = math.ceil(s.samples * max(1, round(s.num_steps * s.timestep_fraction)) / s.micro_batch)
+        calls = self.training_calls
         forward, backward = self._seconds(blocks, "forward"), self._seconds(blocks, "backward", "recompute")
         converting = self._conversion_seconds(blocks)
         forward, backward = forward + converting[0], backward + converting[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...activations.checkpointing import NAMED
 from ..trace.tracer import collected
+from . import passes
 from . import policy as policies
 from .advice import advice, dominated
 from .blocks import compose
@@ -50,6 +51,13 @@ def with_sync(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     taken = f"{found.total_bytes / GIB:.1f} of {settings.gpu_gib:.1f} GiB with margins"
     why = [reason for reason in found.reasons if reason.startswith(CALL)] or [f"gradient_sync update: it takes {taken}"]
     return settings.changed(gradient_sync=found.gradient_sync), tuple(why)
+
+
+def with_passes(settings: Settings) -> tuple[str, str]:
+    """What `passes` "1" comes to, "2", "retain" or "reweight", and why."""
+    iteration, picked, _ = _asked(settings)
+    kind, (why, *_) = passes.choose(iteration, picked.blocks, _phases(iteration, picked))
+    return kind, why
 
 
 def plan(settings: Settings | str, *, advise: bool = True, thorough: bool = False, **changes: Any) -> Plan:
@@ -157,7 +165,8 @@ def _advised(iteration: Iteration, found: Plan, picked: policies.Picked, thoroug
     return advice(found, picked.blocks, again, mixed, thorough=thorough)
 
 
-def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
+def _phases(iteration: Iteration, picked: policies.Picked) -> tuple[Phase, ...]:
+    """In two passes."""
     settings = iteration.settings
     phases: list[Phase | None] = [iteration.weights()]
     if settings.text_encoders != "precomputed" and iteration.encoders:
@@ -166,7 +175,13 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
     if settings.rewards:
         phases.append(iteration.rewarding())
     phases += [*iteration.training(picked.blocks), iteration.step()]
-    there = tuple(phase for phase in phases if phase is not None)
+    return tuple(phase for phase in phases if phase is not None)
+
+
+def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
+    settings, there = iteration.settings, _phases(iteration, picked)
+    kind, why = passes.choose(iteration, picked.blocks, there)
+    there = passes.applied(iteration, picked.blocks, kind, there)
     held = margins(settings, max(phase.bytes for phase in there)) | untraced(there)
     return Plan(
         iteration.asked,
@@ -174,6 +189,6 @@ def _plan(iteration: Iteration, picked: policies.Picked) -> Plan:
         held,
         {name.replace("_", " "): size for name, size in numbers(picked.blocks.saved()).items()},
         picked.name,
-        (*picked.reasons, *iteration.reasons, *iteration.bound(picked.blocks)),
+        (*picked.reasons, *why, *iteration.reasons, *iteration.bound(picked.blocks)),
         gradient_sync=settings.gradient_sync,
     )

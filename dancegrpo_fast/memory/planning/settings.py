@@ -25,6 +25,7 @@ CHOICES = {
     "recompute": ("none", "gelu", "all"),
     "strategy": ("full_shard", "shard_grad_op", "none"),
     "gradient_sync": ("auto", "update", "call"),
+    "passes": ("2", "1", "retain", "reweight"),
     "sequence_kind": ("ulysses", "ring"),
     "text_encoders": ("resident", "freed", "precomputed"),
     "vae_tiling": ("auto", "on", "off"),
@@ -48,6 +49,9 @@ class Settings:
         rollout_batch: samples of one rollout, decode and reward call.
         num_steps: of the sampler.
         timestep_fraction: share of the steps that is trained on.
+        passes: "2", or in one pass "retain" or "reweight", as of the trainer's `train.passes`; "1": which of them fits
+            and is faster.
+        trained_share: of the samples, that are trained on where a replay follows, as best-of-N chooses them.
         guidance_scale: of classifier-free guidance. Other than 1 it doubles the rows of a call, unless the model has
             embedded guidance.
         text_tokens: of one prompt; None: as the model's pipeline pads it.
@@ -121,6 +125,8 @@ class Settings:
     rollout_batch: int = 1
     num_steps: int = 16
     timestep_fraction: float = 0.6
+    passes: str = "2"
+    trained_share: float = 1.0
     guidance_scale: float = 1.0
     text_tokens: int | None = None
     dtype: str = "bfloat16"
@@ -211,9 +217,10 @@ class Settings:
         if self.lora_dropout >= 1 or (self.lora_dropout and not self.lora):
             wanted = "less than 1" if self.lora else "0 without LoRA"
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, want {wanted}")
-        check_number("timestep_fraction", self.timestep_fraction)
-        if self.timestep_fraction > 1:
-            raise ValueError(f"timestep_fraction: got {self.timestep_fraction}, want more than 0 and at most 1")
+        for name in ("timestep_fraction", "trained_share"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want more than 0 and at most 1")
         if self.card:
             card(self.card)
         self.first_blocks()

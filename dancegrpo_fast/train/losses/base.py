@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..calls import Inputs, Item, Policy
 from ..collect import Batch
+from ..trajectory import Trajectory
 
 # By name: "model_output" `[n, ...]`, "uncond_output" (None without guidance), and what `Loss.others` adds.
 Outputs = Mapping[str, Tensor | None]
@@ -33,6 +34,20 @@ class Term(NamedTuple):
     moved: tuple[Tensor, Tensor] | None = None
 
 
+class Sampled(Protocol):
+    """Samples, before or after there are rewards."""
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Of n samples."""
+        ...
+
+    @property
+    def own_advantages(self) -> Tensor:
+        """float32 `[n]`."""
+        ...
+
+
 class Loss(Protocol):
     """An objective. The update asks for pairs, packs them into model calls, and runs backward through their terms.
 
@@ -48,6 +63,10 @@ class Loss(Protocol):
     keeps_outputs: bool
     pairs_per_sample: int
     metrics: Sequence[str]
+
+    def steps(self, number: int) -> Sequence[int]:
+        """The steps whose pairs the sample with this number in the run has, where pairs are of its trajectory."""
+        ...
 
     def pairs(self, batch: Batch, samples: Sequence[int]) -> list[Item]:
         """What an update replays of `samples` (of this process); a pair whose gradient is zero may be left out.
@@ -65,7 +84,7 @@ class Loss(Protocol):
         ...
 
     def term(
-        self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
+        self, batch: Sampled, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
     ) -> Term:
         """`weight` times the mean loss of pairs of int64 `[n]`, from what the models made of their inputs.
 

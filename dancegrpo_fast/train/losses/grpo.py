@@ -13,7 +13,7 @@ from ...transitions import TransitionTable
 from ..calls import Inputs, Item, Policy
 from ..collect import Batch
 from ..reference import Reference
-from .base import Outputs, Term
+from .base import Outputs, Sampled, Term
 
 
 class Grpo:
@@ -95,7 +95,7 @@ class Grpo:
         return {} if self._reference is None else {"reference_output": self._reference(policy, denoiser, inputs)}
 
     def term(
-        self, batch: Batch, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
+        self, batch: Sampled, samples: Tensor, steps: Tensor, outputs: Outputs, weight: float, guidance_scale: float
     ) -> Term:
         """`policy_loss`."""
         train, drawn = self._train, batch.trajectory
