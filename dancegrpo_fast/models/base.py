@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantization
+from ..compiling import Compiled
 from ..experts import SECOND, Experts
 from ..lora import add_lora, check_targets
 from ..memory.planning import tiles
@@ -44,6 +45,7 @@ class DiffusersModel:
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
         gradient_sync: what the recipe's came to, as in `GeneratorModel`.
+        compiled: likewise.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
         denoiser_paths: folders or files of the denoisers, by their subfolders in a pipeline.
     """
@@ -64,6 +66,7 @@ class DiffusersModel:
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
     gradient_sync: str = "update"
+    compiled: Compiled | None = None
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compiling import Compiled
 from ..prompts import Prompt
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
@@ -21,12 +22,14 @@ class GeneratorModel(Protocol):
         denoiser: the network that is trained, or several as `Experts`.
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
         gradient_sync: what the recipe's `train.gradient_sync` came to, "update" or "call".
+        compiled: how it is called where it is compiled, else None.
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, ...]
     gradient_sync: str
+    compiled: Compiled | None
     decodes_x0: ClassVar[bool]
 
     def at(self, sampler: SamplerSettings) -> "GeneratorModel":

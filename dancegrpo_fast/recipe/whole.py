@@ -53,6 +53,7 @@ class Recipe:
         if "block_inputs" in self.train.offload and self.model.checkpointing == "none":
             raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
         self._check_expert()
+        self._check_compile()
         at_least("seed", self.seed, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
@@ -75,6 +76,31 @@ class Recipe:
             raise ValueError(
                 'train.offload: got "denoiser" with model.quantization "int8", want "nf4" or "fp8", or not both'
             )
+
+    def _check_compile(self) -> None:
+        """What torch.compile would not see, or has not been tried with."""
+        model, what = self.model, self.model.compile
+        if what is None:
+            return
+        refused = {
+            f'model.quantization "{model.quantization}"': (model.quantization is not None, "null"),
+            f"model.blocks_to_swap {model.blocks_to_swap}": (model.blocks_to_swap != 0, "0"),
+            f"train.sequence_parallel {self.train.sequence_parallel}": (self.train.sequence_parallel > 1, "1"),
+            'model.checkpointing "auto", which the planner finds for a model that is not compiled': (
+                model.checkpointing == "auto",
+                "a policy by name",
+            ),
+        }
+        if what == "blocks":
+            # A compiled block is one operator to the policy.
+            single = model.checkpointing in ("attention", "matmul")
+            refused[f'model.checkpointing "{model.checkpointing}"'] = (single, '"none", "full", "first:K", or "whole"')
+        else:
+            waits = "block_inputs" in self.train.offload
+            refused['train.offload "block_inputs"'] = (waits, 'no such offload, or "blocks"')
+        for other, (there, instead) in refused.items():
+            if there:
+                raise ValueError(f'model.compile: got "{what}" with {other}, want {instead} beside it, or compile null')
 
     def check_trained(self) -> None:
         """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""

@@ -1,12 +1,14 @@
 """What a run is made of: checked, built and restored, in the order in which it can fail cheaply."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..allocator import expand_segments
+from ..compiling import Compiled, check_compiler, compile_denoiser
 from ..files import write_text
 from ..models import family_of, load_model
 from ..optimizers import EIGHT_BIT, find_optimizer, probe
@@ -20,7 +22,7 @@ from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
 from ..stopping import Stop
-from .calls import Policy, rows_are_equal
+from .calls import Policy, compile_calls, rows_are_equal
 from .collect import Collector
 from .draw import shared_step
 from .ema import MovingAverage
@@ -106,6 +108,8 @@ class Setup:
         self._build(evaluated, identity)
         if found is not None:
             self._restore(found, accepted)
+        if self.model.compiled is not None:
+            self._compile(self.model.compiled)
         known = "rows_are_equal" in state and not self.changes
         self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
         each_call = self.model.gradient_sync == "call"
@@ -170,6 +174,10 @@ class Setup:
             raise ValueError(f'train.optimizer: got "{optimizer}" on a CPU, want a GPU, or adamw')
         if (kept := probe(recipe.train)).others and processes.sharded:
             raise ValueError(f'train.optimizer: got "{optimizer}" under FSDP2, which cannot split its {kept.others[0]}')
+        if recipe.model.compile is not None:
+            if processes.sharded:
+                raise ValueError(f'model.compile: got "{recipe.model.compile}" under FSDP2, want null')
+            check_compiler(recipe.model.compile, self.device)
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if recipe.model.quantization is not None and processes.sharded:
@@ -219,6 +227,8 @@ class Setup:
             recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
+        if recipe.model.compile is not None:
+            self.model.compiled = compile_denoiser(self.model.denoiser, recipe.model.compile)
         self.denoiser = processes.wrap(self.model.denoiser)
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(
@@ -231,6 +241,26 @@ class Setup:
             None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
         )
         self.state = State(identity, processes, self.optimizer, self.average)
+
+    def _compile(self, compiled: Compiled) -> None:
+        """Compiles now what an iteration calls, so that what cannot be is said before the first."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        begin, what = time.perf_counter(), self.recipe.model.compile
+        conditioning = self.residence.encode(self.reached[: self.policy.rows])
+        self.residence.use("denoiser")
+        try:
+            equal = compile_calls(self.policy, self.table, conditioning)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            (found, *_) = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f'model.compile: got "{what}", which torch does not compile for this model: {found}'
+            ) from error
+        equal = all(self.processes.collect([equal]))
+        compiled.with_gradients = not equal
+        compiled.seconds = time.perf_counter() - begin
+        how = "without gradients, which has the same bits" if equal else "of the replay, as one without has other bits"
+        self.notes.append(f"compiled {what} in {compiled.seconds:.0f} s; rollout runs the forward {how}")
 
     def _measure(self) -> Speed:
         """Counts a model call where that is of use."""
