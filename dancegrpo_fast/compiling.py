@@ -68,7 +68,7 @@ def _laid_out(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def compile_denoiser(denoiser: nn.Module, what: str) -> Compiled:
+def compile_denoiser(denoiser: nn.Module, what: str) -> None:
     """Has a denoiser compiled at its first calls, once for each size; the names of its weights stay.
 
     What cannot be compiled, or takes more than `GRAPHS` graphs, is an error then: torch would compute the rest without.
@@ -91,4 +91,3 @@ def compile_denoiser(denoiser: nn.Module, what: str) -> Compiled:
     for one in each(denoiser):
         for part in blocks_of(one) if what == "blocks" else [one]:
             part.compile(dynamic=False, options=options)
-    return Compiled()

@@ -208,6 +208,7 @@ class Setup:
         prompts, reached = [*self.prompts, *evaluated], [*self.reached, *evaluated]
         self.model = load_model(recipe, self.device, prompts, reached=reached)
         self.model.denoiser.eval()
+        self.model.compiled = None if recipe.model.compile is None else Compiled()
         self.policy = Policy.of(recipe, self.model)
         self.table = self.model.table(recipe.sampler)
 
@@ -228,7 +229,7 @@ class Setup:
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
         if recipe.model.compile is not None:
-            self.model.compiled = compile_denoiser(self.model.denoiser, recipe.model.compile)
+            compile_denoiser(self.model.denoiser, recipe.model.compile)
         self.denoiser = processes.wrap(self.model.denoiser)
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(

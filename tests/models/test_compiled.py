@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stable_diffusion whole": ("stable_diffusion", "whole", {}),
     "wan blocks": ("wan", "blocks", PATCHED | LORA),
     "wan whole": ("wan", "whole", {}),
+    "wan_a14b blocks": ("wan_a14b", "blocks", PATCHED | LORA),
 }
 
 

@@ -69,8 +69,10 @@ def test_rollout_and_replay_run_the_same_forward(
 ) -> None:
     """And nothing is compiled after the start: neither layouts nor filled rows nor evaluation are other graphs."""
     graphs = compiler(off)
-    evaluation = EvaluationSettings(rewards=[reward("Brightness")], samples_per_prompt=2)
-    trainer = Trainer(make_recipe(base, tmp_path / "run", compile=what, evaluation=evaluation, **SMALL))
+    # More steps make a model of its own of evaluation's.
+    evaluation = EvaluationSettings(rewards=[reward("Brightness")], samples_per_prompt=2, num_steps=5)
+    waits = {"checkpointing": "full", "offload": ["block_inputs"]} if what == "blocks" else {}
+    trainer = Trainer(make_recipe(base, tmp_path / "run", compile=what, evaluation=evaluation, **waits, **SMALL))
     assert trainer.model.compiled is not None and trainer.model.compiled.with_gradients == (off > 0)
     at_start = list(graphs)
     assert at_start.count(True) == at_start.count(False) > 0
@@ -105,11 +107,15 @@ def test_weights_keep_their_names_and_a_switch_is_told(
     longer = make_recipe(flux, tmp_path / "parts", **SMALL | {"iterations": 3})
     with pytest.raises(ValueError, match=r'model.compile: got null, want "blocks"'):
         Trainer(longer, "auto")
+    whole = make_recipe(flux, tmp_path / "parts", compile="whole", checkpointing="full", **SMALL | {"iterations": 3})
+    with pytest.raises(ValueError, match=r'got "full", want "none"'):
+        Trainer(whole, "auto", "model.compile")
     trainer = Trainer(longer, "auto", "model.compile")
     assert trainer.model.compiled is None
     assert trainer.iteration(3)["ratio_first_update_max_dev"] == 0.0
 
 
+@pytest.mark.release
 def test_kl_is_zero_where_the_copy_is_compiled_alike(
     flux: Path, tmp_path: Path, compiler: Callable[[float], list[bool]]
 ) -> None:
