@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .activations.checkpointing import blocks_of
 from .experts import each
 
-# Graphs of one function: a UNet's ResNets have other widths, and each comes with and without gradients.
-GRAPHS = 256
+# Of one function: of each block with block ops, of each width of a UNet's ResNets, with gradients and without.
+GRAPHS = 1024
 Outputs = tuple[Tensor, Tensor | None]
 
 

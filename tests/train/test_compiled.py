@@ -1,6 +1,9 @@
 """`model.compile`: rollout and replay run one graph, whatever a graph without gradients rounds otherwise."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from dancegrpo_fast.recipe import EvaluationSettings
+from dancegrpo_fast.recipe import EvaluationSettings, RewardSettings
 from dancegrpo_fast.train.loop import Trainer
 
 from ..models.checks import assert_same_weights, weights
 from ..release import release_but
-from .tiny import make_recipe, reward
+from .test_parallel import GLOO
+from .tiny import make_recipe, reward, write_recipe
 
 SETTINGS = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit", "optimize_ddp")
 # Of twelve samples' calls the last has rows to fill.
@@ -122,6 +126,21 @@ def test_kl_is_zero_where_the_copy_is_compiled_alike(
     compiler(1e-4)
     row = Trainer(make_recipe(flux, tmp_path / "run", compile="whole", kl_weight=0.1, **SMALL)).iteration(1)
     assert row["reference_kl"] == 0.0
+
+
+@pytest.mark.release
+@GLOO
+def test_two_processes_under_ddp(flux: Path, tmp_path: Path) -> None:
+    """Whose buckets would cut the replay's graphs, and not the rollout's."""
+    bright = RewardSettings(name="tests.train.tiny:Brightness")
+    recipe = make_recipe(flux, tmp_path / "run", compile="whole", prompts_per_iteration=2, rewards=[bright])
+    file = write_recipe(recipe, tmp_path / "recipe.yaml")
+    launched = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dancegrpo_fast.cli", "train", str(file)]
+    # From the root, where the reward is.
+    root = Path(__file__).parents[2]
+    environ = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launched], cwd=root, env=environ, check=True)
+    assert deviations(tmp_path / "run") == [0.0, 0.0]
 
 
 def test_graphs_without_end_are_an_error(
