@@ -26,7 +26,7 @@ T = TypeVar("T")
 # What accelerate's configuration may ask for: values that ask for nothing, and what has the word in their place.
 ASKED: dict[str, tuple[str, ...]] = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.updates_per_rollout says when the optimiser steps"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "the trainer compiles nothing"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "model.compile says what is compiled"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "a run is of one process, DDP or FSDP2"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "a run is of one process, DDP or FSDP2"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a run is of one process, DDP or FSDP2"),

@@ -21,7 +21,7 @@ ORDER = (
     "patch",
     "activations dropin",
     "sequence",
-    "attention processes compat",
+    "attention processes compat compiling",
     "memory rewards",
     "run",
     "models",

@@ -13,6 +13,7 @@ INNER = {
     "allocator",
     "checks",
     "cli",
+    "compiling",
     "drawing",
     "experts",
     "files",

@@ -27,7 +27,7 @@ class Request:
 
     Attributes:
         settings: what is planned.
-        uncounted: rewards of the recipe whose size is not known.
+        uncounted: what of the recipe is not in the plan, in words.
         json: a file for the plan, or None.
         figures: a folder for pictures, or None.
         thorough: more advice, which takes longer.
@@ -94,7 +94,7 @@ def _in_short(message: str) -> str:
 
 
 def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Settings, list[str]]:
-    from ..models.planning import settings_of, uncounted
+    from ..models.planning import left_out, settings_of
     from ..recipe import load_recipe
 
     recipe, _ = load_recipe([path], "memory")
@@ -106,7 +106,7 @@ def _of_recipe(path: str, model: str | None, given: dict[str, Any]) -> tuple[Set
     recipe.check_trained()
     processes = given.get("fsdp", recipe.train.sequence_parallel)
     strategy = given.get("strategy", "full_shard") if processes > 1 else "none"
-    return settings_of(recipe, model=model, processes=processes, strategy=strategy), uncounted(recipe)
+    return settings_of(recipe, model=model, processes=processes, strategy=strategy), left_out(recipe)
 
 
 def _changed(base: Settings, given: dict[str, Any]) -> Settings:
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
         if not asked.thorough and found.fits(asked.settings.gpu_gib):
             say("--thorough true tries more changes: quantised weights, block ops, more GPUs, other policies")
         if asked.uncounted:
-            say(f"\nnot in it: models of the rewards {', '.join(asked.uncounted)}, if they have any")
+            say("\nnot in it: " + "; ".join(asked.uncounted))
         if asked.json is not None:
             Path(asked.json).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
         if asked.figures is not None:

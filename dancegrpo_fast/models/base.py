@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantization
+from ..compiling import Compiled
 from ..experts import SECOND, Experts
 from ..lora import add_lora, check_targets
 from ..memory.planning import tiles
@@ -42,7 +43,7 @@ class DiffusersModel:
         padded: which have a token axis (the second one) and are cut after the run's longest prompt; needs `mask`.
         negative: guidance is a second half of the batch with the negative prompt.
         float16: it is trained in float16 elsewhere; others leave its range.
-        gradient_sync, passes: what the recipe's came to, as in `GeneratorModel`.
+        gradient_sync, passes, compiled: what the recipe's came to, as in `GeneratorModel`.
         decodes_x0: as flows do, whose ODE ends there; with noise in the last step, the picture is free of it.
         denoiser_paths: folders or files of the denoisers, by their subfolders in a pipeline.
     """
@@ -64,6 +65,7 @@ class DiffusersModel:
     latent_shape: tuple[int, ...]
     gradient_sync: str = "update"
     passes: Literal[2, "retain", "reweight"] = 2
+    compiled: Compiled | None = None
 
     def __init__(
         self,
@@ -351,10 +353,7 @@ class DiffusersModel:
         rows = self._store.rows(texts, self.text_tensors)
         for name in self.padded:
             rows[name] = rows[name][:, : self._text_length]
-        return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in rows.items()
-        }
+        return {n: v.to(self.device, self.dtype if v.is_floating_point() else None) for n, v in rows.items()}
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         return self._text([self._key(prompt.text, prompt) for prompt in prompts])

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compiling import Compiled
 from ..prompts import Prompt
 from ..recipe import SamplerSettings
 from ..transitions import TransitionTable
@@ -22,6 +23,7 @@ class GeneratorModel(Protocol):
         latent_shape: one sample's latents, as the denoiser and the kernels see them.
         gradient_sync: what the recipe's `train.gradient_sync` came to, "update" or "call".
         passes: what the recipe's `train.passes` came to, 2, "retain" or "reweight".
+        compiled: how it is called where it is compiled, else None.
         decodes_x0: of the last step's outcome its estimate of x0 is decoded, else the last latents.
     """
 
@@ -29,6 +31,7 @@ class GeneratorModel(Protocol):
     latent_shape: tuple[int, ...]
     gradient_sync: str
     passes: Literal[2, "retain", "reweight"]
+    compiled: Compiled | None
     decodes_x0: ClassVar[bool]
 
     def at(self, sampler: SamplerSettings) -> "GeneratorModel":

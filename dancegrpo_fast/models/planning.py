@@ -112,6 +112,15 @@ def uncounted(recipe: Recipe) -> list[str]:
     return sorted({reward.name for reward in _scored(recipe)} - REWARD_MODELS.keys())
 
 
+def left_out(recipe: Recipe) -> list[str]:
+    """What of a recipe is in no plan, in words."""
+    names, what = uncounted(recipe), recipe.model.compile
+    found = [f"models of the rewards {', '.join(names)}, if they have any"] if names else []
+    if what is not None:
+        found.append(f'model.compile "{what}": bytes and seconds are those of the model that is not compiled')
+    return found
+
+
 def _optimizer(train: TrainSettings) -> dict[str, Any]:
     """In the planner's words; what it does not know is tried on a small tensor."""
     if train.optimizer == EIGHT_BIT:

@@ -293,8 +293,9 @@ def profile_recipe(
 ) -> Report:
     """Profiles iterations of a recipe's training, after one that is not measured, so that the optimiser has its state.
 
-    It writes to a temporary folder and evaluates nothing. Without `predicted`, on the CPU, what the trainer's own code
-    does is predicted by running it with the same settings on fake tensors; on a GPU, all phases are by the planner.
+    It writes to a temporary folder, evaluates nothing and compiles nothing. Without `predicted`, on the CPU, what the
+    trainer's own code does is predicted by running it with the same settings on fake tensors; on a GPU, all phases are
+    by the planner.
 
     Args:
         recipe: or its file.
@@ -314,13 +315,17 @@ def profile_recipe(
     if not isinstance(recipe, Recipe):
         recipe, _ = load_recipe([str(recipe), *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(replace(recipe, output_dir=folder, evaluation=None, tracking=[]))
+        # What a compiled graph holds cannot be seen.
+        model = replace(recipe.model, compile=None)
+        trainer = Trainer(replace(recipe, model=model, output_dir=folder, evaluation=None, tracking=[]))
         try:
             trainer.iteration(1)
             on_cpu = trainer.device.type == "cpu"
             with profile(predicted, device=trainer.device, allocator=on_cpu) as report:
                 rows = [trainer.iteration(number) for number in range(2, iterations + 2)]
             report.title = _title(recipe)
+            if recipe.model.compile is not None:
+                report.notes.append(f'model.compile "{recipe.model.compile}" is left out: measured without it')
             if predicted is None and on_cpu and trainer.model.passes != 2:
                 report.notes += ["not predicted: one pass on a CPU"]
             elif predicted is None and on_cpu:

@@ -71,6 +71,8 @@ class ModelSettings:
             where there are two.
         text_encoder_quantization: how linear layers of the text encoders are stored while they encode: "nf4" or "int8"
             (bitsandbytes'), "fp8" (cast while their layer runs); null: in `frozen_dtype`, as the rest of them.
+        compile: what torch.compile makes graphs of, the same for rollout and replay: "blocks", one by one, or "whole"
+            denoisers; null: nothing.
         blocks_to_swap: under LoRA, the frozen weights of so many blocks and two more wait in host memory and stream
             through two buffers on the device, each as large as the largest of them; "auto": as few as `memory_gib`
             needs, or more where an iteration is counted to be shorter.
@@ -98,6 +100,7 @@ class ModelSettings:
     quantization: Literal["nf4", "int8", "fp8"] | None = None
     second_expert: Literal["trained", "frozen"] | None = None
     text_encoder_quantization: Literal["nf4", "int8", "fp8"] | None = None
+    compile: Literal["blocks", "whole"] | None = None
     blocks_to_swap: int | Literal["auto"] = 0
     reference_height: int | None = None
     reference_width: int | None = None

@@ -55,6 +55,7 @@ class Recipe:
             raise ValueError('train.offload: got "block_inputs" with model.checkpointing "none", want it to checkpoint')
         self._check_expert()
         self._check_passes()
+        self._check_compile()
         at_least("seed", self.seed, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
@@ -92,11 +93,38 @@ class Recipe:
             )
         if model.dtype == "float16":
             raise ValueError(f"{got} with model.dtype float16, where an update may have to be made again, want 2")
+        if model.compile is not None:
+            raise ValueError(f'{got} with model.compile "{model.compile}", want 2')
         if model.blocks_to_swap != 0:
             raise ValueError(f"{got} with model.blocks_to_swap {shown(model.blocks_to_swap)}, want 2")
         for what in ("denoiser", "expert", "block_inputs"):
             if what in train.offload:
                 raise ValueError(f'{got} with train.offload "{what}", which moves what a backward needs, want 2')
+
+    def _check_compile(self) -> None:
+        """What torch.compile would not see, or has not been tried with."""
+        model, what = self.model, self.model.compile
+        if what is None:
+            return
+        refused = {
+            f'model.quantization "{model.quantization}"': (model.quantization is not None, "null"),
+            f"model.blocks_to_swap {model.blocks_to_swap}": (model.blocks_to_swap != 0, "0"),
+            f"train.sequence_parallel {self.train.sequence_parallel}": (self.train.sequence_parallel > 1, "1"),
+            'model.checkpointing "auto", which the planner finds for a model that is not compiled': (
+                model.checkpointing == "auto",
+                "a policy by name",
+            ),
+        }
+        if what == "blocks":
+            # A compiled block is one operator to the policy.
+            single = model.checkpointing in ("attention", "matmul")
+            refused[f'model.checkpointing "{model.checkpointing}"'] = (single, '"none", "full", "first:K", or "whole"')
+        else:
+            waits = "block_inputs" in self.train.offload
+            refused['train.offload "block_inputs"'] = (waits, 'no such offload, or "blocks"')
+        for other, (there, instead) in refused.items():
+            if there:
+                raise ValueError(f'model.compile: got "{what}" with {other}, want {instead} beside it, or compile null')
 
     def check_trained(self) -> None:
         """Raises ValueError where steps of the optimiser would be rounded away, masters hold nothing, or dtypes mix."""

@@ -26,7 +26,7 @@ FREE = frozenset(
         "model.denoiser",  # likewise
         "model.start_from",  # likewise
         "model.prompt_cache",  # a store of other rows is not used
-        "model.checkpointing",  # every policy recomputes the same bits
+        "model.checkpointing",  # every policy recomputes the same bits, but for a compiled whole: see `check_run`
         "model.blocks_to_swap",  # copies keep their bits
         "model.memory_gib",  # chooses such a policy, and whether the VAE decodes in tiles
         "model.vae_tiling",  # whether it does, and in which, is compared

@@ -78,6 +78,9 @@ def check_run(
     if recipe["train"]["schedule"] != "constant":
         # How fast it falls follows from it.
         free.discard("train.iterations")
+    if recipe["model"]["compile"] == "whole":
+        # What is computed again is part of the graph, and may change how it rounds.
+        free.discard("model.checkpointing")
     found = differences(recipe, then, free)
     done, wanted = int(state["iteration"]), recipe["train"]["iterations"]
     if done > wanted:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ class Policy:
 
         `expert` is that of `GeneratorModel.turns` for all of the times.
         """
-        count = latents.shape[0]
-        output, uncond = self.model.predict(
+        count, compiled = latents.shape[0], self.model.compiled
+        predict = self.model.predict if compiled is None else partial(compiled, self.model.predict)
+        output, uncond = predict(
             denoiser,
             pad_rows(latents, self.rows),
             pad_rows(times, self.rows),
@@ -102,6 +104,24 @@ def probe(policy: Policy, table: TransitionTable, conditioning: Conditioning, ex
     own = torch.tensor([turn == expert for turn in turns])
     times = table.times[own].to(embeds.device, torch.float32)
     return latents, times[index % len(times)], select(conditioning, index % len(embeds)), expert
+
+
+def compile_calls(policy: Policy, table: TransitionTable, conditioning: Conditioning) -> bool:
+    """Compiles rollout's and replay's calls, and the backward; whether both forwards have the same bits."""
+    equal = True
+    for expert in sorted(set(policy.model.turns(table))):
+        inputs = probe(policy, table, conditioning, expert)
+        with torch.no_grad():
+            drawn = policy(policy.model.denoiser, *inputs)
+        with torch.enable_grad():
+            replayed = policy(policy.model.denoiser, *inputs)
+        for before, after in zip(drawn, replayed, strict=True):
+            equal &= before is None or after is None or torch.equal(before, after)
+        total = torch.stack([output.sum() for output in replayed if output is not None]).sum()
+        if total.requires_grad:
+            own = [parameter for parameter in policy.model.denoiser.parameters() if parameter.requires_grad]
+            torch.autograd.grad(total, own, allow_unused=True)
+    return equal
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import lora
+from ..compiling import compile_denoiser
 from ..processes import Processes
 from .calls import Inputs, Policy
 
@@ -18,14 +19,19 @@ class Reference:
         processes: prepare the copy as they do the policy, so that both run in the same precision.
         adapters: the denoiser has LoRA layers.
         started: these are not new: they have a frozen copy, too.
+        compiled: `model.compile`, which a copy has as the policy has it.
     """
 
-    def __init__(self, denoiser: nn.Module, processes: Processes, *, adapters: bool, started: bool) -> None:
+    def __init__(
+        self, denoiser: nn.Module, processes: Processes, *, adapters: bool, started: bool, compiled: str | None = None
+    ) -> None:
         self._started = adapters and started
         if self._started:
             lora.keep_start(denoiser)
         frozen = None if adapters else copy.deepcopy(denoiser).requires_grad_(False)
         self._copy = None if frozen is None else processes.prepare(frozen)
+        if self._copy is not None and compiled is not None:
+            compile_denoiser(self._copy, compiled)
 
     @torch.no_grad()
     def __call__(self, policy: Policy, denoiser: nn.Module, inputs: Inputs) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run is made of: checked, built and restored, in the order in which it can fail cheaply."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from ..allocator import expand_segments
 from ..checks import shown
+from ..compiling import Compiled, check_compiler, compile_denoiser
 from ..experts import trained
 from ..files import write_text
 from ..models import family_of, load_model
@@ -22,7 +24,7 @@ from ..run.changes import ALL, read_accepted, within
 from ..run.folder import RunDirectory
 from ..run.identity import check_run, evaluation_differs, model_identity, run_identity
 from ..stopping import Stop
-from .calls import Policy, rows_are_equal
+from .calls import Policy, compile_calls, rows_are_equal
 from .calls import probe as probe_inputs
 from .collect import Collector
 from .draw import shared_step
@@ -112,6 +114,8 @@ class Setup:
         self._build(evaluated, identity)
         if found is not None:
             self._restore(found, accepted)
+        if self.model.compiled is not None:
+            self._compile(self.model.compiled)
         known = "rows_are_equal" in state and not self.changes
         self.rows_are_equal = state["rows_are_equal"] if known else self._probe_rows()
         each_call = self.model.gradient_sync == "call"
@@ -180,6 +184,10 @@ class Setup:
             raise ValueError(f'train.optimizer: got "{optimizer}" on a CPU, want a GPU, or adamw')
         if (kept := probe(recipe.train)).others and processes.sharded:
             raise ValueError(f'train.optimizer: got "{optimizer}" under FSDP2, which cannot split its {kept.others[0]}')
+        if recipe.model.compile is not None:
+            if processes.sharded:
+                raise ValueError(f'model.compile: got "{recipe.model.compile}" under FSDP2, want null')
+            check_compiler(recipe.model.compile, self.device)
         if recipe.train.rollout_replica and not processes.sharded:
             raise ValueError(f"train.rollout_replica: got true in {processes.name}, want FSDP2, or false")
         if train.passes != 2 and processes.sharded:
@@ -216,6 +224,7 @@ class Setup:
         prompts, reached = [*self.prompts, *evaluated], [*self.reached, *evaluated]
         self.model = load_model(recipe, self.device, prompts, reached=reached)
         self.model.denoiser.eval()
+        self.model.compiled = None if recipe.model.compile is None else Compiled()
         self.policy = Policy.of(recipe, self.model)
         self.table = self.model.table(recipe.sampler)
 
@@ -235,6 +244,8 @@ class Setup:
             recipe, self.policy, self.table, self.rewards, processes, self.residence, self.loss.keeps_outputs, self.stop
         )
         self.model.denoiser = processes.prepare(self.model.denoiser)
+        if recipe.model.compile is not None:
+            compile_denoiser(self.model.denoiser, recipe.model.compile)
         # Where the rollout's calls have gradients, all of them are reduced by hand.
         self.denoiser = processes.wrap(self.model.denoiser) if self.model.passes == 2 else self.model.denoiser
         self.parameters = {name: p for name, p in self.model.denoiser.named_parameters() if p.requires_grad}
@@ -248,6 +259,26 @@ class Setup:
             None if train.ema_decay is None else MovingAverage(self.parameters, self.optimizer.weights, train.ema_decay)
         )
         self.state = State(identity, processes, self.optimizer, self.average)
+
+    def _compile(self, compiled: Compiled) -> None:
+        """Compiles now what an iteration calls, so that what cannot be is said before the first."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        begin, what = time.perf_counter(), self.recipe.model.compile
+        conditioning = self.residence.encode(self.reached[: self.policy.rows])
+        self.residence.use("denoiser")
+        try:
+            equal = compile_calls(self.policy, self.table, conditioning)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            (found, *_) = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f'model.compile: got "{what}", which torch does not compile for this model: {found}'
+            ) from error
+        equal = all(self.processes.collect([equal]))
+        compiled.with_gradients = not equal
+        compiled.seconds = time.perf_counter() - begin
+        how = "without gradients, which has the same bits" if equal else "of the replay, as one without has other bits"
+        self.notes.append(f"compiled {what} in {compiled.seconds:.0f} s; rollout runs the forward {how}")
 
     def _measure(self) -> Speed:
         """Counts a model call where that is of use."""

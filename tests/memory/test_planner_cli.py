@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from dancegrpo_fast.cli import main
+from dancegrpo_fast.cli.memory import parse
 from dancegrpo_fast.memory.planning import advice, planner
 from dancegrpo_fast.memory.planning.budget import CATEGORIES
 from dancegrpo_fast.memory.planning.cards import CARDS
+
+from ..train import tiny
 
 pytest.importorskip("diffusers")
 pytest.importorskip("jsonargparse")
@@ -75,3 +78,24 @@ def test_bad_input(given: list[str], message: str, capsys: pytest.CaptureFixture
     assert main([*FLUX, *given]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and not shown.out
+
+
+def test_what_is_not_in_a_plan_is_said(tmp_path: Path) -> None:
+    made = tiny.recipe_of(
+        family="flux",
+        path="base",
+        compile="blocks",
+        kind="dance_sde",
+        num_steps=4,
+        eta=0.3,
+        height=64,
+        width=64,
+        iterations=1,
+        prompts_per_iteration=1,
+        group_size=2,
+        micro_batch=1,
+        mixed_precision="bf16",
+        prompts="prompts.txt",
+    )
+    rewards, compiled = parse([str(tiny.write_recipe(made, tmp_path / "recipe.yaml"))]).uncounted
+    assert rewards.startswith("models of the rewards ") and compiled.startswith('model.compile "blocks": bytes')

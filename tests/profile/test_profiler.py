@@ -103,10 +103,11 @@ def test_command_line(
     monkeypatch.delattr("dancegrpo_fast.train.tracking._started")
     path = recipe_file(flux, tmp_path)
     folder = tmp_path / "figures"
-    overrides = ["--train.micro_batch", "2", "--iterations", "1"]
+    overrides = ["--train.micro_batch", "2", "--model.compile", "blocks", "--iterations", "1"]
     assert main(["profile", str(path), *overrides, "--figures", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in TRAINED)
+    assert 'model.compile "blocks" is left out: measured without it' in printed
     drawn = [folder / f"{name}.{kind}" for name in ("timeline", "saved") for kind in ("png", "svg")]
     assert all(str(file) in printed and file.stat().st_size for file in drawn)
     texts = ["".join(e.itertext()) for e in ElementTree.parse(drawn[1]).iter() if e.tag.endswith("}text")]

@@ -74,6 +74,23 @@ def test_wrong_values_are_named(make: Callable[..., Any], wrong: dict[str, Any],
         make(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("what", "settings", "message"),
+    [
+        ("whole", {"lora": LoraSettings(), "blocks_to_swap": 2}, "model.blocks_to_swap 2, want 0"),
+        ("blocks", {"lora": LoraSettings(), "quantization": "fp8", "dtype": "bfloat16"}, 'model.quantization "fp8"'),
+        ("blocks", {"checkpointing": "auto"}, 'model.checkpointing "auto", which the planner finds for a model that'),
+        ("blocks", {"checkpointing": "attention"}, 'model.checkpointing "attention", want "none", "full", "first:K"'),
+        ("whole", {"checkpointing": "full", "offload": ["block_inputs"]}, 'train.offload "block_inputs", want no such'),
+        ("blocks", {"sequence_parallel": 2}, "train.sequence_parallel 2, want 1"),
+    ],
+)
+def test_what_is_not_compiled_is_named(what: str, settings: dict[str, Any], message: str) -> None:
+    of_training = {name: settings.pop(name) for name in ("offload", "sequence_parallel") if name in settings}
+    with pytest.raises(ValueError, match=f'^model.compile: got "{what}" with {message}'):
+        recipe(model=model(compile=what, **settings), train=train(**of_training))
+
+
 def test_values_of_json_are_taken() -> None:
     # Lists for tuples, and whole numbers for others.
     assert train(clip_range=[1e-4, 2], learning_rate=1, ema_decay=None, offload=("vae",)).clip_range == [1e-4, 2]

@@ -35,5 +35,6 @@ def make_loss(
     if recipe.train.kl_weight > 0:
         model = recipe.model
         started = model.start_from is not None and model.start_as == "adapter"
-        reference = Reference(denoiser, processes, adapters=model.lora is not None, started=started)
+        adapters, compiled = model.lora is not None, model.compile
+        reference = Reference(denoiser, processes, adapters=adapters, started=started, compiled=compiled)
     return Grpo(recipe, table, turns, len(trained(denoiser)), reference, processes.device)
