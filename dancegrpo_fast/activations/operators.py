@@ -20,7 +20,7 @@ _PATTERNS = (
     ("norm", r"(layer|rms|group|batch|instance)_?norm|norm_modulate|aten::(rsqrt|var_mean)$"),
     (
         "matmul",
-        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d|projection",
+        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d|projection|lora_",
     ),
     ("activation", r"gelu|silu|swish|sigmoid|tanh|relu|softmax|softplus|mish|::(elu|glu)(_|$)"),
     ("cast", r"aten::_to_copy$"),

@@ -169,13 +169,13 @@ class CudaOperators(TorchFunctionMode):
 def _blocks(cuda: bool) -> Iterator[None]:
     """Inside, block ops take fake weights for real ones, and do what they do on CUDA or on a CPU."""
     from ...ops import gated_projection
-    from ...patch import _pieces
+    from ...patch import _layers, _pieces
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_pieces, "PLAIN", (*_pieces.PLAIN, Fake)))
+        stack.enter_context(mock.patch.object(_layers, "PLAIN", (*_layers.PLAIN, Fake)))
         if cuda:
             stack.enter_context(mock.patch.object(_pieces, "_norm_dtype", _norm_dtype))
-            stack.enter_context(mock.patch.object(gated_projection, "_weight_gradient", _weight_gradient))
+            stack.enter_context(mock.patch.object(gated_projection, "weight_gradient", _weight_gradient))
         yield
 
 
