@@ -109,7 +109,9 @@ def block_forward(blocks: Blocks) -> Callable[..., Tensor]:
             affine = dict(zip(("weight", "bias"), affine_of(self.norm2), strict=True))
             x, out = blocks.gated_norm(self.norm2, x, y, gate, None, None, **affine, **in_float)
         else:
-            x = out = blocks.gated(x, y, gate)
+            x = blocks.gated(x, y, gate)
+            # A node of its own where eager casts: gradients of what reads it are added before the residual's.
+            out = x if x.dtype == torch.float32 else x.view_as(x)
         x = x + _cross_attention(blocks, self.attn2, out, encoder_hidden_states)
 
         x, out = blocks.fanout(self.norm3, x, mlp_scale, mlp_shift, (self.ffn.net[0].proj,), **in_float)
