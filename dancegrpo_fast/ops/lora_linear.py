@@ -1,5 +1,6 @@
 """A linear layer with a LoRA update (Hu et al., arXiv 2106.09685) that keeps its input once and adds in one pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +67,9 @@ def _backward_impl(
     if by_weight and x is not None:
         grad_weight = rows.t().mm(_rows(x))
     if x is not None and grad_inner is not None and by_a:
-        grad_a = weight_gradient(grad_inner, _rows(x)).mul_(scale).to(lora_a.dtype)
+        grad_a = _scaled(weight_gradient(grad_inner, _rows(x)), scale).to(lora_a.dtype)
     if inner is not None:
-        grad_b = weight_gradient(rows, inner).mul_(scale).to(lora_b.dtype)
+        grad_b = _scaled(weight_gradient(rows, inner), scale).to(lora_b.dtype)
     return packed([grad_x, grad_weight, rows.sum(0) if by_bias else None, grad_a, grad_b], grad)
 
 
@@ -118,11 +119,25 @@ class _LoraLinear(torch.autograd.Function):
 # "lossless": peft's own operations on what the base made, in as few passes as have the same bits.
 
 
+def _factors(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What multiplies `x A^T`, and what the update: a power of two gives the same bits in both places.
+
+    Below the normal numbers, 1e-38, it has not. Float16 has so few of them that its products may get there.
+    """
+    power = math.frexp(scale)[0] == 0.5 and 2**-8 <= scale <= 2**8
+    return (scale, 1.0) if power and dtype != torch.float16 else (1.0, scale)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
 def _update_impl(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     inner = F.linear(x.to(lora_a.dtype), lora_a)
-    update = F.linear(inner, lora_b)
-    if scale != 1:
-        update.mul_(scale)
+    first, last = _factors(scale, lora_b.dtype)
+    update = F.linear(_scaled(inner, first), lora_b)
+    if last != 1:
+        update.mul_(last)
     # Added in the wider dtype and rounded once to base's, as by a sum and a cast behind it.
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     return torch.add(base, update, out=out), inner
@@ -143,14 +158,15 @@ def _update_backward_impl(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     by_x, by_a, _ = wanted
-    scaled = grad.to(lora_b.dtype)
-    if scale != 1:
-        scaled = scaled.mul(scale) if scaled is grad else scaled.mul_(scale)
-    rows = _rows(scaled)
+    first, last = _factors(scale, lora_b.dtype)
+    wide = grad.to(lora_b.dtype)
+    if last != 1:
+        wide = wide.mul(last) if wide is grad else wide.mul_(last)
+    rows = _rows(wide)
     grad_x = grad_a = None
     # The products of mm's own gradients: another layout of the operands could give other bits.
-    grad_b = None if inner is None else rows.t().mm(_rows(inner))
-    grad_inner = rows.mm(lora_b) if by_x or by_a else None
+    grad_b = None if inner is None else rows.t().mm(_scaled(_rows(inner), first))
+    grad_inner = _scaled(rows.mm(lora_b), first) if by_x or by_a else None
     if by_x and grad_inner is not None:
         grad_x = grad_inner.mm(lora_a).view(*grad.shape[:-1], lora_a.shape[1]).to(grad.dtype)
     if x is not None and grad_inner is not None:
@@ -285,7 +301,7 @@ def cost(
         rows, inputs, outputs, rank: of x `[rows, inputs]` and the update `[rows, outputs]`; what is as wide as the rank
             is left out of the bytes that move.
         itemsize, lora_itemsize: bytes of x's and of A's numbers.
-        scaled: whether the scale is another number than 1.
+        scaled: whether the scale is another number than 1 or, in "lossless", than a power of two.
         mode: as for `lora_linear`.
     """
     forward, backward = _products(rows, inputs, outputs, rank)
