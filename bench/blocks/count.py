@@ -59,7 +59,7 @@ class Tally:
 
 
 # What is counted operator by operator, as matrix products are apart.
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear._forward_impl,
     "lora_linear_backward": lora_linear._backward_impl,
     "lora_update": lora_linear._update_impl,

@@ -272,8 +272,14 @@ def lora_linear(
         ValueError: an argument of the wrong shape, dtype or device, or a call under autocast.
     """
     check_mode(mode)
-    scale = check_number("scale", scale)
     _check(x, weight, bias, lora_a, lora_b)
+    return call(x, weight, bias, lora_a, lora_b, check_number("scale", scale), mode)
+
+
+def call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, mode: str
+) -> Tensor:
+    """The op, of arguments that are known to be right."""
     out: Tensor
     if mode == "fast":
         out = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale)

@@ -33,14 +33,16 @@ class Adapted(NamedTuple):
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a module is no more than its class's forward."""
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in HOOKS)
+    # Found in Python where they are asked of the module, and this in every call.
+    own = vars(module)
+    return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
 def is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:
     """Whether a layer's product may be computed without calling it."""
     if type(layer) is not nn.Linear or not unhooked(layer):
         return False
-    return all(type(p) in PLAIN and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
+    return all(type(p) in PLAIN and p.dtype == dtype for p in vars(layer)["_parameters"].values() if p is not None)
 
 
 @functools.cache
@@ -73,16 +75,20 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
         or not _is_known(kind.forward)
     ):
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    parts = vars(layer)["_modules"]
+    downs = vars(parts["lora_A"])["_modules"]
+    names = [name for name in layer.active_adapters if name in downs]
     if len(names) != 1 or names[0] in layer.lora_variant or not layer.cast_input_dtype_enabled:
         return None
-    base, down, up = layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]]
-    dropout, dtype = layer.lora_dropout[names[0]], down.weight.dtype
+    base, down = parts["base_layer"], downs[names[0]]
+    up, dropout = (vars(parts[key])["_modules"][names[0]] for key in ("lora_B", "lora_dropout"))
     idle = isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and not (dropout.p and dropout.training))
     if not idle or not unhooked(layer) or not unhooked(dropout) or nn_module._has_any_global_hook():
         return None
-    if not is_plain_linear(base, x.dtype) or not all(is_plain_linear(part, dtype) for part in (down, up)):
+    dtype = down.weight.dtype
+    if not is_plain_linear(base, x.dtype) or not is_plain_linear(down, dtype) or not is_plain_linear(up, dtype):
         return None
-    if down.bias is not None or up.bias is not None:
+    held, lora_a, lora_b = (vars(part)["_parameters"] for part in (base, down, up))
+    if lora_a["bias"] is not None or lora_b["bias"] is not None:
         return None
-    return Adapted(base.weight, base.bias, down.weight, up.weight, layer.scaling[names[0]])
+    return Adapted(held["weight"], held["bias"], lora_a["weight"], lora_b["weight"], layer.scaling[names[0]])

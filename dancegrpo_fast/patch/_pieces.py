@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from ..ops import lora_linear
 from ..ops.gated_projection import gated_projection, gated_projection_norm_modulate
 from ..ops.gated_residual import gated_residual
 from ..ops.gelu_linear import gelu_linear
 from ..ops.gelu_tanh import gelu_tanh
-from ..ops.lora_linear import lora_linear
 from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from ._layers import adapted, is_plain_linear, unhooked
@@ -213,9 +213,7 @@ class Blocks(Settings):
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """What a layer makes of x; where it is one with a LoRA update, by `lora_linear`."""
         parts = adapted(layer, x)
-        if parts is None:
-            return cast(Tensor, layer(x))
-        return lora_linear(x, *parts[:4], scale=parts.scale, mode=self.mode)
+        return cast(Tensor, layer(x)) if parts is None else lora_linear.call(x, *parts, self.mode)
 
     def heads(self, attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
         """Projections of each consumer's tokens as `[B, S, H, D]`."""
