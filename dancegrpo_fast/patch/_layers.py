@@ -42,7 +42,7 @@ def is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:
     """Whether a layer's product may be computed without calling it."""
     if type(layer) is not nn.Linear or not unhooked(layer):
         return False
-    return all(type(p) in PLAIN and p.dtype == dtype for p in vars(layer)["_parameters"].values() if p is not None)
+    return all(type(p) in PLAIN and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
 
 
 @functools.cache
@@ -88,7 +88,6 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
     dtype = down.weight.dtype
     if not is_plain_linear(base, x.dtype) or not is_plain_linear(down, dtype) or not is_plain_linear(up, dtype):
         return None
-    held, lora_a, lora_b = (vars(part)["_parameters"] for part in (base, down, up))
-    if lora_a["bias"] is not None or lora_b["bias"] is not None:
+    if down.bias is not None or up.bias is not None:
         return None
-    return Adapted(held["weight"], held["bias"], lora_a["weight"], lora_b["weight"], layer.scaling[names[0]])
+    return Adapted(base.weight, base.bias, down.weight, up.weight, layer.scaling[names[0]])

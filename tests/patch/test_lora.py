@@ -210,6 +210,15 @@ def test_other_kinds_of_layers(options: dict[str, Any]) -> None:
         assert called(model.eval(), inputs)["lora_update"]
 
 
+def test_a_replica_of_data_parallel_is_looked_at_as_its_original_is() -> None:
+    """Its weights are attributes, no parameters."""
+    layer = nn.Linear(4, 3)
+    replica: Any = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight * 1, layer.bias * 1
+    for one in (layer, replica):
+        assert _layers.is_plain_linear(one, F32) and not _layers.is_plain_linear(one, BF16)
+
+
 def test_autocast_and_global_hooks() -> None:
     model, inputs = adapted("flux", F32, F32)
     wanted = run(model, inputs)
