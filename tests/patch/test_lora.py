@@ -53,7 +53,7 @@ def called(model: nn.Module, inputs: Inputs, call: Callable[..., Any] = run) -> 
     return Counter(name for name in recorder.names if name in OPS)
 
 
-@pytest.mark.parametrize("name", release_but(FAMILIES, TINY))
+@pytest.mark.parametrize("name", release_but((*FAMILIES, "wan image"), TINY))
 def test_lossless_changes_no_bit(name: str) -> None:
     for base, lora, batch, options in (
         (BF16, F32, 2, {}),
@@ -83,7 +83,7 @@ def test_every_layer_is_one_op(name: str) -> None:
     assert called(model, inputs)["lora_update"] >= count - 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", release_but(("flux", "wan"), FAMILIES))
 def test_fast_is_within_the_budget(name: str) -> None:
     model, inputs = adapted(name)
     plain, plain_grads = run(model, inputs)
@@ -94,7 +94,7 @@ def test_fast_is_within_the_budget(name: str) -> None:
     assert_gradients_within_budget(grads, truth_grads, plain_grads)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", release_but(("flux", "wan"), FAMILIES))
 def test_rollout_and_replay_have_the_same_bits(name: str) -> None:
     model, inputs = adapted(name)
     for mode in ("lossless", "fast"):
@@ -108,7 +108,7 @@ def test_rollout_and_replay_have_the_same_bits(name: str) -> None:
         undo()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", release_but(("flux", "wan"), FAMILIES))
 def test_layers_keep_their_input_once(name: str) -> None:
     """Without block ops every layer keeps a float32 copy; with them, bfloat16, once, and what can be computed again."""
     model, inputs = adapted(name)
@@ -176,7 +176,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["lossless", "fast"])
+@pytest.mark.parametrize("mode", release_but(("lossless",), ["lossless", "fast"]))
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_the_op_does_not_compute_runs_as_peft_has_it(change: str, mode: str) -> None:
     """Also where it comes while the model is accelerated."""
