@@ -2,18 +2,37 @@
 
 import argparse
 from typing import Any
+from unittest import mock
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.machine import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
+from dancegrpo_fast.patch import _layers
 
 from . import figure
 from .compiled import count_compiled
 from .configurations import CONFIGURATIONS, Configuration
 from .count import Counts, Tally, count
 
+# Of the LoRA layers on all linear layers of a block but its modulation.
+RANK, LORA_MODELS = 32, ("HunyuanVideo", "FLUX.1-dev")
+# With LoRA: arguments of `count`, None for torch.compile; and whether peft's layers run as they are.
+WITH_LORA: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "eager": ({}, True),
+    "compile": (None, True),
+    "lossless, peft's layers": ({"recompute": "gelu", "mode": "lossless"}, True),
+    "lossless, gelu": ({"recompute": "gelu", "mode": "lossless"}, False),
+    "lossless, all": ({"recompute": "all", "mode": "lossless"}, False),
+    "fast, peft's layers": ({"recompute": "gelu"}, True),
+    "fast, gelu": ({"recompute": "gelu"}, False),
+    "fast, all": ({"recompute": "all"}, False),
+}
+LORA_NOTES = f"""\
+as above, with float32 LoRA layers of rank {RANK} and scale 2 on frozen weights
+products: bytes that matrix products read and write, those of the frozen weights among them
+peft's layers: in patched blocks, called as peft has them"""
 # What is in the table and the figure of each contender, and the setting of `accelerate` that it is.
 CONTENDERS = {
     "eager": None,
@@ -40,13 +59,40 @@ def counted(configuration: Configuration, contender: str, frozen: bool) -> Count
         return count(configuration, CONTENDERS[contender], frozen)
 
 
+def counted_with_lora(configuration: Configuration, contender: str) -> Counts:
+    """One row's numbers."""
+    arguments, as_peft = WITH_LORA[contender]
+    with FakeTensorMode(), mock.patch.object(_layers, "_is_known", lambda forward: not as_peft):
+        if arguments is None:
+            return count_compiled(configuration, lora=RANK)
+        return count(configuration, **arguments, lora=RANK)
+
+
 def _operators(tally: Tally, unit: int) -> dict[str, float]:
     return {name: round(moved / unit, 2) for name, moved in tally.traffic.most_common() if moved >= unit / 200}
 
 
 def row(configuration: Configuration, contender: str, frozen: bool, where: dict[str, Any]) -> dict[str, Any]:
     """One line of the results."""
-    counts, unit = counted(configuration, contender, frozen), configuration.unit
+    return _row(
+        configuration, contender, "frozen" if frozen else "trained", counted(configuration, contender, frozen), where
+    )
+
+
+def lora_row(configuration: Configuration, contender: str, where: dict[str, Any]) -> dict[str, Any]:
+    """One line of the results with LoRA."""
+    counts, unit = counted_with_lora(configuration, contender), configuration.unit
+    products = {
+        f"products_{way}_U": round(tally.products / unit, 3)
+        for way, tally in (("forward", counts.forward), ("backward", counts.backward))
+    }
+    return _row(configuration, contender, "LoRA", counts, where) | {"rank": RANK} | products
+
+
+def _row(
+    configuration: Configuration, contender: str, parameters: str, counts: Counts, where: dict[str, Any]
+) -> dict[str, Any]:
+    unit = configuration.unit
     return {
         "op": "block",
         "model": configuration.model,
@@ -54,7 +100,7 @@ def row(configuration: Configuration, contender: str, frozen: bool, where: dict[
         "tokens": configuration.tokens,
         "channels": configuration.sizes.channels,
         "contender": contender,
-        "parameters": "frozen" if frozen else "trained",
+        "parameters": parameters,
         "unit_bytes": unit,
         "traffic_forward_U": round(counts.forward.bytes / unit, 3),
         "traffic_backward_U": round(counts.backward.bytes / unit, 3),
@@ -88,21 +134,49 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def lora_table(rows: list[dict[str, Any]]) -> str:
+    """Counts of each block with LoRA."""
+    head = f"{'block with LoRA':22}{'contender':25}{'forward':>8}{'backward':>9}{'saved':>7}"
+    head += f"{'launches':>12}{'products':>15}"
+    lines, before = [head, ""], None
+    for r in rows:
+        label = f"{r['model']} {r['block']}"
+        lines.append(
+            f"{label if label != before else '':22}{r['contender']:25}{r['traffic_forward_U']:8.1f}"
+            f"{r['traffic_backward_U']:9.1f}{r['saved_U']:7.1f}{r['launches_forward']:>6} +{r['launches_backward']:>4}"
+            f"{r['products_forward_U']:8.1f} +{r['products_backward_U']:5.1f}"
+        )
+        before = label
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__)
     parser.add_argument("--only", default="", help="only blocks whose name contains this; prints the table alone")
+    parser.add_argument("--lora", action="store_true", help="only blocks with LoRA layers, and their results")
     options = parser.parse_args()
     where = environment()
     rows: list[Row] = []
+    adapted: list[Row] = []
     for configuration in CONFIGURATIONS:
         if options.only not in f"{configuration.model} {configuration.block}":
+            continue
+        if configuration.model in LORA_MODELS:
+            adapted += [lora_row(configuration, contender, where) for contender in WITH_LORA]
+        if options.lora:
             continue
         for contender in CONTENDERS:
             rows += [row(configuration, contender, frozen, where) for frozen in (False, True)]
         print(f"{configuration.model} {configuration.block}: done", flush=True)
-    print(table(rows), NOTES, sep="\n\n")
+    if rows:
+        print(table(rows), NOTES, sep="\n\n", end="\n\n")
+    if adapted:
+        print(lora_table(adapted), LORA_NOTES, sep="\n\n")
     if options.only:
+        return
+    write(RESULTS / "blocks-lora.jsonl", adapted)
+    if options.lora:
         return
     out = RESULTS / "blocks-traffic.jsonl"
     write(out, rows)

@@ -98,6 +98,8 @@ def _tally(graph: GraphLowering) -> Tally:
                 continue
             if is_compute(name):
                 tally.compute += 1
+                if "attention" not in name:
+                    tally.products += node.get_read_write_buffers_sizes()
                 continue
         tally.traffic[f"inductor.{name}"] += node.get_read_write_buffers_sizes()
         tally.calls[f"inductor.{name}"] += 1
@@ -151,9 +153,9 @@ def _saved(graph_module: Any, results: int, tokens: set[int]) -> list[Tensor]:
     return found
 
 
-def count_compiled(configuration: Configuration, frozen: bool = False) -> Counts:
+def count_compiled(configuration: Configuration, frozen: bool = False, lora: int = 0) -> Counts:
     """As `count`, for a block compiled by itself; inside a FakeTensorMode."""
-    setup = configuration.make(frozen)
+    setup = configuration.make(frozen, lora)
     parameters: dict[str, Tensor] = dict(setup.block.named_parameters())
     graphs: dict[str, tuple[Any, list[Any]]] = {}
 

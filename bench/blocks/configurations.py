@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 BF16 = torch.bfloat16
+# All linear layers of a block but those of its modulation.
+ADAPTED = r".*blocks\.0\..*(to_q|to_k|to_v|to_out\.0|add_\w_proj|to_add_out|proj|net\.2|proj_mlp|proj_out)"
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,17 @@ class Configuration:
         """Bytes of one U."""
         return 2 * self.tokens * self.sizes.channels
 
-    def make(self, frozen: bool = False) -> Setup:
-        """A model and inputs; `frozen` without gradients of parameters and of the modulation's input."""
+    def make(self, frozen: bool = False, lora: int = 0) -> Setup:
+        """A model and inputs; `frozen` without gradients of parameters and of the modulation's input.
+
+        `lora`: the rank of float32 LoRA layers on frozen parameters.
+        """
         setup = self.build(self.sizes)
+        if lora:
+            _adapt(setup.model, lora)
         if frozen:
             setup.model.requires_grad_(False)
+        if frozen or lora:
             for name in ("temb", "token_replace_emb"):
                 if name in setup.arguments:
                     setup.arguments[name].requires_grad_(False)
@@ -83,6 +92,16 @@ def _cast(model: Any) -> None:
         owner, _, name = path.rpartition(".")
         dtype = torch.float32 if kept & set(path.split(".")) else BF16
         model.get_submodule(owner)._parameters[name] = nn.Parameter(torch.empty_like(parameter, dtype=dtype))
+
+
+def _adapt(model: Any, rank: int) -> None:
+    """LoRA layers, which peft makes in float32; `to` cannot move fake parameters."""
+    from peft import LoraConfig
+
+    with mock.patch.object(nn.Module, "to", lambda module, *where, **more: module):
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def _rows(*shape: int, grad: bool = True) -> Tensor:

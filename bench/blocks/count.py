@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dancegrpo_fast.memory.trace.fake import CudaOperators
+from dancegrpo_fast.memory.trace.fake import CudaOperators, weight_gradient
+from dancegrpo_fast.ops import lora_linear
 
 from .configurations import Configuration, Setup
 
-EXCLUDED = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
+EXCLUDED = ("mm", "addmm", "addmm_", "mm_float32", "bmm", "baddbmm", "linear", "convolution")
 ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")
 # Their first argument gives no more than a shape.
 FILL = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
@@ -43,6 +44,8 @@ class Tally:
     traffic: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     compute: int = 0
+    # Bytes that matrix products read and write.
+    products: int = 0
 
     @property
     def bytes(self) -> int:
@@ -53,6 +56,15 @@ class Tally:
     def launches(self) -> int:
         """Operators that are neither views nor allocations."""
         return self.calls.total() + self.compute
+
+
+# What is counted operator by operator, as matrix products are apart.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "lora_linear": lora_linear._forward_impl,
+    "lora_linear_backward": lora_linear._backward_impl,
+    "lora_update": lora_linear._update_impl,
+    "lora_update_backward": lora_linear._update_backward_impl,
+}
 
 
 # Told of each operator: its name, the bytes it moves, its arguments.
@@ -69,15 +81,20 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         space, name = func._schema.name.split("::")
+        if space == "dgf" and name in IMPLEMENTATIONS:
+            with self, mock.patch.object(lora_linear, "weight_gradient", weight_gradient):
+                return IMPLEMENTATIONS[name](*args, **kwargs)
+        out = func(*args, **kwargs)
         if space == "prim" or name in ALLOCATE:
-            return out
-        if space == "aten" and is_compute(name):
-            self.tally.compute += 1
             return out
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if space in ("aten", "dgf_memory") and is_compute(name):
+            self.tally.compute += 1
+            if "attention" not in name:
+                self.tally.products += sum(map(stored_bytes, (*inputs, *outputs)))
+            return out
         storages = {t.untyped_storage()._cdata for t in inputs}
         if not func._schema.is_mutable and all(t.untyped_storage()._cdata in storages for t in outputs):
             return out
@@ -170,6 +187,7 @@ def count(
     frozen: bool = False,
     mode: str = "fast",
     observer: Observer | None = None,
+    lora: int = 0,
 ) -> Counts:
     """Runs one block forward and backward on fake tensors; inside a FakeTensorMode.
 
@@ -179,10 +197,11 @@ def count(
         frozen: no gradients of parameters.
         mode: of `accelerate`.
         observer: told of each operator that is counted.
+        lora: rank of LoRA layers in the block, or 0.
     """
     from dancegrpo_fast.patch import accelerate
 
-    setup = configuration.make(frozen)
+    setup = configuration.make(frozen, lora)
     if recompute is not None:
         accelerate(setup.model, mode, recompute=recompute, trim_text=False)
     traffic = Traffic(observer)

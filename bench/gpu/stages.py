@@ -20,7 +20,7 @@ OUT_OF_TIME = "out of time"
 # In a dry run, what shows that tests run.
 DRY_TESTS = ("tests/gpu/test_streams.py",)
 RL_CASES = tuple(f"bench/ops/bench_{op}.py" for op in ("transition", "policy_loss"))
-BLOCK_OPS = ("gelu_tanh", "norm_modulate", "gated_residual", "qk_norm_rope")
+BLOCK_OPS = ("gelu_tanh", "norm_modulate", "gated_residual", "qk_norm_rope", "lora_linear")
 BLOCK_CASES = tuple(f"bench/ops/bench_{name}.py" for name in (*BLOCK_OPS, "block_pair"))
 RAGGED_CASES = ("bench/ops/bench_ragged.py",)
 
@@ -163,7 +163,8 @@ def blocks(gate: Gate) -> Outcome:
     if missing := _missing(gate, "pytest_benchmark", "diffusers"):
         return missing
     if gate.dry:
-        return _cases(gate, BLOCK_CASES[:1], *_rounds(gate), "-k", "plain and HunyuanVideo")
+        few = [case for case in BLOCK_CASES if re.search("gelu|lora", case)]
+        return _cases(gate, few, *_rounds(gate), "-k", "(plain or to_q) and HunyuanVideo")
     if gate.jobs > 1 and gate.found.get("xdist"):
         begin = time.monotonic()
         workers = ("-n", str(gate.jobs), "-p", "no:cacheprovider", "--device", gate.device)

@@ -30,13 +30,17 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Parts:
-    """Of a case: shapes of the inputs, the peer, the op given mode and backend, and what it says that it moves."""
+    """Of a case: shapes of the inputs, the peer, the op given mode and backend, and what it says that it moves.
+
+    `rounded` is the peer whose errors count, where the op rounds what the other has in float32.
+    """
 
     shapes: Shapes
     eager: Peer
     ours: Callable[[str, str], Run]
     cost: Cost
     tokens: int
+    rounded: Peer | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def contest_of(op: str, case: Case, place: Place, parts: Parts) -> Contest:
         if not truth:
             leaves = [t.detach().double().requires_grad_() for t in inputs.leaves[0]]
             wide = trained(parts.ours("fast", "reference"))(leaves, [g.double() for g in inputs.grads[0]])
-            truth.extend([wide, trained(parts.eager)(inputs.leaves[0], inputs.grads[0])])
+            truth.extend([wide, trained(parts.rounded or parts.eager)(inputs.leaves[0], inputs.grads[0])])
         for actual, exact, plain in zip(calls[name](0), *truth, strict=case.way == BOTH):
             assert_within_budget(actual.detach(), exact, plain.detach())
 

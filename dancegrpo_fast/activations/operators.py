@@ -20,7 +20,7 @@ _PATTERNS = (
     ("norm", r"(layer|rms|group|batch|instance)_?norm|norm_modulate|aten::(rsqrt|var_mean)$"),
     (
         "matmul",
-        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d|projection",
+        r"(::|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|matmul|linear|gemm|gemv)(_|$)|convolution|::conv\d|projection|lora_",
     ),
     ("activation", r"gelu|silu|swish|sigmoid|tanh|relu|softmax|softplus|mish|::(elu|glu)(_|$)"),
     ("cast", r"aten::_to_copy$"),
@@ -112,6 +112,7 @@ def cost(
 def workspace(func: Any, args: Any, out: Any) -> int:
     """Bytes that one of CUDA's operators takes beside its outputs while it runs.
 
+    `lora_update` takes an input and an update in the dtype of its matrices.
     A backward of attention takes float32 sums of the queries' gradients, and one row sum. A convolution takes copies of
     its input, output and weight with the channels last, as cuDNN's tensor core kernels want them, unless they are so.
     That is read off public measurements of decodes (docs/memory.md), not off a document.
@@ -119,6 +120,8 @@ def workspace(func: Any, args: Any, out: Any) -> int:
     name = kind(func).name
     if name in CONVOLUTIONS:
         return sum(_copies(func, args, out, 8))
+    if name.startswith("dgf.lora_update"):
+        return _lora_workspace(args, out)
     if not name.endswith("attention_backward") or not name.startswith("aten._scaled_dot_product_"):
         return 0
     query: Tensor = args[1]
@@ -141,11 +144,31 @@ def cpu_workspace(func: Any, args: Any, out: Any) -> int:
     The output's own memory is taken when the input's copy is gone. Small and 1 x 1 convolutions, which torch computes
     otherwise there, are counted alike.
     """
+    if kind(func).name.startswith("dgf.lora_update"):
+        return _lora_workspace(args, out, copies=2)
     if kind(func).name not in CONVOLUTIONS:
         return 0
     given, made, weight = _copies(func, args, out, 16)
     later = stored_bytes(out) if isinstance(out, Tensor) else made
     return weight + max(given + made - later, made)
+
+
+def _lora_workspace(args: Any, out: Any, copies: int = 0) -> int:
+    """Of `lora_update` (base, x, A, B, scale) or its backward (grad, x, inner, A, B, scale, wanted).
+
+    `copies`: of what is added and of the sum, where two dtypes are added: a CPU's.
+    """
+    forward = len(args) == 5
+    like, lora_a = args[0], args[2 if forward else 3]
+    rows, wide = like.numel() // like.shape[-1], lora_a.element_size()
+    cast = like.dtype != lora_a.dtype
+    x, y = rows * lora_a.shape[1] * wide * cast, rows * like.shape[-1] * wide
+    if forward:
+        # The input's copy is gone when the output is there.
+        return int(max(y + copies * y * cast, x - stored_bytes(out[0])))
+    # The gradient's copy, and that of the input's gradient or of the input.
+    by_x, by_a, _ = args[6]
+    return int(y * cast + x * (by_x or by_a))
 
 
 CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")

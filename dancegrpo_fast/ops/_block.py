@@ -197,6 +197,15 @@ def summed(grads: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """`grad^T inputs` `[C, K]` of rows, in float32 at least, as it is summed or scaled once more."""
+    if grad.dtype in (torch.float32, torch.float64):
+        return grad.t() @ inputs
+    if grad.is_cuda:
+        return torch.mm(grad.t(), inputs, out_dtype=torch.float32)
+    return grad.t().float() @ inputs.float()
+
+
 def prepare(ctx: Any) -> None:
     """Called in an op's forward, so that its outputs can be computed again."""
     ctx.kept = ctx.recomputed = None

@@ -9,17 +9,8 @@ from torch.nn import functional as F
 
 from . import gated_residual as plain
 from . import norm_modulate
-from ._block import check_autocast, check_channels, check_operand, check_tokens
+from ._block import check_autocast, check_channels, check_operand, check_tokens, weight_gradient
 from ._checks import check_float
-
-
-def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
-    """`grad^T inputs` of one sample, `[C, K]` in float32 at least, as it is summed once more."""
-    if grad.dtype in (torch.float32, torch.float64):
-        return grad.t() @ inputs
-    if grad.is_cuda:
-        return torch.mm(grad.t(), inputs, out_dtype=torch.float32)
-    return grad.t().float() @ inputs.float()
 
 
 class _Projection(torch.autograd.Function):
@@ -44,7 +35,7 @@ class _Projection(torch.autograd.Function):
             if grad_inputs is not None:
                 # Rows of the weight take the gate, as they are fewer than tokens.
                 torch.mm(each, (row[:, None] * weight).to(weight.dtype), out=grad_inputs[sample])
-            ungated = _weight_gradient(each, x)
+            ungated = weight_gradient(each, x)
             grad_weight.addcmul_(row[:, None], ungated)
             grad_gate[sample] = (ungated * weight).sum(1)
             if bias is not None and grad_bias is not None:

@@ -5,7 +5,8 @@ import importlib
 import diffusers
 
 from . import SUPPORTED
-from ._recognise import Family, fingerprint, resolve
+from ._fingerprints import fingerprint
+from ._recognise import Family, resolve
 
 
 def main() -> int:

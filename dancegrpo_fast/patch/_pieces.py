@@ -7,23 +7,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from ..ops import lora_linear
 from ..ops.gated_projection import gated_projection, gated_projection_norm_modulate
 from ..ops.gated_residual import gated_residual
 from ..ops.gelu_linear import gelu_linear
 from ..ops.gelu_tanh import gelu_tanh
 from ..ops.norm_modulate import gated_residual_norm_modulate, norm_modulate_fanout
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
+from ._layers import adapted, is_plain_linear, unhooked
 from ._ragged import Ragged, attend, packed
 from ._settings import Settings
-
-# Quantised and distributed weights are other classes; fake ones stand for plain ones.
-PLAIN: tuple[type, ...] = (nn.Parameter, Tensor, FakeTensor)
-# Where torch keeps those of a module.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -113,7 +109,7 @@ def _left_unprojected(
 ) -> bool:
     if not settings.gates_from_weights or split is not None or not (gate.ndim == 2 or gate.shape[1] == 1):
         return False
-    plain = type(layer) is nn.Linear and _unhooked(layer) and not any(each.p > 0 and each.training for each in dropouts)
+    plain = type(layer) is nn.Linear and unhooked(layer) and not any(each.p > 0 and each.training for each in dropouts)
     trained = plain and torch.is_grad_enabled() and gate.requires_grad and layer.weight.requires_grad
     same = trained and layer.weight.dtype == inputs.dtype
     return same and not torch.is_autocast_enabled(inputs.device.type)
@@ -129,12 +125,6 @@ def added_layers_of(attn: Any) -> tuple[Any, ...]:
     return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
 
 
-def heads_of(attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Projections of each consumer's tokens as `[B, S, H, D]`."""
-    dim = attn.inner_dim // attn.heads
-    return (layer(out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
-
-
 def stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
     """One stream's queries and keys with the norms' weights; `tables`: cosines and sines."""
     return Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *tables)
@@ -143,18 +133,6 @@ def stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> 
 def added_stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
     """The same of the text, whose norms are its own."""
     return Stream(query, key, weight_of(attn.norm_added_q), weight_of(attn.norm_added_k), *tables)
-
-
-def _unhooked(module: nn.Module) -> bool:
-    """Whether calling a module is no more than its class's forward."""
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in HOOKS)
-
-
-def _is_plain_linear(layer: Any, dtype: torch.dtype) -> bool:
-    """Whether a layer's product may be computed without calling it."""
-    if type(layer) is not nn.Linear or not _unhooked(layer):
-        return False
-    return all(type(p) in PLAIN and p.dtype == dtype for p in (layer.weight, layer.bias) if p is not None)
 
 
 class FeedForward:
@@ -176,16 +154,16 @@ class FeedForward:
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
-            and (dropout is None or (_unhooked(dropout) and not (dropout.p > 0 and dropout.training)))
+            and (dropout is None or (unhooked(dropout) and not (dropout.p > 0 and dropout.training)))
             and not nn_module._has_any_global_hook()
-            and all(_is_plain_linear(layer, x.dtype) for layer in layers)
+            and all(is_plain_linear(layer, x.dtype) for layer in layers)
             and not _left_unprojected(blocks, self.last, (), x, gate, split)
         )
 
     def hidden(self, x: Tensor) -> Tensor:
         """What GELU reads."""
         if not self.fused:
-            return cast(Tensor, self.first(x))
+            return self.blocks.linear(self.first, x)
         bias = self.first.bias
         return F.linear(x, self.first.weight, None if bias is None else bias.detach())
 
@@ -234,6 +212,16 @@ class Blocks(Settings):
         x, *outs = norm_modulate_fanout(x, scale, shift, consumers=consumers, eps=norm.eps, **options)
         return x, *outs * (len(layers) // consumers)
 
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        """What a layer makes of x; where it is one with a LoRA update, by `lora_linear`."""
+        parts = adapted(layer, x)
+        return cast(Tensor, layer(x)) if parts is None else lora_linear.call(x, *parts, self.mode)
+
+    def heads(self, attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Projections of each consumer's tokens as `[B, S, H, D]`."""
+        dim = attn.inner_dim // attn.heads
+        return (self.linear(layer, out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
+
     def projected(
         self, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
     ) -> Tensor | Unprojected:
@@ -241,7 +229,8 @@ class Blocks(Settings):
         first, *rest = layers
         if _left_unprojected(self, first, rest, inputs, gate, split):
             return Unprojected(first, inputs)
-        for layer in (first, *rest):
+        inputs = self.linear(first, inputs)
+        for layer in rest:
             inputs = layer(inputs)
         return inputs
 

@@ -42,9 +42,11 @@ def _layers(attn: Any, added: bool = False) -> tuple[Any, ...]:
     return added_layers_of(attn) if added else layers_of(attn)
 
 
-def _projections(attn: Any, layers: tuple[Any, ...], outs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _projections(
+    blocks: Blocks, attn: Any, layers: tuple[Any, ...], outs: Iterable[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[B, S, H, D]`; `outs` are the layers' aliases of their tokens."""
-    parts = [layer(out) for layer, out in zip(layers, outs, strict=True)]
+    parts: Any = [blocks.linear(layer, out) for layer, out in zip(layers, outs, strict=True)]
     if len(parts) == 1:
         parts = parts[0].chunk(3, dim=-1)
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
@@ -83,8 +85,8 @@ def double_block(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         text, *c_outs = blocks.fanout(self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = _projections(attn, layers, outs)
-            c_query, c_key, c_value = _projections(attn, c_layers, c_outs)
+            query, key, value = _projections(blocks, attn, layers, outs)
+            c_query, c_key, c_value = _projections(blocks, attn, c_layers, c_outs)
         tables = _tables(image_rotary_emb, text_length, text_length + x.shape[1])
         text_stream = added_stream_of(attn, c_query, c_key, *_tables(image_rotary_emb, 0, text_length))
         query, key = blocks.norm_rope(attn, text_stream, stream_of(attn, query, key, *tables), norm="head")
@@ -126,7 +128,7 @@ def single_block(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         mlp = FeedForward(blocks, (self.proj_mlp, self.proj_out), mlp_out, gate)
         with blocks.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
-            query, key, value = _projections(attn, layers, outs)
+            query, key, value = _projections(blocks, attn, layers, outs)
         tables = _tables(image_rotary_emb, 0, x.shape[1])
         query, key = blocks.norm_rope(attn, stream_of(attn, query, key, *tables), norm="head")
         attended = blocks.attend(attn, query, key, value, mask)

@@ -13,7 +13,6 @@ from ._pieces import (
     FeedForward,
     added_layers_of,
     added_stream_of,
-    heads_of,
     joined,
     layers_of,
     modulation,
@@ -86,8 +85,8 @@ def double_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         text, *c_outs = blocks.fanout(self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = heads_of(attn, layers, outs)
-            c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
+            query, key, value = blocks.heads(attn, layers, outs)
+            c_query, c_key, c_value = blocks.heads(attn, c_layers, c_outs)
         video = stream_of(attn, query, key, *_tables(freqs_cis))
         query, key = blocks.norm_rope(attn, video, added_stream_of(attn, c_query, c_key))
         attended = blocks.attend(attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
@@ -128,7 +127,7 @@ def single_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         mlp = FeedForward(blocks, (self.proj_mlp, self.proj_out), mlp_out, gate, split)
         with blocks.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
-            query, key, value = heads_of(attn, layers[1:], outs)
+            query, key, value = blocks.heads(attn, layers[1:], outs)
         query, key = blocks.norm_rope(attn, stream_of(attn, query, key, *_tables(image_rotary_emb)))
         attended = blocks.attend(attn, query, key, value, attention_mask)
         x = blocks.gated(x, mlp.project(hidden, attended), gate, split=split)

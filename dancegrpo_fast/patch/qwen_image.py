@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _recognise as recognise
-from ._pieces import Blocks, added_layers_of, added_stream_of, clipped, heads_of, layers_of, stream_of
+from ._pieces import Blocks, added_layers_of, added_stream_of, clipped, layers_of, stream_of
 from ._ragged import Lengths, Ragged
 
 _MODULE = "diffusers.models.transformers.transformer_qwenimage"
@@ -77,8 +77,8 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         x, *outs = blocks.fanout(self.img_norm1, hidden_states, scale, shift, layers)
         text, *c_outs = blocks.fanout(self.txt_norm1, encoder_hidden_states, c_scale, c_shift, c_layers)
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = heads_of(attn, layers, outs)
-            c_query, c_key, c_value = heads_of(attn, c_layers, c_outs)
+            query, key, value = blocks.heads(attn, layers, outs)
+            c_query, c_key, c_value = blocks.heads(attn, c_layers, c_outs)
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
         text_stream = added_stream_of(attn, c_query, c_key, *_tables(text_freqs))
         image_stream = stream_of(attn, query, key, *_tables(image_freqs))

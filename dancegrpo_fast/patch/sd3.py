@@ -13,7 +13,6 @@ from ._pieces import (
     Unprojected,
     added_layers_of,
     added_stream_of,
-    heads_of,
     layers_of,
     modulation,
     stream_of,
@@ -42,7 +41,7 @@ def _attend(blocks: Blocks, query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 def _self_attention(blocks: Blocks, attn: Any, outs: list[Tensor], gate: Tensor) -> Tensor | Unprojected:
     with blocks.unsaved("norm", *outs):
-        query, key, value = heads_of(attn, layers_of(attn), outs)
+        query, key, value = blocks.heads(attn, layers_of(attn), outs)
     if attn.norm_q is not None:
         query, key = blocks.norm_rope(attn, stream_of(attn, query, key))
     return blocks.projected(attn.to_out, _attend(blocks, query, key, value), gate)
@@ -99,8 +98,8 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor | None, Tensor]]
         text, c_outs, c_parameters = _context_norm(blocks, self, encoder_hidden_states, temb)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = heads_of(attn, layers_of(attn), outs)
-            c_query, c_key, c_value = heads_of(attn, added_layers_of(attn), c_outs)
+            query, key, value = blocks.heads(attn, layers_of(attn), outs)
+            c_query, c_key, c_value = blocks.heads(attn, added_layers_of(attn), c_outs)
         text_stream = added_stream_of(attn, c_query, c_key)
         query, key = blocks.norm_rope(attn, stream_of(attn, query, key), text_stream)
         attended = _attend(blocks, query, key, torch.cat([value, c_value], dim=1))

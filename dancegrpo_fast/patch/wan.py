@@ -39,17 +39,17 @@ def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
     return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
 
 
-def _projected(attn: Any, layer: str, fused: str, outs: list[Tensor]) -> list[Tensor]:
+def _projected(blocks: Blocks, attn: Any, layer: str, fused: str, outs: list[Tensor]) -> list[Tensor]:
     if attn.fused_projections:
-        return list(getattr(attn, fused)(outs[0]).chunk(len(layer.split()), dim=-1))
-    return [getattr(attn, name)(out) for name, out in zip(layer.split(), outs, strict=True)]
+        return list(blocks.linear(getattr(attn, fused), outs[0]).chunk(len(layer.split()), dim=-1))
+    return [blocks.linear(getattr(attn, name), out) for name, out in zip(layer.split(), outs, strict=True)]
 
 
 def _self_attention(
     blocks: Blocks, attn: Any, outs: list[Tensor], rotary: tuple[Tensor, Tensor] | None, gate: Tensor
 ) -> Tensor | Unprojected:
     with blocks.unsaved("norm", *outs):
-        query, key, value = _projected(attn, "to_q to_k to_v", "to_qkv", outs)
+        query, key, value = _projected(blocks, attn, "to_q to_k to_v", "to_qkv", outs)
     # Tables [1, S, 1, D] hold every angle twice.
     tables = (None, None) if rotary is None else (rotary[0][0, :, 0, 0::2], rotary[1][0, :, 0, 1::2])
     joint_query, joint_key = qk_norm_rope(
@@ -68,19 +68,19 @@ def _cross_attention(blocks: Blocks, attn: Any, x: Tensor, text: Tensor) -> Tens
     if attn.add_k_proj is not None:
         image, text = text[:, :-_TEXT_TOKENS], text[:, -_TEXT_TOKENS:]
     with blocks.unsaved("norm", x):
-        query = attn.to_q(x)
-    key, value = _projected(attn, "to_k to_v", "to_kv", [text, text])
+        query = blocks.linear(attn.to_q, x)
+    key, value = _projected(blocks, attn, "to_k to_v", "to_kv", [text, text])
     query = _normed(blocks, attn, attn.norm_q, query)
     key = _normed(blocks, attn, attn.norm_k, key)
     from_image = None
     if image is not None:
-        image_key, image_value = _projected(attn, "add_k_proj add_v_proj", "to_added_kv", [image, image])
+        image_key, image_value = _projected(blocks, attn, "add_k_proj add_v_proj", "to_added_kv", [image, image])
         image_key = _normed(blocks, attn, attn.norm_added_k, image_key)
         from_image = blocks.attend(attn, query, image_key, _heads(attn, image_value), None, parallel=False)
     out = blocks.attend(attn, query, key, _heads(attn, value), None, parallel=False)
     if from_image is not None:
         out = out + from_image
-    return cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
+    return cast(Tensor, attn.to_out[1](blocks.linear(attn.to_out[0], out)))
 
 
 def block_forward(blocks: Blocks) -> Callable[..., Tensor]:
@@ -109,7 +109,9 @@ def block_forward(blocks: Blocks) -> Callable[..., Tensor]:
             affine = dict(zip(("weight", "bias"), affine_of(self.norm2), strict=True))
             x, out = blocks.gated_norm(self.norm2, x, y, gate, None, None, **affine, **in_float)
         else:
-            x = out = blocks.gated(x, y, gate)
+            x = blocks.gated(x, y, gate)
+            # A node of its own where eager casts: gradients of what reads it are added before the residual's.
+            out = x if x.dtype == torch.float32 else x.view_as(x)
         x = x + _cross_attention(blocks, self.attn2, out, encoder_hidden_states)
 
         x, out = blocks.fanout(self.norm3, x, mlp_scale, mlp_shift, (self.ffn.net[0].proj,), **in_float)

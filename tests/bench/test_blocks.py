@@ -149,6 +149,22 @@ def test_patched_moves_and_saves_less_than_eager(block, frozen):
     assert frozen or len(set(saved)) == 3
 
 
+def test_lora_is_counted_operator_by_operator():
+    """What `lora_linear` saves and moves of a double block, beside peft's layers and a block without LoRA."""
+    pytest.importorskip("peft")
+    block = BLOCKS[IDS.index("HunyuanVideo double")]
+    with FakeTensorMode():
+        peft, base = count(block, lora=4), count(block, "gelu", frozen=True)
+        ours = {mode: count(block, "gelu", mode=mode, lora=4) for mode in ("lossless", "fast")}
+    assert ours["fast"].forward.bytes < ours["lossless"].forward.bytes < peft.forward.bytes / 2
+    assert ours["fast"].backward.bytes < ours["lossless"].backward.bytes < peft.backward.bytes
+    assert base.saved < ours["fast"].saved < ours["lossless"].saved < peft.saved / 2
+    # An update is added by a product; what is left are casts of A and B, and sums of x's gradients of several layers.
+    added = set(ours["fast"].forward.traffic) - set(base.forward.traffic)
+    assert added <= {"aten.to", "aten._to_copy"}
+    assert ours["fast"].forward.products < peft.forward.products
+
+
 def test_saved_bytes_are_those_of_the_tensors_a_double_block_keeps():
     block = BLOCKS[IDS.index("HunyuanVideo double")]
     with FakeTensorMode():

@@ -1,6 +1,7 @@
 """Predictions against real runs on the CPU, and those against what torch's allocator tells."""
 
 import gc
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from dancegrpo_fast.activations.operators import cpu_workspace
 from dancegrpo_fast.lora import add_lora
 from dancegrpo_fast.memory.trace.fake import CudaOperators
 from dancegrpo_fast.memory.trace.result import Trace
@@ -90,6 +92,40 @@ def test_block_ops_keep_on_cuda_what_they_keep_on_the_cpu() -> None:
     assert traced.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]
 
 
+@pytest.mark.parametrize("mode", ["lossless", "fast"])
+def test_prediction_with_lora_in_block_ops_is_what_a_real_run_takes(mode: str) -> None:
+    pytest.importorskip("peft")
+    model, inputs = tiny("flux", torch.bfloat16)
+    add_lora(model, 4, 4, ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"])
+    accelerate(model, mode, recompute="all")
+    found = predicted(model, inputs)
+    # Layers that read the same tokens keep them once: as much as without LoRA, and what is as wide as the rank.
+    assert any(op.endswith("lora_linear" if mode == "fast" else "lora_update") for op in _ops(found))
+
+
+def _ops(found: Trace) -> set[str]:
+    return {storage.op for storage in found.storages}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=str)
+def test_workspace_of_a_lora_update_is_what_the_allocator_tells(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    ops, rows = torch.ops.dgf, 256
+    for inputs, outputs in ((96, 64), (64, 96), (512, 32)):
+        base, x = (torch.randn(rows, n).to(dtypes[0]) for n in (outputs, inputs))
+        down, up = torch.randn(2, inputs, dtype=dtypes[1]), torch.randn(outputs, 2, dtype=dtypes[1])
+        inner = torch.randn(rows, 2, dtype=dtypes[1])
+        for op, args in (
+            (ops.lora_update, (base, x, down, up, 0.3)),
+            (ops.lora_update_backward, (base, x, inner, down, up, 1.0, [True, True, True])),
+        ):
+            made = op(*args)
+            within = cpu_workspace(op.default, args, made)
+            _, peak = _told(lambda op=op, args=args: op(*args))
+            # What is as wide as the rank is left out.
+            narrow = 3 * inner.nbytes + 2 * (down.nbytes + up.nbytes)
+            assert 0 <= peak - within - sum(t.nbytes for t in made) + narrow <= 2 * narrow, (op, inputs, outputs)
+
+
 def test_rollout_keeps_nothing() -> None:
     found = predicted(*tiny("flux"), train=False)
     assert found.kept == [] and set(found.phases) == {"load", "rollout"}
@@ -99,12 +135,22 @@ def _allocator(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
     """Bytes after the forward and at the peak, by what torch's allocator tells its profiler."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+
+    def run() -> None:
         output = model(**inputs)[0]
         with torch.profiler.record_function("forward is over"):
             pass
         torch.autograd.backward([output], [torch.ones_like(output)])
+
+    return _told(run)
+
+
+def _told(run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes when the forward is over, and at the peak."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        result = run()
+    del result
     events = sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     live = peak = kept = 0
     for event in events:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dancegrpo_fast.ops.gelu_linear import cost, gelu_linear
-from dancegrpo_fast.patch import _pieces
+from dancegrpo_fast.patch import _layers
 from dancegrpo_fast.patch._pieces import Blocks, FeedForward, Unprojected
 
 from ..tolerances import assert_within_budget
@@ -266,4 +266,4 @@ class TestFeedForward:
             assert self.called(self.layers(), self.settings())["gelu_tanh_gradients"] == 0
         layers = self.layers()
         layers[1].double()
-        assert not _pieces._is_plain_linear(layers[1], F32) and _pieces._is_plain_linear(layers[0], F32)
+        assert not _layers.is_plain_linear(layers[1], F32) and _layers.is_plain_linear(layers[0], F32)

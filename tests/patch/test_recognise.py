@@ -2,7 +2,7 @@
 
 import pytest
 
-from dancegrpo_fast.patch._recognise import fingerprint, fingerprint_source
+from dancegrpo_fast.patch._fingerprints import fingerprint, fingerprint_source
 
 STRINGS = r'''
 def described(x, width, names):

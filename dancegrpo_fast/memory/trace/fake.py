@@ -169,13 +169,13 @@ class CudaOperators(TorchFunctionMode):
 def _blocks(cuda: bool) -> Iterator[None]:
     """Inside, block ops take fake weights for real ones, and do what they do on CUDA or on a CPU."""
     from ...ops import gated_projection
-    from ...patch import _pieces
+    from ...patch import _layers, _pieces
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_pieces, "PLAIN", (*_pieces.PLAIN, Fake)))
+        stack.enter_context(mock.patch.object(_layers, "PLAIN", (*_layers.PLAIN, Fake)))
         if cuda:
             stack.enter_context(mock.patch.object(_pieces, "_norm_dtype", _norm_dtype))
-            stack.enter_context(mock.patch.object(gated_projection, "_weight_gradient", _weight_gradient))
+            stack.enter_context(mock.patch.object(gated_projection, "weight_gradient", weight_gradient))
         yield
 
 
@@ -183,7 +183,8 @@ def _norm_dtype(x: Tensor) -> torch.dtype | None:
     return torch.float32 if torch.is_autocast_enabled("cpu") else None
 
 
-def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """What CUDA makes of bfloat16 in one product with a float32 result; for fake tensors."""
     found: Tensor = torch.ops.dgf_memory.mm_float32(grad.t(), inputs)
     return found
 
