@@ -5,7 +5,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.machine import environment
+from bench.environment import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 
