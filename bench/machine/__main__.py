@@ -44,7 +44,7 @@ def row(case: Case, launch: Launch, number: int) -> Row:
         "shape": case.shape,
         "launch": number,
         "op": launch.op,
-        "kernel": launch.kernel.removesuffix("If"),
+        "kernel": launch.kernel,
         "architecture": launch.architecture,
         "stamp": "predicted",
         "registers": launch.registers,

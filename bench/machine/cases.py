@@ -149,7 +149,7 @@ class Arguments:
         latents, output, following = dtypes
         self.uncond = output if guided else None
         # The operands of the step.
-        self._dtypes = (latents, output, self.uncond, following)
+        self.dtypes = (latents, output, self.uncond, following)
         self.moved = 0
 
     def pointer(self) -> bytes:
@@ -167,7 +167,7 @@ class Arguments:
 
     def call(self) -> bytes:
         """TransitionCall."""
-        operands = b"".join(self.operand(dtype) for dtype in self._dtypes)
+        operands = b"".join(self.operand(dtype) for dtype in self.dtypes)
         table = self.pointer() + struct.pack("<qqqd?7x", 4, 0, 1, 4.5, False)
         return struct.pack("<qq", self.batch, self.numel) + operands + table
 
@@ -189,14 +189,19 @@ _PACKETS = struct.pack("<?7x", True)
 
 def _cuda_parts(name: str, a: Arguments) -> tuple[str, list[bytes]]:
     call = a.call()
-    if name.startswith(("seeded", "step")):
-        noise = a.noise("given" in name)
+    if "seeded" in name:
+        # As the compiler spells UsualStep.
+        state, output = _CODES[a.dtypes[0]], _CODES[a.dtypes[1]]
+        usual = rf"usual_sample_kernelINS_9UsualStepILNS_5DTypeE{state}ELS\d_{output}ELb{int(a.uncond is not None)}E"
+        return usual, [call, a.noise(False), a.workspace(), a.pointers(1)]
+    if name.startswith("step"):
+        noise = a.noise(True)
         parts = [call, noise, a.operand(None), _PACKETS, a.workspace(), a.pointers(1)]
         return "transition_sample_kernelIf", parts
     if name == "log-probability":
         return "transition_log_prob_kernelIf", [call, _PACKETS, a.workspace(), a.pointers(1)]
     if name == "gradient":
-        grads = a.operand(a._dtypes[1]) + a.operand(a.uncond) + bytes(2 * 160)
+        grads = a.operand(a.dtypes[1]) + a.operand(a.uncond) + bytes(2 * 160)
         scales = a.pointers(1) + bytes(16) + a.pointers(1)
         return "transition_gradient_kernelIf", [call, grads + scales, _PACKETS]
     loss = call + bytes(2 * 160) + a.pointers(2) + bytes(8) + struct.pack("<dddd?7x", 1e-4, 1e-4, 5.0, 0.0, False)

@@ -104,14 +104,14 @@ def _cuda_resources(module: Path, architecture: int) -> dict[str, tuple[int, int
 def of_cuda(
     module: Path, op: str, kernel: str, architecture: int, programs: int, parts: Iterable[bytes], moved: int
 ) -> Launch:
-    """A launch of the CUDA module's; `kernel` is in the function's mangled name, and ends where its template begins."""
+    """A launch of the CUDA module's; `kernel` is a pattern of the function's mangled name, template included."""
     # An RTX 4090 runs what was compiled for an A100.
     built = 80 if architecture == 89 else architecture
     names = [name for name in _functions(module, built) if re.search(rf"\d{kernel}", name)]
     if len(names) != 1:
         raise ValueError(f"kernel: got {kernel}, which {len(names)} functions are called, want one")
     registers, local, shared = _cuda_resources(module, built)[names[0]]
-    settings = (op, kernel, architecture, registers, local, shared, 256)
+    settings = (op, kernel.partition("_kernelI")[0] + "_kernel", architecture, registers, local, shared, 256)
     return Launch(*settings, programs, _functions(module, built)[names[0]], aligned(parts), moved)
 
 

@@ -51,7 +51,9 @@ def _targets(code: Instruction) -> list[Operand]:
 def forget(warp: Warp, code: Instruction) -> None:
     """What the instruction writes is unknown."""
     wide = 4 if "128" in code.suffixes else 2 if {"64", "WIDE"} & code.suffixes or code.base[0] == "D" else 1
-    wide = 2 if code.base in ("FADD2", "FMUL2", "FFMA2", "CS2R") or code.name.startswith(("F2F.F64", "I2F.F64")) else wide
+    wide = (
+        2 if code.base in ("FADD2", "FMUL2", "FFMA2", "CS2R") or code.name.startswith(("F2F.F64", "I2F.F64")) else wide
+    )
     for given in _targets(code):
         if given.kind in ("P", "UP"):
             warp.put_truth(given, None)

@@ -51,7 +51,7 @@ def _settings(channels: int, block: int, split: int, warps: int) -> dict[str, An
     }
 
 
-def _row(channels: int, mode: str) -> tuple[int, int, int]:
+def row_of(channels: int, mode: str) -> tuple[int, int, int]:
     """Channels of a forward's block, its warps, and the blocks of a row."""
     piece = BLOCK if channels <= PIECES * BLOCK else 2 * BLOCK
     pieces = -(-channels // piece)
@@ -69,7 +69,7 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: tuple[Tensor, Te
     h, out, mean, rstd = outputs
     operands = (x, y, *given[:5], None if y is None else h, out)
     statistics = (mean if given.norm == "layer" else None, rstd)
-    block, warps, pieces = _row(channels, given.mode)
+    block, warps, pieces = row_of(channels, given.mode)
     # What a loop over tokens holds beside a long row leaves a multiprocessor one program less.
     single = pieces == 1 and block > LONG
     length = 1 if single else together(batch * tokens)

@@ -193,6 +193,7 @@ def test_every_kernel_is_in_the_results() -> None:
         *("forward_kernel", "backward_kernel", "weight_kernel", "gradients_kernel", "sum_chunks_kernel"),
         *("sample_kernel", "log_prob_kernel", "gradient_kernel", "policy_loss_kernel"),
         *("transition_sample_kernel", "transition_log_prob_kernel", "transition_gradient_kernel"),
+        "usual_sample_kernel",
     }
     assert {r["architecture"] for r in rows} == {80, 89, 90, 100, 120}
     for chip in CHIPS:
