@@ -74,6 +74,8 @@ def _norms(model: str) -> Iterator[Case]:
     calls: dict[str, Callable[[], object]] = {
         "norm forward": partial(norms.forward, gated=False, **size),
         "gated norm forward": partial(norms.forward, **size),
+        "norm forward, lossless": partial(norms.forward, gated=False, mode="lossless", **size),
+        "gated norm forward, lossless": partial(norms.forward, mode="lossless", **size),
         "norm backward": partial(norms.backward, gated=False, **size),
         "norm backward, 3 consumers": partial(norms.backward, gated=False, grads=3, **size),
         "norm backward, adapters alone": partial(norms.backward, gated=False, frozen=True, **size),
@@ -246,4 +248,5 @@ def cases(cuda: bool) -> Iterable[Case]:
     for label, dtypes in MIXES.items():
         if cuda:
             yield from _cuda(dtypes, label)
-        yield from _steps(dtypes, label)
+        if label in COUNTED:
+            yield from _steps(dtypes, label)

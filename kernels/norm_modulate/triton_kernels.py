@@ -1,4 +1,4 @@
-"""Norm and modulation of tokens after an optional gated residual; a program has one token, backward a chunk of them.
+"""Norm and modulation of tokens after an optional gated residual; a program has a few tokens, backward a chunk.
 
 A `..._type` is what a value is rounded to on its way, float32 where it is not; the modes differ in nothing else.
 """
