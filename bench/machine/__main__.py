@@ -9,7 +9,7 @@ from bench.environment import environment
 from bench.repository import RESULTS
 from bench.rows import Row, grid, made_with, write
 
-from .cases import COUNTED, Case, cases
+from .cases import COUNTED, EVERY_SHAPE, Case, cases
 from .chips import CHIPS, LIMITS, places, predict
 from .launches import Launch, count, nvcc_version
 
@@ -68,7 +68,7 @@ def rows(wanted: str, architectures: list[int], cuda: bool) -> Iterator[Row]:
         if wanted not in case.id:
             continue
         for architecture in architectures:
-            if case.shape not in COUNTED and all(chip.architecture != architecture for chip in CHIPS):
+            if case.shape not in COUNTED and architecture != EVERY_SHAPE:
                 continue
             for number, launch in enumerate(case.launches(architecture)):
                 yield row(case, launch, number)

@@ -28,8 +28,9 @@ MODELS = {
 Mix = tuple[torch.dtype, torch.dtype, torch.dtype]
 # Samples of a video's latents, and elements of each.
 BATCH, NUMEL = 8, 806_400
-# The one whose counts stand for the others on architectures that no time is predicted for.
+# The shapes that every architecture is counted at, and the architecture that all are counted on.
 COUNTED = ("HunyuanVideo", "float32, outputs bfloat16")
+EVERY_SHAPE = 90
 TILE = 8192
 
 

@@ -17,8 +17,8 @@ from ..processes import LIMIT
 KERNELS = ("transition_sample", "transition_log_prob", "transition_gradient", "policy_loss")
 # Without a double, and once for each combination of dtypes and guidance.
 USUAL, COMBINATIONS = "usual_sample", 6
-# Four blocks of those.
-USUAL_REGISTERS = 65536 // (4 * 256)
+# Three blocks of those.
+USUAL_REGISTERS = 65536 // (3 * 256)
 # Two blocks of 256 threads on a multiprocessor of 65,536 registers and at least 48 KiB.
 REGISTERS = 65536 // (2 * 256)
 SHARED_BYTES = 48 * 1024 // 2
