@@ -20,8 +20,8 @@ LONG = 4096
 FETCHED = 96 * 1024
 # Blocks of a row that a forward's program holds at most, of 8 elements a thread.
 PIECES = 5
-# Registers of a thread where a row is one block of several tokens: four programs of 256 threads a multiprocessor.
-REGISTERS = 64
+# Registers of its threads at most: the assembler else spills a few to fit one program more.
+REGISTERS = 128
 # Gradients that the kernel adds.
 MAX_GRADS = 5
 
@@ -70,8 +70,8 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: tuple[Tensor, Te
     operands = (x, y, *given[:5], None if y is None else h, out)
     statistics = (mean if given.norm == "layer" else None, rstd)
     block, warps, pieces = row_of(channels, given.mode)
-    # What a loop over tokens holds beside a long row leaves a multiprocessor one program less.
-    single = pieces == 1 and block > LONG
+    # What a loop over tokens holds beside a row of one block leaves a multiprocessor one program less.
+    single = pieces == 1
     length = 1 if single else together(batch * tokens)
     parts = -(-tokens // length)
     sizes = (tokens, channels, given.split, parts, length)
@@ -80,7 +80,7 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: tuple[Tensor, Te
     del types["grad_type"]
     settings = _settings(channels, block, given.split, warps) | types
     settings |= {"pieces": pieces, "single": single}
-    if torch.version.hip is None and pieces == 1 and channels % 16 == 0 and x.element_size() == 2 and not single:
+    if pieces > 1 and torch.version.hip is None:
         settings["maxnreg"] = REGISTERS
     settings["fused"] = given.mode == "fast" and given.scale is not None and given.shift is not None
     _triton._launch_on(x.device, kernels.forward_kernel, batch * parts, arguments, settings)
