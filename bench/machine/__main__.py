@@ -17,7 +17,7 @@ OUT = RESULTS / "machine.jsonl"
 NOTES = """\
 Every kernel compiled offline and its machine code followed, as `python -m bench.machine` does; no GPU was there.
 
-- *instructions*: issued for an element (of a queries and keys' row, of both), lanes that a mask switches off included.
+- *instructions*: issued for an element (of queries and keys alike), lanes that a mask switches off included.
 - *issue*: microseconds in which the busiest multiprocessor issues them, four a cycle at the boost clock.
   *unit*: in which its busiest unit runs them.
   *bytes*: of all tensors, each once, at 90 % of the memory's nominal rate, what a large copy reaches.
