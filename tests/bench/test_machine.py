@@ -155,7 +155,6 @@ QUICK = (
     "gelu backward, HunyuanVideo",
     "seeded step, CUDA, float32, outputs bfloat16",
     "seeded step, Triton, float32, outputs bfloat16",
-    "loss, Triton, float32, outputs bfloat16",
 )
 
 
