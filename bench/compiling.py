@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .machine import environment
+from .environment import environment
 from .repository import RESULTS
 from .rows import Row, grid, write
 

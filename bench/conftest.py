@@ -14,7 +14,7 @@ import torch
 # `bench` and `tests` lie beside the installed package: their folder comes last, so that the installed one is measured.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench.machine import environment
+from bench.environment import environment
 from bench.place import NAMES, Place, place_of
 from bench.repository import RESULTS
 from bench.rows import Row

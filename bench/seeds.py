@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .machine import environment
+from .environment import environment
 from .rows import Row, grid, read, write
 
 AS_IT_IS = "recipe"

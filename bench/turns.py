@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from .clocks import Clock, Run, Sample
-from .machine import environment
+from .environment import environment
 from .place import Place
 from .rows import Row
 

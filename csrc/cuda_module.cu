@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -96,6 +97,13 @@ void sample(const py::tuple& transition, const py::object& noise, const py::obje
     using S = decltype(type);
     S* out = dgf::pointer<S>("log_prob", log_prob);
     return [=, &call, &source, &clean, &launch] {
+      if constexpr (std::is_same<S, float>::value) {
+        if (dgf::may_be_usual(call, source, clean, packets) && dgf::if_usual(call, [&](auto usual) {
+              dgf::usual_sample_kernel<decltype(usual)>
+                  <<<grid, dgf::kThreads, 0, launch.stream>>>(call, source, launch.workspace, out);
+            }))
+          return;
+      }
       dgf::transition_sample_kernel<S>
           <<<grid, dgf::kThreads, 0, launch.stream>>>(call, source, clean, packets, launch.workspace, out);
     };

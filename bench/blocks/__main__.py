@@ -6,7 +6,7 @@ from unittest import mock
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.machine import environment
+from bench.environment import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 from dancegrpo_fast.patch import _layers

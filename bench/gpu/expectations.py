@@ -41,7 +41,7 @@ BLOCK_FORMS = (
     ("gelu_tanh", "plain"),
     ("gelu_tanh", "behind attention"),
 )
-KERNELS = {"transition_sample": "a sampling step", "policy_loss": "a loss", "forward_kernel": "a norm"}
+KERNELS = {"sample_kernel": "a sampling step", "policy_loss": "a loss", "forward_kernel": "a norm"}
 PARTS = ("cuda", "triton", "block ops")
 MASKED = ("_native_efficient", "_native_cudnn")
 SMOKE = {"cuda": r"cuda:", "triton": r"triton, ", "block-ops": r"block op, "}

@@ -26,7 +26,7 @@ def run_parts(parts: list[str], dry: bool, out: Path | None) -> bool:
     """In this process; whether all agree."""
     import torch
 
-    from ..machine import environment
+    from ..environment import environment
     from . import first_calls
 
     if dry:
@@ -42,7 +42,7 @@ def say_what_is_here(dry: bool, out: Path | None) -> None:
 
     from dancegrpo_fast import info
 
-    from ..machine import environment
+    from ..environment import environment
     from .scalars import scalar_orders
 
     print(info.describe(), flush=True)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.machine import environment
+from bench.environment import environment
 from bench.repository import RESULTS
 from bench.rows import Row, grid, write
 from dancegrpo_fast.memory import profile

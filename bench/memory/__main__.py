@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import environment
+from bench.environment import environment
 from bench.repository import RESULTS
 from bench.rows import Row, write
 

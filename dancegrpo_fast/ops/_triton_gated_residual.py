@@ -16,6 +16,8 @@ from . import _triton
 CHUNKS, SHORTEST_CHUNK = 512, 4
 # Channels a program where a row need not be seen as a whole: 8 a thread, a 16-byte access.
 BLOCK, WARPS = 1024, 4
+# Tokens of a forward's program, where that leaves so many programs: addresses and parameters are found once for all.
+TOGETHER, PROGRAMS = 4, 1024
 # Partial sums that one program reads at once.
 LANES, SUM_BLOCK, SUM_WARPS = 128, 32, 4
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -43,6 +45,11 @@ def rows_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
     strides = strides or [0, 0]
     step = tensor.stride(-1)
     return (tensor, *strides) if step == 1 or tensor.shape[-1] == 1 else (tensor, *strides, step)
+
+
+def together(tokens: int) -> int:
+    """Tokens of a forward's program, which has no sums over them."""
+    return max(1, min(TOGETHER, tokens // PROGRAMS))
 
 
 def sums_tokens(parameter: Tensor | None, tokens: int, split: int) -> bool:
@@ -122,8 +129,11 @@ def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, outputs: 
     """Writes `x + gate y`."""
     batch, tokens, channels = x.shape
     blocks, settings = _settings(channels, split, _product_type(mode, y.dtype, gate))
-    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(outputs[0]), tokens, channels, split)
-    return _triton.Launch(kernels.forward_kernel, batch * tokens * blocks, arguments, settings)
+    settings |= {"one_row": split < 0 and gate.shape[1] == 1, "fused": mode == "fast"}
+    length = together(batch * tokens)
+    parts = -(-tokens // length)
+    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(outputs[0]), tokens, channels, split, parts, length)
+    return _triton.Launch(kernels.forward_kernel, batch * parts * blocks, arguments, settings)
 
 
 def backward(

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import backends
 from ..kernels.gelu_tanh import triton_kernels as kernels
 from . import _triton
 from ._triton_gated_residual import Chunks
@@ -22,7 +24,9 @@ def _rows(x: Tensor, whole: bool) -> Tensor:
 
 def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, Any]:
     block = min(most, max(32, 1 << (width - 1).bit_length()))
-    return {"block": block, "num_warps": max(1, block // (32 * thread))}
+    # Instructions of an NVIDIA GPU, which neither the interpreter nor another maker's compiler knows.
+    ptx = torch.version.hip is None and not backends.interpreting()
+    return {"ptx": ptx, "block": block, "num_warps": max(1, block // (32 * thread))}
 
 
 @_triton.planned

@@ -12,12 +12,16 @@ from ..kernels.norm_modulate import triton_kernels as kernels
 from . import _triton
 from ._block import summed
 from ._norm_modulate import Given, Outputs
-from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, type_of
+from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, together, type_of
 
 # Rows longer than this leave the backward no registers for more than what it must hold.
 LONG = 4096
 # Bytes of the next token that the backward may fetch meanwhile: shared memory of the smallest architecture.
 FETCHED = 96 * 1024
+# Blocks of a row that a forward's program holds at most, of 8 elements a thread.
+PIECES = 5
+# Registers of its threads at most: the assembler else spills a few to fit one program more.
+REGISTERS = 128
 # Gradients that the kernel adds.
 MAX_GRADS = 5
 
@@ -47,19 +51,39 @@ def _settings(channels: int, block: int, split: int, warps: int) -> dict[str, An
     }
 
 
+def row_of(channels: int, mode: str) -> tuple[int, int, int]:
+    """Channels of a forward's block, its warps, and the blocks of a row."""
+    piece = BLOCK if channels <= PIECES * BLOCK else 2 * BLOCK
+    pieces = -(-channels // piece)
+    # The order of a row's sums follows from this; "lossless" keeps the one that it has always had.
+    if mode == "lossless" or channels % 16 or not 1 < pieces <= PIECES:
+        block = triton.next_power_of_2(channels)
+        # 16 elements a thread.
+        return block, min(16, block // 512), 1
+    return piece, piece // 256, pieces
+
+
 @_triton.planned
 def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _triton.Launch:
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
     operands = (x, y, *given[:5], h, out)
-    arguments = (*map(rows_of, operands), mean, rstd, tokens, channels, given.split, given.eps)
+    block, warps, pieces = row_of(channels, given.mode)
+    # What a loop over tokens holds beside a row of one block leaves a multiprocessor one program less.
+    single = pieces == 1
+    length = 1 if single else together(batch * tokens)
+    parts = -(-tokens // length)
+    sizes = (tokens, channels, given.split, parts, length)
+    arguments = (*map(rows_of, operands), mean, rstd, *sizes, given.eps)
     types = _types(x, None if y is None else y.dtype, given)
     del types["grad_type"]
-    block = triton.next_power_of_2(channels)
-    # 16 elements a thread.
-    settings = _settings(channels, block, given.split, min(16, block // 512)) | types
-    return _triton.Launch(kernels.forward_kernel, batch * tokens, arguments, settings)
+    settings = _settings(channels, block, given.split, warps) | types
+    settings |= {"pieces": pieces, "single": single}
+    if pieces > 1 and torch.version.hip is None:
+        settings["maxnreg"] = REGISTERS
+    settings["fused"] = given.mode == "fast" and given.scale is not None and given.shift is not None
+    return _triton.Launch(kernels.forward_kernel, batch * parts, arguments, settings)
 
 
 def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize: int) -> list[list[Tensor | None]]:

@@ -13,8 +13,9 @@ TILE, THREAD = 1024, 8
 WARPS = 4
 # Registers a thread, for six and four programs of 128 threads a multiprocessor; addresses of single elements take more.
 FORWARD_REGISTERS, BACKWARD_REGISTERS, UNALIGNED_REGISTERS = 80, 128, 255
-# A program of the backward adds up this many tokens at most, fewer where a sample would then have few programs.
-CHUNK, CHUNKS = 16, 1024
+# A sample's backward has so many programs at most: twice the places of 132 multiprocessors, as in an H100 or H200. One
+# more would run alone.
+CHUNKS = 2 * 4 * 132
 # Partial sums are added by tiles of so many rows and columns.
 SUM_ROWS, SUM_COLUMNS = 128, 16
 
@@ -146,7 +147,7 @@ def _backward_stream(
 ) -> None:
     batch, tokens, heads, dim = stream.query.shape
     # By the number of tokens alone: a sample's sums do not depend on its batch.
-    chunk = max(1, min(CHUNK, tokens // CHUNKS))
+    chunk = -(-tokens // CHUNKS)
     chunks = -(-tokens // chunk)
     width = heads * dim if norm == "token" else dim
     half_split = rope == "half" and stream.cos is not None

@@ -280,14 +280,15 @@ def call(
 ) -> Tensor:
     """The op, of arguments that are known to be right."""
     graph = needs_graph(x, weight, bias, lora_a, lora_b)
+    out: Tensor
     if mode == "fast":
         given = x, weight, bias, lora_a, lora_b, scale
-        out: Tensor = _LoraLinear.apply(*given) if graph else _forward_op(*given)[0]
-        return out
-    if torch.compiler.is_compiling() or not _has_eager_layout(x, lora_a):
-        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale)
-    update = F.linear(x, weight, bias), x, lora_a, lora_b, scale
-    out = _Update.apply(*update) if graph else _update_op(*update)[0]
+        out = _LoraLinear.apply(*given) if graph else _forward_op(*given)[0]
+    elif torch.compiler.is_compiling() or not _has_eager_layout(x, lora_a):
+        out = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale)
+    else:
+        update = F.linear(x, weight, bias), x, lora_a, lora_b, scale
+        out = _Update.apply(*update) if graph else _update_op(*update)[0]
     return out
 
 

@@ -144,12 +144,17 @@ struct Sink {
 };
 
 // Runs body(width, begin) over a lane's window of one tile: width is an integral constant, kPart for the whole window
-// in packets, where `packets` allows it, or 1 for each of its elements.
-template <typename S, typename Body>
+// in packets, where `packets` allows it, or 1 for each of its elements. `kWhole`: `numel` is a multiple of kWidth and
+// all moves in packets, so nothing is made for single elements.
+template <typename S, bool kWhole = false, typename Body>
 DGF_HD void for_windows(int64_t numel, int64_t tile, int lane, bool packets, Body&& body) {
   DGF_NO_UNROLL
   for (int k = 0; k < kWindows; ++k) {
     const int64_t begin = tile * kTile + (int64_t{k} * kThreads + lane) * kWidth, left = numel - begin;
+    if constexpr (kWhole) {
+      if (left > 0) body(std::integral_constant<int, kPart>{}, begin);
+      continue;
+    }
     if constexpr (std::is_same<S, float>::value) {
       if (packets && left >= kWidth) {
         body(std::integral_constant<int, kPart>{}, begin);

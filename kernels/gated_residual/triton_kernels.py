@@ -6,7 +6,7 @@ import triton.language as tl
 from ..common import triton_rows as rows
 
 
-@triton.jit(do_not_specialize=["tokens", "split"])
+@triton.jit(do_not_specialize=["tokens", "split", "parts", "length"])
 def forward_kernel(
     x,
     y,
@@ -15,19 +15,31 @@ def forward_kernel(
     tokens,
     channels,
     split,
+    parts,
+    length,
     segmented: tl.constexpr,
+    one_row: tl.constexpr,
     product_type: tl.constexpr,
+    fused: tl.constexpr,
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """`x + gate y` for a block of one token's channels."""
+    """`x + gate y` for a block of a few tokens' channels; a gate of `one_row` is read once for all of them."""
     index, column, mask = rows.place(channels, block)
-    sample, token = index // tokens, index % tokens
-    row = rows.parameter_row(token, split, segmented)
-    added = rows.load(y, sample, token, column, mask, interpreted)
-    added = rows.rounded(rows.load(gate, sample, row, column, mask, interpreted) * added, product_type, interpreted)
-    value = rows.load(x, sample, token, column, mask, interpreted) + added
-    rows.store(out, sample, token, column, mask, value, interpreted)
+    sample, first = index // parts, index % parts * length
+    if one_row:
+        gate_row = rows.load(gate, sample, 0, column, mask, interpreted)
+    for token in tl.range(first, tl.minimum(first + length, tokens)):
+        if not one_row:
+            row = rows.parameter_row(token, split, segmented)
+            gate_row = rows.load(gate, sample, row, column, mask, interpreted)
+        value = rows.load(x, sample, token, column, mask, interpreted)
+        added = rows.load(y, sample, token, column, mask, interpreted)
+        if fused:
+            value = tl.fma(gate_row, added, value)
+        else:
+            value = value + rows.rounded(gate_row * added, product_type, interpreted)
+        rows.store(out, sample, token, column, mask, value, interpreted)
 
 
 @triton.jit(do_not_specialize=["tokens", "split", "chunks", "length"])

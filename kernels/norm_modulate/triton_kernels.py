@@ -1,4 +1,4 @@
-"""Norm and modulation of tokens after an optional gated residual; a program has one token, backward a chunk of them.
+"""Norm and modulation of tokens after an optional gated residual; a program has a few tokens, backward a chunk.
 
 A `..._type` is what a value is rounded to on its way, float32 where it is not; the modes differ in nothing else.
 """
@@ -28,7 +28,7 @@ def one_plus(scale, sample, row, column, mask, scale_type: tl.constexpr, interpr
     return rows.rounded(1.0 + rows.load(scale, sample, row, column, mask, interpreted), scale_type, interpreted)
 
 
-@triton.jit(do_not_specialize=["tokens", "split", "eps"])
+@triton.jit(do_not_specialize=["tokens", "split", "parts", "length", "eps"])
 def forward_kernel(
     x,
     y,
@@ -44,6 +44,8 @@ def forward_kernel(
     tokens,
     channels,
     split,
+    parts,
+    length,
     eps,
     segmented: tl.constexpr,
     gated_type: tl.constexpr,
@@ -51,43 +53,75 @@ def forward_kernel(
     scale_type: tl.constexpr,
     product_type: tl.constexpr,
     sum_type: tl.constexpr,
+    fused: tl.constexpr,
+    pieces: tl.constexpr,
+    single: tl.constexpr,
     whole: tl.constexpr,
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One token: gated residual, norm, modulation; with `mean` a LayerNorm, without it an RMSNorm."""
-    index = tl.program_id(0).to(tl.int64)
-    sample, token = index // tokens, index % tokens
-    row = rows.parameter_row(token, split, segmented)
+    """A few tokens: gated residual, norm, modulation; with `mean` a LayerNorm, without it an RMSNorm.
+
+    A row is `pieces` blocks; where it is `fused`, products are added without rounding. `single`: one token a program.
+    """
+    program = tl.program_id(0)
+    sample, first = program // parts, program % parts * length
     column = tl.arange(0, block)
     if not whole:
         # As in `place`.
         column = tl.max_contiguous(column, [1])
-    mask = column < channels
-    value = rows.load(x, sample, token, column, mask, interpreted)
-    if y is not None:
-        added = rows.load(gate, sample, row, column, mask, interpreted)
-        added = added * rows.load(y, sample, token, column, mask, interpreted)
-        value = value + rows.rounded(added, gated_type, interpreted)
-        value = rows.rounded(value, h[0].dtype.element_ty, interpreted)
-        rows.store(h, sample, token, column, mask, value, interpreted)
-    value = rows.rounded(value, norm_type, interpreted)
     count = tl.full((), channels, tl.int32).to(tl.float32)
-    if mean is not None:
-        centre = tl.div_rn(tl.sum(value, axis=0), count)
-        tl.store(mean + index, centre)
-        value = tl.where(mask, value - centre, 0.0)
-    deviation = tl.sqrt_rn(tl.div_rn(tl.sum(value * value, axis=0), count) + eps)
-    reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), deviation)
-    tl.store(rstd + index, reciprocal)
-    value = affine(value * reciprocal, weight, bias, column, mask, mean is not None, norm_type, interpreted)
-    if scale is not None:
-        value = value * one_plus(scale, sample, row, column, mask, scale_type, interpreted)
-        value = rows.rounded(value, product_type, interpreted)
-    if shift is not None:
-        value = value + rows.load(shift, sample, row, column, mask, interpreted)
-        value = rows.rounded(value, sum_type, interpreted)
-    rows.store(out, sample, token, column, mask, value, interpreted)
+    end = first + 1 if single else tl.minimum(first + length, tokens)
+    for token in tl.range(first, end, num_stages=1):
+        row = rows.parameter_row(token, split, segmented)
+        values = ()
+        for i in tl.static_range(pieces):
+            here, mask = column + i * block, column + i * block < channels
+            value = rows.load(x, sample, token, here, mask, interpreted)
+            if y is not None:
+                added = rows.load(gate, sample, row, here, mask, interpreted)
+                added = added * rows.load(y, sample, token, here, mask, interpreted)
+                value = value + rows.rounded(added, gated_type, interpreted)
+                value = rows.rounded(value, h[0].dtype.element_ty, interpreted)
+            values += (value,)
+        if y is not None:
+            for i in tl.static_range(pieces):
+                here, mask = column + i * block, column + i * block < channels
+                rows.store(h, sample, token, here, mask, values[i], interpreted)
+        centred = ()
+        total = rows.rounded(values[0], norm_type, interpreted)
+        for i in tl.static_range(1, pieces):
+            total += rows.rounded(values[i], norm_type, interpreted)
+        place = tl.full((), sample, tl.int64) * tokens + token
+        if mean is not None:
+            centre = tl.div_rn(tl.sum(total, axis=0), count)
+            tl.store(mean + place, centre)
+        for i in tl.static_range(pieces):
+            value = rows.rounded(values[i], norm_type, interpreted)
+            if mean is not None:
+                value = tl.where(column + i * block < channels, value - centre, 0.0)
+            centred += (value,)
+        squares = centred[0] * centred[0]
+        for i in tl.static_range(1, pieces):
+            squares = tl.fma(centred[i], centred[i], squares)
+        deviation = tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), count) + eps)
+        reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), deviation)
+        tl.store(rstd + place, reciprocal)
+        for i in tl.static_range(pieces):
+            here, mask = column + i * block, column + i * block < channels
+            value = centred[i] * reciprocal
+            value = affine(value, weight, bias, here, mask, mean is not None, norm_type, interpreted)
+            if fused:
+                factor = one_plus(scale, sample, row, here, mask, scale_type, interpreted)
+                value = tl.fma(value, factor, rows.load(shift, sample, row, here, mask, interpreted))
+            else:
+                if scale is not None:
+                    value = value * one_plus(scale, sample, row, here, mask, scale_type, interpreted)
+                    value = rows.rounded(value, product_type, interpreted)
+                if shift is not None:
+                    value = value + rows.load(shift, sample, row, here, mask, interpreted)
+                    value = rows.rounded(value, sum_type, interpreted)
+            rows.store(out, sample, token, here, mask, value, interpreted)
 
 
 @triton.jit

@@ -123,15 +123,15 @@ struct ScoreBlock {
 
 // One block of a sum over window(width, row, b, begin, sum); the block that finishes a sample writes its
 // log-probability.
-template <typename S, typename Windows>
+template <bool kWhole = false, typename S, typename Windows>
 DGF_HD void score_block(const TransitionCall& call, int64_t unit, bool packets, const Workspace& w, S* log_prob,
                         ScoreBlock<S>& s, Windows&& window) {
   const int64_t tiles = tile_count(call.numel), b = unit / tiles, tile = unit % tiles;
   share_row(call, b, s.row);
   for_lanes([&](int lane) {
     S sum = S(0);
-    for_windows<S>(call.numel, tile, lane, packets,
-                   [&](auto width, int64_t begin) { window(width, s.row, b, begin, sum); });
+    for_windows<S, kWhole>(call.numel, tile, lane, packets,
+                           [&](auto width, int64_t begin) { window(width, s.row, b, begin, sum); });
     s.sum.lane[0][lane] = static_cast<double>(sum);
   });
   if (!sum_sample(s.sum, w, b, tile, tiles)) return;
@@ -142,14 +142,54 @@ DGF_HD void score_block(const TransitionCall& call, int64_t unit, bool packets, 
   });
 }
 
-template <typename S>
+template <bool kWhole = false, typename S>
 DGF_HD void transition_sample_block(const TransitionCall& call, const NoiseSource& noise, const Operand& clean,
                                     int64_t unit, bool packets, const Workspace& w, S* log_prob, ScoreBlock<S>& s) {
   const int64_t sample = unit / tile_count(call.numel);
   const NoiseKey key = noise.key(sample, call.row_index(sample));
-  score_block(call, unit, packets, w, log_prob, s, [&](auto width, const S* row, int64_t b, int64_t begin, S& sum) {
-    sample_window<decltype(width)::value>(call, noise, clean, row, key, b, begin, sum);
-  });
+  score_block<kWhole>(call, unit, packets, w, log_prob, s,
+                      [&](auto width, const S* row, int64_t b, int64_t begin, S& sum) {
+                        sample_window<decltype(width)::value>(call, noise, clean, row, key, b, begin, sum);
+                      });
+}
+
+// Dtypes of latents and outputs, and whether there is guidance: what of a step is usual enough to be compiled for. To
+// ask in each window takes a fifth of the instructions, and half of the registers.
+template <DType kState, DType kOutput, bool kGuided>
+struct UsualStep {
+  static bool is(const TransitionCall& call) {
+    return call.latents.dtype == kState && call.next.dtype == kState && call.output.dtype == kOutput &&
+           call.uncond.present() == kGuided && (!kGuided || call.uncond.dtype == kOutput);
+  }
+
+  // The numbers of transition_sample_block where `is` and `may_be_usual` hold: of copies whose fields the compiler
+  // knows.
+  static DGF_HD void sample_block(const TransitionCall& given, const NoiseSource& drawn, int64_t unit,
+                                  const Workspace& w, float* log_prob, ScoreBlock<float>& s) {
+    TransitionCall call = given;
+    call.latents.dtype = call.next.dtype = kState;
+    call.output.dtype = call.uncond.dtype = kOutput;
+    if (!kGuided) call.uncond.data = nullptr;
+    call.reference_rounding = false;
+    NoiseSource noise = drawn;
+    noise.given.data = nullptr;
+    noise.seeded = true;
+    transition_sample_block<true>(call, noise, Operand(), unit, true, w, log_prob, s);
+  }
+};
+
+// Whether a step may be one of these: noise drawn, nothing else asked for, whole windows in packets.
+inline bool may_be_usual(const TransitionCall& call, const NoiseSource& noise, const Operand& clean, bool packets) {
+  return packets && noise.seeded && !clean.present() && !call.reference_rounding && call.numel % kWidth == 0;
+}
+
+// Calls with(UsualStep) where the step is one; false where it is none.
+template <typename With>
+bool if_usual(const TransitionCall& call, With&& with) {
+  const auto tried = [&](auto... usual) { return ((decltype(usual)::is(call) && (with(usual), true)) || ...); };
+  return tried(UsualStep<DType::f32, DType::bf16, false>(), UsualStep<DType::f32, DType::bf16, true>(),
+               UsualStep<DType::f32, DType::f32, false>(), UsualStep<DType::f32, DType::f32, true>(),
+               UsualStep<DType::bf16, DType::bf16, false>(), UsualStep<DType::bf16, DType::bf16, true>());
 }
 
 template <typename S>
@@ -244,6 +284,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                              const __grid_constant__ Operand clean, bool packets, const Workspace w, S* log_prob) {
   __shared__ ScoreBlock<S> s;
   transition_sample_block(call, noise, clean, blockIdx.x, packets, w, log_prob, s);
+}
+
+template <typename Usual>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    usual_sample_kernel(const __grid_constant__ TransitionCall call, const __grid_constant__ NoiseSource noise,
+                        const Workspace w, float* log_prob) {
+  __shared__ ScoreBlock<float> s;
+  Usual::sample_block(call, noise, blockIdx.x, w, log_prob, s);
 }
 
 template <typename S>

@@ -8,6 +8,9 @@ using namespace dgf;
 
 namespace {
 
+// Those run: thousands without guidance, ones with it.
+int usual_steps = 0;
+
 struct Setting {
   int64_t batch, numel;
   DType latents, output, next;
@@ -92,6 +95,20 @@ void run(const Setting& c, uint32_t seed) {
     expect(same(clean_bytes, clean.bytes), "denoised");
     expect(c.exact && !c.seeded ? same(grid_log_prob, log_prob) : close(grid_log_prob, log_prob), "sampled log_prob");
     expect(room.tickets_are_back(), "tickets after sampling");
+    if constexpr (std::is_same<S, float>::value) {
+      if (!may_be_usual(grid, noise, Operand(), packets)) continue;
+      std::vector<float> usual_log_prob(batch);
+      std::fill(next_bytes.begin(), next_bytes.end(), char(0x5A));
+      const bool is_usual = if_usual(grid, [&](auto usual) {
+        run_grid<ScoreBlock<float>>(units, order, [&](int64_t unit, ScoreBlock<float>& s) {
+          usual.sample_block(grid, noise, unit, room.workspace, usual_log_prob.data(), s);
+        });
+      });
+      if (!is_usual) continue;
+      usual_steps += c.guidance ? 1 : 1000;
+      expect(same(next_bytes, next.bytes), "next latents of a usual step");
+      expect(same(usual_log_prob, grid_log_prob), "log_prob of a usual step");
+    }
   }
 
   const std::vector<S> sampled = grid_log_prob;
@@ -231,6 +248,7 @@ int main(int arguments, char**) {
   row_outside_the_table();
   what_does_not_count();
   offsets_are_wide();
+  expect(usual_steps > 1000 && usual_steps % 1000 > 0, "usual steps with and without guidance");
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

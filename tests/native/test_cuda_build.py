@@ -15,6 +15,10 @@ import torch
 from ..processes import LIMIT
 
 KERNELS = ("transition_sample", "transition_log_prob", "transition_gradient", "policy_loss")
+# Without a double, and once for each combination of dtypes and guidance.
+USUAL, COMBINATIONS = "usual_sample", 6
+# Three blocks of those.
+USUAL_REGISTERS = 65536 // (3 * 256)
 # Two blocks of 256 threads on a multiprocessor of 65,536 registers and at least 48 KiB.
 REGISTERS = 65536 // (2 * 256)
 SHARED_BYTES = 48 * 1024 // 2
@@ -55,7 +59,7 @@ def test_it_loads_without_a_driver_and_fails_clearly_on_use(module: ModuleType) 
 
 def test_resources(module: ModuleType) -> None:
     """Every kernel for every GPU: nothing spilled, small enough for two blocks at once."""
-    seen, architecture, name = set(), "", ""
+    seen, usual, architecture, name = set(), Counter[str](), "", ""
     for line in dump(module, "--dump-resource-usage").splitlines():
         if found := re.search(r"arch = sm_(\d+)", line):
             architecture = found[1]
@@ -63,14 +67,19 @@ def test_resources(module: ModuleType) -> None:
             name = found[1]
         elif (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)) and "_kernelI" in name:
             registers, stack, shared, local = map(int, found.groups())
+            assert stack == local == 0, line
+            assert shared <= SHARED_BYTES, line
+            if f"{USUAL}_kernel" in name:
+                usual[architecture] += 1
+                assert registers <= USUAL_REGISTERS, line
+                continue
             kernel, scalar = re.search(r"\d+(\w+)_kernelI(\w)E", name).groups()  # type: ignore[union-attr]
             kernel = next(k for k in KERNELS if kernel.endswith(k))
             seen.add((architecture, kernel, scalar))
-            assert stack == local == 0, line
-            assert shared <= SHARED_BYTES, line
             assert registers <= REGISTERS, line
     wanted = {(a, k, s) for a in module.architectures.split(",") for k in KERNELS for s in "fd"}
     assert seen == wanted
+    assert usual == dict.fromkeys(module.architectures.split(","), COMBINATIONS)
 
 
 def test_float32_kernels_move_16_bytes_at_once(module: ModuleType) -> None:
@@ -78,7 +87,9 @@ def test_float32_kernels_move_16_bytes_at_once(module: ModuleType) -> None:
     kernel = ""
     code = dump(module, "-sass", "-arch", f"sm_{module.architectures.split(',')[-1]}")
     for line in code.splitlines():
-        if found := re.search(r"Function : \w+?\d+(\w+)_kernelI(\w)E", line):
+        if "Function : " in line and f"{USUAL}_kernel" in line:
+            kernel = ""
+        elif found := re.search(r"Function : \w+?\d+(\w+)_kernelI(\w)E", line):
             kernel = next(k for k in KERNELS if found[1].endswith(k)) if found[2] == "f" else ""
         elif kernel and (found := re.search(r"\b(LDG|STG)\.E\.128", line)):
             counts[found[1], kernel] += 1

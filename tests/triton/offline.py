@@ -97,6 +97,9 @@ class Compiled:
     ptx: str
     cubin: Path
     ttgir: str
+    threads: int = 0
+    # Type and value of each argument that the machine code gets.
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def sums(self) -> list[str]:
@@ -127,7 +130,17 @@ def _inspect(op: str, kernel: Any, folder: Path) -> Compiled:
     registers, stack, local = map(int, found.groups())
     shared = kernel.metadata.shared
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
-    return Compiled(op, kernel.metadata.name, 0, registers, stack + local, shared, ptx, cubin, ttgir)
+    threads = 32 * kernel.metadata.num_warps
+    return Compiled(op, kernel.metadata.name, 0, registers, stack + local, shared, ptx, cubin, ttgir, threads)
+
+
+def _passed(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """Of an argument, or of a tuple of them, what is not compiled in."""
+    if isinstance(kind, tuple):
+        for inner, given in zip(kind, value, strict=True):
+            yield from _passed(inner, given)
+    elif kind != "constexpr":
+        yield kind, value
 
 
 @contextlib.contextmanager
@@ -140,7 +153,9 @@ def compiling(capability: int, folder: Path) -> Iterator[list[Compiled]]:
         made = kernel.warmup(*arguments, grid=(programs,), **settings)
         if made.hash not in known:
             known[made.hash] = _inspect(op_of(kernel), made, folder)
-        found.append(replace(known[made.hash], programs=programs))
+        kinds = made.src.signature
+        passed = (each for name, value in zip(kinds, arguments, strict=False) for each in _passed(kinds[name], value))
+        found.append(replace(known[made.hash], programs=programs, arguments=tuple(passed)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
