@@ -56,31 +56,34 @@ def layout(one: Tensor) -> tuple[Any, ...]:
     return one.dtype, one.device, one.shape, one.stride()
 
 
+_UNKNOWN = object()
 # Signatures that are kept; a run has few.
 MOST_KEPT = 4096
 
 
 def checked_once(check: Callable[..., Result]) -> Callable[..., Result]:
     """`check` looks at layouts and settings alone: what it found is kept by them, unless it raises."""
-    passed: dict[Any, Result] = {}
+    passed: dict[Any, Any] = {}
 
     def run(*arguments: Any) -> Result:
         key = None if torch.compiler.is_compiling() else _signature(arguments)
         if key is None:
             return check(*arguments)
-        if key not in passed:
+        found = passed.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
             found = check(*arguments)
             if len(passed) >= MOST_KEPT:
                 passed.clear()
             passed[key] = found
-        return passed[key]
+        result: Result = found
+        return result
 
     return run
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a call, or a compiler that decides that by itself."""
-    if torch.compiler.is_compiling():
+    """Whether autograd has to know of a call: of gradients, or of tangents; or a compiler that decides that itself."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
@@ -109,11 +112,16 @@ def watched(arguments: Iterable[Any]) -> bool:
         if kind in _QUIET:
             continue
         if kind in PLAIN:
-            if one.is_meta:
+            if one.is_meta or is_lazy(one):
                 return True
         elif kind is not list or watched(one):
             return True
     return False
+
+
+def is_lazy(one: Tensor) -> bool:
+    """Whether torch's dispatcher would first write out a negation, or zeros that have no memory."""
+    return one.is_neg() or one._is_zerotensor()
 
 
 # torch has no public way to ask for these.

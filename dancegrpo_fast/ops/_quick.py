@@ -15,7 +15,7 @@ from ..checks import LARGEST
 from ..kernels.policy_loss.reference import METRICS
 from ..transitions import TransitionTable
 from ._call import LossOutputs
-from ._library import PLAIN, modes_watch
+from ._library import PLAIN, is_lazy, modes_watch
 from ._native import DTYPE_CODES
 
 # float64 computes in another dtype.
@@ -67,9 +67,9 @@ def _step(
 
 def _is_column(one: Any, batch: int, dtype: torch.dtype) -> bool:
     """Contiguous `[B]` on the CPU."""
-    if type(one) not in PLAIN or one.dtype is not dtype or not one.is_cpu:
+    if type(one) not in PLAIN or one.dtype is not dtype or not one.is_cpu or one.layout is not torch.strided:
         return False
-    return bool(one.shape == (batch,) and one.is_contiguous())
+    return bool(one.shape == (batch,) and one.is_contiguous() and not is_lazy(one))
 
 
 def _operands(numel: int, like: Tensor, *others: Any) -> list[Any] | None:
@@ -80,10 +80,10 @@ def _operands(numel: int, like: Tensor, *others: Any) -> list[Any] | None:
         if one is None:
             found.append(None)
             continue
-        if type(one) not in PLAIN or not one.is_cpu or one.shape != shape:
+        if type(one) not in PLAIN or not one.is_cpu or one.shape != shape or one.layout is not torch.strided:
             return None
         code = _CODES.get(one.dtype)
-        if code is None or not one.is_contiguous():
+        if code is None or not one.is_contiguous() or is_lazy(one):
             return None
         found.append((one.data_ptr(), code, numel))
     return found

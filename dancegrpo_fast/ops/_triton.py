@@ -222,16 +222,14 @@ _bound: dict[Any, "_Bound"] = {}
 
 
 def planned(make: Callable[..., Launch]) -> Callable[..., None]:
-    """`make` says what to launch for inputs, settings and outputs; what it says is kept by the inputs' layouts.
+    """`make` says what to launch for tensors and settings; what it says is kept by the tensors' layouts.
 
-    Triton's own launcher asks every argument in every call, which takes longer than most of these kernels. The outputs,
-    a tuple, are new ones in every call, of layouts that follow from the inputs.
+    Triton's own launcher asks every argument in every call, which takes longer than most of these kernels.
     """
 
     def run(*arguments: Any) -> None:
         tensors: list[Tensor] = []
-        key = make, _collected(arguments[:-1], tensors)
-        tensors += [one for one in arguments[-1] if one is not None]
+        key = make, _collected(arguments, tensors)
         with _on(tensors[0].device):
             known = _bound.get(key)
             if known is not None:

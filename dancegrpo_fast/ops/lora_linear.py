@@ -39,7 +39,8 @@ def _forward_impl(
     inner = F.linear(rows, lora_a.to(x.dtype))
     out = F.linear(rows, weight, bias)
     out.addmm_(inner, lora_b.to(x.dtype).t(), alpha=scale)
-    return out.view(*x.shape[:-1], weight.shape[0]), inner
+    # A view's results may not be changed in place.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0])), inner
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Any, lora_a: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:

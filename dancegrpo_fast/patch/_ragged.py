@@ -4,6 +4,7 @@ A sample's result depends on its own tokens alone: it is one sequence of a varle
 Where samples of equal length shared a call, kernels could split its work by how many there are.
 """
 
+import functools
 import importlib
 import weakref
 from collections.abc import Callable
@@ -32,8 +33,6 @@ VARLEN = {
     "native": _TORCH,
     "_native_flash": _TORCH,
 }
-# diffusers reads lengths in each call of these, with and without a mask.
-ONLY_VARLEN = tuple(name for name in VARLEN if "varlen" in name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +59,6 @@ class Ragged:
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         runs = [*([] if kinds[0] else [0]), *counts.tolist()]
         return cls(valid.shape[1], tuple(lengths.tolist()), tuple(runs), offsets.to(device))
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is one sample without padding."""
-        return self.lengths == (self.tokens,)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` -> the valid tokens `[T, ...]`; a view where there is no padding."""
@@ -128,11 +122,18 @@ def varlen_place(
     return place
 
 
+@functools.cache
+def _there(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def _has_varlen() -> bool:
     """From torch 2.10 on; another flash attention in its place splits keys by what else is in the batch."""
-    try:
-        importlib.import_module(_TORCH[0])
-    except ImportError:
+    if not _there(_TORCH[0]):
         return False
     current = getattr(importlib.import_module("torch.nn.attention"), "current_flash_attention_impl", lambda: None)
     return current() is None
@@ -173,9 +174,11 @@ def attend(dispatch: partial[Tensor], query: Tensor, key: Tensor, value: Tensor,
     backend, given = _backend(dispatch.keywords["backend"]), (query, key, value)
     dtype = query.dtype if query.dtype == key.dtype == value.dtype else torch.float32
     place = varlen_place(backend, _capability(query), dtype, query.shape[-1])
-    if place is not None and not (ragged.whole and backend not in ONLY_VARLEN):
-        # A bound that does not depend on the batch: nothing that a kernel chooses by it may.
-        found = _varlen(place)(*given, ragged.offsets, ragged.offsets, ragged.tokens, ragged.tokens)
+    if place is not None:
+        offsets = ragged.offsets.to(query.device)
+        # One sample alone, too: another kernel may have other bits. A bound that does not depend on the batch: nothing
+        # that a kernel chooses by it may.
+        found = _varlen(place)(*given, offsets, offsets, ragged.tokens, ragged.tokens)
         return cast(Tensor, found[0] if isinstance(found, tuple) else found)
     samples = zip(*(t.unsqueeze(0).split_with_sizes(ragged.lengths, dim=1) for t in given), strict=True)
     outs = [dispatch(*sample)[0] for sample in samples]
@@ -193,9 +196,14 @@ class _Read:
     """The valid tokens of a mask, and what calls with so many other tokens need of it."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask, self.version, self.device = weakref.ref(mask), mask._version, mask.device
+        self.mask, self.version, self.device = weakref.ref(mask), _version(mask), mask.device
         self.valid = mask.detach().cpu().bool()
         self.made: dict[int, Trimmed | None] = {}
+
+
+def _version(mask: Tensor) -> int | None:
+    """Of its numbers; None where torch does not count changes."""
+    return None if mask.is_inference() else mask._version
 
 
 class Lengths:
@@ -231,10 +239,12 @@ class Lengths:
     def _read(self, mask: Tensor, tokens: int) -> Trimmed | None:
         # Replicas of DataParallel share this object.
         last = self._last
-        if last is None or last.mask() is not mask or last.version != mask._version:
+        if last is None or last.mask() is not mask or last.version is None or last.version != _version(mask):
             last = self._last = _Read(mask)
         if tokens not in last.made:
-            last.made[tokens] = self._trimmed(last, tokens)
+            # What is made in inference mode could not be saved for a backward.
+            with torch.inference_mode(False):
+                last.made[tokens] = self._trimmed(last, tokens)
         return last.made[tokens]
 
     def _trimmed(self, read: _Read, tokens: int) -> Trimmed | None:

@@ -87,7 +87,10 @@ class Recipe:
         got = f"train.passes: got {shown(train.passes)}"
         if train.passes == "reweight" and model.lora is None:
             raise ValueError(f'{got} without model.lora, want LoRA layers, 2 or "retain"')
-        if train.passes == "retain" and model.checkpointing == "auto":
+        if train.passes == "reweight" and model.block_ops != "off":
+            ops = f'model.block_ops "{model.block_ops}"'
+            raise ValueError(f'{got} with {ops}, which see LoRA layers whole, want "off", 2 or "retain"')
+        if train.passes != 1 and model.checkpointing == "auto":
             raise ValueError(
                 f'{got} with model.checkpointing "auto", which has room for one graph only, want a policy by name, or 1'
             )

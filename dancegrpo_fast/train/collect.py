@@ -1,9 +1,9 @@
 """An iteration's samples: drawn, decoded and scored by the process that has them, and what is kept of them."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -210,26 +210,44 @@ class Collector:
                         self.recorder.keep(found)
         return clock, conditioning, trajectory, buffer, kept, rewards
 
-    def _worker(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
-        """A thread that scores as this one would; left by a signal or an error, it ends what it is at first."""
+    @contextmanager
+    def _worker(self) -> Iterator[Callable[[RewardInput], Future[Tensor]] | None]:
+        """Has a thread score as this one would; left by a signal or an error, it ends what it is at, and no more."""
         if not self.recipe.train.overlap_rewards:
-            return nullcontext()
-        threads, device = torch.get_num_threads(), self.processes.device
+            yield None
+            return
+        threads, cuda = torch.get_num_threads(), self.processes.device.type == "cuda"
+        index = torch.cuda.current_device() if cuda else None
 
         def begin() -> None:
             # Both are a thread's own.
             torch.set_num_threads(threads)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
+            if index is not None:
+                torch.cuda.set_device(index)
 
-        return ThreadPoolExecutor(1, "rewards", begin)
+        failed: list[BaseException] = []
+
+        def score(inputs: RewardInput) -> Tensor:
+            if failed:
+                raise failed[0]
+            try:
+                return self.rewards(inputs)
+            except BaseException as error:
+                failed.append(error)
+                raise
+
+        worker = ThreadPoolExecutor(1, "rewards", begin)
+        try:
+            yield lambda inputs: worker.submit(score, inputs)
+        finally:
+            worker.shutdown(cancel_futures=True)
 
     def _ask(
         self,
         part: range,
         trajectory: Trajectory,
         prompts: Sequence[Prompt],
-        worker: ThreadPoolExecutor | None,
+        worker: Callable[[RewardInput], Future[Tensor]] | None,
         clock: Clock,
     ) -> Asked:
         """Decodes a set, or what this process has of it, and scores it, or has it scored."""
@@ -247,7 +265,7 @@ class Collector:
         groups = [place // self._group for place in dealt]
         scored = reward_input(frames, prompts, groups, self.recipe.sampler.fps)
         if worker is not None:
-            return Asked(part, trajectory, dealt, worker.submit(self.rewards, scored))
+            return Asked(part, trajectory, dealt, worker(scored))
         made: Future[Tensor] = Future()
         made.set_result(phase("rewards")(self.rewards)(scored))
         return Asked(part, trajectory, dealt, made)

@@ -168,9 +168,9 @@ class OnePass:
         records.reverse()
         for row in rows:
             one, index = records.pop(), next(there)
-            tally.counts["one_pass_rows"] += len(one.places)
             if len(index) == 0:
                 continue
+            tally.counts["one_pass_rows"] += len(index)
             any_found = True
             outputs = _rows(one.outputs, row, len(one.places))
             steps, scale = torch.full_like(index, one.step), self._policy.scale(one.expert)

@@ -298,7 +298,8 @@ class Setup:
         kind, policy, per_sample = self.model.passes, self.policy, None
         if kind == 2:
             return None
-        more = "" if self.recipe.train.best_of_n is None else ", of samples that best-of-N leaves out, too"
+        dropped = kind == "reweight" and self.recipe.train.best_of_n is not None
+        more = ", of samples that best-of-N leaves out, too" if dropped else ""
         self.notes.append(f"one pass ({kind}): the rollout's own model calls have the gradients{more}")
         if kind == "reweight":
             per_sample = PerSample(self.model.denoiser, self.parameters, policy.rows)

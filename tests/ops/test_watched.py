@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
 from dancegrpo_fast.ops import _library, _quick
+from dancegrpo_fast.ops.gated_residual import gated_residual
 from dancegrpo_fast.ops.norm_modulate import norm_modulate
 from dancegrpo_fast.transitions import dance_sde, mixed, shifted_sigmas
 
@@ -175,3 +176,44 @@ def test_what_the_quick_path_leaves_to_the_general_one() -> None:
     assert left(model_output=v.clone().requires_grad_()) and left(backend="reference") and left(rounding="reference")
     scored = (x, v, x, ode, 0, torch.zeros(2), torch.ones(2), 0.1, 5.0, None, None, None, 0.0, 1.0, "exact", "auto")
     assert _quick.policy_loss(*scored) is None and _quick.policy_loss(*scored[:4], 1, *scored[5:]) is not None
+
+
+def test_lazy_negations_and_zeros_are_written_out_first() -> None:
+    """torch's dispatcher does so; addresses know nothing of them."""
+    x, v, noise, _, _ = tensors()
+    wanted = transition_step(x, -v, TABLE, 2, noise=noise)
+    lazy = torch.complex(noise, v).conj().imag
+    assert lazy.is_neg() and not lazy.is_contiguous()
+    for output in (torch._neg_view(v), lazy):
+        found = transition_step(x, output, TABLE, 2, noise=noise)
+        assert bits(found.latents) == bits(wanted.latents)
+        for scored in (transition_log_prob, lambda *given: policy_loss(*given, wanted.log_prob, torch.ones(2)).loss):
+            assert scored(x, output, wanted.latents, TABLE, 2).equal(scored(x, -v, wanted.latents, TABLE, 2))
+    zeros = torch._efficientzerotensor(v.shape)
+    found = transition_step(x, zeros, TABLE, 2, noise=noise)
+    assert bits(found.latents) == bits(transition_step(x, torch.zeros_like(v), TABLE, 2, noise=noise).latents)
+
+
+def test_tangents_go_to_autograd_which_refuses_them() -> None:
+    x = torch.randn(2, 8, 16)
+    assert not _library.needs_graph(x, None)
+    with torch.autograd.forward_ad.dual_level():
+        assert _library.needs_graph(x, None)
+
+
+def test_sparse_tensors_are_refused_by_name() -> None:
+    x, v, noise, _, _ = tensors((2, 8))
+    with pytest.raises(ValueError, match=r"^model_output: got torch.float32 \(torch.sparse_coo\)"):
+        transition_step(x, v.to_sparse(), TABLE, 2, noise=noise)
+
+
+def test_checks_are_made_again_for_what_only_looks_equal() -> None:
+    x, y, gate = torch.randn(2, 8, 16), torch.randn(2, 8, 16), torch.randn(2, 16)
+    norm_modulate(x, eps=1.0)
+    with pytest.raises(ValueError, match="eps: got True"):
+        norm_modulate(x, eps=True)
+    gated_residual(x, y, gate, split=None)
+    with pytest.raises(ValueError, match="gate: got shape"):
+        gated_residual(x, y, gate[:, :8])
+    with pytest.raises(ValueError, match="y: got"):
+        gated_residual(x, y.to("meta"), gate)

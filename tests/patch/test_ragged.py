@@ -42,7 +42,6 @@ class TestTokens:
         assert torch.equal(ragged.unpack(ragged.pack(x)), x * mask[..., None, None])
         assert ragged.offsets.dtype == torch.int32
         assert ragged.offsets.tolist() == [0, *mask.sum(dim=1).cumsum(0).tolist()]
-        assert ragged.whole is (mask.all().item() and len(mask) == 1)
         x.requires_grad_()
         for again in (False, True):
             assert torch.autograd.gradcheck(lambda t: ragged.unpack(packed(t, ragged, again)), (x,))  # noqa: B023
@@ -226,3 +225,21 @@ class TestMasked:
         assert seen == [None] * len(blocks_of(ragged))
         assert torch.equal(output(torch.compile(whole, backend="eager", fullgraph=True), inputs), wanted)
         torch._dynamo.reset()
+
+
+def test_lengths_read_in_inference_mode_serve_training() -> None:
+    """A rollout in inference mode and its replay share a mask."""
+    model, lengths = torch.nn.Module(), []
+    model.transformer_blocks = [SimpleNamespace(attn=SimpleNamespace(processor=None), _compiled_call_impl=None)]
+    for first in (True, False):
+        mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        read = Lengths(text_first=False, leading=True)
+        with torch.inference_mode(first):
+            lengths.append(read(model, mask, 4))
+        lengths.append(read(model, mask, 4))
+    with torch.inference_mode():
+        inside = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        lengths.append(Lengths(text_first=False, leading=True)(model, inside, 4))
+    for found in lengths:
+        assert found is not None and found.attention is not None
+        assert found.attention.lengths == (6, 5) and not found.attention.offsets.is_inference()

@@ -151,6 +151,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kl": ({"passes": "reweight", "kl_weight": 0.1} | LORA, 'got "reweight" with kl_weight 0.1, whose gradient'),
     "float16": ({"dtype": "float16"} | LORA, 'got "retain" with model.dtype float16'),
     "auto": ({"checkpointing": "auto"}, 'got "retain" with model.checkpointing "auto", which has room for one graph'),
+    "auto sums": (
+        {"passes": "reweight", "checkpointing": "auto"} | LORA,
+        'got "reweight" with model.checkpointing "auto"',
+    ),
+    "block ops": ({"passes": "reweight", "block_ops": "fast"} | LORA, 'got "reweight" with model.block_ops "fast"'),
+    "compiled": ({"compile": "blocks"} | LORA, 'got "retain" with model.compile "blocks", want 2'),
     "swap": ({"blocks_to_swap": 1} | LORA, 'got "retain" with model.blocks_to_swap 1, want 2'),
     "denoiser": ({"offload": ["denoiser"]}, 'got "retain" with train.offload "denoiser"'),
     "another": ({"passes": 3}, 'got 3, want 2 or 1 or "retain" or "reweight"'),

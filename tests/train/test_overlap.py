@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from dancegrpo_fast.recipe import RewardSettings
 from dancegrpo_fast.rewards import RewardInput
 from dancegrpo_fast.stopping import Stopped
 from dancegrpo_fast.train import Trainer
+from dancegrpo_fast.train.collect import Collector
 from dancegrpo_fast.train.draw import Draw
 
 from ..models import checks
@@ -28,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "best of n": {"best_of_n": 1},
     "best of n, by the batch": {"best_of_n": 1, "advantages": "batch"},
 }
-drawn_again, calls = threading.Event(), list[str]()
+drawn_again, queued, calls = threading.Event(), threading.Event(), list[str]()
 
 
 class Quiet:
@@ -56,9 +59,11 @@ class Waiting(Noisy):
 
 
 class Failing(Noisy):
-    """Cannot score."""
+    """Cannot score, which it finds out when the next samples wait for it."""
 
     def __call__(self, inputs: RewardInput) -> Tensor:
+        super().__call__(inputs)
+        assert queued.wait(SECONDS)
         raise KeyError("no such key")
 
 
@@ -75,6 +80,7 @@ class Signalled(Noisy):
 @pytest.fixture(autouse=True)
 def anew() -> None:
     drawn_again.clear()
+    queued.clear()
     calls.clear()
 
 
@@ -115,9 +121,35 @@ def test_the_next_samples_are_drawn_meanwhile(flux: Path, tmp_path: Path, monkey
     assert count[0] == len(calls) == 3
 
 
-def test_a_reward_that_fails_ends_the_run(flux: Path, tmp_path: Path) -> None:
+def test_a_reward_that_fails_ends_the_run(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is not asked any more."""
+    original, count = ThreadPoolExecutor.submit, [0]
+
+    def counted(*arguments: Any) -> Any:
+        future = original(*arguments)
+        count[0] += 1
+        if count[0] == 2:
+            queued.set()
+        return future
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
     with pytest.raises(RuntimeError, match="no such key"):
         run(flux, tmp_path / "run", Failing, overlap_rewards=True)
+    assert count == [2] and len(calls) == 1
+
+
+def test_the_threads_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process that of the run has none, which torch does not take."""
+    found: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    recipe = SimpleNamespace(train=SimpleNamespace(overlap_rewards=True))
+    processes = SimpleNamespace(device=torch.device("cuda"))
+    collector: Any = SimpleNamespace(recipe=recipe, processes=processes, rewards=lambda inputs: inputs)
+    with Collector._worker(collector) as worker:
+        assert worker is not None
+        assert worker(torch.ones(1)).result() == 1
+    assert found == [3]
 
 
 def test_a_signal_leaves_what_is_whole(flux: Path, tmp_path: Path) -> None:

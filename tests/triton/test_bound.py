@@ -122,3 +122,26 @@ def test_tensors_at_one_place_and_copies_are_not_kept(monkeypatch: pytest.Monkey
     # Heads that are no whole runs of numbers are copied first.
     copied = lambda: qk_norm_rope(Stream(*(torch.zeros(1, 8, 2, 40)[..., :36] for _ in range(2))), **how)  # noqa: E731
     assert launches_by_triton([twice, twice, copied, copied], monkeypatch) == [True] * 4
+
+
+def strides(call: Callable[[], Any]) -> list[Any]:
+    """The batch strides and alignments of what each launch writes its queries to."""
+    Recorder.launched.clear()
+    call()
+    return [(queries[7:9], queries[6].data_ptr() % 16) for _, _, _, _, queries, *_ in Recorder.launched]
+
+
+def test_what_another_stream_changes_of_the_outputs_is_another_launch() -> None:
+    """A joint buffer's strides, and where the second stream begins in it, follow from both streams."""
+
+    def stream(*shape: int) -> Stream:
+        return Stream(*(torch.zeros(2, *shape, dtype=torch.bfloat16) for _ in range(2)))
+
+    def joint(*tokens: int, heads: tuple[int, int] = (2, 32)) -> list[Any]:
+        return strides(lambda: qk_norm_rope(*(stream(n, *heads) for n in tokens), mode="fast", backend="triton"))
+
+    for lengths in ((8, 16), (8, 48), (8, 16), (20,), (20, 16)):
+        batch = 2 * 32 * sum(lengths)
+        assert [found for found, _ in joint(*lengths)] == [(batch, 64)] * len(lengths)
+    odd = [joint(text, 16, heads=(1, 12))[1] for text in (8, 7, 8, 7)]
+    assert [place for _, place in odd] == [0, 8, 0, 8] and odd[0] == odd[2] != odd[1] == odd[3]

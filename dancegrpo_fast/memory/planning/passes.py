@@ -1,5 +1,6 @@
 """One pass: what a rollout holds whose own calls have the gradients, and whether that fits and is faster."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from .blocks import Blocks
 from .budget import CATEGORIES, Phase
 from .calls import Vector, added, numbers
+from .cases import rows_of
 from .margins import limit
 from .quantised import quantised
 from .settings import GIB, Settings
@@ -26,12 +28,35 @@ def held(iteration: "Iteration", blocks: Blocks, kind: str) -> Vector:
     settings = iteration.settings
     if kind == "reweight":
         denoisers = 2 if iteration.second and settings.second_expert == "trained" else 1
-        return {"gradients": denoisers * settings.samples * weights_of(iteration.replay).trainable * SUM_BYTES}
+        sums = denoisers * settings.samples * weights_of(iteration.replay).trainable * SUM_BYTES
+        # What the model made of each row, until the loss has its advantage; guidance has it twice.
+        rows = calls(settings) * rows_of(settings, settings.micro_batch)
+        outputs = rows * iteration.latents / (settings.samples * (settings.num_steps + 1))
+        return {"gradients": sums, "trajectories": round(outputs)}
     kept = blocks.kept()
     if settings.quantization == "fp8":
         casts = quantised(iteration.replay, settings.quantization).casts
         kept = added((1, kept), (1, {"saved": sum(casts)}))
-    return {"saved": (iteration.training_calls - 1) * sum(kept.values())}
+    return {"saved": (math.ceil(calls(settings)) - 1) * sum(kept.values())}
+
+
+def calls(settings: Settings) -> float:
+    """Model calls of the rollout that are trained on, as many as can be expected.
+
+    A call has the samples of one step, and each sample draws its own steps: a step's share of them fills no whole
+    number of calls. Two passes pack the pairs of all steps.
+    """
+    steps, trained = settings.num_steps, max(1, round(settings.num_steps * settings.timestep_fraction))
+    noisy, samples = max(trained, steps - 1), settings.samples
+    share, expected = trained / noisy, 0.0
+    for count in range(1, samples + 1):
+        if share == 1:
+            likely = float(count == samples)
+        else:
+            drawn = math.lgamma(samples + 1) - math.lgamma(count + 1) - math.lgamma(samples - count + 1)
+            likely = math.exp(drawn + count * math.log(share) + (samples - count) * math.log1p(-share))
+        expected += likely * math.ceil(count / settings.micro_batch)
+    return noisy * expected
 
 
 def applied(iteration: "Iteration", blocks: Blocks, kind: str, phases: Sequence[Phase]) -> tuple[Phase, ...]:
@@ -40,15 +65,22 @@ def applied(iteration: "Iteration", blocks: Blocks, kind: str, phases: Sequence[
         return tuple(phases)
     settings, more = iteration.settings, held(iteration, blocks, kind)
     drawn = -(-settings.samples // settings.rollout_batch) * settings.num_steps
-    left = max(0.0, 1 - iteration.training_calls / drawn)
+    many = calls(settings) / iteration.training_calls
+    left = max(0.0, 1 - calls(settings) / drawn)
+    shares = {"rollout": left, "replay forward": many, "replay backward": many * _backwards(settings, kind)}
     found = []
     for phase in phases:
         if phase.name in WHILE:
             line = tuple((share, _with(budget, more)) for share, budget in phase.timeline)
-            seconds = phase.seconds * (left if phase.name == "rollout" else 1)
+            seconds = phase.seconds * shares.get(phase.name, 1)
             phase = replace(phase, budget=_with(phase.budget, more), seconds=seconds, timeline=line)
         found.append(phase)
     return tuple(found)
+
+
+def _backwards(settings: Settings, kind: str) -> float:
+    """Share of the calls with gradients that a backward goes through: of graphs, those of samples that were chosen."""
+    return 1.0 if kind == "reweight" else min(1.0, settings.trained_share * settings.micro_batch)
 
 
 def choose(iteration: "Iteration", blocks: Blocks, phases: Sequence[Phase]) -> tuple[str, tuple[str, ...]]:
@@ -65,14 +97,15 @@ def choose(iteration: "Iteration", blocks: Blocks, phases: Sequence[Phase]) -> t
     room, reasons = limit(settings, settings.gpu_gib), []
     seconds = {phase.name: phase.seconds for phase in phases}
     forward, backward = seconds["replay forward"], seconds["replay backward"]
-    # A KL's model is called in both.
-    two, one = settings.trained_share * (forward + backward), backward + (forward / 2 if settings.kl_reference else 0)
-    if one >= two:
-        why = f"all samples' backward takes {one:.1f} s, and the replay of the best and worst {two:.1f} s"
-        return "2", (f"passes 2: {why}",)
+    two, many = settings.trained_share * (forward + backward), calls(settings) / iteration.training_calls
     for kind in ("retain", "reweight"):
         if kind == "reweight" and (why := unweighable(settings)):
             reasons.append(f"passes reweight: not with {why}")
+            continue
+        # A KL's model is called in both.
+        one = many * (_backwards(settings, kind) * backward + (forward / 2 if settings.kl_reference else 0))
+        if one >= two:
+            reasons.append(f"passes {kind}: its backward takes {one:.1f} s, and a replay {two:.1f} s")
             continue
         top = max(phase.bytes for phase in applied(iteration, blocks, kind, phases))
         takes = f"takes {top / GIB:.1f} GiB, and {room / GIB:.1f} GiB are there"
@@ -89,6 +122,9 @@ def check(settings: Settings) -> None:
         return
     if settings.is_sharded or settings.sequence_parallel > 1 or settings.blocks_to_swap != 0:
         raise ValueError(f'passes: got "{settings.passes}" with shards, split samples or blocks to swap, want "2"')
+    for what in ("denoiser", "expert", "block_inputs"):
+        if what in settings.offload:
+            raise ValueError(f'passes: got "{settings.passes}" with offload {what}, want "2"')
     if settings.passes == "reweight" and (why := unweighable(settings)):
         raise ValueError(f'passes: got "reweight" with {why}, want "2" or "retain"')
 
@@ -97,6 +133,8 @@ def unweighable(settings: Settings) -> str:
     """Why gradients of every sample cannot be had or would cost what they save; "" where they can."""
     if not settings.lora:
         return "full fine-tuning"
+    if settings.block_ops != "off":
+        return f'block_ops "{settings.block_ops}"'
     return "a KL, whose gradient takes a backward of its own" if settings.kl_reference else ""
 
 
