@@ -125,14 +125,14 @@ def _product_type(mode: str, y: torch.dtype, gate: Tensor) -> Any:
 
 
 @_triton.planned
-def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, outputs: tuple[Tensor]) -> _triton.Launch:
+def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tensor) -> _triton.Launch:
     """Writes `x + gate y`."""
     batch, tokens, channels = x.shape
     blocks, settings = _settings(channels, split, _product_type(mode, y.dtype, gate))
     settings |= {"one_row": split < 0 and gate.shape[1] == 1, "fused": mode == "fast"}
     length = together(batch * tokens)
     parts = -(-tokens // length)
-    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(outputs[0]), tokens, channels, split, parts, length)
+    arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(out), tokens, channels, split, parts, length)
     return _triton.Launch(kernels.forward_kernel, batch * parts * blocks, arguments, settings)
 
 

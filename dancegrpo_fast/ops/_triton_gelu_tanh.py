@@ -30,7 +30,7 @@ def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, 
 
 
 @_triton.planned
-def forward(x: Tensor, prefix: Tensor | None, outputs: tuple[Tensor]) -> _triton.Launch:
+def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> _triton.Launch:
     """Writes the prefix and, behind it, `gelu(x)`."""
     copied_width = 0 if prefix is None else prefix.shape[-1]
     rows = _rows(x, copied_width == 0 and x.is_contiguous())
@@ -40,7 +40,7 @@ def forward(x: Tensor, prefix: Tensor | None, outputs: tuple[Tensor]) -> _triton
     arguments = (
         *(rows, *rows.stride(), rows.shape[1]),
         *(head, *((0, 0) if head is None else head.stride()), copied_width),
-        *(outputs[0], copied_width + rows.shape[1], copied + parts, copied),
+        *(out, copied_width + rows.shape[1], copied + parts, copied),
     )
     return _triton.Launch(kernels.forward_kernel, len(rows) * (copied + parts), arguments, settings)
 

@@ -68,14 +68,15 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _tri
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
-    operands = (x, y, *given[:5], h, out)
+    operands = (x, y, *given[:5], None if y is None else h, out)
+    statistics = (mean if given.norm == "layer" else None, rstd)
     block, warps, pieces = row_of(channels, given.mode)
     # What a loop over tokens holds beside a row of one block leaves a multiprocessor one program less.
     single = pieces == 1
     length = 1 if single else together(batch * tokens)
     parts = -(-tokens // length)
     sizes = (tokens, channels, given.split, parts, length)
-    arguments = (*map(rows_of, operands), mean, rstd, *sizes, given.eps)
+    arguments = (*map(rows_of, operands), *statistics, *sizes, given.eps)
     types = _types(x, None if y is None else y.dtype, given)
     del types["grad_type"]
     settings = _settings(channels, block, given.split, warps) | types

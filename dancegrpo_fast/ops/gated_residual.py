@@ -30,7 +30,7 @@ from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 
 def _by_triton(triton: Any, x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str) -> tuple[Tensor]:
     out = _forward_fake(x)
-    triton.forward(x, y, gate, split, mode, (out,))
+    triton.forward(x, y, gate, split, mode, out)
     return (out,)
 
 

@@ -24,7 +24,7 @@ def _forward_impl(x: Tensor, prefix: Tensor | None, mode: str, backend: str) -> 
     triton = triton_module("gelu_tanh", backend, x)
     # torch's kernel is already one pass, and its bits are eager's.
     if triton and mode == "fast":
-        triton.forward(x, prefix, (out,))
+        triton.forward(x, prefix, out)
     else:
         reference.gelu_tanh(x, prefix, out)
     return out

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench.gpu import expectations
+from bench.ops.bench_ragged import CONTENDERS
 
 from .cases import ONCE, run_pytest
 
@@ -35,21 +36,27 @@ def test_every_case(tmp_path: Path, selection: str) -> None:
         *STEPS,
         *blocks,
         "blocks",
+        "lora_linear",
+        "ragged",
         *(("host", "shim") if selection != "full" else ()),
     }
     for (op, case), names in contenders.items():
-        ours = PATCHED if op == "blocks" else BLOCKS if op in blocks else RL
-        if op != "host":
+        ours = PATCHED if op == "blocks" else BLOCKS if op in blocks or op == "lora_linear" else RL
+        if op == "ragged":
+            # Those of cuDNN and of packages may not run.
+            assert names == [name for name in CONTENDERS if name in names] and set(CONTENDERS[:4]) <= set(names), case
+        elif op != "host":
             assert names == (["peer", "ours", "run"] if op == "shim" else ["eager", "compile", *ours]), case
     if selection == "full":
         return
     host = {row["backend"]: row for row in rows if row["op"] == "host"}
     assert all("kernels" in row and "waits" in row for row in host.values())
     assert {f"cpu: {name.partition(': ')[2]}" for name in (expectations.STEP, expectations.OP)} <= set(host)
-    forms = {(row["op"], row["form"], row["pass"]) for row in rows if "pass" in row}
+    timed = [row for row in rows if "pass" in row and row["op"] not in ("lora_linear", "ragged")]
+    forms = {(row["op"], row["form"], row["pass"]) for row in timed}
     every = (*expectations.BLOCK_FORMS, ("blocks", "double, single"))
     assert forms == {(*form, way) for form in every for way in ("forward", "forward + backward")}
-    assert {row["model"] for row in rows if "pass" in row} == {expectations.BLOCK_MODEL}
+    assert {row["model"] for row in timed} == {expectations.BLOCK_MODEL}
 
 
 FEW = "FLUX and flash and full or decode and Hunyuan or native or flash and mask"

@@ -52,6 +52,7 @@ class RowSensitive:
 
     latent_shape = (3,)
     denoiser = torch.nn.Identity()
+    compiled = None
 
     def __init__(self, amount: float) -> None:
         self.amount = amount
