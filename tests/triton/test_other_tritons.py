@@ -20,9 +20,8 @@ PARTS = {
     "FLUX": (
         "test_compiled_models.py::test_a_model_compiles[flux]",
         "test_compiled.py::test_guidance_and_steps_per_sample",
-        "test_bound.py",
     ),
-    "every model": ("test_compiled_models.py",),
+    "every model": ("test_compiled_models.py", "test_bound.py"),
 }
 
 
