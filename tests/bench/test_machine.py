@@ -149,9 +149,7 @@ KNOWN = {(r["case"], r["shape"], r["launch"], r["architecture"]): r for r in rea
 QUICK = (
     "norm forward, HunyuanVideo",
     "gated residual forward, HunyuanVideo",
-    "qk norm and rope, forward, HunyuanVideo",
     "gelu backward, HunyuanVideo",
-    "seeded step, CUDA, float32, outputs bfloat16",
     "seeded step, Triton, float32, outputs bfloat16",
 )
 

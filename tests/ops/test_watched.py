@@ -148,6 +148,7 @@ def calls(dtype: torch.dtype, guided: bool, step: Any) -> dict[str, Callable[[],
     }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("step", [2, torch.tensor([2, 4])], ids=["one step", "steps"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

@@ -200,6 +200,7 @@ def test_a_model_whose_samples_cannot_be_told_apart_is_refused(
         PerSample(trainer.model.denoiser, {"extra": torch.nn.Parameter(torch.zeros(1))}, 4)
 
 
+@pytest.mark.release
 def test_a_profile_says_what_it_does_not_predict(flux: Path, tmp_path: Path) -> None:
     report = profile_recipe(make_recipe(flux, tmp_path / "run", passes="retain"), iterations=1)
     assert report.predicted == {} and "not predicted: one pass on a CPU" in report.notes
