@@ -4,7 +4,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,7 +133,7 @@ def count(launch: Launch, samples: int = 1) -> Count:
     """
     last = launch.threads // 32 - 1
     instructions, asked = 0.0, 0.0
-    units: Counter[str] = Counter()
+    units: defaultdict[str, float] = defaultdict(float)
     samples = min(samples, launch.programs)
     for number in range(samples):
         # One of each residue, so that parts of a row come in their proportion.
@@ -148,5 +148,5 @@ def count(launch: Launch, samples: int = 1) -> Count:
             instructions += weight * issued.instructions / samples
             asked += weight * issued.bytes / samples
             for unit, times in issued.units.items():
-                units[unit] += weight * times / samples  # type: ignore[assignment]  # a Counter's values are ints
+                units[unit] += weight * times / samples
     return Count(instructions, dict(units), asked)

@@ -111,23 +111,9 @@ class _NormModulate(torch.autograd.Function):
 
 
 @checked_once
-def _checked(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    split: int | None,
-    mode: str,
-    norm_dtype: torch.dtype | None,
-    consumers: int,
-    backend: str,
-) -> tuple[float, int, int]:
-    """`eps`, where the second rows of parameters start, and `consumers`."""
+def _checked(*arguments: Any) -> tuple[float, int, int]:
+    """Of `call`'s arguments `eps`, where the second rows of parameters start, and `consumers`."""
+    x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, consumers, backend = arguments
     check_tokens("x", x)
     check_settings(mode, backend)
     eps = check_eps(eps)
