@@ -29,7 +29,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_plain_loop_trains_the_same(base: Path, tmp_path: Path, rows: int) -> None:
-    guided = {"guidance_scale": 2.0} if (base / "unet").is_dir() else {}
+    # In fewer steps its pictures differ by less than files of 8 bits keep.
+    guided = {"guidance_scale": 2.0, "num_steps": 8} if (base / "unet").is_dir() else {}
     assert_trains_the_same(tiny.make_recipe(base, tmp_path / "run", **guided), tmp_path, rows)
 
 
