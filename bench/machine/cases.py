@@ -93,10 +93,14 @@ def _heads(model: str) -> Iterator[Case]:
     shape = replace(heads.SHAPES[kind], heads=count, tokens=tokens, batch=1)
     yield Case("qk norm and rope, forward", model, 2 * tokens * channels, partial(_first, partial(heads.run, shape)))
 
-    def backward(architecture: int) -> list[Launch]:
-        return _compiled(partial(heads.run, shape), architecture)[1:]
+    for name, summed in (("backward", False), ("backward with biases", True)):
+        if summed and kind == "tokens":
+            continue
 
-    yield Case("qk norm and rope, backward", model, 2 * tokens * channels, backward)
+        def backward(architecture: int, summed: bool = summed) -> list[Launch]:
+            return _compiled(partial(heads.run, replace(shape, biases=summed)), architecture)[1:]
+
+        yield Case(f"qk norm and rope, {name}", model, 2 * tokens * channels, backward)
 
 
 def _gelu(model: str) -> Iterator[Case]:
