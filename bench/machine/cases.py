@@ -81,8 +81,12 @@ def _norms(model: str) -> Iterator[Case]:
         "norm backward, 3 consumers": partial(norms.backward, gated=False, grads=3, **size),
         "norm backward, adapters alone": partial(norms.backward, gated=False, frozen=True, **size),
         "gated norm backward": partial(norms.backward, **size),
+        "gated norm backward with a bias": partial(norms.backward, biased=True, **size),
         "gated residual forward": partial(norms.residual_forward, channels, tokens=tokens // norms.BATCH),
         "gated residual backward": partial(norms.residual_backward, channels, tokens=tokens // norms.BATCH),
+        "gated residual backward with a bias": partial(
+            norms.residual_backward, channels, tokens=tokens // norms.BATCH, biased=True
+        ),
     }
     for name, call in calls.items():
         yield Case(name, model, tokens * channels, partial(_compiled, call))

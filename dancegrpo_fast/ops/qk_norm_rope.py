@@ -210,20 +210,33 @@ def qk_norm_rope(
     return query, None if stream.key is None else key
 
 
-def cost(batch: int, tokens: int, heads: int, dim: int, itemsize: int, *, norm: bool = True, rope: bool = True) -> Cost:
-    """Cost for queries and keys of all streams together; weights and rotary tables are left out."""
+def cost(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    itemsize: int,
+    *,
+    norm: bool = True,
+    rope: bool = True,
+    biases: bool = False,
+) -> Cost:
+    """Cost for queries and keys of all streams together; weights, biases and rotary tables are left out.
+
+    `biases`: whether they get their gradients here.
+    """
     elements = 2 * batch * tokens * heads * dim
     statistics = 2 * batch * tokens * heads * 4 if norm else 0
     return Cost(
         elements * ((4 if norm else 0) + (3 if rope else 0)),
-        elements * ((8 if norm else 0) + (3 if rope else 0)),
+        elements * ((8 if norm else 0) + (3 if rope else 0) + (1 if biases else 0)),
         2 * elements * itemsize + statistics,
         (3 if norm else 2) * elements * itemsize + statistics,
         elements * itemsize + statistics if norm else 0,
     )
 
 
-def _cost_of(arguments: Sequence[Any]) -> Cost:
+def _cost_of(arguments: Sequence[Any], wanted: Sequence[bool] = ()) -> Cost:
     streams = streams_of(arguments)
     batch, _, heads, dim = streams[0].query.shape
     tokens = sum(s.query.shape[1] for s in streams)
@@ -235,9 +248,10 @@ def _cost_of(arguments: Sequence[Any]) -> Cost:
         streams[0].query.element_size(),
         norm=arguments[2 * STREAM] != "none",
         rope=any(s.cos is not None for s in streams),
+        biases=any(wanted[i] for start in range(4, len(wanted), GRADIENTS) for i in (start, start + 1)),
     )
     return whole if streams[0].key is not None else Cost(*(n // 2 for n in whole))
 
 
 register_flops("qk_norm_rope", lambda *arguments, **_: _cost_of(arguments).flops_forward)
-register_flops("qk_norm_rope_backward", lambda *arguments, **_: _cost_of(arguments[4:]).flops_backward)
+register_flops("qk_norm_rope_backward", lambda *arguments, **_: _cost_of(arguments[4:], arguments[-2]).flops_backward)

@@ -270,6 +270,21 @@ class TestSavedTensors:
         out.sum().backward()
         assert "dgf::norm_modulate" in seen and "dgf::gelu_tanh" in seen
 
+    def test_sums_for_biases_cost_an_addition_an_element(self) -> None:
+        plain, summed = (norm_op.cost(B, S, C, 4, gated=True, y_bias=biased) for biased in (False, True))
+        assert summed.flops_backward - plain.flops_backward == B * S * C
+        assert summed._replace(flops_backward=plain.flops_backward) == plain
+        for name, wanted in (
+            ("gated", gated_op.cost(B, S, C, 4, y_bias=True)),
+            ("gated norm in two parts", summed),
+            ("rope of diffusers' norm", rope_op.cost(B, S + 3, H, D, 4, biases=True)),
+        ):
+            call, tensors = call_of(name, F32, "fast")
+            with FlopCounterMode(display=False) as counter:
+                sum(output.sum() for output in call(*tensors)).backward()
+            counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+            assert [n for op, n in counted.items() if op.endswith("_backward")] == [wanted.flops_backward], name
+
     def test_flop_counter_sees_the_ops(self) -> None:
         for name in CALLS:
             call, tensors = call_of(name, F32, "fast")
@@ -304,6 +319,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: gated_residual_norm_modulate(X, X[:, :2], ROW), r"y: got shape \(2, 2, 4\), want that of x, \(2, 3, 4\)"),
     (lambda: gated_residual_norm_modulate(X, X, None), "^gate: got None"),  # type: ignore[arg-type]
     (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 4\)"),
+    (lambda: gated_residual(X, X, ROW, y_bias=ROW[0, :3]), r"y_bias: got torch.float32 of \(3,\), want .* of \(4,\)"),
+    (lambda: gated_residual_norm_modulate(X, X, ROW, y_bias=ROW[0].double()), "y_bias: got torch.float64"),
+    (lambda: qk_norm_rope(Stream(HEADS, q_bias=ROW[0, :3])), r"stream.q_bias: got torch.float32 of \(3,\)"),
+    (lambda: qk_norm_rope(Stream(HEADS, k_bias=ROW[0])), "stream.k_bias: got a tensor, want None without a key"),
     (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of \(4, 3\)"),
     (lambda: gated_projection(X, X, SQUARE, None, X), r"gate: got torch.float32 of \(2, 3, 4\)"),
     (lambda: gated_projection(X, X.to("meta"), SQUARE, None, ROW), "^inputs: got a tensor on meta"),

@@ -54,6 +54,7 @@ class Norm:
     gated: bool = True
     affine: bool = False
     frozen: bool = False
+    biased: bool = False
     grads: int = 1
     tokens: int = TOKENS
     batch: int = BATCH
@@ -84,6 +85,7 @@ def backward(*sizes: object, **how: object) -> None:
     n = Norm(*sizes, **how)
     y = n.x() if n.gated and not n.frozen else None
     outputs = [n.x(), n.x() if n.gated else None, *([None] * 5 if n.frozen else n.parameters())]
+    outputs.append(empty(n.channels, dtype=n.dtype) if n.biased else None)
     tokens = (n.x(), [n.x() for _ in range(n.grads)], n.x())
     norm_modulate.backward(*tokens, n.numbers(), n.numbers(), y, n.given(), outputs)
 
@@ -94,10 +96,11 @@ def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str 
 
 
 def residual_backward(
-    channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS
+    channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS, biased: bool = False
 ) -> None:
     x, gate = empty(BATCH, tokens, channels, dtype=dtype), empty(BATCH, 1, channels, dtype=dtype)
-    residual.backward(x, x, gate, -1, mode, [empty(*x.shape, dtype=dtype), empty(*gate.shape, dtype=dtype)])
+    bias = empty(channels, dtype=dtype) if biased else None
+    residual.backward(x, x, gate, -1, mode, [empty(*x.shape, dtype=dtype), empty(*gate.shape, dtype=dtype), bias])
 
 
 RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
@@ -110,8 +113,10 @@ RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "five consumers": (backward, {"gated": False, "grads": 5}),
     "segments": (backward, {"split": 100, "norm": "rms"}),
     "frozen modulation": (backward, {"frozen": True}),
+    "bias behind the gate": (backward, {"biased": True}),
     "residual": (residual_forward, {}),
     "residual gradient": (residual_backward, {}),
+    "bias behind the residual's gate": (residual_backward, {"biased": True}),
 }
 
 

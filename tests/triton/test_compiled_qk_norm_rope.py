@@ -75,6 +75,7 @@ class Shape:
 # Of joint streams as models have them, and the extremes of dtypes and sizes.
 SHAPES = {
     "heads": Shape("head", "interleaved", True, "fast"),
+    "heads with biases": Shape("head", "interleaved", False, "fast", biases=True),
     "heads by halves": Shape("head", "half", True, "lossless"),
     "heads rounded twice": Shape("head_twice", "interleaved", False, "lossless", weight_dtype=BF16),
     "tokens": Shape("token", "interleaved", False, "fast", heads=40),
@@ -132,7 +133,8 @@ def assert_wide_accesses(launches: list[Compiled], shape: Shape) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
     launches = offline.launched(capability, tmp_path, run, SHAPES[name])
-    assert [c.kernel for c in launches] == list(REGISTERS)[: 2 if SHAPES[name].norm == "none" else 3]
+    kinds, sums = list(REGISTERS), (SHAPES[name].norm != "none") + SHAPES[name].biases
+    assert [c.kernel for c in launches] == kinds[:2] + kinds[2:] * sums
     for found in launches:
         assert_lean(found, REGISTERS[found.kernel])
     assert_wide_accesses(launches, SHAPES[name])
