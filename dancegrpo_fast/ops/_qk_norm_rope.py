@@ -98,7 +98,7 @@ def _slices(streams: list[Stream]) -> list[Slice]:
 def _sliced(*arguments: Any) -> tuple[Any, ...]:
     streams, parts = streams_of(arguments), []
     for stream, part in zip(streams, _slices(streams), strict=True):
-        query, key, q_weight, k_weight, *tables = stream
+        query, key, q_weight, k_weight, *tables = stream[:STREAM]
         rows = (None if t is None else t[:: part.step] for t in tables)
         parts += [part.tokens(query), part.tokens(key), q_weight, k_weight, *rows]
     return *parts, *arguments[len(parts) :]
