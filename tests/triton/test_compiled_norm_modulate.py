@@ -32,6 +32,8 @@ CAPABILITIES = release_but((90,), (80, 90, 100, 120))
 # threads or fewer, of up to 40 elements each. The backward holds a row and its sums: where it runs 16 warps they may
 # use 128, else 255.
 FORWARD_REGISTERS, PIECES_REGISTERS, RESIDUAL_REGISTERS = 64, 128, 64
+# Two sums beside float32 rows: seven programs of 128 threads share a multiprocessor, not eight.
+RESIDUAL_SUMS_REGISTERS = 72
 BACKWARD_REGISTERS, OTHER_BACKWARD_REGISTERS = 128, 255
 # What the smallest architecture gives a program.
 SHARED = 99 * 1024
@@ -121,8 +123,10 @@ RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
 
 
 def registers_for(run: Callable[..., None], found: Compiled, channels: int, mode: str) -> int:
-    if found.kernel == "sum_chunks_kernel" or run in (residual_forward, residual_backward):
+    if found.kernel == "sum_chunks_kernel" or run is residual_forward:
         return RESIDUAL_REGISTERS
+    if run is residual_backward:
+        return RESIDUAL_SUMS_REGISTERS
     if run is forward:
         return PIECES_REGISTERS if norm_modulate.row_of(channels, mode)[2] > 1 else FORWARD_REGISTERS
     return BACKWARD_REGISTERS if 2048 < channels <= norm_modulate.LONG else OTHER_BACKWARD_REGISTERS
