@@ -64,6 +64,31 @@ def test_projections_refuse_autocast(name: str) -> None:
         call(*tensors)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_gated_projection_is_handed_the_sum_for_its_bias(biased: bool) -> None:
+    x, inputs, weight, bias, gate, scale, shift = PROJECTIONS["gated projection"][0](F64, "fast")[1]
+    given = bias if biased else None
+    with Recorder("dgf") as recorder:
+        h, out = gated_projection_norm_modulate(x, inputs, weight, given, gate, scale, shift)
+        torch.autograd.grad((h + out).sum(), [x])
+        # Without the norm's gradient there is no pass to sum in.
+        found = torch.autograd.grad(gated_projection_norm_modulate(x, inputs, weight, given, gate)[0].sum(), [gate])[0]
+    (flags,) = (arguments[-2] for op, arguments, _ in recorder.calls if op.name().endswith("norm_modulate_backward"))
+    assert flags[2] == biased
+    assert_same_formula(found, F.linear(inputs, weight, given).sum(1))
+
+
+@pytest.mark.parametrize("name", ["gated", "gated norm in two parts", "rope of diffusers' norm"])
+def test_a_frozen_bias_is_not_summed(name: str) -> None:
+    call, tensors = call_of(name, F32, "fast")
+    with Recorder("dgf") as recorder:
+        for wanted in (True, False):
+            tensors[-1].requires_grad_(wanted)
+            sum(output.sum() for output in call(*tensors)).backward()
+    counts = [sum(arguments[-2]) for op, arguments, _ in recorder.calls if op.name().endswith("_backward")]
+    assert counts[0] == counts[1] + 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CALLS)
 def test_gradcheck(name: str, mode: str) -> None:
