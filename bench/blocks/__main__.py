@@ -48,7 +48,7 @@ forward, backward: elementwise traffic without matrix products and attention; by
 saved: for the backward; frozen: nothing but the tokens needs gradients (LoRA layers would keep their inputs besides)
 launches: operators; for compile kernels, of Inductor's fusions for an H100 that was described to it, none was run
 patched: mode "fast", by what the backward computes again; "lossless" takes GELU's gradients by three kernels of torch,
-  8 U more in a trained block with recompute gelu or all"""
+  8 U more in a trained block with recompute gelu or all, and leaves the sums for biases to torch"""
 
 
 def counted(configuration: Configuration, contender: str, frozen: bool) -> Counts:
