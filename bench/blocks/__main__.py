@@ -44,11 +44,11 @@ CONTENDERS = {
 NOTES = """\
 counted, not measured: U = bytes / (tokens C 2), all of one block, batch 1
 forward, backward: elementwise traffic without matrix products and attention; by operator in the rows, where RMSNorm of
-  torch (FLUX, Wan) is dgf_memory.rms_norm, and the sums for gradients of biases, in every backward, are aten.sum
+  torch (FLUX, Wan) is dgf_memory.rms_norm, and sums for gradients of biases that no op of ours leaves are aten.sum
 saved: for the backward; frozen: nothing but the tokens needs gradients (LoRA layers would keep their inputs besides)
 launches: operators; for compile kernels, of Inductor's fusions for an H100 that was described to it, none was run
 patched: mode "fast", by what the backward computes again; "lossless" takes GELU's gradients by three kernels of torch,
-  8 U more in a trained block with recompute gelu or all"""
+  8 U more in a trained block with recompute gelu or all, and leaves the sums for biases to torch"""
 
 
 def counted(configuration: Configuration, contender: str, frozen: bool) -> Counts:

@@ -19,7 +19,7 @@ NAMES = (
     "dgf",
     *(f"{name}_kernel" for name in ("sample", "log_prob", "gradient", "gradients", "policy_loss", "forward")),
 )
-NAMES += ("backward_kernel", "sum_chunks_kernel", "weight_kernel")
+NAMES += ("backward_kernel", "sum_chunks_kernel", "sum_kernel")
 # The second is what versions before 2023.3 know.
 SPELLINGS = ("--kernel-name", "--kernel-regex")
 REFUSED = "unrecognised option"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.environment import environment
 from bench.repository import RESULTS
-from bench.rows import Row, grid, made_with, write
+from bench.rows import Row, grid, made_with, read, write
 
 from .cases import COUNTED, EVERY_SHAPE, Case, cases
 from .chips import CHIPS, LIMITS, places, predict
@@ -74,6 +74,10 @@ def rows(wanted: str, architectures: list[int], cuda: bool) -> Iterator[Row]:
                 yield row(case, launch, number)
 
 
+def _id(found: Row) -> str:
+    return f"{found['case']}, {found['shape']}"
+
+
 def _share(found: Row) -> str:
     low, high = found["share"]
     return f"{100 * low:.0f} to {100 * high:.0f} %"
@@ -131,6 +135,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.machine", description=__doc__)
     parser.add_argument("--only", default="", help="calls whose name and shape contain this; prints their table alone")
+    parser.add_argument("--replace", action="store_true", help="of the results, those that --only is about")
     parser.add_argument("--gpu", default="H200", help="whose table is printed")
     parser.add_argument("--architectures", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--out", type=Path, default=OUT)
@@ -145,7 +150,10 @@ def main() -> None:
             flush=True,
         )
     print("predicted, not measured", *table(found, options.gpu), sep="\n")
-    if not options.only:
+    if options.replace or not options.only:
+        order = [case.id for case in cases(cuda)]
+        kept = [r for r in read(options.out) if options.only not in _id(r) and _id(r) in order]
+        found = sorted(kept + found, key=lambda r: order.index(_id(r)))
         write(options.out, found)
         options.out.with_suffix(".md").write_text(page(found))
 

@@ -12,6 +12,7 @@ import torch
 
 from dancegrpo_fast import backends
 from dancegrpo_fast.ops import _triton_gelu_tanh as gelu
+from dancegrpo_fast.ops import _triton_norm_modulate as norm_launcher
 from tests.triton import offline
 from tests.triton import test_compiled_norm_modulate as norms
 from tests.triton import test_compiled_qk_norm_rope as heads
@@ -81,9 +82,16 @@ def _norms(model: str) -> Iterator[Case]:
         "norm backward, 3 consumers": partial(norms.backward, gated=False, grads=3, **size),
         "norm backward, adapters alone": partial(norms.backward, gated=False, frozen=True, **size),
         "gated norm backward": partial(norms.backward, **size),
+        "gated norm backward with a bias": partial(norms.backward, biased=True, **size),
         "gated residual forward": partial(norms.residual_forward, channels, tokens=tokens // norms.BATCH),
         "gated residual backward": partial(norms.residual_backward, channels, tokens=tokens // norms.BATCH),
+        "gated residual backward with a bias": partial(
+            norms.residual_backward, channels, tokens=tokens // norms.BATCH, biased=True
+        ),
     }
+    if channels > norm_launcher.LONG:
+        # The sum for the bias is torch's there.
+        del calls["gated norm backward with a bias"]
     for name, call in calls.items():
         yield Case(name, model, tokens * channels, partial(_compiled, call))
 
@@ -93,10 +101,14 @@ def _heads(model: str) -> Iterator[Case]:
     shape = replace(heads.SHAPES[kind], heads=count, tokens=tokens, batch=1)
     yield Case("qk norm and rope, forward", model, 2 * tokens * channels, partial(_first, partial(heads.run, shape)))
 
-    def backward(architecture: int) -> list[Launch]:
-        return _compiled(partial(heads.run, shape), architecture)[1:]
+    for name, summed in (("backward", False), ("backward with biases", True)):
+        if summed and kind == "tokens":
+            continue
 
-    yield Case("qk norm and rope, backward", model, 2 * tokens * channels, backward)
+        def backward(architecture: int, summed: bool = summed) -> list[Launch]:
+            return _compiled(partial(heads.run, replace(shape, biases=summed)), architecture)[1:]
+
+        yield Case(f"qk norm and rope, {name}", model, 2 * tokens * channels, backward)
 
 
 def _gelu(model: str) -> Iterator[Case]:

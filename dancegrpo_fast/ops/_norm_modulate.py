@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.common.modulation import compute_dtype, gated_residual
+from ..kernels.gelu_tanh.reference import token_sum
 from ..kernels.norm_modulate import reference
 from ._block import contiguous_like, empty_unless, reference_gradients, summed, triton_module
 from .gated_residual import forward as gated_residual_op
@@ -111,7 +112,8 @@ def _backward_by_reference(grad_h: Tensor | None, grads: Sequence[Tensor], *rest
     h, _, _, y, *values, wanted = rest
     given = Given(*values)
     gate, split, fast = given.gate, given.split, given.mode == "fast"
-    through_norm = (wanted[0] or wanted[1] or wanted[2], *wanted[3:])
+    by_y = wanted[1] or wanted[7]
+    through_norm = (wanted[0] or by_y or wanted[2], *wanted[3:7])
     total = summed([g.to(compute_dtype(g.dtype)) for g in grads]).to(h.dtype) if fast else summed(grads)
     grad, *more = reference_gradients(given.modulated, (h, *given[1:5]), through_norm, (total,))
     if grad is not None and grad_h is not None:
@@ -122,8 +124,11 @@ def _backward_by_reference(grad_h: Tensor | None, grads: Sequence[Tensor], *rest
         def gated(y: Tensor, gate: Tensor) -> Tensor:
             return gated_residual(torch.zeros_like(h), y, gate, split, fast)
 
-        grad_y, grad_gate = reference_gradients(gated, (h if y is None else y, gate), wanted[1:3], (grad,))
-    return [grad if wanted[0] else None, grad_y, grad_gate, *more]
+        # Without y the gate's gradient is that of the gate alone.
+        y = torch.ones((), dtype=h.dtype, device=h.device).expand(h.shape) if y is None else y
+        grad_y, grad_gate = reference_gradients(gated, (y, gate), (by_y, wanted[2]), (grad,))
+    grad_bias = token_sum(grad_y) if wanted[7] and grad_y is not None else None
+    return [grad if wanted[0] else None, grad_y if wanted[1] else None, grad_gate, *more, grad_bias]
 
 
 def _backward_sliced(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
@@ -139,7 +144,7 @@ def _backward_sliced(grad_h: Tensor | None, grads: Sequence[Tensor], *rest: Any)
 def _backward_exact(*arguments: Any) -> tuple[bool, ...]:
     """Nothing stands between the output and the gradient of a token's own shift."""
     shift, split = arguments[8], arguments[11]
-    return False, False, False, False, parameter_kind(shift, split)[1:] == ("token",), False, False
+    return False, False, False, False, parameter_kind(shift, split)[1:] == ("token",), False, False, False
 
 
 _BACKWARD = Subject(
@@ -165,7 +170,8 @@ def backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: A
 
 def _backward_outputs(h: Tensor, values: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
     parameters = values[:5]
-    likes = (h, None if parameters[0] is None else h, *parameters)
+    gated = None if parameters[0] is None else h
+    likes = (h, gated, *parameters, None if gated is None else h[0, 0])
     return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
 
 

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.common.modulation import compute_dtype
+from ..kernels.gelu_tanh.reference import token_sum
 from ..kernels.qk_norm_rope import reference
 from ._block import empty_unless, reference_gradients, triton_module
 from .selfcheck import SAMPLES, Slice, Subject, kind, trusted
 
 # Of one stream: query, key, query weight, key weight, cos, sin.
 STREAM = 6
+# Of one stream: by query, key, query weight, key weight, query bias, key bias.
+GRADIENTS = 6
 
 
 class Stream(NamedTuple):
@@ -21,6 +24,9 @@ class Stream(NamedTuple):
     query, key: `[B, S, H, D]`, any strides; no key where only queries (or only keys, passed as `query`) are processed.
     q_weight, k_weight: of the norm, `[D]`, or `[H D]` for "token".
     cos, sin: float32 `[R, D]`, or `[R, D / 2]` with one number a pair, of the first R tokens; None for no rotation.
+    q_bias, k_bias: `[H D]` of the queries' dtype, biases of the layers that made query and key, where these were
+        computed with them detached: their gradients, the sums of query's and key's, come from here. Their values are
+        not read.
     """
 
     query: Tensor
@@ -29,6 +35,8 @@ class Stream(NamedTuple):
     k_weight: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
 
 
 def streams_of(arguments: Sequence[Any]) -> list[Stream]:
@@ -90,7 +98,7 @@ def _slices(streams: list[Stream]) -> list[Slice]:
 def _sliced(*arguments: Any) -> tuple[Any, ...]:
     streams, parts = streams_of(arguments), []
     for stream, part in zip(streams, _slices(streams), strict=True):
-        query, key, q_weight, k_weight, *tables = stream
+        query, key, q_weight, k_weight, *tables = stream[:STREAM]
         rows = (None if t is None else t[:: part.step] for t in tables)
         parts += [part.tokens(query), part.tokens(key), q_weight, k_weight, *rows]
     return *parts, *arguments[len(parts) :]
@@ -132,17 +140,42 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward_outputs(streams: list[Stream], wanted: Sequence[bool]) -> list[Tensor | None]:
-    likes = [like for stream in streams for like in stream[:4]]
-    likes += [None] * (len(wanted) - len(likes))
-    return [empty_unless(want, like) for want, like in zip(wanted, likes, strict=True)]
+    found: list[Tensor | None] = [None] * len(wanted)
+    for start, stream in zip(range(0, len(wanted), GRADIENTS), streams, strict=False):
+        for i, like in enumerate(stream[:4]):
+            found[start + i] = empty_unless(wanted[start + i], like)
+        for i in (start + 4, start + 5):
+            found[i] = stream.query.new_empty(stream.query.shape[2:].numel()) if wanted[i] else None
+    return found
+
+
+def _through(wanted: Sequence[bool]) -> list[bool]:
+    """Without the biases, but with the queries and keys whose sums their gradients are."""
+    found: list[bool] = []
+    for start in range(0, len(wanted), GRADIENTS):
+        query, key, *weights, query_bias, key_bias = wanted[start : start + GRADIENTS]
+        found += [query or query_bias, key or key_bias, *weights, False, False]
+    return found
+
+
+def _with_sums(found: list[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """What is wanted of the gradients of `_through`; those of biases are torch's own sums."""
+    for i in (start + i for start in range(0, len(wanted), GRADIENTS) for i in (0, 1)):
+        grad = found[i]
+        if wanted[i + 4] and grad is not None:
+            found[i + 4] = token_sum(grad.flatten(2))
+        found[i] = grad if wanted[i] else None
+    return found
 
 
 def _backward_by_triton(triton: Any, *arguments: Any) -> list[Tensor | None]:
     grad_query, grad_key, rstd, rstd2, *rest = arguments
     streams, (*settings, wanted) = streams_of(rest), rest[2 * STREAM :]
-    outputs = _backward_outputs(streams, wanted)
+    # A program of "token" would add to memory for each token; "lossless" keeps torch's sum, whose bits are eager's.
+    apart = settings[0] == "token" or settings[4] == "lossless"
+    outputs = _backward_outputs(streams, _through(wanted) if apart else wanted)
     triton.backward(grad_query, grad_key, (rstd, rstd2), streams, *settings, outputs)
-    return outputs
+    return _with_sums(outputs, wanted) if apart else outputs
 
 
 def _backward_by_reference(
@@ -150,6 +183,7 @@ def _backward_by_reference(
 ) -> list[Tensor | None]:
     streams, (norm, eps, rope, rope_gradient, mode, wanted) = streams_of(arguments), arguments[2 * STREAM :]
     settings = norm, eps, rope == "half", rope_gradient == "once", mode == "fast"
+    through = _through(wanted)
     found: list[Tensor | None] = []
     start = 0
     for number, stream in enumerate(streams):
@@ -158,7 +192,7 @@ def _backward_by_reference(
         for i, (x, weight, grad) in enumerate(
             ((stream.query, stream.q_weight, grad_query), (stream.key, stream.k_weight, grad_key))
         ):
-            keep = wanted[4 * number + i], wanted[4 * number + i + 2]
+            keep = through[GRADIENTS * number + i], through[GRADIENTS * number + i + 2]
 
             def turned(
                 x: Tensor, weight: Tensor | None, cos: Tensor | None = stream.cos, sin: Any = stream.sin
@@ -170,9 +204,9 @@ def _backward_by_reference(
             else:
                 part = None if grad is None else grad[:, start:stop]
                 each.append(reference_gradients(turned, (x, weight), keep, (part,)))
-        found += [each[0][0], each[1][0], each[0][1], each[1][1]]
+        found += [each[0][0], each[1][0], each[0][1], each[1][1], None, None]
         start = stop
-    return found + [None] * (len(wanted) - len(found))
+    return _with_sums(found + [None] * (len(wanted) - len(found)), wanted)
 
 
 def _backward_sliced(*arguments: Any) -> tuple[Any, ...]:
@@ -198,7 +232,7 @@ _BACKWARD = Subject(
     _backward_by_triton,
     _backward_by_reference,
     _backward_sliced,
-    lambda *arguments: (arguments[4 + 2 * STREAM] == "none",) * 8,
+    lambda *arguments: (arguments[4 + 2 * STREAM] == "none",) * 2 * GRADIENTS,
 )
 
 

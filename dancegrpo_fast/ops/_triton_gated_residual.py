@@ -139,14 +139,15 @@ def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tens
 def backward(
     grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, outputs: Sequence[Tensor | None]
 ) -> None:
-    """Writes the gradients of y and of the gate that are asked for."""
-    grad_y, grad_gate = outputs
-    if grad_y is None and grad_gate is None:
+    """Writes the gradients of y, of the gate, and of y's bias that are asked for."""
+    grad_y, grad_gate, grad_bias = outputs
+    if all(t is None for t in outputs):
         return
     sums = grad_gate is not None and sums_tokens(gate, grad.shape[1], split)
-    chunks = Chunks(grad, split, [grad_gate if sums else None], [])
+    chunks = Chunks(grad, split, [grad_gate if sums else None], [grad_bias])
     blocks, settings = _settings(grad.shape[2], split, _product_type(mode, (grad if y is None else y).dtype, gate))
-    arguments = (*(rows_of(grad), rows_of(y), rows_of(gate), rows_of(grad_y), chunks.target(grad_gate)), *chunks.sizes)
+    operands = rows_of(grad), rows_of(y), rows_of(gate), rows_of(grad_y)
+    arguments = (*operands, chunks.target(grad_gate), chunks.target(grad_bias), *chunks.sizes)
     programs = chunks.batch * chunks.count * blocks
     settings |= {"sums_gate": sums}
     _triton._launch_on(grad.device, kernels.backward_kernel, programs, arguments, settings)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.gelu_tanh.reference import token_sum
 from ..kernels.norm_modulate import triton_kernels as kernels
 from . import _triton
-from ._block import summed
+from ._block import empty_unless, summed
 from ._norm_modulate import Given, Outputs
 from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, together, type_of
 
@@ -87,12 +88,17 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _tri
     return _triton.Launch(kernels.forward_kernel, batch * parts, arguments, settings)
 
 
-def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize: int) -> list[list[Tensor | None]]:
-    """The outputs of each launch: all in one, unless a row and its sums do not fit the registers."""
-    room = (1 if block > LONG else 2) if itemsize > 2 else 3 if block > LONG else 5
-    if sums <= room or all(t is None for t in outputs[:3]):
+def _room(block: int, itemsize: int) -> int:
+    """Sums that fit the registers beside a row."""
+    return (1 if block > LONG else 2) if itemsize > 2 else 3 if block > LONG else 5
+
+
+def _launches(outputs: Sequence[Tensor | None], one: bool) -> list[list[Tensor | None]]:
+    """The outputs of each launch: all in one, or first those that are a norm's gradient."""
+    *first, y_bias = (*outputs[:3], outputs[7])
+    if one or all(t is None for t in (*first, y_bias)):
         return [list(outputs)]
-    return [[*outputs[:3], *[None] * 4], [*[None] * 3, *outputs[3:]]]
+    return [[*first, *[None] * 4, y_bias], [*[None] * 3, *outputs[3:7], None]]
 
 
 def backward(
@@ -105,12 +111,16 @@ def backward(
     given: Given,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """Writes the gradients that are asked for: of x, y, gate, scale, shift, weight and bias."""
+    """Writes the gradients that are asked for: of x, y, gate, scale, shift, weight, bias and y's bias.
+
+    The last is torch's sum of dy in "lossless", whose bits are eager's, and where it would take a launch more, which
+    reads more than that sum does.
+    """
     if all(t is None for t in outputs):
         return
     _, tokens, channels = h.shape
     gate, scale, shift, weight, bias, split, *_ = given
-    _, dy, dgate, dscale, dshift, *affine = outputs
+    _, dy, dgate, dscale, dshift, *vectors = outputs
     grads = list(grads)
     if len(grads) > MAX_GRADS:
         grads = [*grads[: MAX_GRADS - 1], summed(grads[MAX_GRADS - 1 :])]
@@ -119,14 +129,21 @@ def backward(
         for parameter, output in ((gate, dgate), (scale, dscale), (shift, dshift))
     ]
     own = [t if keep else None for t, keep in zip((dgate, dscale, dshift), sums, strict=True)]
-    chunks = Chunks(h, split, own, affine)
-    sizes = [t.element_size() for t in (*grads, h, y, grad_h, scale, gate, weight, bias) if t is not None]
+    row = triton.next_power_of_2(channels)
+    y_bias = outputs[7]
+    gated = None if dy is None and y_bias is None else gate
+    sizes = [t.element_size() for t in (*grads, h, y, grad_h, scale, gated, weight, bias) if t is not None]
     y_dtype = y.dtype if y is not None else None if dy is None else dy.dtype
     types = _types(h, y_dtype, given)
-    row = triton.next_power_of_2(channels)
-    for part in _launches(outputs, chunks.sums, row, max(sizes)):
+    count, room = sum(t is not None for t in (*own, *vectors)), _room(row, max(sizes))
+    apart = given.mode == "lossless" or count == room + 1
+    if y_bias is not None and apart:
+        dy = empty_unless(True, h) if dy is None else dy
+        outputs, vectors, count = [outputs[0], dy, *outputs[2:7], None], [*vectors[:2], None], count - 1
+    chunks = Chunks(h, split, own, vectors)
+    for part in _launches(outputs, count <= room):
         # What is not a norm's gradient needs no whole row.
-        block = row if any(t is not None for t in part[:3]) else min(row, BLOCK)
+        block = row if any(t is not None for t in (*part[:3], part[7])) else min(row, BLOCK)
         ahead = chunks.length > 1 and block <= LONG and block * sum(sizes) <= FETCHED
         # 8 elements a thread; more where there are no sums, or where what every thread needs anyway takes too much.
         warps = block // 256 if chunks.sums and block <= LONG else min(8, block // 256)
@@ -141,10 +158,12 @@ def backward(
             rows_of(grad_h),
             tuple(rows_of(g) for g in grads),
             *(rows_of(h), mean if given.norm == "layer" else None, rstd),
-            *map(rows_of, (y, gate, scale, weight, bias)),
+            *map(rows_of, (y, gated, scale, weight, bias)),
             *map(chunks.target, part),
             *chunks.sizes,
         )
         programs = chunks.batch * chunks.count * -(-channels // block)
         _triton._launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
     chunks.finish()
+    if y_bias is not None and dy is not None and apart:
+        y_bias.copy_(token_sum(dy))

@@ -1,4 +1,4 @@
-"""Queries and keys by Triton: one launch a stream, and one for the gradients of its weights."""
+"""Queries and keys by Triton: one launch a stream, and one each for the gradients of its weights and biases."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.qk_norm_rope import triton_kernels as kernels
+from ..kernels.qk_norm_rope import triton_sums
 from . import _triton
+from ._qk_norm_rope import GRADIENTS
 
 # Elements of a tile: 8 a thread are one 16-byte access of 16-bit numbers, or two of 8 bytes where halves are paired.
 TILE, THREAD = 1024, 8
@@ -146,31 +148,37 @@ def _backward_stream(
     outputs: list[Tensor | None],
 ) -> None:
     batch, tokens, heads, dim = stream.query.shape
+    by_tile = any(t is not None for t in outputs[4:])
+    tiles = -(-heads // _tile(heads, dim)["rows"]) if by_tile else 1
     # By the number of tokens alone: a sample's sums do not depend on its batch.
-    chunk = -(-tokens // CHUNKS)
+    chunk = -(-tokens // max(1, CHUNKS // tiles))
     chunks = -(-tokens // chunk)
+    programs = batch * chunks * tiles
     width = heads * dim if norm == "token" else dim
     half_split = rope == "half" and stream.cos is not None
     operands: list[Any] = [None, None]
-    sums: list[Any] = [None, None]
+    weight_sums: list[Any] = [None, None]
+    bias_sums: list[Any] = [None, None]
     tensors = []
     for i, (x, weight, grad) in enumerate(
         ((stream.query, stream.q_weight, grads[0]), (stream.key, stream.k_weight, grads[1]))
     ):
-        wanted, wanted_weight = outputs[i], outputs[i + 2]
+        wanted = outputs[i], outputs[i + 2], outputs[i + 4]
         if grad is None:
-            for output in (wanted, wanted_weight):
+            for output in wanted:
                 if output is not None:
                     output.zero_()
-        elif wanted is not None or wanted_weight is not None:
-            partial = None
-            if wanted_weight is not None:
-                partial = torch.empty(batch * chunks, width, dtype=torch.float32, device=x.device)
-                sums[i] = (partial, wanted_weight)
+        elif any(t is not None for t in wanted):
+            partial = [
+                None if output is None else torch.empty(rows, size, dtype=torch.float32, device=x.device)
+                for output, rows, size in zip(wanted[1:], (programs, batch * chunks), (width, heads * dim), strict=True)
+            ]
+            for sums, room, output in zip((weight_sums, bias_sums), partial, wanted[1:], strict=True):
+                sums[i] = None if room is None else (room, output)
             x, grad = _in_runs(x, half_split), _in_runs(grad, half_split)
             given = (x, *x.stride(), _given(_vector(weight)), grad, *grad.stride())
-            operands[i] = (*given, _given(wanted), heads * dim, i, _given(partial))
-            tensors += [t for t in (x, grad, wanted) if t is not None]
+            operands[i] = (*given, _given(wanted[0]), heads * dim, i, *map(_given, partial))
+            tensors += [t for t in (x, grad, wanted[0]) if t is not None]
     if not tensors:
         return
     arguments = (
@@ -178,18 +186,23 @@ def _backward_stream(
         *(_width(norm, heads, dim), 0 if stream.cos is None else len(stream.cos), 1 if norm == "token" else heads),
         *(chunk, chunks),
     )
-    settings = {**_shared(stream, norm, rope, mode, tensors, BACKWARD_REGISTERS), "each": rope_gradient == "each"}
+    settings = {
+        **_shared(stream, norm, rope, mode, tensors, BACKWARD_REGISTERS),
+        "each": rope_gradient == "each",
+        "by_tile": by_tile,
+    }
     device = stream.query.device
-    _triton._launch_on(device, kernels.backward_kernel, batch * chunks, arguments, settings)
-    if any(sums):
-        blocks = -(-width // SUM_COLUMNS)
-        _triton._launch_on(
-            device,
-            kernels.weight_kernel,
-            2 * blocks,
-            (*sums, batch * chunks, width, blocks),
-            {"rows": SUM_ROWS, "columns": SUM_COLUMNS, "num_warps": WARPS},
-        )
+    _triton._launch_on(device, kernels.backward_kernel, programs, arguments, settings)
+    for sums, count, size in ((weight_sums, programs, width), (bias_sums, batch * chunks, heads * dim)):
+        if any(sums):
+            blocks = -(-size // SUM_COLUMNS)
+            _triton._launch_on(
+                device,
+                triton_sums.sum_kernel,
+                2 * blocks,
+                (*sums, count, size, blocks),
+                {"rows": SUM_ROWS, "columns": SUM_COLUMNS, "num_warps": WARPS},
+            )
 
 
 def backward(
@@ -204,11 +217,11 @@ def backward(
     mode: str,
     outputs: list[Tensor | None],
 ) -> None:
-    """Writes the wanted gradients: per stream by query, key, query weight and key weight."""
+    """Writes the wanted gradients: per stream by query, key, both weights, and both biases but for "token"."""
     start = 0
     for number, stream in enumerate(streams):
         stop = start + stream.query.shape[1]
         grads = tuple(None if g is None else g[:, start:stop] for g in (grad_query, grad_key))
-        found = outputs[4 * number : 4 * number + 4]
+        found = outputs[GRADIENTS * number : GRADIENTS * (number + 1)]
         _backward_stream(stream, (grads[0], grads[1]), rstds[number], norm, rope, rope_gradient, mode, found)
         start = stop

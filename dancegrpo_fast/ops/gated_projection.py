@@ -14,16 +14,26 @@ from ._checks import check_float
 
 
 class _Projection(torch.autograd.Function):
-    """`inputs W^T + b`, whose backward is given the gradient of `gate (inputs W^T + b)`."""
+    """`inputs W^T + b` and the gate, whose backward is given the gradient of `gate (inputs W^T + b)`.
+
+    As the gate's gradient it takes that one's sum over tokens, or none and computes it, where there is a bias.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs, weight, bias, gate)
-        return F.linear(inputs, weight, bias)
+        # In the dtype that sums over tokens come back in.
+        wide = gate.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        if bias is None:
+            ctx.mark_non_differentiable(wide)
+        return F.linear(inputs, weight, bias), wide
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, totals: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         inputs, weight, bias, gate = ctx.saved_tensors
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_inputs = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
@@ -39,7 +49,7 @@ class _Projection(torch.autograd.Function):
             grad_weight.addcmul_(row[:, None], ungated)
             grad_gate[sample] = (ungated * weight).sum(1)
             if bias is not None and grad_bias is not None:
-                total = each.sum(0, dtype=wide)
+                total = each.sum(0, dtype=wide) if totals is None else totals[sample]
                 grad_bias.addcmul_(row, total)
                 grad_gate[sample] += bias * total
         return (
@@ -51,7 +61,7 @@ class _Projection(torch.autograd.Function):
 
 
 def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection, and the gate without its gradient, which comes from the projection."""
+    """The projection, and the gate, whose gradient comes from the projection."""
     check_tokens("x", x)
     check_tokens("inputs", inputs)
     check_autocast(x)
@@ -62,7 +72,8 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     check_operand("weight", weight, (channels, inputs.shape[-1]), x.dtype, like, given)
     check_operand("gate", gate, (batch, channels), gate.dtype, like, given)
     check_operand("bias", bias, (channels,), x.dtype, like, given)
-    return _Projection.apply(inputs, weight, bias, gate), gate.detach()
+    projected: tuple[Tensor, Tensor] = _Projection.apply(inputs, weight, bias, gate)
+    return projected
 
 
 def gated_projection(
@@ -88,7 +99,8 @@ def gated_projection(
             of x's dtype.
     """
     y, gate = _projected(x, inputs, weight, bias, gate)
-    return plain.call(x, y, gate, None, "fast", backend, ungated=True)
+    # Its backward has no pass that could sum.
+    return plain.call(x, y, gate.detach(), None, "fast", backend, ungated=True)
 
 
 def gated_projection_norm_modulate(

@@ -13,6 +13,7 @@ from ._block import (
     as_rows,
     check_channels,
     check_eps,
+    check_operand,
     check_parameter,
     check_settings,
     check_split,
@@ -44,7 +45,7 @@ _forward_op = register(
 _backward_op = register(
     "norm_modulate_backward(Tensor? grad_h, Tensor[] grads, Tensor h, Tensor? mean, Tensor rstd, Tensor? y,"
     f" Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, {_SETTINGS}, bool[] wanted,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
 )
@@ -59,6 +60,7 @@ class _NormModulate(torch.autograd.Function):
         consumers: int,
         ungated: bool,
         settings: tuple[Any, ...],
+        y_bias: Tensor | None,
         x: Tensor,
         y: Tensor | None,
         gate: Tensor | None,
@@ -68,13 +70,14 @@ class _NormModulate(torch.autograd.Function):
         h, out, mean, rstd = _forward_op(x, y, gate, *parameters, *settings)
         ctx.settings = settings
         prepare(ctx)
-        ctx.wanted = list(ctx.needs_input_grad[3:])
+        # A bias counts for nothing but its gradient.
+        ctx.wanted = [*ctx.needs_input_grad[4:], ctx.needs_input_grad[3]]
         ctx.ungated = ungated and ctx.wanted[1]
         if ctx.ungated:
             ctx.wanted[:2] = True, False
         h = x if y is None or h is None else h
-        # The gated tensor is needed for the gate's gradient alone.
-        ctx.save_for_backward(h, mean, rstd, y if ctx.wanted[2] else None, gate, *parameters)
+        # The gated tensor is needed for the gate's gradient alone, as long as that is of both.
+        ctx.save_for_backward(h, mean, rstd, y if ctx.wanted[2] and not ctx.ungated else None, gate, *parameters)
         # An alias, so that the residual's gradient comes here and is added on the way.
         residual = h.detach()
         if not any(ctx.wanted[:3]):
@@ -95,25 +98,25 @@ class _NormModulate(torch.autograd.Function):
         *settings, backend = ctx.settings
         if grads:
             found = _backward_op(grad_h, grads, h, mean, rstd, y, gate, *parameters, *settings, ctx.wanted, backend)
-            grad_x, grad_y, *more = unpacked(found, ctx.wanted)
-            return None, None, None, grad_x, grad_x if ctx.ungated else grad_y, *more
+            grad_x, grad_y, *more, grad_bias = unpacked(found, ctx.wanted)
+            return None, None, None, grad_bias, grad_x, grad_x if ctx.ungated else grad_y, *more
         if grad_h is None:
-            return (None,) * (3 + INPUTS)
+            return (None,) * (4 + INPUTS)
         grad_y = grad_h if ctx.ungated else None
-        grad_gate = None
-        if any(ctx.wanted[1:3]):
+        grad_gate = grad_bias = None
+        wanted = [*ctx.wanted[1:3], ctx.wanted[7]]
+        if any(wanted) and not ctx.ungated:
             split, mode = settings[0], settings[3]
-            grad_y, grad_gate = unpacked(
-                gated_backward_op(grad_h, y, gate, split, mode, ctx.wanted[1:3], backend),
-                ctx.wanted[1:3],
+            grad_y, grad_gate, grad_bias = unpacked(
+                gated_backward_op(grad_h, y, gate, split, mode, wanted, backend), wanted
             )
-        return None, None, None, grad_h, grad_y, grad_gate, None, None, None, None
+        return None, None, None, grad_bias, grad_h, grad_y, grad_gate, None, None, None, None
 
 
 @checked_once
 def _checked(*arguments: Any) -> tuple[float, int, int]:
     """Of `call`'s arguments `eps`, where the second rows of parameters start, and `consumers`."""
-    x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, consumers, backend = arguments
+    x, y, gate, scale, shift, weight, bias, y_bias, norm, eps, split, mode, norm_dtype, consumers, backend = arguments
     check_tokens("x", x)
     check_settings(mode, backend)
     eps = check_eps(eps)
@@ -131,6 +134,7 @@ def _checked(*arguments: Any) -> tuple[float, int, int]:
         check_parameter(name, value, x, split)
     if y is not None:
         check_tokens_like("y", y, x, "x")
+        check_operand("y_bias", y_bias, (x.shape[-1],), y.dtype, ("x", x), f"y of {tuple(y.shape)}")
     return eps, start, consumers
 
 
@@ -149,19 +153,20 @@ def call(
     norm_dtype: torch.dtype | None,
     consumers: int,
     backend: str,
+    y_bias: Tensor | None = None,
     ungated: bool = False,
 ) -> tuple[Tensor, ...]:
-    """All forms; `ungated` hands y the gradient of `gate y` instead of its own."""
+    """All forms; `ungated` hands y the gradient of `gate y` instead of its own, and the gate their sum over tokens."""
     tensors = x, y, gate, scale, shift, weight, bias
-    eps, start, consumers = _checked(*tensors, norm, eps, split, mode, norm_dtype, consumers, backend)
+    eps, start, consumers = _checked(*tensors, y_bias, norm, eps, split, mode, norm_dtype, consumers, backend)
     gate, scale, shift = map(as_rows, (gate, scale, shift))
     settings = start, norm, eps, mode, norm_dtype, backend
-    if not needs_graph(*tensors):
+    if not needs_graph(*tensors, y_bias):
         h, out, _, _ = _forward_op(x, y, gate, scale, shift, weight, bias, *settings)
         return x if y is None or h is None else h, *(out,) * consumers
     # Compiled graphs fuse what follows by themselves, and aliases would only be in their way.
     count = 1 if torch.compiler.is_compiling() else consumers
-    *outs, h = _NormModulate.apply(count, ungated, settings, x, y, gate, scale, shift, weight, bias)
+    *outs, h = _NormModulate.apply(count, ungated, settings, y_bias, x, y, gate, scale, shift, weight, bias)
     if torch.compiler.is_compiling() and y is None:
         h = x
     return h, *outs * (consumers // count)
@@ -234,6 +239,7 @@ def gated_residual_norm_modulate(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    y_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: str = "layer",
@@ -250,6 +256,7 @@ def gated_residual_norm_modulate(
     Args:
         x, y: `[B, S, C]`, the residual stream and what is added to it.
         gate: `[B, C]`, `[B, S, C]`, or `[B, 2, C]` with `split`.
+        y_bias: as for `gated_residual`.
         scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, backend: as for `norm_modulate`.
 
     Returns:
@@ -261,7 +268,7 @@ def gated_residual_norm_modulate(
     for name, value in (("y", y), ("gate", gate)):
         if value is None:
             raise ValueError(f"{name}: got None, want a torch.Tensor; norm_modulate is the op without y and gate")
-    h, out = call(x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend)
+    h, out = call(x, y, gate, scale, shift, weight, bias, norm, eps, split, mode, norm_dtype, 1, backend, y_bias)
     return h, out
 
 
@@ -275,6 +282,7 @@ def cost(
     consumers: int = 1,
     modulation_grads: bool = True,
     norm: str = "layer",
+    y_bias: bool = False,
 ) -> Cost:
     """Cost of `norm_modulate`, or of `gated_residual_norm_modulate` with `gated`; rows of parameters are left out.
 
@@ -284,6 +292,7 @@ def cost(
         consumers: gradients that the backward adds; the residual's is one more.
         modulation_grads: whether scale and shift (and the gate) need gradients.
         norm: "layer" or "rms".
+        y_bias: whether the bias of the layer that made y gets its gradient here.
     """
     rows = batch * tokens
     elements = rows * channels
@@ -293,7 +302,7 @@ def cost(
     backward = consumers + 1 + 1 + 1 + (int(keeps_y) + 1 if gated else 0)
     return Cost(
         elements * ((8 if norm == "layer" else 6) + (2 if gated else 0)),
-        elements * ((14 if norm == "layer" else 11) + consumers + (3 if gated else 0)),
+        elements * ((14 if norm == "layer" else 11) + consumers + (3 if gated else 0) + int(y_bias)),
         elements * itemsize * (reads + writes) + statistics,
         elements * itemsize * backward + statistics,
         elements * itemsize * (1 + int(keeps_y)) + statistics,
@@ -307,8 +316,13 @@ def _flops(x: Tensor, y: Tensor | None, *rest: Any, **_: Any) -> int:
 
 def _flops_backward(grad_h: Tensor | None, grads: Sequence[Tensor], h: Tensor, *rest: Any, **_: Any) -> int:
     batch, tokens, channels = h.shape
+    gated, norm, wanted = rest[3] is not None, rest[9], rest[13]
     counted = cost(
-        batch, tokens, channels, h.element_size(), gated=rest[3] is not None, consumers=len(grads), norm=rest[9]
+        *(batch, tokens, channels, h.element_size()),
+        gated=gated,
+        consumers=len(grads),
+        norm=norm,
+        y_bias=gated and wanted[7],
     )
     return counted.flops_backward
 

@@ -8,15 +8,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice, shown
-from ._block import Cost, check_device, check_eps, check_settings, prepare, register_flops, saved, unpacked
+from ._block import (
+    Cost,
+    check_device,
+    check_eps,
+    check_operand,
+    check_settings,
+    prepare,
+    register_flops,
+    saved,
+    unpacked,
+)
 from ._checks import check_float
 from ._library import checked_once, needs_graph, register
-from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
+from ._qk_norm_rope import GRADIENTS, STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
 
 NORMS = ("none", "head", "head_twice", "token")
 ROPES = ("interleaved", "half")
-GRADIENTS = ("each", "once")
+ROPE_GRADIENTS = ("each", "once")
 
 _STREAM = "Tensor{0} query{1}, Tensor? key{1}, Tensor? q_weight{1}, Tensor? k_weight{1}, Tensor? cos{1}, Tensor? sin{1}"
 _SETTINGS = "str norm, float eps, str rope, str rope_gradient, str mode"
@@ -28,20 +38,28 @@ _forward_op = register(
 )
 _backward_op = register(
     f"qk_norm_rope_backward(Tensor? grad_query, Tensor? grad_key, Tensor rstd, Tensor rstd2, {_STREAMS}, {_SETTINGS},"
-    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" bool[] wanted, str backend) -> ({', '.join(['Tensor'] * 2 * GRADIENTS)})",
     backward,
     backward_fake,
 )
 
 
+# Of both streams.
+_BIASES = 4
+_NO_STREAM = (None,) * (STREAM + 2)
+
+
 class _QkNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        # Biases count for nothing but their gradients.
+        arguments = given[_BIASES:]
         ctx.set_materialize_grads(False)
         query, key, rstd, rstd2 = _forward_op(*arguments)
         ctx.settings = arguments[2 * STREAM :]
         prepare(ctx)
-        ctx.wanted = [ctx.needs_input_grad[i * STREAM + j] for i in range(2) for j in range(4)]
+        biases, needed = ctx.needs_input_grad[:_BIASES], ctx.needs_input_grad[_BIASES:]
+        ctx.wanted = [*needed[:4], *biases[:2], *needed[STREAM : STREAM + 4], *biases[2:]]
         if key.numel() == 0:
             ctx.mark_non_differentiable(key)
         tensors = list(arguments[: 2 * STREAM])
@@ -64,12 +82,13 @@ class _QkNormRope(torch.autograd.Function):
     def backward(ctx: Any, grad_query: Tensor | None, grad_key: Tensor | None) -> tuple[Tensor | None, ...]:
         rest = (None,) * len(ctx.settings)
         if grad_query is None and grad_key is None:
-            return *(None,) * (2 * STREAM), *rest
+            return *(None,) * (_BIASES + 2 * STREAM), *rest
         rstd, rstd2, *streams = saved(ctx)
         *settings, backend = ctx.settings
         found = _backward_op(grad_query, grad_key, rstd, rstd2, *streams, *settings, ctx.wanted, backend)
         grads = unpacked(found, ctx.wanted)
-        return *grads[:4], None, None, *grads[4:], None, None, *rest
+        first, second = grads[:GRADIENTS], grads[GRADIENTS:]
+        return *first[4:], *second[4:], *first[:4], None, None, *second[:4], None, None, *rest
 
 
 def _check_stream(name: str, stream: Stream, first: Stream, norm: str) -> None:
@@ -101,6 +120,12 @@ def _check_stream(name: str, stream: Stream, first: Stream, norm: str) -> None:
         if norm == "none" or value.shape != (width,):
             wanted_text = "None without a norm" if norm == "none" else f"({width},)"
             raise ValueError(f"{name}.{part}: got shape {tuple(value.shape)}, want {wanted_text}")
+    for part, of in (("q_bias", stream.query), ("k_bias", stream.key)):
+        value = getattr(stream, part)
+        if of is None and value is not None:
+            raise ValueError(f"{name}.{part}: got a tensor, want None without a key")
+        given = f"heads of {tuple(like.shape[2:])}"
+        check_operand(f"{name}.{part}", value, (heads * dim,), like.dtype, ("stream.query", like), given)
     if (stream.cos is None) != (stream.sin is None):
         missing = "cos" if stream.cos is None else "sin"
         raise ValueError(f"{name}.{missing}: got None, want both cos and sin or neither")
@@ -124,13 +149,14 @@ def _check_stream(name: str, stream: Stream, first: Stream, norm: str) -> None:
 @checked_once
 def _checked(*arguments: Any) -> float:
     """`eps` of the op's arguments."""
-    norm, eps, rope, rope_gradient, mode, backend = arguments[2 * STREAM :]
-    first, second = Stream(*arguments[:STREAM]), Stream(*arguments[STREAM : 2 * STREAM])
+    biases, both, settings = arguments[:_BIASES], arguments[_BIASES:-6], arguments[-6:]
+    norm, eps, rope, rope_gradient, mode, backend = settings
+    first, second = Stream(*both[:STREAM], *biases[:2]), Stream(*both[STREAM:], *biases[2:])
     check_settings(mode, backend)
     eps = check_eps(eps)
     check_choice("norm", norm, NORMS)
     check_choice("rope", rope, ROPES)
-    check_choice("rope_gradient", rope_gradient, GRADIENTS)
+    check_choice("rope_gradient", rope_gradient, ROPE_GRADIENTS)
     _check_stream("stream", first, first, norm)
     if second.query is not None:
         _check_stream("second", second, first, norm)
@@ -174,29 +200,43 @@ def qk_norm_rope(
             raise ValueError(f"{name}: got {shown(value)}, want a Stream")
         if value is not None and value.query is None:
             check_float(f"{name}.query", value.query)
-    both = (*stream, *(second or (None,) * STREAM))
-    eps = _checked(*both, norm, eps, rope, rope_gradient, mode, backend)
-    if needs_graph(*both):
-        query, key = _QkNormRope.apply(*both, norm, eps, rope, rope_gradient, mode, backend)
+    both = (*stream[:STREAM], *(second or _NO_STREAM)[:STREAM])
+    biases = (*stream[STREAM:], *(second or _NO_STREAM)[STREAM:])
+    eps = _checked(*biases, *both, norm, eps, rope, rope_gradient, mode, backend)
+    if needs_graph(*biases, *both):
+        query, key = _QkNormRope.apply(*biases, *both, norm, eps, rope, rope_gradient, mode, backend)
     else:
         query, key, _, _ = _forward_op(*both, norm, eps, rope, rope_gradient, mode, backend)
     return query, None if stream.key is None else key
 
 
-def cost(batch: int, tokens: int, heads: int, dim: int, itemsize: int, *, norm: bool = True, rope: bool = True) -> Cost:
-    """Cost for queries and keys of all streams together; weights and rotary tables are left out."""
+def cost(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    itemsize: int,
+    *,
+    norm: bool = True,
+    rope: bool = True,
+    biases: bool = False,
+) -> Cost:
+    """Cost for queries and keys of all streams together; weights, biases and rotary tables are left out.
+
+    `biases`: whether they get their gradients here.
+    """
     elements = 2 * batch * tokens * heads * dim
     statistics = 2 * batch * tokens * heads * 4 if norm else 0
     return Cost(
         elements * ((4 if norm else 0) + (3 if rope else 0)),
-        elements * ((8 if norm else 0) + (3 if rope else 0)),
+        elements * ((8 if norm else 0) + (3 if rope else 0) + (1 if biases else 0)),
         2 * elements * itemsize + statistics,
         (3 if norm else 2) * elements * itemsize + statistics,
         elements * itemsize + statistics if norm else 0,
     )
 
 
-def _cost_of(arguments: Sequence[Any]) -> Cost:
+def _cost_of(arguments: Sequence[Any], wanted: Sequence[bool] = ()) -> Cost:
     streams = streams_of(arguments)
     batch, _, heads, dim = streams[0].query.shape
     tokens = sum(s.query.shape[1] for s in streams)
@@ -208,9 +248,10 @@ def _cost_of(arguments: Sequence[Any]) -> Cost:
         streams[0].query.element_size(),
         norm=arguments[2 * STREAM] != "none",
         rope=any(s.cos is not None for s in streams),
+        biases=any(wanted[i] for start in range(4, len(wanted), GRADIENTS) for i in (start, start + 1)),
     )
     return whole if streams[0].key is not None else Cost(*(n // 2 for n in whole))
 
 
 register_flops("qk_norm_rope", lambda *arguments, **_: _cost_of(arguments).flops_forward)
-register_flops("qk_norm_rope_backward", lambda *arguments, **_: _cost_of(arguments[4:]).flops_backward)
+register_flops("qk_norm_rope_backward", lambda *arguments, **_: _cost_of(arguments[4:], arguments[-2]).flops_backward)

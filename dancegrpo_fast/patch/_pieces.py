@@ -104,6 +104,38 @@ class Unprojected:
     inputs: Tensor
 
 
+@dataclass(frozen=True)
+class Projected:
+    """A layer's product, and its bias where that was detached: the op that reads the product gives its gradient."""
+
+    out: Tensor
+    bias: Tensor | None = None
+
+    def heads(self, dim: int) -> "Projected":
+        """The product as `[B, S, H, D]`."""
+        return Projected(self.out.unflatten(-1, (-1, dim)), self.bias)
+
+
+def with_bias_detached(layer: nn.Linear, x: Tensor) -> Projected:
+    """A plain layer's product, computed without calling it."""
+    bias = layer.bias
+    return Projected(F.linear(x, layer.weight, None if bias is None else bias.detach()), bias)
+
+
+def _own_products(x: Tensor) -> bool:
+    """Whether products of plain layers may be computed, with gradients, without calling these."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not nn_module._has_any_global_hook()
+    )
+
+
+def _is_idle(dropout: Any) -> bool:
+    return unhooked(dropout) and not (dropout.p > 0 and dropout.training)
+
+
 def _left_unprojected(
     settings: Settings, layer: Any, dropouts: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None
 ) -> bool:
@@ -125,14 +157,19 @@ def added_layers_of(attn: Any) -> tuple[Any, ...]:
     return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
 
 
-def stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
+def _stream(query: Projected, key: Projected, norms: tuple[Any, Any], tables: tuple[Tensor | None, ...]) -> Stream:
+    stream = Stream(query.out, key.out, *map(weight_of, norms), *tables)
+    return stream._replace(q_bias=query.bias, k_bias=key.bias)
+
+
+def stream_of(attn: Any, query: Projected, key: Projected, *tables: Tensor | None) -> Stream:
     """One stream's queries and keys with the norms' weights; `tables`: cosines and sines."""
-    return Stream(query, key, weight_of(attn.norm_q), weight_of(attn.norm_k), *tables)
+    return _stream(query, key, (attn.norm_q, attn.norm_k), tables)
 
 
-def added_stream_of(attn: Any, query: Tensor, key: Tensor, *tables: Tensor | None) -> Stream:
+def added_stream_of(attn: Any, query: Projected, key: Projected, *tables: Tensor | None) -> Stream:
     """The same of the text, whose norms are its own."""
-    return Stream(query, key, weight_of(attn.norm_added_q), weight_of(attn.norm_added_k), *tables)
+    return _stream(query, key, (attn.norm_added_q, attn.norm_added_k), tables)
 
 
 class FeedForward:
@@ -151,11 +188,8 @@ class FeedForward:
         self.first, self.last = layers
         self.fused = (
             blocks.recompute != "none"
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
-            and (dropout is None or (unhooked(dropout) and not (dropout.p > 0 and dropout.training)))
-            and not nn_module._has_any_global_hook()
+            and _own_products(x)
+            and (dropout is None or _is_idle(dropout))
             and all(is_plain_linear(layer, x.dtype) for layer in layers)
             and not _left_unprojected(blocks, self.last, (), x, gate, split)
         )
@@ -164,15 +198,17 @@ class FeedForward:
         """What GELU reads."""
         if not self.fused:
             return self.blocks.linear(self.first, x)
-        bias = self.first.bias
-        return F.linear(x, self.first.weight, None if bias is None else bias.detach())
+        return with_bias_detached(self.first, x).out
 
-    def project(self, hidden: Tensor, prefix: Tensor | None = None) -> Tensor | Unprojected:
+    def project(self, hidden: Tensor, prefix: Tensor | None = None) -> Projected | Unprojected:
         """What the last layer makes of GELU's result behind the prefix, or that layer itself where it can be left."""
         blocks, last = self.blocks, self.last
         if self.fused:
             more = {"prefix": prefix, "h_bias": self.first.bias}
-            return gelu_linear(hidden, last.weight, last.bias, **more, **blocks.options)
+            handed = blocks.hands_over(last, hidden)
+            bias = last.bias.detach() if handed else last.bias
+            out = gelu_linear(hidden, last.weight, bias, **more, **blocks.options)
+            return Projected(out, last.bias if handed else None)
         keep = blocks.recompute != "none"
         activated = gelu_tanh(hidden, prefix=prefix, keep_prefix=keep, **blocks.options)
         activated = activated if self.dropout is None else self.dropout(activated)
@@ -217,30 +253,51 @@ class Blocks(Settings):
         parts = adapted(layer, x)
         return cast(Tensor, layer(x)) if parts is None else lora_linear.call(x, *parts, self.mode)
 
-    def heads(self, attn: Any, layers: Iterable[nn.Module], outs: Iterable[Tensor]) -> Iterable[Tensor]:
-        """Projections of each consumer's tokens as `[B, S, H, D]`."""
+    def hands_over(self, layer: Any, x: Tensor) -> bool:
+        """Whether a layer's product may have its bias detached, for the op that reads it to give the bias's gradient.
+
+        "lossless" keeps the sum where eager has it.
+        """
+        plain = self.mode == "fast" and _own_products(x) and is_plain_linear(layer, x.dtype)
+        return plain and layer.bias is not None and layer.bias.requires_grad
+
+    def product(self, layer: Any, x: Tensor, handed: bool = True) -> Projected:
+        """What a layer makes of x; `handed` to an op that takes the bias too."""
+        apart = handed and self.hands_over(layer, x)
+        return with_bias_detached(layer, x) if apart else Projected(self.linear(layer, x))
+
+    def heads(
+        self, attn: Any, layers: Iterable[Any], outs: Iterable[Tensor], handed: bool = True
+    ) -> tuple[Projected, Projected, Tensor]:
+        """Queries, keys and values `[B, S, H, D]` of each consumer's tokens; no op of ours reads values.
+
+        `handed`: queries and keys go to one that takes their biases.
+        """
+        (to_q, x_q), (to_k, x_k), (to_v, x_v) = zip(layers, outs, strict=True)
         dim = attn.inner_dim // attn.heads
-        return (self.linear(layer, out).unflatten(-1, (-1, dim)) for layer, out in zip(layers, outs, strict=True))
+        query, key = (self.product(*each, handed).heads(dim) for each in ((to_q, x_q), (to_k, x_k)))
+        return query, key, self.linear(to_v, x_v).unflatten(-1, (-1, dim))
 
     def projected(
         self, layers: Iterable[Any], inputs: Tensor, gate: Tensor, split: int | None = None
-    ) -> Tensor | Unprojected:
+    ) -> Projected | Unprojected:
         """What the layers (a projection, then dropout) make of `inputs`, or the projection where it can be left."""
         first, *rest = layers
         if _left_unprojected(self, first, rest, inputs, gate, split):
             return Unprojected(first, inputs)
-        inputs = self.linear(first, inputs)
+        found = self.product(first, inputs, all(map(_is_idle, rest)))
+        out = found.out
         for layer in rest:
-            inputs = layer(inputs)
-        return inputs
+            out = layer(out)
+        return Projected(out, found.bias)
 
     def gated_norm(
-        self, norm: Any, x: Tensor, y: Tensor | Unprojected, gate: Tensor, scale: Any, shift: Any, **more: Any
+        self, norm: Any, x: Tensor, y: Projected | Unprojected, gate: Tensor, scale: Any, shift: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         """Gated residual, LayerNorm and modulation: `(h, out)`."""
         options = self.options | {"norm_dtype": _norm_dtype(x)} | more
         if not isinstance(y, Unprojected):
-            return gated_residual_norm_modulate(x, y, gate, scale, shift, eps=norm.eps, **options)
+            return gated_residual_norm_modulate(x, y.out, gate, scale, shift, y_bias=y.bias, eps=norm.eps, **options)
         layer = y.layer
         rows = gate if gate.ndim == 2 else gate.squeeze(1)
         return gated_projection_norm_modulate(
@@ -252,15 +309,15 @@ class Blocks(Settings):
             backend=self.backend,
         )
 
-    def gated(self, x: Tensor, y: Tensor | Unprojected, gate: Tensor, **more: Any) -> Tensor:
+    def gated(self, x: Tensor, y: Projected | Unprojected, gate: Tensor, **more: Any) -> Tensor:
         """`x + gate y`."""
         if not isinstance(y, Unprojected):
-            return gated_residual(x, y, gate, **self.options, **more)
+            return gated_residual(x, y.out, gate, y_bias=y.bias, **self.options, **more)
         rows = gate if gate.ndim == 2 else gate.squeeze(1)
         with self.unsaved("gelu", y.inputs):
             return gated_projection(x, y.inputs, y.layer.weight, y.layer.bias, rows, backend=self.backend)
 
-    def feed_forward(self, module: Any, x: Tensor, gate: Tensor, split: int | None = None) -> Tensor | Unprojected:
+    def feed_forward(self, module: Any, x: Tensor, gate: Tensor, split: int | None = None) -> Projected | Unprojected:
         """A module's whole feed-forward; x must be an output of a block op, and `gate` is what gates the result."""
         first, dropout, last = module.net
         mlp = FeedForward(self, (first.proj, last), x, gate, split, dropout)

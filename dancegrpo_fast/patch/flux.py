@@ -1,6 +1,6 @@
 """FluxTransformer2DModel (FLUX.1) on the block ops."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from . import _recognise as recognise
 from ._pieces import (
     Blocks,
     FeedForward,
+    Projected,
     added_layers_of,
     added_stream_of,
     clipped,
@@ -43,14 +44,14 @@ def _layers(attn: Any, added: bool = False) -> tuple[Any, ...]:
 
 
 def _projections(
-    blocks: Blocks, attn: Any, layers: tuple[Any, ...], outs: Iterable[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    blocks: Blocks, attn: Any, layers: tuple[Any, ...], outs: Sequence[Tensor]
+) -> tuple[Projected, Projected, Tensor]:
     """Queries, keys and values `[B, S, H, D]`; `outs` are the layers' aliases of their tokens."""
-    parts: Any = [blocks.linear(layer, out) for layer, out in zip(layers, outs, strict=True)]
-    if len(parts) == 1:
-        parts = parts[0].chunk(3, dim=-1)
+    if len(layers) > 1:
+        return blocks.heads(attn, layers, outs)
+    parts = blocks.linear(layers[0], outs[0]).chunk(3, dim=-1)
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-    return query, key, value
+    return Projected(query), Projected(key), value
 
 
 def _tables(rotary: tuple[Tensor, Tensor] | None, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
@@ -85,11 +86,11 @@ def double_block(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         text, *c_outs = blocks.fanout(self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = _projections(blocks, attn, layers, outs)
-            c_query, c_key, c_value = _projections(blocks, attn, c_layers, c_outs)
+            q, k, value = _projections(blocks, attn, layers, outs)
+            c_q, c_k, c_value = _projections(blocks, attn, c_layers, c_outs)
         tables = _tables(image_rotary_emb, text_length, text_length + x.shape[1])
-        text_stream = added_stream_of(attn, c_query, c_key, *_tables(image_rotary_emb, 0, text_length))
-        query, key = blocks.norm_rope(attn, text_stream, stream_of(attn, query, key, *tables), norm="head")
+        text_stream = added_stream_of(attn, c_q, c_k, *_tables(image_rotary_emb, 0, text_length))
+        query, key = blocks.norm_rope(attn, text_stream, stream_of(attn, q, k, *tables), norm="head")
         attended = blocks.attend(attn, query, key, torch.cat([c_value, value], dim=1), mask)
         c_attended, attended = attended.split_with_sizes([text_length, x.shape[1]], dim=1)
         y = blocks.projected(attn.to_out, attended.contiguous(), gate)
@@ -128,9 +129,9 @@ def single_block(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         mlp = FeedForward(blocks, (self.proj_mlp, self.proj_out), mlp_out, gate)
         with blocks.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
-            query, key, value = _projections(blocks, attn, layers, outs)
+            q, k, value = _projections(blocks, attn, layers, outs)
         tables = _tables(image_rotary_emb, 0, x.shape[1])
-        query, key = blocks.norm_rope(attn, stream_of(attn, query, key, *tables), norm="head")
+        query, key = blocks.norm_rope(attn, stream_of(attn, q, k, *tables), norm="head")
         attended = blocks.attend(attn, query, key, value, mask)
         x = clipped(blocks.gated(x, mlp.project(hidden, attended), gate))
         return x[:, :text_length], x[:, text_length:]

@@ -85,10 +85,10 @@ def double_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         text, *c_outs = blocks.fanout(self.norm1_context.norm, encoder_hidden_states, c_scale, c_shift, c_layers)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = blocks.heads(attn, layers, outs)
-            c_query, c_key, c_value = blocks.heads(attn, c_layers, c_outs)
-        video = stream_of(attn, query, key, *_tables(freqs_cis))
-        query, key = blocks.norm_rope(attn, video, added_stream_of(attn, c_query, c_key))
+            q, k, value = blocks.heads(attn, layers, outs)
+            c_q, c_k, c_value = blocks.heads(attn, c_layers, c_outs)
+        video = stream_of(attn, q, k, *_tables(freqs_cis))
+        query, key = blocks.norm_rope(attn, video, added_stream_of(attn, c_q, c_k))
         attended = blocks.attend(attn, query, key, torch.cat([value, c_value], dim=1), attention_mask)
         attended, c_attended = streams_of(attended, x.shape[1], attn.norm_q)
         y = blocks.projected(attn.to_out, attended, gate, split)
@@ -127,8 +127,8 @@ def single_block(blocks: Blocks, replaced: bool) -> Callable[..., tuple[Tensor, 
         mlp = FeedForward(blocks, (self.proj_mlp, self.proj_out), mlp_out, gate, split)
         with blocks.unsaved("norm", mlp_out):
             hidden = mlp.hidden(mlp_out)
-            query, key, value = blocks.heads(attn, layers[1:], outs)
-        query, key = blocks.norm_rope(attn, stream_of(attn, query, key, *_tables(image_rotary_emb)))
+            q, k, value = blocks.heads(attn, layers[1:], outs)
+        query, key = blocks.norm_rope(attn, stream_of(attn, q, k, *_tables(image_rotary_emb)))
         attended = blocks.attend(attn, query, key, value, attention_mask)
         x = blocks.gated(x, mlp.project(hidden, attended), gate, split=split)
         return x[:, :tokens], x[:, tokens:]

@@ -77,11 +77,11 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor, Tensor]]:
         x, *outs = blocks.fanout(self.img_norm1, hidden_states, scale, shift, layers)
         text, *c_outs = blocks.fanout(self.txt_norm1, encoder_hidden_states, c_scale, c_shift, c_layers)
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = blocks.heads(attn, layers, outs)
-            c_query, c_key, c_value = blocks.heads(attn, c_layers, c_outs)
+            q, k, value = blocks.heads(attn, layers, outs)
+            c_q, c_k, c_value = blocks.heads(attn, c_layers, c_outs)
         image_freqs, text_freqs = (None, None) if image_rotary_emb is None else image_rotary_emb
-        text_stream = added_stream_of(attn, c_query, c_key, *_tables(text_freqs))
-        image_stream = stream_of(attn, query, key, *_tables(image_freqs))
+        text_stream = added_stream_of(attn, c_q, c_k, *_tables(text_freqs))
+        image_stream = stream_of(attn, q, k, *_tables(image_freqs))
         query, key = blocks.norm_rope(attn, text_stream, image_stream, rope_gradient="once")
         mask = _mask(encoder_hidden_states_mask, x.shape[1])
         attended = blocks.attend(attn, query, key, torch.cat([c_value, value], dim=1), mask)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from . import _recognise as recognise
 from ._pieces import (
     Blocks,
+    Projected,
     Unprojected,
     added_layers_of,
     added_stream_of,
@@ -39,11 +40,13 @@ def _attend(blocks: Blocks, query: Tensor, key: Tensor, value: Tensor) -> Tensor
     return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
 
 
-def _self_attention(blocks: Blocks, attn: Any, outs: list[Tensor], gate: Tensor) -> Tensor | Unprojected:
+def _self_attention(blocks: Blocks, attn: Any, outs: list[Tensor], gate: Tensor) -> Projected | Unprojected:
+    normed = attn.norm_q is not None
     with blocks.unsaved("norm", *outs):
-        query, key, value = blocks.heads(attn, layers_of(attn), outs)
-    if attn.norm_q is not None:
-        query, key = blocks.norm_rope(attn, stream_of(attn, query, key))
+        projected = blocks.heads(attn, layers_of(attn), outs, handed=normed)
+    query, key, value = projected[0].out, projected[1].out, projected[2]
+    if normed:
+        query, key = blocks.norm_rope(attn, stream_of(attn, *projected[:2]))
     return blocks.projected(attn.to_out, _attend(blocks, query, key, value), gate)
 
 
@@ -98,10 +101,10 @@ def block_forward(blocks: Blocks) -> Callable[..., tuple[Tensor | None, Tensor]]
         text, c_outs, c_parameters = _context_norm(blocks, self, encoder_hidden_states, temb)
 
         with blocks.unsaved("norm", *outs, *c_outs):
-            query, key, value = blocks.heads(attn, layers_of(attn), outs)
-            c_query, c_key, c_value = blocks.heads(attn, added_layers_of(attn), c_outs)
-        text_stream = added_stream_of(attn, c_query, c_key)
-        query, key = blocks.norm_rope(attn, stream_of(attn, query, key), text_stream)
+            q, k, value = blocks.heads(attn, layers_of(attn), outs)
+            c_q, c_k, c_value = blocks.heads(attn, added_layers_of(attn), c_outs)
+        text_stream = added_stream_of(attn, c_q, c_k)
+        query, key = blocks.norm_rope(attn, stream_of(attn, q, k), text_stream)
         attended = _attend(blocks, query, key, torch.cat([value, c_value], dim=1))
         attended, c_attended = streams_of(attended, tokens, attn.norm_q)
         y = blocks.projected(attn.to_out, attended, gate)

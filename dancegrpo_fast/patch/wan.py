@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.qk_norm_rope import Stream, qk_norm_rope
 from . import _recognise as recognise
-from ._pieces import Blocks, Unprojected, affine_of, layers_of, stream_of, weight_of
+from ._pieces import Blocks, Projected, Unprojected, affine_of, layers_of, stream_of, weight_of
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
 # The text encoder's length, which the processor too takes for granted when image tokens come before the text's.
@@ -47,13 +47,13 @@ def _projected(blocks: Blocks, attn: Any, layer: str, fused: str, outs: list[Ten
 
 def _self_attention(
     blocks: Blocks, attn: Any, outs: list[Tensor], rotary: tuple[Tensor, Tensor] | None, gate: Tensor
-) -> Tensor | Unprojected:
+) -> Projected | Unprojected:
     with blocks.unsaved("norm", *outs):
         query, key, value = _projected(blocks, attn, "to_q to_k to_v", "to_qkv", outs)
     # Tables [1, S, 1, D] hold every angle twice.
     tables = (None, None) if rotary is None else (rotary[0][0, :, 0, 0::2], rotary[1][0, :, 0, 1::2])
     joint_query, joint_key = qk_norm_rope(
-        stream_of(attn, _heads(attn, query), _heads(attn, key), *tables),
+        stream_of(attn, Projected(_heads(attn, query)), Projected(_heads(attn, key)), *tables),
         norm="token",
         eps=_eps(attn.norm_q, query),
         **blocks.options,

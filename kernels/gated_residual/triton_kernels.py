@@ -49,6 +49,7 @@ def backward_kernel(
     gate,
     grad_y,
     grad_gate,
+    grad_bias,
     tokens,
     channels,
     split,
@@ -60,19 +61,27 @@ def backward_kernel(
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Gradients of y and of the gate for a chunk of tokens; with `sums_gate` the gate's is a partial sum."""
+    """Gradients of y, of the gate, and of y's bias for a chunk of tokens.
+
+    The bias's is a partial sum, and with `sums_gate` the gate's too.
+    """
     index, column, mask = rows.place(channels, block)
     sample, part = index // chunks, index % chunks
     first, end = rows.chunk_tokens(part, tokens, split, length)
     if sums_gate:
         gate_sum = tl.zeros([block], tl.float32)
+    if grad_bias is not None:
+        bias_sum = tl.zeros([block], tl.float32)
     for token in tl.range(first, end):
         row = rows.parameter_row(token, split, segmented)
         g = rows.rounded(rows.load(grad, sample, token, column, mask, interpreted), product_type, interpreted)
-        if grad_y is not None:
+        if (grad_y is not None) or (grad_bias is not None):
             by_y = g * rows.load(gate, sample, row, column, mask, interpreted)
             by_y = rows.rounded(by_y, product_type, interpreted)
-            rows.store(grad_y, sample, token, column, mask, by_y, interpreted)
+            if grad_y is not None:
+                rows.store(grad_y, sample, token, column, mask, by_y, interpreted)
+            if grad_bias is not None:
+                bias_sum += by_y
         if grad_gate is not None:
             by_gate = g * rows.load(y, sample, token, column, mask, interpreted)
             by_gate = rows.rounded(by_gate, product_type, interpreted)
@@ -82,3 +91,5 @@ def backward_kernel(
                 rows.store(grad_gate, sample, token, column, mask, by_gate, interpreted)
     if sums_gate:
         rows.store(grad_gate, sample, part, column, mask, gate_sum, interpreted)
+    if grad_bias is not None:
+        rows.store(grad_bias, sample, part, column, mask, bias_sum, interpreted)

@@ -156,6 +156,7 @@ def backward_kernel(
     dshift,
     dweight,
     dbias,
+    dybias,
     tokens,
     channels,
     split,
@@ -176,7 +177,10 @@ def backward_kernel(
     interpreted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Gradients of a chunk of tokens; with `sums_...` parameters' are partial sums, the affine norm's always."""
+    """Gradients of a chunk of tokens; with `sums_...` parameters' are partial sums, those of a `[C]` vector always.
+
+    The gate's is that of `gate y`, and without y that of the gate alone, the sum of dx.
+    """
     index, column, mask = rows.place(channels, block, whole)
     sample, part = index // chunks, index % chunks
     first, end = rows.chunk_tokens(part, tokens, split, length)
@@ -192,6 +196,8 @@ def backward_kernel(
         weight_sum = tl.zeros([block], tl.float32)
     if dbias is not None:
         bias_sum = tl.zeros([block], tl.float32)
+    if dybias is not None:
+        y_sum = tl.zeros([block], tl.float32)
     for token in tl.range(first, end, num_stages=stages):
         row = rows.parameter_row(token, split, segmented)
         g = rows.load(grads[len(grads) - 1], sample, token, column, mask, interpreted)
@@ -225,7 +231,7 @@ def backward_kernel(
             bias_sum += g
         if dweight is not None:
             weight_sum += g * value
-        if ((dx is not None) or (dy is not None)) or (dgate is not None):
+        if ((dx is not None) or (dy is not None)) or ((dgate is not None) or (dybias is not None)):
             if weight is not None:
                 g = g * rows.rounded(rows.load(weight, 0, 0, column, mask, interpreted), norm_type, interpreted)
             if layer:
@@ -242,12 +248,19 @@ def backward_kernel(
             if dx is not None:
                 rows.store(dx, sample, token, column, mask, g, interpreted)
             g = rows.rounded(g, gated_type, interpreted)
-            if dy is not None:
+            if (dy is not None) or (dybias is not None):
                 by_y = g * rows.load(gate, sample, row, column, mask, interpreted)
-                rows.store(dy, sample, token, column, mask, rows.rounded(by_y, gated_type, interpreted), interpreted)
+                by_y = rows.rounded(by_y, gated_type, interpreted)
+                if dy is not None:
+                    rows.store(dy, sample, token, column, mask, by_y, interpreted)
+                if dybias is not None:
+                    y_sum += by_y
             if dgate is not None:
-                by_gate = g * rows.load(y, sample, token, column, mask, interpreted)
-                by_gate = rows.rounded(by_gate, gated_type, interpreted)
+                by_gate = g
+                if y is not None:
+                    by_gate = rows.rounded(
+                        g * rows.load(y, sample, token, column, mask, interpreted), gated_type, interpreted
+                    )
                 if sums_gate:
                     gate_sum += by_gate
                 else:
@@ -262,3 +275,5 @@ def backward_kernel(
         rows.store(dweight, sample, part, column, mask, weight_sum, interpreted)
     if dbias is not None:
         rows.store(dbias, sample, part, column, mask, bias_sum, interpreted)
+    if dybias is not None:
+        rows.store(dybias, sample, part, column, mask, y_sum, interpreted)

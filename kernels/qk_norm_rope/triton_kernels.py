@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of one stream's queries and keys: forward, backward, and sums of weight gradients.
+"""RMSNorm and rotary embedding of one stream's queries and keys, forward and backward.
 
 What may be missing from an operand is a tuple of one or none: up to Triton 3.6 no tuple can hold None.
 """
@@ -6,8 +6,17 @@ What may be missing from an operand is a tuple of one or none: up to Triton 3.6 
 import triton
 import triton.language as tl
 
-from ..common.triton_common import narrow
-from .triton_heads import base, held, leave, load_pair, load_row, load_turn, store_pair, token_rstd, turned_back
+from .triton_heads import (
+    base,
+    held,
+    leave,
+    load_pair,
+    load_row,
+    load_turn,
+    store_pair,
+    token_rstd,
+    turned_back,
+)
 
 
 @triton.jit
@@ -144,12 +153,13 @@ def differentiate(
     statistic_heads,
     rstds,
     turn,
-    sum_first,
-    sum_second,
+    sums,
+    first_head,
     heads,
     dim,
     width,
     norm: tl.constexpr,
+    by_tile: tl.constexpr,
     lossless: tl.constexpr,
     each: tl.constexpr,
     half_split: tl.constexpr,
@@ -158,7 +168,11 @@ def differentiate(
     block: tl.constexpr,
     interpreted: tl.constexpr,
 ):
-    """Writes the gradient by one token's queries or keys, and adds to the gradient by the weights."""
+    """Writes the gradient by one token's queries or keys, and adds to its sums and the gradient by the weights.
+
+    Of all heads from the first one on, or with `by_tile` of one tile.
+    """
+    sum_first, sum_second, bias_first, bias_second = sums
     weight = operand[5]
     weighted: tl.constexpr = len(weight) != 0
     # What is rounded before the weight and added up in the storage type, as autograd does.
@@ -206,7 +220,7 @@ def differentiate(
                 )
                 total += first * (x_first * rstd) + second * (x_second * rstd)
         projection = tl.div_rn(tl.sum(total), width)
-    for above in range(0, heads, rows):
+    for above in range(first_head, first_head + 1 if by_tile else heads, rows):
         head = above + lane
         mask = head < heads
         wide = head.to(tl.int64)
@@ -282,7 +296,10 @@ def differentiate(
         if len(operand[11]) != 0:
             out = base(operand[11][0], position, 0, operand[12], 0, aligned)
             store_pair(out, wide * dim, mask, dim, first, second, half_split, aligned, rows, block, interpreted)
-    return sum_first, sum_second
+        if len(operand[15]) != 0:
+            bias_first += first
+            bias_second += second
+    return sum_first, sum_second, bias_first, bias_second
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "heads", "turned", "statistic_heads", "chunk", "chunks"])
@@ -302,6 +319,7 @@ def backward_kernel(
     chunk,
     chunks,
     norm: tl.constexpr,
+    by_tile: tl.constexpr,
     lossless: tl.constexpr,
     each: tl.constexpr,
     per_pair: tl.constexpr,
@@ -311,15 +329,18 @@ def backward_kernel(
     block: tl.constexpr,
     interpreted: tl.constexpr,
 ):
-    """A chunk of tokens a program, which leaves its sums of the weights' gradients.
+    """A chunk of tokens a program: all heads, or with `by_tile` one tile, which sums over x's gradient need.
 
     `query` and `key` are `(x, its four strides, weight, gradient of the output, its four strides, gradient by x, its
-    token stride, place among the statistics, partial sums)`.
+    token stride, place among the statistics, partial sums of the weight's gradient, and of x's)`.
     """
     program = tl.program_id(0)
-    sample, part = (program // chunks).to(tl.int64), program % chunks
+    tiles = tl.cdiv(heads, rows) if by_tile else 1
+    index_of_chunk, first_head = program // tiles, program % tiles * rows
+    sample, part = (index_of_chunk // chunks).to(tl.int64), index_of_chunk % chunks
     zeros = tl.zeros([rows, block // 2], tl.float32)
-    query_first, query_second, key_first, key_second = zeros, zeros, zeros, zeros
+    query_sums = (zeros, zeros, zeros, zeros)
+    key_sums = (zeros, zeros, zeros, zeros)
     begin = part * chunk
     for place in range(begin, tl.minimum(begin + chunk, tokens)):
         token = tl.full((), place, tl.int64)
@@ -331,7 +352,7 @@ def backward_kernel(
                 partial = operand[14]
                 if len(partial) != 0 and norm == "token":
                     partial = (partial[0] + tl.cast(program, tl.int64) * heads * dim,)
-                found_first, found_second = differentiate(
+                found = differentiate(
                     operand,
                     sample,
                     token,
@@ -342,12 +363,13 @@ def backward_kernel(
                     statistic_heads,
                     rstds,
                     turn,
-                    query_first if index == 0 else key_first,
-                    query_second if index == 0 else key_second,
+                    query_sums if index == 0 else key_sums,
+                    first_head,
                     heads,
                     dim,
                     width,
                     norm,
+                    by_tile,
                     lossless,
                     each,
                     half_split,
@@ -357,40 +379,21 @@ def backward_kernel(
                     interpreted,
                 )
                 if index == 0:
-                    query_first, query_second = found_first, found_second
+                    query_sums = found
                 else:
-                    key_first, key_second = found_first, found_second
+                    key_sums = found
         if norm == "token":
             # What one thread left in the partial sums, another may add to.
             tl.debug_barrier()
     if norm != "token":
-        if query is not None:
-            leave(query[14], program, dim, query_first, query_second, half_split, block, interpreted)
-        if key is not None:
-            leave(key[14], program, dim, key_first, key_second, half_split, block, interpreted)
-
-
-@triton.jit
-def add_up(partial, out, program, count, width, rows: tl.constexpr, columns: tl.constexpr, interpreted: tl.constexpr):
-    """Adds partial sums `[count, width]` in a fixed order, for a program's columns."""
-    column = program * columns + tl.arange(0, columns)[None, :]
-    lane = tl.arange(0, rows)[:, None]
-    total = tl.zeros([rows, columns], tl.float32)
-    for above in range(0, count, rows):
-        where = (above + lane).to(tl.int64) * width + column
-        total += tl.load(partial + where, mask=(above + lane < count) & (column < width), other=0.0)
-    value = tl.sum(total, axis=0, keep_dims=True)
-    tl.store(out + column, narrow(value, out.dtype.element_ty, interpreted), mask=column < width)
-
-
-@triton.jit(do_not_specialize=["count", "width", "blocks"])
-def weight_kernel(
-    query, key, count, width, blocks, rows: tl.constexpr, columns: tl.constexpr, interpreted: tl.constexpr
-):
-    """Gradients of both weights; `query` and `key` are `(partial sums, out)`, the first `blocks` programs query's."""
-    program = tl.program_id(0)
-    if program < blocks:
-        if query is not None:
-            add_up(query[0], query[1], program, count, width, rows, columns, interpreted)
-    elif key is not None:
-        add_up(key[0], key[1], program - blocks, count, width, rows, columns, interpreted)
+        for index in tl.static_range(2):
+            operand = query if index == 0 else key
+            if operand is not None:
+                sums = query_sums if index == 0 else key_sums
+                leave(operand[14], program, dim, sums[0], sums[1], half_split, block, interpreted)
+                if len(operand[15]) != 0:
+                    start = operand[15][0] + index_of_chunk.to(tl.int64) * heads * dim
+                    head = first_head + tl.arange(0, rows)[:, None]
+                    row = head.to(tl.int64) * dim
+                    there = head < heads
+                    store_pair(start, row, there, dim, sums[2], sums[3], half_split, False, rows, block, interpreted)

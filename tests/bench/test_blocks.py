@@ -52,7 +52,8 @@ def _norm_modulate_backward(grad_h, grads, h, mean, rstd, y, gate, *rest):
     cost = norm_modulate.cost(
         *h.shape, h.element_size(), gated=gate is not None, consumers=len(grads), modulation_grads=y is not None
     )
-    return cost.bytes_backward + _rows((gate, *rest[:4]), rest[-2][2:])
+    bias = h.shape[-1] * h.element_size() if rest[-2][7] else 0
+    return cost.bytes_backward + _rows((gate, *rest[:4]), rest[-2][2:7]) + bias
 
 
 def _streams(arguments):
@@ -71,8 +72,11 @@ def _qk_norm_rope(*arguments):
 def _qk_norm_rope_backward(grad_query, grad_key, rstd, rstd2, *arguments):
     cost, weights, tables = _streams(arguments)
     # Of both streams; queries and keys come before their weights.
-    wanted = [arguments[-2][4 * i + j] for i in range(len(weights) // 2) for j in (2, 3)]
-    return cost.bytes_backward + _rows(weights, wanted) + _small(*tables)
+    wanted = [arguments[-2][6 * i + j] for i in range(len(weights) // 2) for j in (2, 3)]
+    query = arguments[0]
+    biases = sum(arguments[-2][6 * i + j] for i in range(len(weights) // 2) for j in (4, 5))
+    biases *= query.shape[2:].numel() * query.element_size()
+    return cost.bytes_backward + _rows(weights, wanted) + _small(*tables) + biases
 
 
 def _gelu_tanh(x, prefix, *rest):
@@ -90,7 +94,7 @@ def _gated_residual(x, y, gate, *rest):
 
 def _gated_residual_backward(grad, y, gate, *rest):
     cost = gated_residual.cost(*grad.shape, grad.element_size(), gate_grad=y is not None)
-    return cost.bytes_backward + _rows((gate,), rest[2][1:])
+    return cost.bytes_backward + _rows((gate,), rest[2][1:2]) + (_small(grad[0, 0]) if rest[2][2] else 0)
 
 
 def _gelu_tanh_gradients(grad, x, prefix, bias, mode, *_):

@@ -185,7 +185,7 @@ def test_every_kernel_is_in_the_results() -> None:
     assert {r["stamp"] for r in rows} == {"predicted"}
     kernels = {(r["op"], r["kernel"]) for r in rows}
     assert {k for _, k in kernels} >= {
-        *("forward_kernel", "backward_kernel", "weight_kernel", "gradients_kernel", "sum_chunks_kernel"),
+        *("forward_kernel", "backward_kernel", "sum_kernel", "gradients_kernel", "sum_chunks_kernel"),
         *("sample_kernel", "log_prob_kernel", "gradient_kernel", "policy_loss_kernel"),
         *("transition_sample_kernel", "transition_log_prob_kernel", "transition_gradient_kernel"),
         "usual_sample_kernel",

@@ -80,11 +80,25 @@ def call_affine(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any],
     return lambda x, weight, bias: norm_modulate(x, weight=weight, bias=bias, **options), tensors
 
 
-def call_gated_norm(dtype: torch.dtype, split: bool = False, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+def with_y_bias(op: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    """The op with the last tensor as the bias of what made y."""
+
+    def call(x: Tensor, y: Tensor, *rest: Tensor) -> Any:
+        *parameters, bias = rest
+        return op(x, y + bias.detach(), *parameters, y_bias=bias, **settings)
+
+    return call
+
+
+def call_gated_norm(
+    dtype: torch.dtype, split: bool = False, biased: bool = False, **options: Any
+) -> tuple[Callable[..., Any], list[Tensor]]:
     rows = (B, 2, C) if split else (B, C)
     tensors = [draw(B, S, C, dtype=dtype), draw(B, S, C, dtype=dtype, seed=1)]
     tensors += [draw(*rows, dtype=dtype, seed=i) for i in (2, 3, 4)]
     settings = options | ({"split": 2} if split else {})
+    if biased:
+        return with_y_bias(gated_residual_norm_modulate, settings), [*tensors, draw(C, dtype=dtype, seed=5)]
     return lambda *t: gated_residual_norm_modulate(*t, **settings), tensors
 
 
@@ -98,8 +112,10 @@ def call_fanout(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any],
     return call, tensors
 
 
-def call_gated(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+def call_gated(dtype: torch.dtype, biased: bool = False, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
     tensors = [draw(B, S, C, dtype=dtype), draw(B, S, C, dtype=dtype, seed=1), draw(B, C, dtype=dtype, seed=2)]
+    if biased:
+        return with_y_bias(gated_residual, options), [*tensors, draw(C, dtype=dtype, seed=3)]
     return lambda x, y, gate: gated_residual(x, y, gate, **options), tensors
 
 
@@ -108,18 +124,25 @@ def call_gelu(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], l
     return lambda x, prefix: gelu_tanh(x, prefix=prefix, **options), tensors
 
 
-def call_rope(dtype: torch.dtype, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+def call_rope(dtype: torch.dtype, biased: bool = False, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    """`biased`: the first stream's queries and the second's keys have a bias."""
     width = H * D if options.get("norm") == "token" else D
     tensors = [draw(B, S, H, D, dtype=dtype, seed=i) for i in (0, 1)]
     tensors += [draw(B, 3, H, D, dtype=dtype, seed=i) for i in (2, 3)]
     tensors += [draw(width, dtype=dtype, seed=i) for i in (4, 5)]
+    tensors += [draw(H * D, dtype=dtype, seed=i) for i in (6, 7)] if biased else []
     cos, sin = tables(dtype=F64 if dtype == F64 else F32)
 
-    def call(q: Tensor, k: Tensor, q2: Tensor, k2: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def call(
+        q: Tensor, k: Tensor, q2: Tensor, k2: Tensor, a: Tensor, b: Tensor, *biases: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q_bias, k_bias = biases or (None, None)
+        if q_bias is not None and k_bias is not None:
+            q, k2 = q + q_bias.detach().unflatten(0, (H, D)), k2 + k_bias.detach().unflatten(0, (H, D))
         weights, others = ((None, None),) * 2 if options.get("norm") == "none" else ((a, b), (a * 1, b * 1))
         # The second stream is not turned, the first not in all of its tokens.
-        first = Stream(q, k, *weights, cos[:4], sin[:4])
-        query, key = qk_norm_rope(first, Stream(q2, k2, *others), **options)
+        first = Stream(q, k, *weights, cos[:4], sin[:4], q_bias)
+        query, key = qk_norm_rope(first, Stream(q2, k2, *others, k_bias=k_bias), **options)
         assert key is not None
         return query, key
 
@@ -156,13 +179,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "rms norm": (call_norm, {"norm": "rms"}),
     "affine norm": (call_affine, {}),
     "gated norm": (call_gated_norm, {}),
-    "gated norm in two parts": (call_gated_norm, {"split": True}),
+    "gated norm in two parts": (call_gated_norm, {"split": True, "biased": True}),
     "fanout": (call_fanout, {}),
-    "gated": (call_gated, {}),
+    "gated": (call_gated, {"biased": True}),
     "gelu": (call_gelu, {}),
     "rope": (call_rope, {}),
-    "rope of diffusers' norm": (call_rope, {"norm": "head_twice", "rope_gradient": "once"}),
-    "rope over tokens": (call_rope, {"norm": "token", "rope": "half"}),
+    "rope of diffusers' norm": (call_rope, {"norm": "head_twice", "rope_gradient": "once", "biased": True}),
+    "rope over tokens": (call_rope, {"norm": "token", "rope": "half", "biased": True}),
     "rope without norm": (call_rope, {"norm": "none"}),
     "rope of queries": (call_one_rope, {}),
 }

@@ -19,17 +19,20 @@ FORWARD = {
 
 def flat(streams: Any) -> list[Any]:
     """Both streams of an op's arguments."""
-    return [*(t for stream in streams for t in stream), *[None] * (_qk_norm_rope.STREAM * (2 - len(streams)))]
+    return [
+        *(t for stream in streams for t in stream[: _qk_norm_rope.STREAM]),
+        *[None] * (_qk_norm_rope.STREAM * (2 - len(streams))),
+    ]
 
 
 def _rope_backward(query: Any, key: Any, rstds: Any, streams: Any, *settings: Any) -> list[Tensor | None]:
-    wanted = [True] * 4 * len(streams)
+    wanted = [True] * _qk_norm_rope.GRADIENTS * len(streams)
     return _qk_norm_rope._backward_by_reference(query, key, *rstds, *flat(streams), *settings, wanted)
 
 
 BACKWARD = {
-    "gated_residual": lambda *arguments: gated_residual._backward_by_reference(*arguments, [True, True]),
-    "norm_modulate": lambda *rest: _norm_modulate._backward_by_reference(*rest[:-1], *rest[-1], [True] * 7),
+    "gated_residual": lambda *arguments: gated_residual._backward_by_reference(*arguments, [True] * 3),
+    "norm_modulate": lambda *rest: _norm_modulate._backward_by_reference(*rest[:-1], *rest[-1], [True] * 8),
     "qk_norm_rope": _rope_backward,
 }
 

@@ -64,6 +64,31 @@ def test_projections_refuse_autocast(name: str) -> None:
         call(*tensors)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_gated_projection_is_handed_the_sum_for_its_bias(biased: bool) -> None:
+    x, inputs, weight, bias, gate, scale, shift = PROJECTIONS["gated projection"][0](F64, "fast")[1]
+    given = bias if biased else None
+    with Recorder("dgf") as recorder:
+        h, out = gated_projection_norm_modulate(x, inputs, weight, given, gate, scale, shift)
+        torch.autograd.grad((h + out).sum(), [x])
+        # Without the norm's gradient there is no pass to sum in.
+        found = torch.autograd.grad(gated_projection_norm_modulate(x, inputs, weight, given, gate)[0].sum(), [gate])[0]
+    (flags,) = (arguments[-2] for op, arguments, _ in recorder.calls if op.name().endswith("norm_modulate_backward"))
+    assert flags[2] == biased
+    assert_same_formula(found, F.linear(inputs, weight, given).sum(1))
+
+
+@pytest.mark.parametrize("name", ["gated", "gated norm in two parts", "rope of diffusers' norm"])
+def test_a_frozen_bias_is_not_summed(name: str) -> None:
+    call, tensors = call_of(name, F32, "fast")
+    with Recorder("dgf") as recorder:
+        for wanted in (True, False):
+            tensors[-1].requires_grad_(wanted)
+            sum(output.sum() for output in call(*tensors)).backward()
+    counts = [sum(arguments[-2]) for op, arguments, _ in recorder.calls if op.name().endswith("_backward")]
+    assert counts[0] == counts[1] + 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CALLS)
 def test_gradcheck(name: str, mode: str) -> None:
@@ -270,6 +295,21 @@ class TestSavedTensors:
         out.sum().backward()
         assert "dgf::norm_modulate" in seen and "dgf::gelu_tanh" in seen
 
+    def test_sums_for_biases_cost_an_addition_an_element(self) -> None:
+        plain, summed = (norm_op.cost(B, S, C, 4, gated=True, y_bias=biased) for biased in (False, True))
+        assert summed.flops_backward - plain.flops_backward == B * S * C
+        assert summed._replace(flops_backward=plain.flops_backward) == plain
+        for name, wanted in (
+            ("gated", gated_op.cost(B, S, C, 4, y_bias=True)),
+            ("gated norm in two parts", summed),
+            ("rope of diffusers' norm", rope_op.cost(B, S + 3, H, D, 4, biases=True)),
+        ):
+            call, tensors = call_of(name, F32, "fast")
+            with FlopCounterMode(display=False) as counter:
+                sum(output.sum() for output in call(*tensors)).backward()
+            counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+            assert [n for op, n in counted.items() if op.endswith("_backward")] == [wanted.flops_backward], name
+
     def test_flop_counter_sees_the_ops(self) -> None:
         for name in CALLS:
             call, tensors = call_of(name, F32, "fast")
@@ -304,6 +344,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: gated_residual_norm_modulate(X, X[:, :2], ROW), r"y: got shape \(2, 2, 4\), want that of x, \(2, 3, 4\)"),
     (lambda: gated_residual_norm_modulate(X, X, None), "^gate: got None"),  # type: ignore[arg-type]
     (lambda: gated_residual(X, X, ROW[:1]), r"gate: got shape \(1, 4\)"),
+    (lambda: gated_residual(X, X, ROW, y_bias=ROW[0, :3]), r"y_bias: got torch.float32 of \(3,\), want .* of \(4,\)"),
+    (lambda: gated_residual_norm_modulate(X, X, ROW, y_bias=ROW[0].double()), "y_bias: got torch.float64"),
+    (lambda: qk_norm_rope(Stream(HEADS, q_bias=ROW[0, :3])), r"stream.q_bias: got torch.float32 of \(3,\)"),
+    (lambda: qk_norm_rope(Stream(HEADS, k_bias=ROW[0])), "stream.k_bias: got a tensor, want None without a key"),
     (lambda: gated_projection(X, X, torch.zeros(4, 3), None, ROW), r"weight: got torch.float32 of \(4, 3\)"),
     (lambda: gated_projection(X, X, SQUARE, None, X), r"gate: got torch.float32 of \(2, 3, 4\)"),
     (lambda: gated_projection(X, X.to("meta"), SQUARE, None, ROW), "^inputs: got a tensor on meta"),

@@ -221,8 +221,7 @@ class TestFeedForward:
         with Recorder("dgf") as recorder:
             mlp = FeedForward(settings, layers[:2], x, gate, dropout=layers[2])
             out = mlp.project(mlp.hidden(x))
-            if isinstance(out, Unprojected):
-                out = out.layer(out.inputs)
+            out = out.layer(out.inputs) if isinstance(out, Unprojected) else out.out
             if out.requires_grad:
                 out.sum().backward()
         return Counter(recorder.names)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dancegrpo_fast as dgf
 from dancegrpo_fast.patch import SUPPORTED, _pieces
 
-from ..ops.block_cases import held
+from ..ops.block_cases import Recorder, held
 from ..release import release_but
 from ..tolerances import assert_within_budget
 from .models import FAMILIES, TINY, assert_gradients_within_budget, assert_same_bits, doubled, run
@@ -117,6 +117,47 @@ def test_attention_backend_of_the_model_is_used(name: str, monkeypatch: pytest.M
     with attention_backend("native"):
         run(model, inputs)
     assert all(flash)
+
+
+# Layers of a family's blocks whose results go to an op of ours, which takes their biases.
+READ = {
+    "flux": ("to_q", "to_k", "add_q_proj", "add_k_proj", "to_out.0", "to_add_out", "net.2", "proj_out"),
+    "wan": ("attn1.to_out.0", "net.2"),
+}
+READ |= dict.fromkeys(("hunyuan", "sd3.5", "qwen"), READ["flux"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_biases_are_summed_where_the_gradient_is_written(name: str) -> None:
+    """Once each, in "fast" alone; what the ops then give is compared in `test_lossless.py`."""
+
+    def counted(**options: Any) -> tuple[int, int]:
+        model, inputs = TINY[name].model(), TINY[name].inputs()
+        undo = dgf.accelerate(model, **options)
+        blocks = [m for m in model.modules() if "forward" in vars(m) and m is not model]
+        with Recorder("dgf") as recorder:
+            model(**inputs, return_dict=False)[0].sum().backward()
+        undo()
+        summed = 0
+        for called, arguments, _ in recorder.calls:
+            backward = called.name().removeprefix("dgf::")
+            if backward in BIASES:
+                summed += sum(flag for i, flag in enumerate(arguments[-2]) if i in BIASES[backward])
+        # Nothing reads the text behind Qwen-Image's last block.
+        given = [key for block in blocks for key, p in block.named_parameters() if p.grad is not None]
+        return summed, sum(key.endswith(tuple(f"{layer}.bias" for layer in READ[name])) for key in given)
+
+    summed, wanted = counted(mode="fast")
+    assert summed == wanted > 0
+    assert counted(mode="lossless")[0] == 0
+
+
+# Where a backward's flags of what is wanted are those of biases.
+BIASES = {
+    "norm_modulate_backward": (7,),
+    "gated_residual_backward": (2,),
+    "qk_norm_rope_backward": (4, 5, 10, 11),
+}
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

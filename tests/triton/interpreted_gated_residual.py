@@ -28,11 +28,12 @@ def make(shape: tuple[int, int, int], dtypes: tuple = (BF16, BF16, BF16), rows: 
 
 
 def run(tensors: list[Tensor], split: int, mode: str, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The result and the gradients of x, y and the gate."""
+    """The result and the gradients of x, y, the gate, and the bias of what made y."""
     *leaves, grad = (t.detach().to(dtype or t.dtype) for t in tensors)
     for leaf in leaves:
         leaf.requires_grad_()
-    out = gated_residual(*leaves, split=None if split < 0 else split, mode=mode, backend=backend)
+    leaves.append(torch.zeros(leaves[1].shape[2], dtype=leaves[1].dtype, requires_grad=True))
+    out = gated_residual(*leaves[:3], y_bias=leaves[3], split=None if split < 0 else split, mode=mode, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -79,18 +80,19 @@ def test_views_and_batches() -> None:
     assert_same_bits(run(strided, -1, "fast", "triton"), wanted)
     for sample in range(2):
         alone = run([t[sample : sample + 1] for t in (x, y, gate, grad)], -1, "fast", "triton")
-        assert_same_bits([value[0] for value in alone], [want[sample] for want in wanted])
+        assert_same_bits([value[0] for value in alone[:4]], [want[sample] for want in wanted[:4]])
     ones = grad[:1, :1, :1].expand(2, 7, 72)
     assert_same_bits(*(run([x, y, gate, given], -1, "fast", "triton") for given in (ones, ones.contiguous())))
 
 
 def test_all_of_an_output_and_nothing_else_is_written() -> None:
     x, y, gate, grad = make((2, 7, 72))
-    rooms = [guarded(t.shape, BF16) for t in (x, y, gate)]
-    out, grad_y, grad_gate = (inside for inside, _ in rooms)
+    rooms = [guarded(t.shape, BF16) for t in (x, y, gate, x[0, 0])]
+    out, grad_y, grad_gate, grad_bias = (inside for inside, _ in rooms)
     launcher.forward(x, y, gate, -1, "fast", out)
-    launcher.backward(grad, y, gate, -1, "fast", [grad_y, grad_gate])
+    launcher.backward(grad, y, gate, -1, "fast", [grad_y, grad_gate, grad_bias])
     assert_filled(rooms)
-    alone = torch.empty_like(y)
-    launcher.backward(grad, None, gate, -1, "fast", [alone, None])
-    assert bits(alone) == bits(grad_y)
+    alone, alone_bias = torch.empty_like(y), torch.empty_like(grad_bias)
+    launcher.backward(grad, None, gate, -1, "fast", [alone, None, None])
+    launcher.backward(grad, None, gate, -1, "fast", [None, None, alone_bias])
+    assert bits(alone) == bits(grad_y) and bits(alone_bias) == bits(grad_bias)

@@ -17,7 +17,7 @@ from ..release import release_but
 from ..tolerances import assert_within_budget
 from .guards import assert_filled, guarded
 
-NAMES = ("x", "y", "gate", "scale", "shift", "weight", "bias")
+NAMES = ("x", "y", "gate", "scale", "shift", "weight", "bias", "y_bias")
 EPS = 1e-6
 
 
@@ -32,6 +32,7 @@ class Case:
     shift: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    y_bias: Tensor | None
     grads: tuple[Tensor, Tensor]
     split: int = -1
     norm: str = "layer"
@@ -76,6 +77,7 @@ def make_case(
         shift=row(rows[1]) if modulated else None,
         weight=draw(channels, dtype=parameter) if affine else None,
         bias=draw(channels, dtype=parameter) if affine else None,
+        y_bias=draw(channels, dtype=token) if gated else None,
         grads=(draw(*shape, dtype=token), draw(*shape, dtype=token)),
         split=split,
         **settings,
@@ -157,7 +159,7 @@ def test_lossless_is_eager_torch_to_the_bit(dtypes: tuple, norm_dtype: torch.dty
     case = make_case(dtypes=dtypes, norm="rms", rows=(rows, rows), norm_dtype=norm_dtype)
     mine, eager = (run(case, "lossless", backend) for backend in ("triton", "reference"))
     for name, value in mine.items():
-        if rows == 7 or name in ("h", "out"):
+        if rows == 7 or name in ("h", "out", "grad y_bias"):
             assert bits(value) == bits(eager[name]), name
 
 
@@ -205,7 +207,7 @@ def test_a_sample_does_not_see_its_batch(split: int) -> None:
     together = run(case, "fast", "triton")
     for sample in range(3):
         for name, value in run(case.select(sample), "fast", "triton").items():
-            assert bits(value[0]) == bits(together[name][sample]), name
+            assert name == "grad y_bias" or bits(value[0]) == bits(together[name][sample]), name
 
 
 @pytest.mark.parametrize("rows", release_but((7,), [1, 7]))
@@ -214,7 +216,7 @@ def test_all_of_an_output_and_nothing_else_is_written(rows: int) -> None:
     given = {name: getattr(case, name) for name in NAMES}
     settings = (-1, "layer", EPS, "fast", None)
     outputs = [guarded(s, t) for s, t in (((2, 7, 72), BF16), ((2, 7, 72), BF16), ((2, 7), F32), ((2, 7), F32))]
-    values = launcher.Given(*list(given.values())[2:], *settings)
+    values = launcher.Given(*list(given.values())[2:7], *settings)
     launcher.forward(case.x, case.y, values, tuple(o for o, _ in outputs))
     h, _, mean, rstd = (o for o, _ in outputs)
     grads = [guarded(value.shape, value.dtype) for value in given.values()]
@@ -222,14 +224,18 @@ def test_all_of_an_output_and_nothing_else_is_written(rows: int) -> None:
     assert_filled([*outputs, *grads])
 
 
-def test_what_is_not_wanted_is_not_written() -> None:
-    case = make_case(affine=True)
+@pytest.mark.parametrize("affine", [False, True])
+def test_what_is_not_wanted_is_not_written(affine: bool) -> None:
+    case = make_case(affine=affine)
     wanted = run(case, "fast", "triton")
     out, mean, rstd = wanted["out"], torch.empty(2, 7), torch.empty(2, 7)
     given = [getattr(case, name) for name in NAMES]
-    values = launcher.Given(*given[2:], -1, "layer", EPS, "fast", None)
+    values = launcher.Given(*given[2:7], -1, "layer", EPS, "fast", None)
     launcher.forward(*given[:2], values, (torch.empty_like(out), torch.empty_like(out), mean, rstd))
     for index, name in enumerate(NAMES):
+        # Among many other sums that of the bias is torch's.
+        if given[index] is None or (affine and name == "y_bias"):
+            continue
         outputs: list[Tensor | None] = [None] * len(NAMES)
         outputs[index] = torch.empty_like(given[index])
         y = case.y if name == "gate" else None
@@ -247,7 +253,19 @@ def test_batch_strides_beyond_32_bits() -> None:
 
 def test_long_rows_of_float32_take_two_launches() -> None:
     assert_matches(make_case((1, 3, 72), (F32, F32), affine=True), "fast")
-    assert len(launcher._launches([torch.empty(1)] * 7, 5, 128, 4)) == 2
+    assert len(launcher._launches([torch.empty(1)] * 8, False)) == 2
+
+
+def test_without_y_the_gate_has_the_sum_of_the_residual() -> None:
+    case = make_case((2, 7, 72))
+    wanted = run(case, "fast", "triton")
+    values = launcher.Given(case.gate.float(), case.scale, case.shift, None, None, -1, "layer", EPS, "fast", None)
+    out, mean, rstd = wanted["out"], torch.empty(2, 7), torch.empty(2, 7)
+    launcher.forward(case.x, case.y, values, (torch.empty_like(out), torch.empty_like(out), mean, rstd))
+    outputs: list[Tensor | None] = [torch.empty_like(case.x), None, torch.empty(2, 1, 72), *[None] * 5]
+    launcher.backward(case.grads[0], [case.grads[1]], wanted["h"], mean, rstd, None, values, outputs)
+    truth = run(case, "fast", "reference", F64)["grad x"].sum(1, keepdim=True)
+    assert_within_budget(outputs[2], truth, outputs[0].float().sum(1, keepdim=True))
 
 
 def test_float64_parameters_are_refused() -> None:

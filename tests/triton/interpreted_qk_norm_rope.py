@@ -50,6 +50,7 @@ class Case:
     dtype: torch.dtype = BF16
     weight_dtype: torch.dtype | None = None
     weighted: bool = True
+    biased: bool = False
     batch: int = 2
     tokens: tuple[int, ...] = (5, 2)
     heads: int = 3
@@ -71,6 +72,8 @@ class Case:
             for name in ("q_weight", "k_weight"):
                 weight = 1.0 + 0.2 * torch.randn(width, generator=g)
                 found[name] = weight.to(self.weight_dtype or self.dtype)
+        if self.biased:
+            found |= {name: torch.zeros(self.heads * self.dim, dtype=self.dtype) for name in ("q_bias", "k_bias")}
         if self.rope is not None:
             # One token stays as it is, where there is more than one.
             angle = torch.randn(max(1, tokens - 1), self.dim if self.full else self.dim // 2, generator=g)
@@ -87,7 +90,7 @@ class Case:
         return [torch.randn(shape, generator=g).to(self.dtype).transpose(1, 2) for _ in "qk"]
 
 
-LEAVES = ("query", "key", "q_weight", "k_weight")
+LEAVES = ("query", "key", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
 def run(
@@ -125,7 +128,7 @@ def assert_matches_reference(case: Case) -> None:
 @pytest.mark.parametrize(("rope", "full"), ROPES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_matches_reference(norm: str, rope: str | None, full: bool, mode: str) -> None:
-    assert_matches_reference(Case(norm, rope, full, mode, tokens=(3,), batch=1))
+    assert_matches_reference(Case(norm, rope, full, mode, biased=full, tokens=(3,), batch=1))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,8 @@ SHAPES += ((2, 256, (3,), 1),)
 @pytest.mark.parametrize("shape", release_but((SHAPES[1], SHAPES[4]), SHAPES), ids=str)
 def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     heads, dim, tokens, batch = shape
-    assert_matches_reference(Case(norm, rope, mode="fast", heads=heads, dim=dim, tokens=tokens, batch=batch))
+    shape = {"heads": heads, "dim": dim, "tokens": tokens, "batch": batch}
+    assert_matches_reference(Case(norm, rope, mode="fast", biased=True, **shape))
 
 
 @pytest.mark.parametrize("norm", release_but(("head_twice",), NORMS))
@@ -255,7 +259,8 @@ def test_writes_everything_and_nothing_else(norm: str, rope: str | None, full: b
     outputs = tuple(inside for inside, _ in rooms)
     launcher.forward(streams, norm, 1e-6, rope or "interleaved", "each", "fast", outputs)
     assert_filled(rooms)
-    wanted = [t is not None for stream in streams for t in stream[:4]]
+    biased = norm != "token"
+    wanted = [found for stream in streams for found in (*(t is not None for t in stream[:4]), biased, biased)]
     given = [None if t is None else guarded(t.shape, t.dtype) for t in _backward_outputs(streams, wanted)]
     grads, rstds = case.grads(), (outputs[2], outputs[3])
     rest = streams, norm, 1e-6, rope or "interleaved", "each", "fast", [None if g is None else g[0] for g in given]
@@ -272,7 +277,8 @@ def test_only_what_is_wanted(norm: str) -> None:
     launcher.forward(streams, norm, 1e-6, "interleaved", "each", "fast", outputs)
 
     def gradients(grads: list[Tensor | None], keep: Callable[[int], bool]) -> list[Tensor | None]:
-        wanted = [t is not None and keep(i) for stream in streams for i, t in enumerate(stream[:4])]
+        there = [*streams[0][:4], *[None if norm == "token" else streams[0].query] * 2]
+        wanted = [t is not None and keep(i) for i, t in enumerate(there)]
         found = _backward_outputs(streams, wanted)
         rest = streams, norm, 1e-6, "interleaved", "each", "fast", found
         launcher.backward(grads[0], grads[1], (outputs[2], outputs[3]), *rest)
@@ -280,8 +286,11 @@ def test_only_what_is_wanted(norm: str) -> None:
 
     query, key = case.grads()
     every = gradients([query, key], lambda i: True)
-    for kept in ((0,), (3,), (1, 2)):
-        for found, wanted in zip(gradients([query, key], kept.__contains__), every, strict=True):
+    # The weights' sums have an order of their own where the biases' are left beside them.
+    apart = gradients([query, key], range(4).__contains__)
+    for kept in ((0,), (3,), (1, 2), (4,), (1, 5)):
+        whole = every if max(kept) > 3 else apart
+        for found, wanted in zip(gradients([query, key], kept.__contains__), whole, strict=True):
             assert found is None or (wanted is not None and torch.equal(found, wanted))
     for index, grads in enumerate(([query, None], [None, key])):
         for i, (found, wanted) in enumerate(zip(gradients(grads, lambda i: True), every, strict=True)):

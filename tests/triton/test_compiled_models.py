@@ -36,7 +36,7 @@ EVERY_MODEL = {*BOTH_WAYS, ("gelu_tanh", "forward_kernel"), ("common", "sum_chun
 EVERY_FAMILY = EVERY_MODEL | {
     ("gelu_tanh", "backward_kernel"),
     ("gelu_tanh", "gradients_kernel"),
-    ("qk_norm_rope", "weight_kernel"),
+    ("qk_norm_rope", "sum_kernel"),
 }
 # With everything trained, and with so little that most gradients are not wanted, as under adapters.
 RUNS: tuple[tuple[tuple[str, ...], Any, str, dict[str, Any], bool], ...] = (

@@ -32,6 +32,8 @@ CAPABILITIES = release_but((90,), (80, 90, 100, 120))
 # threads or fewer, of up to 40 elements each. The backward holds a row and its sums: where it runs 16 warps they may
 # use 128, else 255.
 FORWARD_REGISTERS, PIECES_REGISTERS, RESIDUAL_REGISTERS = 64, 128, 64
+# Two sums beside float32 rows: seven programs of 128 threads share a multiprocessor, not eight.
+RESIDUAL_SUMS_REGISTERS = 72
 BACKWARD_REGISTERS, OTHER_BACKWARD_REGISTERS = 128, 255
 # What the smallest architecture gives a program.
 SHARED = 99 * 1024
@@ -54,6 +56,7 @@ class Norm:
     gated: bool = True
     affine: bool = False
     frozen: bool = False
+    biased: bool = False
     grads: int = 1
     tokens: int = TOKENS
     batch: int = BATCH
@@ -84,6 +87,7 @@ def backward(*sizes: object, **how: object) -> None:
     n = Norm(*sizes, **how)
     y = n.x() if n.gated and not n.frozen else None
     outputs = [n.x(), n.x() if n.gated else None, *([None] * 5 if n.frozen else n.parameters())]
+    outputs.append(empty(n.channels, dtype=n.dtype) if n.biased else None)
     tokens = (n.x(), [n.x() for _ in range(n.grads)], n.x())
     norm_modulate.backward(*tokens, n.numbers(), n.numbers(), y, n.given(), outputs)
 
@@ -94,10 +98,11 @@ def residual_forward(channels: int = 3072, dtype: torch.dtype = BF16, mode: str 
 
 
 def residual_backward(
-    channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS
+    channels: int = 3072, dtype: torch.dtype = BF16, mode: str = "fast", tokens: int = TOKENS, biased: bool = False
 ) -> None:
     x, gate = empty(BATCH, tokens, channels, dtype=dtype), empty(BATCH, 1, channels, dtype=dtype)
-    residual.backward(x, x, gate, -1, mode, [empty(*x.shape, dtype=dtype), empty(*gate.shape, dtype=dtype)])
+    bias = empty(channels, dtype=dtype) if biased else None
+    residual.backward(x, x, gate, -1, mode, [empty(*x.shape, dtype=dtype), empty(*gate.shape, dtype=dtype), bias])
 
 
 RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
@@ -110,14 +115,18 @@ RUNS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "five consumers": (backward, {"gated": False, "grads": 5}),
     "segments": (backward, {"split": 100, "norm": "rms"}),
     "frozen modulation": (backward, {"frozen": True}),
+    "bias behind the gate": (backward, {"biased": True}),
     "residual": (residual_forward, {}),
     "residual gradient": (residual_backward, {}),
+    "bias behind the residual's gate": (residual_backward, {"biased": True}),
 }
 
 
 def registers_for(run: Callable[..., None], found: Compiled, channels: int, mode: str) -> int:
-    if found.kernel == "sum_chunks_kernel" or run in (residual_forward, residual_backward):
+    if found.kernel == "sum_chunks_kernel" or run is residual_forward:
         return RESIDUAL_REGISTERS
+    if run is residual_backward:
+        return RESIDUAL_SUMS_REGISTERS
     if run is forward:
         return PIECES_REGISTERS if norm_modulate.row_of(channels, mode)[2] > 1 else FORWARD_REGISTERS
     return BACKWARD_REGISTERS if 2048 < channels <= norm_modulate.LONG else OTHER_BACKWARD_REGISTERS

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from dancegrpo_fast import backends
 from dancegrpo_fast.kernels.qk_norm_rope import triton_kernels as kernels
+from dancegrpo_fast.kernels.qk_norm_rope import triton_sums
 from dancegrpo_fast.ops import _triton_qk_norm_rope as launcher
 from dancegrpo_fast.ops._qk_norm_rope import Stream, _backward_outputs, _forward_outputs
 
@@ -28,7 +29,7 @@ CAPABILITIES = release_but((90,), (80, 90, 100, 120))
 REGISTERS = {
     "forward_kernel": launcher.FORWARD_REGISTERS,
     "backward_kernel": launcher.BACKWARD_REGISTERS,
-    "weight_kernel": 64,
+    "sum_kernel": 64,
 }
 # The scratch of a reduction.
 SHARED = 8 * 1024
@@ -49,6 +50,7 @@ class Shape:
     batch: int = 2
     tokens: int = 1000
     contiguous: bool = True
+    biases: bool = False
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -73,6 +75,7 @@ class Shape:
 # Of joint streams as models have them, and the extremes of dtypes and sizes.
 SHAPES = {
     "heads": Shape("head", "interleaved", True, "fast"),
+    "heads with biases": Shape("head", "interleaved", False, "fast", biases=True),
     "heads by halves": Shape("head", "half", True, "lossless"),
     "heads rounded twice": Shape("head_twice", "interleaved", False, "lossless", weight_dtype=BF16),
     "tokens": Shape("token", "interleaved", False, "fast", heads=40),
@@ -97,7 +100,7 @@ def run(shape: Shape) -> None:
     rope = shape.rope or "interleaved"
     launcher.forward([stream], shape.norm, 1e-6, rope, "each", shape.mode, outputs)
     grads = [shape.new(shape.batch, shape.heads, shape.tokens, shape.dim).transpose(1, 2) for _ in "qk"]
-    wanted = [True, True, shape.norm != "none", shape.norm != "none"]
+    wanted = [True, True, *[shape.norm != "none"] * 2, *[shape.biases] * 2]
     found = _backward_outputs([stream], wanted)
     rest = [stream], shape.norm, 1e-6, rope, "each", shape.mode, found
     launcher.backward(grads[0], grads[1], (outputs[2], outputs[3]), *rest)
@@ -130,7 +133,8 @@ def assert_wide_accesses(launches: list[Compiled], shape: Shape) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_architecture(capability: int, name: str, tmp_path: Path) -> None:
     launches = offline.launched(capability, tmp_path, run, SHAPES[name])
-    assert [c.kernel for c in launches] == list(REGISTERS)[: 2 if SHAPES[name].norm == "none" else 3]
+    kinds, sums = list(REGISTERS), (SHAPES[name].norm != "none") + SHAPES[name].biases
+    assert [c.kernel for c in launches] == kinds[:2] + kinds[2:] * sums
     for found in launches:
         assert_lean(found, REGISTERS[found.kernel])
     assert_wide_accesses(launches, SHAPES[name])
@@ -148,7 +152,7 @@ def test_other_dtypes_sizes_and_strides(name: str, tmp_path: Path) -> None:
 
 def test_lengths_do_not_compile_again(tmp_path: Path) -> None:
     """Neither batch nor tokens, of the joint sequence or rotated, are part of what is compiled."""
-    made = kernels.forward_kernel, kernels.backward_kernel, kernels.weight_kernel
+    made = kernels.forward_kernel, kernels.backward_kernel, triton_sums.sum_kernel
     shape = Shape("head", "interleaved", True, "fast")
     sizes = ((2, 1000), (1, 1), (3, 17), (16, 64), (1, 32760))
     calls = (partial(run, replace(shape, batch=batch, tokens=tokens)) for batch, tokens in sizes)

@@ -58,7 +58,7 @@ def norm_gradient(place: Place, batch: int, channels: int, dtype: torch.dtype) -
 
     scale, shift = (place((batch, 1, channels), dtype) for _ in range(2))
     numbers = torch.empty(batch, TOKENS)
-    outputs = [tokens(plain), None, None, torch.empty_like(scale), torch.empty_like(shift), None, None]
+    outputs = [tokens(plain), None, None, torch.empty_like(scale), torch.empty_like(shift), None, None, None]
     given = norm_launcher.Given(None, scale, shift, None, None, -1, "layer", 1e-6, "lossless", None)
     norm_launcher.backward(tokens(place), [tokens(place)], tokens(place), numbers, numbers, None, given, outputs)
 
@@ -76,7 +76,7 @@ def rope_gradient(place: Place, batch: int, dim: int, dtype: torch.dtype) -> Non
     weight, table = torch.empty(dim, dtype=dtype), torch.empty(TOKENS, dim)
     stream = Stream(place(heads, dtype), place(heads, dtype), weight, weight, table, table)
     rstds = (torch.empty(2, batch, TOKENS, HEADS),) * 2
-    outputs = [plain(heads, dtype), plain(heads, dtype), torch.empty_like(weight), torch.empty_like(weight)]
+    outputs = [plain(heads, dtype), plain(heads, dtype), torch.empty_like(weight), torch.empty_like(weight), None, None]
     given = place(heads, dtype), place(heads, dtype), rstds, [stream]
     rope_launcher.backward(*given, "head", 1e-6, "interleaved", "each", "lossless", outputs)
 
