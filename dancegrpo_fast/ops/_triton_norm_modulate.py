@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.norm_modulate import triton_kernels as kernels
-from . import _triton
 from ._block import summed
+from ._launch import launch_on, planned
 from ._norm_modulate import Given, Outputs
 from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, together, type_of
 
@@ -63,8 +63,8 @@ def row_of(channels: int, mode: str) -> tuple[int, int, int]:
     return piece, piece // 256, pieces
 
 
-@_triton.planned
-def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _triton.Launch:
+@planned
+def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> None:
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
@@ -84,7 +84,7 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _tri
     if pieces > 1 and torch.version.hip is None:
         settings["maxnreg"] = REGISTERS
     settings["fused"] = given.mode == "fast" and given.scale is not None and given.shift is not None
-    return _triton.Launch(kernels.forward_kernel, batch * parts, arguments, settings)
+    launch_on(x.device, kernels.forward_kernel, batch * parts, arguments, settings)
 
 
 def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize: int) -> list[list[Tensor | None]]:
@@ -95,6 +95,7 @@ def _launches(outputs: Sequence[Tensor | None], sums: int, block: int, itemsize:
     return [[*outputs[:3], *[None] * 4], [*[None] * 3, *outputs[3:]]]
 
 
+@planned
 def backward(
     grad_h: Tensor | None,
     grads: Sequence[Tensor],
@@ -146,5 +147,5 @@ def backward(
             *chunks.sizes,
         )
         programs = chunks.batch * chunks.count * -(-channels // block)
-        _triton._launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
+        launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
     chunks.finish()

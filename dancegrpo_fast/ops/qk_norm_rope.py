@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_choice, shown
 from ._block import Cost, check_device, check_eps, check_settings, prepare, register_flops, saved, unpacked
 from ._checks import check_float
-from ._library import checked_once, needs_graph, register
+from ._library import checked_once, linked, needs_graph, register
 from ._qk_norm_rope import STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
 
@@ -177,7 +177,7 @@ def qk_norm_rope(
     both = (*stream, *(second or (None,) * STREAM))
     eps = _checked(*both, norm, eps, rope, rope_gradient, mode, backend)
     if needs_graph(*both):
-        query, key = _QkNormRope.apply(*both, norm, eps, rope, rope_gradient, mode, backend)
+        query, key = linked(_QkNormRope, *both, norm, eps, rope, rope_gradient, mode, backend)
     else:
         query, key, _, _ = _forward_op(*both, norm, eps, rope, rope_gradient, mode, backend)
     return query, None if stream.key is None else key
