@@ -86,8 +86,8 @@ class _Bound:
         self._tensors = [(i, t) for i, t in enumerate(self._values) if isinstance(t, Tensor)]
         self._exact = {(t.data_ptr(), t.dtype): i for i, t in self._tensors}
         self._numbers = {id(n): i for i, n in enumerate(self._values) if type(n) is Varying}
-        # Copies are new in each call; AMD's launches depend on more than the layouts.
-        self.whole = not recorded.computes and torch.version.hip is None
+        # Copies are new in each call.
+        self.whole = not recorded.computes
         self.launches = [self._launch(*one) for one in recorded.launches]
         del self._values, self._tensors, self._exact, self._numbers
 
@@ -157,6 +157,10 @@ def planned(function: Callable[..., None]) -> Callable[..., None]:
         if known is not None:
             with _on(values[0].device):
                 known(values)
+            return
+        # AMD's launches depend on more than the layouts.
+        if torch.version.hip is not None or backends.interpreting():
+            function(*arguments)
             return
         recorder = _Recorder()
         with recorder:
