@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 _LIBRARY = torch.library.Library("dgf", "DEF")
 # Classes of arguments that see no operator.
 PLAIN = {Tensor, torch.nn.Parameter}
-_QUIET = {type(None), bool, int, float, str, torch.dtype}
+QUIET = {type(None), bool, int, float, str, torch.dtype}
 Result = TypeVar("Result")
 
 
@@ -88,6 +88,13 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
+def linked(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, below its Python part where nothing watches: that part looks for tensors of past transforms."""
+    if modes_watch():
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]  # of the C base class
+
+
 def _signature(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
     """None where an argument has to be looked at more closely."""
     found: list[Any] = []
@@ -95,7 +102,7 @@ def _signature(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
         kind = type(one)
         if kind in PLAIN and one.layout is torch.strided:
             found.append(layout(one))
-        elif kind in _QUIET:
+        elif kind in QUIET:
             # 1, 1.0 and True are equal.
             found += kind, one
         else:
@@ -109,7 +116,7 @@ def watched(arguments: Iterable[Any]) -> bool:
         return True
     for one in arguments:
         kind = type(one)
-        if kind in _QUIET:
+        if kind in QUIET:
             continue
         if kind in PLAIN:
             if one.is_meta or is_lazy(one):

@@ -1,18 +1,16 @@
-"""The ops by Triton: arguments for the kernels, room for their partial sums, and one launch a call."""
+"""The RL ops by Triton: arguments for the kernels, room for their partial sums, and one launch a call."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..kernels.policy_loss import triton_kernels as loss_kernels
 from ..kernels.transition import triton_kernels as kernels
 from ._call import GradientTerms, LossOutputs, Noise, Objective, Transition
-from ._library import MOST_KEPT, layout
+from ._launch import Varying, launch_on, planned
 
 # Elements a program, what one sum of squares can hold; 16 elements a thread need no spills and fill 16-byte accesses.
 BLOCK = 4096
@@ -147,125 +145,6 @@ def _workspace(device: torch.device, tickets: int, room: int) -> tuple[Tensor, T
     return kept
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-    """One launch on the current stream of the current device; returns the compiled kernel."""
-    return kernel[(programs,)](*arguments, **settings)
-
-
-def _launch_on(
-    device: torch.device, kernel: Any, programs: int, arguments: tuple[Any, ...], settings: dict[str, Any]
-) -> Any:
-    with _on(device):
-        return launch(kernel, programs, arguments, _settled(settings))
-
-
-def _settled(settings: dict[str, Any]) -> dict[str, Any]:
-    # Noise, ratio 1 and the equality with the CPU kernels need every product rounded.
-    return {**settings, "interpreted": backends.interpreting(), "enable_fp_fusion": False}
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-class Launch(NamedTuple):
-    """One launch: what `kernel[(programs,)](*arguments, **settings)` takes."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    settings: dict[str, Any]
-
-
-class _Bound:
-    """A launch whose tensors alone differ from call to call, in the order in which calls give them."""
-
-    def __init__(self, made: Launch, template: tuple[Any, ...], compiled: Any):
-        self.template = template
-        names = made.kernel.arg_names[len(made.arguments) :]
-        self.constants = tuple(made.settings.get(name) for name in names)
-        self.run = compiled[(made.programs, 1, 1)]
-
-    def __call__(self, tensors: Sequence[Tensor]) -> None:
-        self.run(*_filled(self.template, tensors), *self.constants)
-
-
-class _Place(int):
-    """Where a tensor stands among those of a call."""
-
-
-def _with_places(arguments: Any, places: dict[tuple[int, torch.dtype], int]) -> Any:
-    """The arguments with places for tensors; None where one is none of the call's."""
-    if isinstance(arguments, Tensor):
-        place = places.get((arguments.data_ptr(), arguments.dtype))
-        return None if place is None else _Place(place)
-    if not isinstance(arguments, tuple):
-        return arguments
-    found = [_with_places(one, places) for one in arguments]
-    lost = any(one is None and given is not None for one, given in zip(found, arguments, strict=True))
-    return None if lost else tuple(found)
-
-
-def _filled(template: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(
-        [
-            _filled(one, tensors) if type(one) is tuple else tensors[one] if type(one) is _Place else one
-            for one in template
-        ]
-    )
-
-
-# By the function that makes a launch, and by layouts.
-_bound: dict[Any, "_Bound"] = {}
-
-
-def planned(make: Callable[..., Launch]) -> Callable[..., None]:
-    """`make` says what to launch for tensors and settings; what it says is kept by the tensors' layouts.
-
-    Triton's own launcher asks every argument in every call, which takes longer than most of these kernels.
-    """
-
-    def run(*arguments: Any) -> None:
-        tensors: list[Tensor] = []
-        key = make, _collected(arguments, tensors)
-        with _on(tensors[0].device):
-            known = _bound.get(key)
-            if known is not None:
-                known(tensors)
-                return
-            made = make(*arguments)
-            settings = _settled(made.settings)
-            compiled = launch(made.kernel, made.programs, made.arguments, settings)
-        places = {(t.data_ptr(), t.dtype): i for i, t in enumerate(tensors)}
-        # Two tensors at one place may lie apart in the next call, and copies are new in each; AMD's launches depend on
-        # more than the layouts.
-        if compiled is None or len(places) < len(tensors) or torch.version.hip is not None:
-            return
-        template = _with_places(made.arguments, places)
-        if template is not None:
-            if len(_bound) >= MOST_KEPT:
-                _bound.clear()
-            _bound[key] = _Bound(made._replace(settings=settings), template, compiled)
-
-    return run
-
-
-def _collected(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """A key of all that a launch depends on, alignment included; the tensors are put into the list."""
-    found: list[Any] = []
-    for one in arguments:
-        if isinstance(one, Tensor):
-            tensors.append(one)
-            found.append((layout(one), one.data_ptr() % 16 == 0))
-        elif isinstance(one, tuple):
-            found.append(_collected(one, tensors))
-        else:
-            found.append(one)
-    return tuple(found)
-
-
 def _settings(call: Transition) -> dict[str, Any]:
     rounded, wide = call.reference_rounding, needs_wide(call.numel)
     return {"rounded": rounded, "wide": wide, "block": BLOCK, "num_warps": WARPS}
@@ -275,40 +154,65 @@ def _rows(call: Transition) -> tuple[Any, ...]:
     return call.table, len(call.table), call.step, call.step_index, call.guidance_scale
 
 
+def _any_step(call: Transition) -> Transition:
+    return call._replace(step_index=Varying(call.step_index))
+
+
 def sample(call: Transition, noise: Noise, log_prob: Tensor, denoised: Tensor | None) -> None:
     """Writes the next latents, their log-probability and, where asked for, the estimate of x0."""
-    device = call.latents.device
     programs, blocks = programs_for(call.batch, call.numel)
-    operands = Operands(
-        (call.latents, call.model_output, call.uncond_output, noise.given), (call.next_latents, denoised)
-    )
-    latents, output, uncond, given, next_latents, clean = operands.given
+    room = _workspace(call.latents.device, call.batch, programs * 2 * SCORE_PAIRS)
     ids = None if noise.sample_ids is None else noise.sample_ids.contiguous()
-    tickets, partials = _workspace(device, call.batch, programs * 2 * SCORE_PAIRS)
-    arguments = (
-        *(latents, output, uncond, next_latents, given, clean, operands.sizes),
-        *_rows(call),
-        ids,
-        *signed_words(noise.seed or 0),
-        *(call.numel, blocks, partials, tickets, log_prob),
-    )
-    settings = {"seeded": noise.seed is not None, **_settings(call), "lanes": LANES}
-    _launch_on(device, kernels.sample_kernel, programs, arguments, settings)
-    operands.finish()
+    words = None if noise.seed is None else tuple(map(Varying, signed_words(noise.seed)))
+    _sample(_any_step(call), noise.given, words, ids, denoised, programs, blocks, room, log_prob)
     # Triton writes through raw pointers, which autograd's version counter does not see.
     torch.autograd.graph.increment_version(call.next_latents)
 
 
+@planned
+def _sample(
+    call: Transition,
+    noise: Tensor | None,
+    words: tuple[int, int] | None,
+    ids: Tensor | None,
+    denoised: Tensor | None,
+    programs: int,
+    blocks: int,
+    room: tuple[Tensor, Tensor],
+    log_prob: Tensor,
+) -> None:
+    operands = Operands((call.latents, call.model_output, call.uncond_output, noise), (call.next_latents, denoised))
+    latents, output, uncond, given, next_latents, clean = operands.given
+    tickets, partials = room
+    arguments = (
+        *(latents, output, uncond, next_latents, given, clean, operands.sizes),
+        *_rows(call),
+        ids,
+        *(words or (0, 0)),
+        *(call.numel, blocks, partials, tickets, log_prob),
+    )
+    settings = {"seeded": words is not None, **_settings(call), "lanes": LANES}
+    launch_on(call.latents.device, kernels.sample_kernel, programs, arguments, settings)
+    operands.finish()
+
+
 def log_prob(call: Transition, log_prob: Tensor) -> None:
     """Writes the log-probability of the next latents."""
-    device = call.latents.device
     programs, blocks = programs_for(call.batch, call.numel)
+    room = _workspace(call.latents.device, call.batch, programs * 2 * SCORE_PAIRS)
+    _log_prob(_any_step(call), programs, blocks, room, log_prob)
+
+
+@planned
+def _log_prob(call: Transition, programs: int, blocks: int, room: tuple[Tensor, Tensor], log_prob: Tensor) -> None:
     operands = Operands((call.latents, call.model_output, call.uncond_output, call.next_latents))
-    tickets, partials = _workspace(device, call.batch, programs * 2 * SCORE_PAIRS)
+    tickets, partials = room
     arguments = (*operands.given, operands.sizes, *_rows(call), call.numel, blocks, partials, tickets, log_prob)
-    _launch_on(device, kernels.log_prob_kernel, programs, arguments, {**_settings(call), "lanes": LANES})
+    settings = {**_settings(call), "lanes": LANES}
+    launch_on(call.latents.device, kernels.log_prob_kernel, programs, arguments, settings)
 
 
+@planned
 def _gradient(
     call: Transition,
     grad_log_prob: Tensor | None,
@@ -316,7 +220,6 @@ def _gradient(
     grad_output: Tensor,
     grad_uncond: Tensor | None,
 ) -> None:
-    device = call.latents.device
     programs, blocks = programs_for(call.batch, call.numel)
     pull, mean_output = (None, None) if terms is None else (terms.pull, terms.mean_output)
     operands = Operands(
@@ -327,13 +230,14 @@ def _gradient(
     if terms is not None:
         scales = (None, terms.grad_loss.to(call.table.dtype), terms.step_scale, terms.pull_scale)
     arguments = (*operands.given, operands.sizes, *_rows(call), *scales, call.numel, blocks)
-    _launch_on(device, kernels.gradient_kernel, programs, arguments, _settings(call))
+    launch_on(call.latents.device, kernels.gradient_kernel, programs, arguments, _settings(call))
     operands.finish()
 
 
 def log_prob_gradient(call: Transition, grad_log_prob: Tensor, grad_output: Tensor, grad_uncond: Tensor | None) -> None:
     """Writes the gradients of `sum(grad_log_prob log_prob)` by the model outputs."""
-    _gradient(call, grad_log_prob.to(call.table.dtype).contiguous(), None, grad_output, grad_uncond)
+    grad = grad_log_prob.to(call.table.dtype).contiguous()
+    _gradient(_any_step(call), grad, None, grad_output, grad_uncond)
 
 
 def _loss_registers(more_outputs: bool, strided: bool) -> dict[str, int]:
@@ -345,28 +249,40 @@ def _loss_registers(more_outputs: bool, strided: bool) -> dict[str, int]:
 
 def policy_loss(call: Transition, objective: Objective, out: LossOutputs) -> None:
     """Writes the loss and everything that comes out of the same pass."""
-    device, batch = call.latents.device, call.batch
-    programs, blocks = programs_for(batch, call.numel)
+    programs, blocks = programs_for(call.batch, call.numel)
+    room = _workspace(call.latents.device, call.batch + 1, 2 * (programs * LOSS_PAIRS + call.batch * TERM_PAIRS))
+    _policy_loss(_any_step(call), objective, programs, blocks, room, out)
+
+
+@planned
+def _policy_loss(
+    call: Transition,
+    objective: Objective,
+    programs: int,
+    blocks: int,
+    workspace: tuple[Tensor, Tensor],
+    out: LossOutputs,
+) -> None:
     more = (objective.reference_output, objective.old_output if objective.ratio_norm else None)
     operands = Operands((call.latents, call.model_output, call.uncond_output, call.next_latents, *more))
-    tickets, room = _workspace(device, batch + 1, 2 * (programs * LOSS_PAIRS + batch * TERM_PAIRS))
+    tickets, room = workspace
     terms = room[2 * programs * LOSS_PAIRS :]
     arguments = (
         *(*operands.given, operands.sizes),
         *_rows(call),
         *(objective.old_log_prob, objective.advantages, objective.weight),
         *(objective.clip_low, objective.clip_high, objective.advantage_clip, objective.kl_weight),
-        *(batch, call.numel, blocks, room, terms, tickets),
+        *(call.batch, call.numel, blocks, room, terms, tickets),
         *(out.loss, out.log_prob, out.ratio, out.metrics, out.has_grad, out.step_scale, out.pull_scale),
     )
     outputs = any(t is not None for t in (call.uncond_output, *more))
     registers = _loss_registers(outputs, bool(operands.sizes))
     settings = {**_settings(call), "lanes": LANES, **registers}
-    _launch_on(device, loss_kernels.policy_loss_kernel, programs, arguments, settings)
+    launch_on(call.latents.device, loss_kernels.policy_loss_kernel, programs, arguments, settings)
 
 
 def policy_loss_gradient(
     call: Transition, terms: GradientTerms, grad_output: Tensor, grad_uncond: Tensor | None
 ) -> None:
     """Writes the gradients of the loss by the model outputs."""
-    _gradient(call, None, terms, grad_output, grad_uncond)
+    _gradient(_any_step(call), None, terms, grad_output, grad_uncond)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.common import triton_rows
 from ..kernels.gated_residual import triton_kernels as kernels
-from . import _triton
+from ._launch import launch_on, planned
 
 # At most so many chunks of a sample's tokens: a few for each multiprocessor, their sums a few percent of what is moved.
 CHUNKS, SHORTEST_CHUNK = 512, 4
@@ -107,7 +107,7 @@ class Chunks:
             "block": SUM_BLOCK,
             "num_warps": SUM_WARPS,
         }
-        _triton._launch_on(self._room.device, triton_rows.sum_chunks_kernel, programs, arguments, settings)
+        launch_on(self._room.device, triton_rows.sum_chunks_kernel, programs, arguments, settings)
 
 
 def _settings(channels: int, split: int, product_type: Any) -> tuple[int, dict[str, Any]]:
@@ -124,8 +124,8 @@ def _product_type(mode: str, y: torch.dtype, gate: Tensor) -> Any:
     return tl.float32 if mode == "fast" else type_of("gate y", y, gate.dtype)
 
 
-@_triton.planned
-def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tensor) -> _triton.Launch:
+@planned
+def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tensor) -> None:
     """Writes `x + gate y`."""
     batch, tokens, channels = x.shape
     blocks, settings = _settings(channels, split, _product_type(mode, y.dtype, gate))
@@ -133,9 +133,10 @@ def forward(x: Tensor, y: Tensor, gate: Tensor, split: int, mode: str, out: Tens
     length = together(batch * tokens)
     parts = -(-tokens // length)
     arguments = (rows_of(x), rows_of(y), rows_of(gate), rows_of(out), tokens, channels, split, parts, length)
-    return _triton.Launch(kernels.forward_kernel, batch * parts * blocks, arguments, settings)
+    launch_on(x.device, kernels.forward_kernel, batch * parts * blocks, arguments, settings)
 
 
+@planned
 def backward(
     grad: Tensor, y: Tensor | None, gate: Tensor, split: int, mode: str, outputs: Sequence[Tensor | None]
 ) -> None:
@@ -150,5 +151,5 @@ def backward(
     arguments = (*operands, chunks.target(grad_gate), chunks.target(grad_bias), *chunks.sizes)
     programs = chunks.batch * chunks.count * blocks
     settings |= {"sums_gate": sums}
-    _triton._launch_on(grad.device, kernels.backward_kernel, programs, arguments, settings)
+    launch_on(grad.device, kernels.backward_kernel, programs, arguments, settings)
     chunks.finish()

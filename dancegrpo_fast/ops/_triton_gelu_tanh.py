@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..kernels.gelu_tanh import triton_kernels as kernels
-from . import _triton
+from ._launch import launch_on, planned
 from ._triton_gated_residual import Chunks
 from ._triton_gated_residual import rows_of as operand
 
@@ -29,8 +29,8 @@ def _settings(width: int, most: int = BLOCK, thread: int = THREAD) -> dict[str, 
     return {"ptx": ptx, "block": block, "num_warps": max(1, block // (32 * thread))}
 
 
-@_triton.planned
-def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> _triton.Launch:
+@planned
+def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> None:
     """Writes the prefix and, behind it, `gelu(x)`."""
     copied_width = 0 if prefix is None else prefix.shape[-1]
     rows = _rows(x, copied_width == 0 and x.is_contiguous())
@@ -42,9 +42,10 @@ def forward(x: Tensor, prefix: Tensor | None, out: Tensor) -> _triton.Launch:
         *(head, *((0, 0) if head is None else head.stride()), copied_width),
         *(out, copied_width + rows.shape[1], copied + parts, copied),
     )
-    return _triton.Launch(kernels.forward_kernel, len(rows) * (copied + parts), arguments, settings)
+    launch_on(x.device, kernels.forward_kernel, len(rows) * (copied + parts), arguments, settings)
 
 
+@planned
 def backward(grad: Tensor, x: Tensor, grad_x: Tensor) -> None:
     """Writes the gradient by x."""
     whole = grad.is_contiguous() and x.is_contiguous()
@@ -52,9 +53,10 @@ def backward(grad: Tensor, x: Tensor, grad_x: Tensor) -> None:
     settings = _settings(rows.shape[1])
     parts = -(-rows.shape[1] // settings["block"])
     arguments = (given, *given.stride(), rows, *rows.stride(), rows.shape[1], grad_x, parts)
-    _triton._launch_on(x.device, kernels.backward_kernel, len(rows) * parts, arguments, settings)
+    launch_on(x.device, kernels.backward_kernel, len(rows) * parts, arguments, settings)
 
 
+@planned
 def gradients(
     grad: Tensor, x: Tensor, prefix: Tensor | None, activation: Tensor, grad_x: Tensor, bias_sum: Tensor | None
 ) -> None:
@@ -72,5 +74,5 @@ def gradients(
         *(chunks.length, before + parts, before),
     )
     programs = chunks.count * (before + parts)
-    _triton._launch_on(x.device, kernels.gradients_kernel, programs, arguments, settings)
+    launch_on(x.device, kernels.gradients_kernel, programs, arguments, settings)
     chunks.finish()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..kernels.gelu_tanh.reference import token_sum
 from ..kernels.norm_modulate import triton_kernels as kernels
-from . import _triton
 from ._block import empty_unless, summed
+from ._launch import launch_on, planned
 from ._norm_modulate import Given, Outputs
 from ._triton_gated_residual import BLOCK, Chunks, rows_of, sums_tokens, together, type_of
 
@@ -64,8 +64,8 @@ def row_of(channels: int, mode: str) -> tuple[int, int, int]:
     return piece, piece // 256, pieces
 
 
-@_triton.planned
-def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _triton.Launch:
+@planned
+def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> None:
     """Writes the residual stream (where y is given), the modulated tokens, and mean and reciprocal deviation."""
     batch, tokens, channels = x.shape
     h, out, mean, rstd = outputs
@@ -85,7 +85,7 @@ def forward(x: Tensor, y: Tensor | None, given: Given, outputs: Outputs) -> _tri
     if pieces > 1 and torch.version.hip is None:
         settings["maxnreg"] = REGISTERS
     settings["fused"] = given.mode == "fast" and given.scale is not None and given.shift is not None
-    return _triton.Launch(kernels.forward_kernel, batch * parts, arguments, settings)
+    launch_on(x.device, kernels.forward_kernel, batch * parts, arguments, settings)
 
 
 def _room(block: int, itemsize: int) -> int:
@@ -101,6 +101,7 @@ def _launches(outputs: Sequence[Tensor | None], one: bool) -> list[list[Tensor |
     return [[*first, *[None] * 4, y_bias], [*[None] * 3, *outputs[3:7], None]]
 
 
+@planned
 def backward(
     grad_h: Tensor | None,
     grads: Sequence[Tensor],
@@ -163,7 +164,7 @@ def backward(
             *chunks.sizes,
         )
         programs = chunks.batch * chunks.count * -(-channels // block)
-        _triton._launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
+        launch_on(h.device, kernels.backward_kernel, programs, arguments, settings)
     chunks.finish()
     if y_bias is not None and dy is not None and apart:
         y_bias.copy_(token_sum(dy))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.qk_norm_rope import triton_kernels as kernels
 from ..kernels.qk_norm_rope import triton_sums
-from . import _triton
+from ._launch import launch_on, planned
 from ._qk_norm_rope import GRADIENTS
 
 # Elements of a tile: 8 a thread are one 16-byte access of 16-bit numbers, or two of 8 bytes where halves are paired.
@@ -106,7 +106,7 @@ def forward(
         _forward_stream(stream, norm, eps, rope, rope_gradient, mode, (out, out_key, rstd))
 
 
-@_triton.planned
+@planned
 def _forward_stream(
     stream: Any,
     norm: str,
@@ -115,7 +115,7 @@ def _forward_stream(
     rope_gradient: str,
     mode: str,
     outputs: tuple[Tensor, Tensor | None, Tensor],
-) -> _triton.Launch:
+) -> None:
     batch, tokens, heads, dim = stream.query.shape
     half_split = rope == "half" and stream.cos is not None
     operands: list[Any] = [None, None]
@@ -134,9 +134,10 @@ def _forward_stream(
     )
     settings = _shared(stream, norm, rope, mode, tensors, FORWARD_REGISTERS)
     settings["stepwise"] = mode == "lossless" and _stepwise(stream, norm, rope_gradient)
-    return _triton.Launch(kernels.forward_kernel, batch * tokens, arguments, settings)
+    launch_on(stream.query.device, kernels.forward_kernel, batch * tokens, arguments, settings)
 
 
+@planned
 def _backward_stream(
     stream: Any,
     grads: tuple[Tensor | None, Tensor | None],
@@ -192,11 +193,11 @@ def _backward_stream(
         "by_tile": by_tile,
     }
     device = stream.query.device
-    _triton._launch_on(device, kernels.backward_kernel, programs, arguments, settings)
+    launch_on(device, kernels.backward_kernel, programs, arguments, settings)
     for sums, count, size in ((weight_sums, programs, width), (bias_sums, batch * chunks, heads * dim)):
         if any(sums):
             blocks = -(-size // SUM_COLUMNS)
-            _triton._launch_on(
+            launch_on(
                 device,
                 triton_sums.sum_kernel,
                 2 * blocks,

@@ -11,6 +11,7 @@ from . import gated_residual as plain
 from . import norm_modulate
 from ._block import check_autocast, check_channels, check_operand, check_tokens, weight_gradient
 from ._checks import check_float
+from ._library import linked
 
 
 class _Projection(torch.autograd.Function):
@@ -72,7 +73,7 @@ def _projected(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, g
     check_operand("weight", weight, (channels, inputs.shape[-1]), x.dtype, like, given)
     check_operand("gate", gate, (batch, channels), gate.dtype, like, given)
     check_operand("bias", bias, (channels,), x.dtype, like, given)
-    projected: tuple[Tensor, Tensor] = _Projection.apply(inputs, weight, bias, gate)
+    projected: tuple[Tensor, Tensor] = linked(_Projection, inputs, weight, bias, gate)
     return projected
 
 

@@ -26,7 +26,7 @@ from ._block import (
     unpacked,
 )
 from ._checks import check_float
-from ._library import checked_once, needs_graph, register
+from ._library import checked_once, linked, needs_graph, register
 from .selfcheck import Slice, Subject, kind, parameter_kind, trusted
 
 
@@ -233,7 +233,7 @@ def call(
     assert rows is not None
     if not needs_graph(x, y, gate, y_bias):
         return _forward_op(x, y, rows, start, mode, backend)
-    out: Tensor = _GatedResidual.apply(ungated, y_bias, x, y, rows, start, mode, backend)
+    out: Tensor = linked(_GatedResidual, ungated, y_bias, x, y, rows, start, mode, backend)
     return out
 
 

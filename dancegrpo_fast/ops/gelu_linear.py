@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..kernels.gelu_tanh import reference
 from ._block import Cost, check_autocast, check_operand, register_flops, triton_module
 from ._checks import check_float
-from ._library import register
+from ._library import linked, register
 from .gelu_tanh import backward_op, check_arguments, forward_op, joint_out, rows_of
 
 
@@ -124,7 +124,7 @@ def gelu_linear(
     check_operand("weight", weight, (weight.shape[0], width), h.dtype, ("h", h), given)
     check_operand("bias", bias, (weight.shape[0],), h.dtype, ("h", h), given)
     check_operand("h_bias", h_bias, (h.shape[-1],), h.dtype, ("h", h), given)
-    out: Tensor = _GeluLinear.apply(h, prefix, weight, bias, h_bias, mode, backend)
+    out: Tensor = linked(_GeluLinear, h, prefix, weight, bias, h_bias, mode, backend)
     return out
 
 

@@ -10,7 +10,7 @@ from ..checks import check_bool
 from ..kernels.gelu_tanh import reference
 from ._block import Cost, check_device, check_settings, prepare, register_flops, saved, triton_module
 from ._checks import check_float
-from ._library import checked_once, needs_graph, register
+from ._library import checked_once, linked, needs_graph, register
 
 
 def joint_out(x: Tensor, prefix: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ def gelu_tanh(
     check_bool("keep_prefix", keep_prefix)
     if not needs_graph(x, prefix):
         return forward_op(x, prefix, mode, backend)
-    out: Tensor = _GeluTanh.apply(x, prefix, keep_prefix, mode, backend)
+    out: Tensor = linked(_GeluTanh, x, prefix, keep_prefix, mode, backend)
     return out
 
 

@@ -22,7 +22,7 @@ from ._block import (
     weight_gradient,
 )
 from ._checks import check_float
-from ._library import needs_graph, register
+from ._library import linked, needs_graph, register
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -284,12 +284,12 @@ def call(
     out: Tensor
     if mode == "fast":
         given = x, weight, bias, lora_a, lora_b, scale
-        out = _LoraLinear.apply(*given) if graph else _forward_op(*given)[0]
+        out = linked(_LoraLinear, *given) if graph else _forward_op(*given)[0]
     elif torch.compiler.is_compiling() or not _has_eager_layout(x, lora_a):
         out = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale)
     else:
         update = F.linear(x, weight, bias), x, lora_a, lora_b, scale
-        out = _Update.apply(*update) if graph else _update_op(*update)[0]
+        out = linked(_Update, *update) if graph else _update_op(*update)[0]
     return out
 
 

@@ -24,7 +24,7 @@ from ._block import (
     saved,
     unpacked,
 )
-from ._library import checked_once, needs_graph, register
+from ._library import checked_once, linked, needs_graph, register
 from ._norm_modulate import backward, backward_fake, forward, forward_fake
 from .gated_residual import backward_op as gated_backward_op
 
@@ -166,7 +166,7 @@ def call(
         return x if y is None or h is None else h, *(out,) * consumers
     # Compiled graphs fuse what follows by themselves, and aliases would only be in their way.
     count = 1 if torch.compiler.is_compiling() else consumers
-    *outs, h = _NormModulate.apply(count, ungated, settings, y_bias, x, y, gate, scale, shift, weight, bias)
+    *outs, h = linked(_NormModulate, count, ungated, settings, y_bias, x, y, gate, scale, shift, weight, bias)
     if torch.compiler.is_compiling() and y is None:
         h = x
     return h, *outs * (consumers // count)

@@ -1,11 +1,13 @@
 """The clipped policy loss of one denoising step: registered op, autograd, public function."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import register_pytree_node
 
 from ..checks import check_bool, check_level, check_number
 from ..kernels.policy_loss import reference
@@ -23,27 +25,60 @@ from ._call import (
     split,
 )
 from ._checks import check_optional, check_per_sample
-from ._library import register
+from ._library import linked, register
 from .transition import check_scoring, save_shared, saved_shared, shared_gradients
 
 
-class PolicyMetrics(NamedTuple):
+def _member(index: int) -> Any:
+    return property(lambda metrics: metrics.values[index])
+
+
+class PolicyMetrics(Sequence[Tensor]):
     """Means over the samples whose weight is not 0, as 0-dimensional tensors; nothing is read back to the host.
 
     `samples` counts them, `ratio_max_dev` is the largest `|ratio - 1|`, `approx_kl` is `mean(ratio - 1 - log ratio)`.
+    Members in their order are `_fields`, as of a named tuple; each is a view of `values`, made when it is asked for.
+
+    Args:
+        values: `[8]`, in the loss's dtype.
     """
 
-    samples: Tensor
-    clip_fraction: Tensor
-    advantage_clip_fraction: Tensor
-    ratio_mean: Tensor
-    ratio_max_dev: Tensor
-    approx_kl: Tensor
-    reference_kl: Tensor
-    policy_loss: Tensor
+    samples: Tensor = _member(0)
+    clip_fraction: Tensor = _member(1)
+    advantage_clip_fraction: Tensor = _member(2)
+    ratio_mean: Tensor = _member(3)
+    ratio_max_dev: Tensor = _member(4)
+    approx_kl: Tensor = _member(5)
+    reference_kl: Tensor = _member(6)
+    policy_loss: Tensor = _member(7)
+
+    _fields: ClassVar[tuple[str, ...]] = tuple(name for name, value in vars().items() if isinstance(value, property))
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values.unbind()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values.unbind())
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(self._fields, self, strict=True))
 
     def __repr__(self) -> str:
         return brief(self)
+
+
+register_pytree_node(
+    PolicyMetrics,
+    lambda metrics: ([metrics.values], None),
+    lambda values, _: PolicyMetrics(*values),
+    serialized_type_name="dancegrpo_fast.PolicyMetrics",
+)
 
 
 class PolicyLoss(NamedTuple):
@@ -165,7 +200,7 @@ def _linked(
 ) -> tuple[Tensor, LossOutputs]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (model_output, uncond_output)):
         made: list[LossOutputs] = []
-        loss: Tensor = _Linked.apply(call, step, kept, made, model_output, uncond_output)
+        loss: Tensor = linked(_Linked, call, step, kept, made, model_output, uncond_output)
         return loss, made[0]
     out = call.run()
     return out.loss, out
@@ -257,7 +292,7 @@ def policy_loss(
         if quick is not None:
             kept = (latents, next_latents, reference_output)
             loss, out = _linked(quick, step, kept, model_output, uncond_output)
-            return PolicyLoss(loss, out.log_prob, out.ratio, PolicyMetrics(*out.metrics.unbind()), out.has_grad)
+            return PolicyLoss(loss, out.log_prob, out.ratio, PolicyMetrics(out.metrics), out.has_grad)
     shared = check_scoring(
         latents, model_output, next_latents, table, step, uncond_output, guidance_scale, rounding, backend
     )
@@ -275,7 +310,8 @@ def policy_loss(
         raise ValueError("old_output: got None with ratio_norm, want the model output of the rollout")
     if ratio_norm and not table.has_step_size:
         raise ValueError("table: got one without flow step sizes with ratio_norm, want a flow sampler")
-    loss, log_prob, ratio, metrics, has_grad = _PolicyLoss.apply(
+    loss, log_prob, ratio, metrics, has_grad = linked(
+        _PolicyLoss,
         len(shared),
         *shared,
         old_log_prob.detach().to(dtype).contiguous(),
@@ -288,4 +324,4 @@ def policy_loss(
         penalty,
         ratio_norm,
     )
-    return PolicyLoss(loss, log_prob, ratio, PolicyMetrics(*metrics.unbind()), has_grad)
+    return PolicyLoss(loss, log_prob, ratio, PolicyMetrics(metrics), has_grad)

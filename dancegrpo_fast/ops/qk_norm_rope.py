@@ -20,7 +20,7 @@ from ._block import (
     unpacked,
 )
 from ._checks import check_float
-from ._library import checked_once, needs_graph, register
+from ._library import checked_once, linked, needs_graph, register
 from ._qk_norm_rope import GRADIENTS, STREAM, backward, backward_fake, forward, forward_fake, streams_of
 from ._qk_norm_rope import Stream as Stream
 
@@ -204,7 +204,7 @@ def qk_norm_rope(
     biases = (*stream[STREAM:], *(second or _NO_STREAM)[STREAM:])
     eps = _checked(*biases, *both, norm, eps, rope, rope_gradient, mode, backend)
     if needs_graph(*biases, *both):
-        query, key = _QkNormRope.apply(*biases, *both, norm, eps, rope, rope_gradient, mode, backend)
+        query, key = linked(_QkNormRope, *biases, *both, norm, eps, rope, rope_gradient, mode, backend)
     else:
         query, key, _, _ = _forward_op(*both, norm, eps, rope, rope_gradient, mode, backend)
     return query, None if stream.key is None else key

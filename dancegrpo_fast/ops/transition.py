@@ -24,7 +24,7 @@ from ._checks import (
     check_step,
     check_table,
 )
-from ._library import register
+from ._library import linked, register
 from ._overlap import overlap, overlaps_itself, storage_span
 
 
@@ -139,7 +139,7 @@ class _LogProb(torch.autograd.Function):
 
 def scored(*shared: Any) -> Tensor:
     """`transition_log_prob` of shared arguments that need no check."""
-    log_prob: Tensor = _LogProb.apply(*shared)
+    log_prob: Tensor = linked(_LogProb, *shared)
     return log_prob
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from dancegrpo_fast import PolicyLoss, policy_loss, transition_log_prob
+from dancegrpo_fast import PolicyLoss, PolicyMetrics, policy_loss, transition_log_prob
 from dancegrpo_fast.kernels.transition import reference
 
 from ..tolerances import assert_same_formula
@@ -128,6 +129,23 @@ def test_metrics_by_hand(backend: str) -> None:
         assert_same_formula(getattr(result.metrics, name), torch.as_tensor(value, dtype=F64))
     assert_same_formula(result.loss.detach(), term.mean())
     assert_same_formula(result.ratio, rho)
+
+
+def test_metrics_are_one_tensor_whose_members_go_by_names_and_numbers() -> None:
+    case, old, given = ratio_case([0.0, 0.2], [1.0, -7.0], F32)
+    metrics = run(case, old, given)[0].metrics
+    names = PolicyMetrics._fields
+    assert len(metrics) == len(names) == len(metrics.values) and not metrics.values.requires_grad
+    by_name = [getattr(metrics, name) for name in names]
+    assert all(
+        one.shape == () and one.data_ptr() == same.data_ptr() for one, same in zip(by_name, metrics, strict=True)
+    )
+    samples, *_, last = metrics
+    assert samples == 2 and torch.equal(last, metrics[-1]) and torch.equal(last, metrics.policy_loss)
+    assert list(metrics._asdict()) == list(names) and repr(metrics).startswith("PolicyMetrics(samples=float32[], clip_")
+    doubled = tree_map(lambda tensor: tensor * 2, metrics)
+    assert isinstance(doubled, PolicyMetrics) and doubled.samples == 4
+    assert not hasattr(metrics, "other")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

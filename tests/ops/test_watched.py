@@ -195,6 +195,19 @@ def test_lazy_negations_and_zeros_are_written_out_first() -> None:
     assert bits(found.latents) == bits(transition_step(x, torch.zeros_like(v), TABLE, 2, noise=noise).latents)
 
 
+def test_autograd_is_asked_below_its_python_part_where_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], torch.autograd.Function.apply.__func__
+    public = classmethod(lambda cls, *arguments: asked.append(cls.__name__) or original(cls, *arguments))
+    monkeypatch.setattr(torch.autograd.Function, "apply", public)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    quick = norm_modulate(x)
+    assert asked == []
+    with Seen():
+        watched = norm_modulate(x)
+    assert asked == ["_NormModulate"] and torch.equal(quick, watched)
+    assert quick.grad_fn.name() == watched.grad_fn.name() == "_NormModulateBackward"
+
+
 def test_tangents_go_to_autograd_which_refuses_them() -> None:
     x = torch.randn(2, 8, 16)
     assert not _library.needs_graph(x, None)

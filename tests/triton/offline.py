@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from dancegrpo_fast import backends
-from dancegrpo_fast.ops import _triton
+from dancegrpo_fast.ops import _launch, _triton
 from dancegrpo_fast.ops._call import GradientTerms, LossOutputs, Noise, Objective, Transition
 
 from ..ops.cases import BF16, F16, F32, TABLES
@@ -68,7 +68,7 @@ def launching(launcher: type[Launcher], folder: Path, capability: int = 90) -> I
     """Ops of "triton" take CPU tensors, compile for a device that is not there, and call the launcher."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
-        patch.setattr(_triton, "_bound", {})
+        patch.setattr(_launch, "_bound", {})
         patch.setattr(backends, "_refusal", lambda *arguments: "")
         driver: Any = _Driver(capability)
         driver.utils, driver.launcher_cls = _Utilities(), launcher
@@ -159,7 +159,7 @@ def compiling(capability: int, folder: Path) -> Iterator[list[Compiled]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
-        patch.setattr(_triton, "launch", compile_only)
+        patch.setattr(_launch, "launch", compile_only)
         driver = triton.runtime.driver
         # A plain attribute up to Triton 3.4.
         patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", _Driver(capability))

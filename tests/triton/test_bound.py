@@ -10,12 +10,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dancegrpo_fast.ops import _triton
+from dancegrpo_fast import policy_loss, transition_log_prob, transition_step
+from dancegrpo_fast.kernels.gelu_tanh import triton_kernels as gelu_kernels
+from dancegrpo_fast.ops import _launch
 from dancegrpo_fast.ops.gated_residual import gated_residual
+from dancegrpo_fast.ops.gelu_linear import gelu_linear
 from dancegrpo_fast.ops.gelu_tanh import gelu_tanh
-from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate
+from dancegrpo_fast.ops.norm_modulate import gated_residual_norm_modulate, norm_modulate, norm_modulate_fanout
 from dancegrpo_fast.ops.qk_norm_rope import Stream, qk_norm_rope
+from dancegrpo_fast.transitions import dance_sde, shifted_sigmas
 
+from ..release import release_but
 from . import offline
 
 
@@ -29,26 +34,49 @@ class Recorder(offline.Launcher):
         self.launched.append((self.name, x, y, z, *rest[4:]))
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one test compiles others find."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(autouse=True)
-def no_device(tmp_path: Path) -> Iterator[None]:
+def no_device(cache: Path) -> Iterator[None]:
     Recorder.launched.clear()
-    with offline.launching(Recorder, tmp_path):
+    with offline.launching(Recorder, cache):
         yield
 
 
-def described(value: Any, addresses: dict[int, str]) -> Any:
-    """An argument; a tensor by its name, or its layout where it is new in each call."""
+def leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
-        return tuple(described(one, addresses) for one in value)
-    if isinstance(value, Tensor):
-        return addresses.get(value.data_ptr(), (value.dtype, tuple(value.shape), value.stride()))
-    return value
+        for one in value:
+            yield from leaves(one)
+    else:
+        yield value
+
+
+def described(launches: list[tuple[Any, ...]], like: list[Any], tensors: dict[str, Tensor]) -> list[Any]:
+    """What kernels are given; where `like` has a tensor, whose memory it is and where in it, whichever that is."""
+    given = list(leaves(tuple(launches)))
+    names: dict[int, Any] = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in given if torch.is_tensor(one)}
+    found = []
+    for value, first in zip(given, like, strict=True):
+        if not isinstance(first, Tensor):
+            found.append(value)
+            continue
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        start = next(start for start, size in sizes.items() if start <= address < start + max(size, 1))
+        found.append((names.setdefault(start, len(names)), address - start))
+    return found
 
 
 def inputs() -> dict[str, Tensor]:
     made = {name: torch.zeros(2, 8, 64, dtype=torch.bfloat16) for name in "xyqk"}
     made |= {name: torch.zeros(2, 64, dtype=torch.bfloat16) for name in ("gate", "scale", "shift")}
     made |= {name: torch.zeros(32, dtype=torch.bfloat16) for name in ("q_weight", "k_weight")}
+    made |= {name: torch.zeros(64, dtype=torch.bfloat16) for name in ("weight", "bias")}
+    made |= {"rows": torch.zeros(2, 2, 64, dtype=torch.bfloat16), "matrix": torch.zeros(64, 64, dtype=torch.bfloat16)}
     return made | {name: torch.zeros(8, 16) for name in ("cos", "sin")}
 
 
@@ -57,6 +85,9 @@ def heads(x: Tensor) -> Tensor:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
+    "gelu before a linear layer": lambda t, **how: gelu_linear(
+        t["x"], t["matrix"], t["bias"], h_bias=t["weight"], **how
+    ),
     "norm": lambda t, **how: norm_modulate(t["x"], t["scale"], t["shift"], **how),
     "rms": lambda t, **how: norm_modulate(t["x"], norm="rms", **how),
     "gated norm": lambda t, **how: gated_residual_norm_modulate(
@@ -71,32 +102,105 @@ CALLS: dict[str, Callable[..., Any]] = {
     "two streams": lambda t, **how: qk_norm_rope(
         Stream(heads(t["q"]), heads(t["k"]), t["q_weight"], t["k_weight"]), Stream(heads(t["x"]), heads(t["y"])), **how
     ),
+    "norm of several consumers": lambda t, **how: norm_modulate_fanout(
+        t["x"], t["scale"], t["shift"], consumers=3, **how
+    ),
+    "norm with parameters": lambda t, **how: norm_modulate(t["x"], weight=t["weight"], bias=t["bias"], **how),
+    "gated, split": lambda t, **how: gated_residual(t["x"], t["y"], t["rows"], split=3, **how),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+def differentiated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward, and gradients by all inputs."""
+
+    def call(t: dict[str, Tensor], **how: Any) -> None:
+        trained = {name: one if name in ("cos", "sin") else one.detach().requires_grad_() for name, one in t.items()}
+        found = forward(trained, **how)
+        outputs = [one for one in (found if isinstance(found, tuple) else (found,)) if one is not None]
+        grads = [torch.empty_like(one) for one in outputs]
+        torch.autograd.grad(outputs, [one for one in trained.values() if one.requires_grad], grads, allow_unused=True)
+
+    return call
+
+
+EVERY_RUN = {
+    *("gelu before a linear layer", "gelu", "gated norm", "gated, split", "norm of several consumers"),
+    *("queries and keys", "two streams", "step, seeds", "log_prob", "loss with a KL"),
+}
+
+
+@pytest.mark.parametrize("name", release_but(EVERY_RUN, CALLS))
 def test_a_kept_launch_is_given_what_the_launcher_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, seen = CALLS[name], []
-    for number in range(3):
-        tensors = inputs()
-        call(tensors, mode="fast", backend="triton")
-        addresses = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-        seen.append([described(one, addresses) for one in Recorder.launched])
+    assert_kept(
+        lambda tensors, number: differentiated(CALLS[name])(tensors, mode="fast", backend="triton"), inputs, monkeypatch
+    )
+
+
+def assert_kept(
+    call: Callable[[dict[str, Tensor], int], Any], make: Callable[[], dict[str, Tensor]], patch: pytest.MonkeyPatch
+) -> None:
+    """The second call asks no launcher of Triton's, and gives kernels what it would."""
+    seen: list[tuple[Any, ...]] = []
+    for number in (0, 1, 1):
+        tensors = make()
+        with patch.context() as patched:
+            if len(seen) == 1:
+                patched.setattr(_launch, "launch", lambda *arguments: pytest.fail("Triton's launcher was asked again"))
+            call(tensors, number)
+        seen.append((list(Recorder.launched), tensors))
         Recorder.launched.clear()
-        if number == 0:
-            monkeypatch.setattr(_triton, "launch", lambda *arguments: pytest.fail("Triton's launcher was asked again"))
-    assert seen[0] and seen[0] == seen[1] == seen[2]
+        if len(seen) == 2:
+            _launch._bound.clear()
+    (_, _), kept, wanted = seen
+    like = list(leaves(tuple(wanted[0])))
+    assert like and described(kept[0], like, kept[1]) == described(wanted[0], like, wanted[1])
+
+
+TABLE = dance_sde(shifted_sigmas(8, 3.0), 0.3)
+POLICY: dict[str, Callable[[dict[str, Tensor], int], Any]] = {
+    "step, given noise": lambda t, number: transition_step(
+        t["x"], t["v"], TABLE, number + 1, noise=t["y"], backend="triton"
+    ),
+    "step, seeds": lambda t, number: transition_step(
+        t["x"], t["v"], TABLE, number + 1, seed=3 + number * 2**40, backend="triton"
+    ),
+    "log_prob": lambda t, number: torch.autograd.grad(
+        transition_log_prob(
+            t["x"], t["v"].requires_grad_(), t["y"], TABLE, number, uncond_output=t["u"].requires_grad_(),
+            guidance_scale=4.5, backend="triton",
+        ),
+        (t["v"], t["u"]),
+        t["old"],
+    ),
+    "loss": lambda t, number: policy_loss(
+        t["x"], t["v"].requires_grad_(), t["y"], TABLE, number, t["old"], t["advantages"], backend="triton"
+    ).loss.backward(),
+    "loss with a KL": lambda t, number: policy_loss(
+        t["x"], t["v"].requires_grad_(), t["y"], TABLE, number, t["old"], t["advantages"], backend="triton",
+        reference_output=t["u"], kl_weight=0.1,
+    ).loss.backward(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", release_but(EVERY_RUN, POLICY))
+def test_so_are_those_of_the_policy_at_any_step_and_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> dict[str, Tensor]:
+        return {name: torch.zeros(2, 5, 7) for name in "xyvu"} | {
+            name: torch.zeros(2) for name in ("old", "advantages")
+        }
+
+    assert_kept(POLICY[name], make, monkeypatch)
 
 
 def launches_by_triton(calls: list[Callable[[], Any]], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call asked Triton's launcher."""
-    asked, original = [0], _triton.launch
+    asked, original = [0], _launch.launch
 
     def counted(*arguments: Any) -> Any:
         asked[0] += 1
         return original(*arguments)
 
-    monkeypatch.setattr(_triton, "launch", counted)
+    monkeypatch.setattr(_launch, "launch", counted)
     found = []
     for call in calls:
         asked[0] = 0
@@ -115,13 +219,34 @@ def test_other_layouts_are_other_launches(monkeypatch: pytest.MonkeyPatch) -> No
     assert launches_by_triton(calls, monkeypatch) == [True, False, True, True, True, True, False, True]
 
 
-def test_tensors_at_one_place_and_copies_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, how = torch.zeros(1, 8, 64), {"mode": "fast", "backend": "triton"}
+def test_tensors_at_one_place_are_another_launch_and_copies_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, how = torch.zeros(1, 8, 64), torch.zeros(1, 8, 64), {"mode": "fast", "backend": "triton"}
     gate = torch.zeros(1, 64)
+    apart = lambda: gated_residual(x, y, gate, **how)  # noqa: E731
     twice = lambda: gated_residual(x, x, gate, **how)  # noqa: E731
     # Heads that are no whole runs of numbers are copied first.
     copied = lambda: qk_norm_rope(Stream(*(torch.zeros(1, 8, 2, 40)[..., :36] for _ in range(2))), **how)  # noqa: E731
-    assert launches_by_triton([twice, twice, copied, copied], monkeypatch) == [True] * 4
+    calls = [twice, twice, apart, apart, twice, copied, copied]
+    assert launches_by_triton(calls, monkeypatch) == [True, False, True, False, False, True, True]
+
+
+def test_what_computes_beside_its_launches_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(x: Tensor, *more: Callable[[Tensor], Any]) -> None:
+        room = torch.empty(x.shape, device=x.device)
+        for each in more:
+            each(room)
+        rows = x.view(1, -1)
+        arguments = (rows, *rows.stride(), x.numel(), None, 0, 0, 0, room, x.numel(), 1, 0)
+        _launch.launch_on(
+            x.device, gelu_kernels.forward_kernel, 1, arguments, {"ptx": True, "block": 64, "num_warps": 1}
+        )
+
+    plain, x = _launch.planned(launched), torch.zeros(64)
+    calls = [lambda: plain(x), lambda: plain(x)]
+    calls += [
+        lambda each=each: plain(x, each) for each in (Tensor.zero_, Tensor.clone, Tensor.detach) for _ in range(2)
+    ]
+    assert launches_by_triton(calls, monkeypatch) == [True, False, True, True, True, True, True, False]
 
 
 def strides(call: Callable[[], Any]) -> list[Any]:
