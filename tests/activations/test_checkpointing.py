@@ -74,7 +74,7 @@ def test_dropout_is_drawn_again(policy: Any, offload: bool) -> None:
     undo()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", release_but(("flux", "unet"), MODELS))
 def test_autocast(name: str) -> None:
     model = build(name)
     inputs = MODELS[name].inputs()
@@ -219,7 +219,7 @@ def _compiled_blocks(model: Any) -> None:
     model.compile_repeated_blocks(backend="aot_eager")
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", release_but((True,), [False, True]))
 def test_compiled_blocks(offload: bool) -> None:
     model = build("wan")
     inputs = MODELS["wan"].inputs()

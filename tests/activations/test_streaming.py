@@ -35,7 +35,7 @@ def sampled(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         return [model(**inputs, return_dict=False)[0] for _ in range(2)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", release_but((torch.bfloat16,), [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("name", release_but(("flux", "wan", "unet"), MODELS))
 def test_same_bits(name: str, dtype: torch.dtype) -> None:
     inputs = MODELS[name].inputs(dtype)

@@ -45,6 +45,7 @@ def test_commands_ask_for_what_was_planned(model: str) -> None:
             assert parse(words[2:]).settings == changed.on("4090")
 
 
+@pytest.mark.release
 def test_answers_are_those_of_plans() -> None:
     """The first of what may be away that fits, or what leaves the most room."""
     # One kernel on all cards, so that what is traced for one serves all.

@@ -179,6 +179,7 @@ def test_saved_bytes_are_those_of_the_tensors_a_double_block_keeps():
     assert numbers == 2 + 2 + 1 + 4
 
 
+@pytest.mark.release
 def test_compiled_saves_and_moves_between():
     pytest.importorskip("triton")
     from bench.blocks.compiled import count_compiled

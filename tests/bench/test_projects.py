@@ -11,6 +11,7 @@ STEP = Path(PEERS["dancegrpo"].__file__).read_text()
 MAIN = '\nif __name__ == "__main__":\n    from pathlib import Path\n\n    Path("written").write_text("")\n'
 
 
+@pytest.mark.release
 def test_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project, here = tmp_path / "project", tmp_path / "here"
     for folder in (project / "steps", here):

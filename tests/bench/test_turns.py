@@ -128,6 +128,7 @@ def test_rows_lie_on_disk(measured: Measured) -> None:
     assert "out of time" in read(folder / "lines")[-1]["reason"]
 
 
+@pytest.mark.release
 def test_two_runs_are_compared(measured: Measured) -> None:
     folder, _ = measured
     done, _ = run(folder, "-k", "ours", "--benchmark-compare")
@@ -135,6 +136,7 @@ def test_two_runs_are_compared(measured: Measured) -> None:
     assert "test_op[a-ours] (NOW)" in done.stdout and "test_op[a-ours] (0001_one)" in done.stdout, done.stdout
 
 
+@pytest.mark.release
 def test_a_case_is_compiled_ahead_once(measured: Measured) -> None:
     """All of its contenders are called, and none is verified or timed."""
     folder, _ = measured

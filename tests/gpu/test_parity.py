@@ -108,6 +108,7 @@ def test_every_shape(target: Target, dtypes: tuple) -> None:
     "dtypes", [(F32, F32, F32), (F32, BF16, F32), (BF16, BF16, BF16), (F16, F16, F16), (F64, BF16, F32)], ids=dtype_id
 )
 @pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.pairs
 def test_loss(target: Target, dtypes: tuple, option: str, cfg: bool) -> None:
     skip_unless_held(target, *dtypes)
     cases = [make_case((9, 3, 701), TABLES["mixed"], dtypes, cfg=cfg, step=PER_SAMPLE, seed=s) for s in range(4)]

@@ -70,6 +70,7 @@ def test_smaller_cards_reduce_as_often_as_they_want() -> None:
     assert smallest.gib * GIB < found.total_bytes
 
 
+@pytest.mark.release
 def test_gradients_are_reduced_after_every_call_where_that_is_faster() -> None:
     given = Settings("flux-dev", height=256, width=256, attention="flash", fsdp=8, gradient_sync="update")
     full, none = (plan(given.changed(checkpointing=name), advise=False).total_bytes for name in ("full", "none"))

@@ -57,7 +57,14 @@ def test_encoders_and_vae_are_as_wide_as_asked(wan: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "each"), [("adafactor", 0), ("lion", 2), ("prodigy", 8), ("torch.optim:AdamW", 4), ("torch.optim:SGD", 0)]
+    ("name", "each"),
+    [
+        ("prodigy", 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.release)
+            for case in (("adafactor", 0), ("lion", 2), ("torch.optim:AdamW", 4), ("torch.optim:SGD", 0))
+        ),
+    ],
 )
 def test_states_of_optimisers_by_name(wan: Path, name: str, each: int) -> None:
     settings = asked(wan, optimizer=name, lora_dtype="bfloat16")

@@ -53,6 +53,7 @@ def _texts(file: Path) -> list[str]:
     return ["".join(e.itertext()) for e in ElementTree.parse(file).iter() if e.tag.endswith("}text")]
 
 
+@pytest.mark.release
 def test_every_picture_is_a_png_of_the_stated_width_and_an_svg(drawn: list[Path]) -> None:
     names = ("timeline", "policies", "saved", "sizes", "cards")
     assert [file.name for file in drawn] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]

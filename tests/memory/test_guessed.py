@@ -82,7 +82,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize(
     ("config", "vae", "layout", "kinds"),
     [
-        (AURA, None, "[B, C, H, W]", (("joint_transformer_blocks", 3), ("single_transformer_blocks", 5))),
+        pytest.param(
+            *(AURA, None, "[B, C, H, W]", (("joint_transformer_blocks", 3), ("single_transformer_blocks", 5))),
+            marks=pytest.mark.release,
+        ),
         (
             PACKED,
             {"latent_channels": 4},

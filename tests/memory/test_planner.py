@@ -123,6 +123,7 @@ def test_shards_are_whole_parts() -> None:
     assert states(**MASTERS, fsdp=4, rollout_replica=True) == four
 
 
+@pytest.mark.release
 def test_quantised_bases_and_states(flux: Plan) -> None:
     assert state_bytes_8bit([4095, 4096]) == 8 * 4095 + 2 * 4096 + 8 * 16
     case = case_of("flux-dev", 256, lora=16)

@@ -35,6 +35,7 @@ def prepared(family: str) -> tuple[Any, dict[str, Any]]:
     return model, inputs
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("family", release_but(("flux",), ["flux", "hunyuan"]))
 def test_layerwise_casting_is_what_a_real_run_takes(family: str, tmp_path: Path) -> None:
     found = stored(family, tmp_path)

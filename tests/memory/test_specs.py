@@ -50,7 +50,7 @@ def test_shipped_models_are_those_listed() -> None:
     assert specs.names() == sorted(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", release_but(("flux-dev", "hunyuan-video", "sd14"), MODELS))
 def test_parameters_are_as_many_as_published(name: str) -> None:
     spec = specs.resolve(name)
     model = specs.build(spec)

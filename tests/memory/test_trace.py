@@ -39,7 +39,10 @@ def predicted(model: Any, inputs: dict[str, Any], **settings: Any) -> Trace:
 
 
 @pytest.mark.parametrize("family", release_but(("flux", "unet"), ["flux", "hunyuan", "sd3.5", "qwen", "wan", "unet"]))
-@pytest.mark.parametrize(("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"),
+    [pytest.param(torch.float32, False, marks=pytest.mark.release), (torch.bfloat16, True)],
+)
 def test_prediction_is_what_a_real_run_takes(family: str, dtype: torch.dtype, checkpointing: bool) -> None:
     model, inputs = tiny(family, dtype)
     if checkpointing:
@@ -92,7 +95,7 @@ def test_block_ops_keep_on_cuda_what_they_keep_on_the_cpu() -> None:
     assert traced.bytes_by_group["backward"]["cast"] < measured.bytes_by_group["backward"]["cast"]
 
 
-@pytest.mark.parametrize("mode", ["lossless", "fast"])
+@pytest.mark.parametrize("mode", release_but(("lossless",), ["lossless", "fast"]))
 def test_prediction_with_lora_in_block_ops_is_what_a_real_run_takes(mode: str) -> None:
     pytest.importorskip("peft")
     model, inputs = tiny("flux", torch.bfloat16)
@@ -107,7 +110,10 @@ def _ops(found: Trace) -> set[str]:
     return {storage.op for storage in found.storages}
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=str)
+LORA_DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("dtypes", release_but(LORA_DTYPES[:1], LORA_DTYPES), ids=str)
 def test_workspace_of_a_lora_update_is_what_the_allocator_tells(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     ops, rows = torch.ops.dgf, 256
     for inputs, outputs in ((96, 64), (64, 96), (512, 32)):

@@ -105,6 +105,7 @@ def test_a_crash_loses_the_shard_in_the_making_and_nothing_else(tmp_path: Path) 
     assert torch.equal(again.rows(["a"], ["embeds"])["embeds"], row("a")["embeds"])
 
 
+@pytest.mark.release
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), str(tmp_path / "store"), str(tmp_path / "meeting")]

@@ -89,6 +89,7 @@ def test_auto_refuses_what_does_not_fit(flux: Path, tmp_path: Path) -> None:
         loaded(flux, tmp_path, checkpointing="auto", memory_gib=1.0)
 
 
+@pytest.mark.release
 def test_gradients_are_reduced_as_often_as_the_memory_allows(
     flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +187,7 @@ class Decoder(nn.Module):
         return self.vae.decode(z, return_dict=False)
 
 
+@pytest.mark.release
 def test_a_tiled_decode_takes_what_the_run_is_planned_with(flux: Path, tmp_path: Path) -> None:
     """By torch's own CPU allocator, with a VAE wide enough that oneDNN computes its convolutions."""
     base = shutil.copytree(flux, tmp_path / "base")

@@ -75,6 +75,7 @@ def test_two_processes_swap(deep: Path, tmp_path: Path) -> None:
     checks.assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.release
 def test_auto_swaps_what_has_to(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fixed = OPTIONS | {"checkpointing": "full", "vae_tiling": "off"}
     recipe = checks.small_recipe(deep, tmp_path / "run", **fixed)

@@ -241,6 +241,7 @@ def test_blocks_that_cannot_be_put_in_are_an_error(small_flow_factory) -> None:
         small_flow_factory.Blocks().setup(adapter)
 
 
+@pytest.mark.release
 def test_the_planner_picks_a_policy(small_flow_factory, tmp_path, capsys) -> None:
     folder = save_flux(tmp_path / "flux")
     model = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")

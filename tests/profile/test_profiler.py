@@ -82,7 +82,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 # Of each setting one; autocast is the release's.
-FEW = ("full bfloat16, reference model", "lora bfloat16 checkpointing")
+FEW = ("full bfloat16, reference model",)
 
 
 @pytest.mark.parametrize("name", release_but(FEW, RUNS))
@@ -164,6 +164,7 @@ def test_a_unet_with_shared_first_steps_is_predicted(diffusion: Path, tmp_path: 
     assert "CPU allocator" in report.table()
 
 
+@pytest.mark.release
 def test_what_a_trainer_keeps_where(flux: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny.make_recipe(flux, tmp_path / "run", checkpointing="full", shared_noise=False))
     report = second_iteration(trainer)

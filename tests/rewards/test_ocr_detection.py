@@ -52,7 +52,10 @@ def test_a_line_in_a_large_picture() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "font", "detect"),
-    [(32, 130, 20, False), (48, 190, 28, False), (120, 420, 70, False), (96, 200, 24, True), (360, 640, 80, True)],
+    [
+        *[(32, 130, 20, False), (48, 190, 28, False), (120, 420, 70, False), (96, 200, 24, True)],
+        pytest.param(360, 640, 80, True, marks=pytest.mark.release),
+    ],
 )
 def test_images_of_any_size(height: int, width: int, font: int, detect: bool) -> None:
     place = (20, height // 3) if detect else (font // 4, font // 4)

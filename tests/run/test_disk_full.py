@@ -61,11 +61,11 @@ def recipe(flux: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("place", "owner", "name", "call", "newest"),
     [
-        ("checkpoints/000001", checkpoint, "save", 1, None),
+        pytest.param("checkpoints/000001", checkpoint, "save", 1, None, marks=pytest.mark.release),
         ("checkpoints/000002", checkpoint, "save", 2, "000001"),
         ("metrics.jsonl", module, "append_rows", 6, "000001"),
-        ("samples/000002-ode.png", module, "save_samples", 5, "000002"),
-        ("evaluations.jsonl", module, "append_rows", 7, "000002"),
+        pytest.param("samples/000002-ode.png", module, "save_samples", 5, "000002", marks=pytest.mark.release),
+        pytest.param("evaluations.jsonl", module, "append_rows", 7, "000002", marks=pytest.mark.release),
         ("model", DiffusersModel, "save", 1, "000002"),
     ],
 )

@@ -91,13 +91,13 @@ def whole(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "call", "number", "newest"),
     [
-        ("evaluation", 2, signal.SIGTERM, None),
+        pytest.param("evaluation", 2, signal.SIGTERM, None, marks=pytest.mark.release),
         # Samples are dropped, updates are finished.
         ("reward", 3, signal.SIGTERM, 2),
         ("update", 5, signal.SIGUSR1, 3),
         # Between the two samplers of the second evaluation, two sets of prompts each.
         ("evaluation", 7, signal.SIGINT, 2),
-        ("save", 1, signal.SIGHUP, 4),
+        pytest.param("save", 1, signal.SIGHUP, 4, marks=pytest.mark.release),
     ],
 )
 def test_a_signal_costs_no_whole_iteration(

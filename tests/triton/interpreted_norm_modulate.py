@@ -110,7 +110,11 @@ def assert_matches(case: Case, mode: str) -> None:
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("mode", ["fast", "lossless"])
 @pytest.mark.parametrize(
-    "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16), (F16, BF16)], ids=dtype_id
+    "dtypes",
+    release_but(
+        ((BF16, BF16), (BF16, F32)), [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16), (F16, BF16)]
+    ),
+    ids=dtype_id,
 )
 def test_every_dtype(dtypes: tuple, mode: str, norm: str) -> None:
     assert_matches(make_case(dtypes=dtypes, norm=norm, affine=True), mode)
@@ -128,7 +132,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", release_but(("per token", "segments", "no modulation", "no gate"), LAYOUTS))
 @pytest.mark.parametrize("mode", release_but(("lossless",), ["fast", "lossless"]))
 def test_every_layout(mode: str, layout: str) -> None:
     assert_matches(make_case(**LAYOUTS[layout]), mode)

@@ -125,9 +125,10 @@ def assert_matches_reference(case: Case) -> None:
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("mode", ["lossless", "fast"])
-@pytest.mark.parametrize(("rope", "full"), ROPES)
+@pytest.mark.parametrize("rotation", release_but(ROPES[::2], ROPES), ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_matches_reference(norm: str, rope: str | None, full: bool, mode: str) -> None:
+def test_matches_reference(norm: str, rotation: tuple[str | None, bool], mode: str) -> None:
+    rope, full = rotation
     assert_matches_reference(Case(norm, rope, full, mode, biased=full, tokens=(3,), batch=1))
 
 
@@ -141,7 +142,7 @@ def test_dtypes(norm: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert_matches_reference(Case(norm, dtype=dtypes[0], weight_dtype=dtypes[1], rope_gradient="once"))
 
 
-@pytest.mark.parametrize("weight_dtype", release_but((BF16, F32), [BF16, F16, F32]), ids=str)
+@pytest.mark.parametrize("weight_dtype", release_but((F32,), [BF16, F16, F32]), ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_forward_rounds_where_eager_does(norm: str, weight_dtype: torch.dtype) -> None:
     """Where sums have no order, lossless outputs are the reference's to the bit."""
@@ -168,7 +169,7 @@ def test_gradient_of_the_rotation_rounds_where_eager_does(dtype: torch.dtype, ro
         assert_matches_reference(Case("none", rope, dtype=dtype, rope_gradient=rope_gradient))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", release_but((BF16,), [BF16, F16]), ids=str)
 @pytest.mark.parametrize("rope_gradient", ["each", "once"])
 def test_tables_in_half_precision(dtype: torch.dtype, rope_gradient: str) -> None:
     """Real products with them are rounded one by one."""
@@ -251,7 +252,7 @@ def test_samples_do_not_know_their_batch(norm: str) -> None:
 
 
 @pytest.mark.parametrize(("rope", "full"), ROPES[::2])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", release_but(("head", "token"), NORMS))
 def test_writes_everything_and_nothing_else(norm: str, rope: str | None, full: bool) -> None:
     case = Case(norm, rope, full, "fast", tokens=(2, 3), batch=1)
     streams = case_streams(case)

@@ -38,13 +38,13 @@ BLOCK = _triton.BLOCK
 SHAPES = ((3, 1), (2, 13), (2, BLOCK - 1), (2, BLOCK), (1, BLOCK + 1), (12, 2), (2, 4, 3, 6, 5))
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", release_but(("dance", "cps", "ddim"), TABLES))
 def test_every_sampler(name: str) -> None:
     case = make_case((3, 5, 123), TABLES[name], (F32, BF16, F32))
     test_transition.assert_matches_reference(case, TABLES[name], F32, backend="triton")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", release_but((SHAPES[0], SHAPES[4], SHAPES[6]), SHAPES), ids=str)
 def test_every_shape(shape: tuple[int, ...]) -> None:
     case = make_case(shape, TABLES["flow"], cfg=True)
     test_transition.assert_matches_reference(case, TABLES["flow"], F32, backend="triton")
@@ -53,7 +53,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("cfg", [False, True])
-@pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
+@pytest.mark.parametrize("dtypes", release_but(FLOAT32[:3], FLOAT32), ids=dtype_id)
 def test_dtypes_guidance_rounding_and_mixed_steps(dtypes: tuple, cfg: bool, rounding: str) -> None:
     table = TABLES["mixed"]
     case = make_case((4, 3, 61), table, dtypes, cfg=cfg, step=torch.tensor([3, 1, 0, 2]))
@@ -62,7 +62,7 @@ def test_dtypes_guidance_rounding_and_mixed_steps(dtypes: tuple, cfg: bool, roun
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
-@pytest.mark.parametrize("dtypes", FLOAT32, ids=dtype_id)
+@pytest.mark.parametrize("dtypes", release_but(FLOAT32[:3], FLOAT32), ids=dtype_id)
 @pytest.mark.parametrize("cfg", [False, True])
 def test_values_are_those_of_the_cpu_kernel(cfg: bool, dtypes: tuple, rounding: str) -> None:
     """Bit for bit, noise included; only the order of sums differs."""
@@ -244,7 +244,7 @@ def test_steps_outside_the_table_are_poison() -> None:
 @pytest.mark.pairs
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("rounding", ["exact", "reference"])
-@pytest.mark.parametrize("dtypes", FLOAT32[:5], ids=dtype_id)
+@pytest.mark.parametrize("dtypes", release_but(FLOAT32[:2], FLOAT32[:5]), ids=dtype_id)
 def test_first_ratio_is_exactly_one(dtypes: tuple, rounding: str, seeded: bool) -> None:
     test_invariance.test_first_ratio_is_exactly_one(dtypes, True, seeded, rounding, seeded, "triton")
 
@@ -279,7 +279,9 @@ def surrounded(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("numel", release_but((BLOCK + 17,), [1, 100, BLOCK, BLOCK + 17]))
-@pytest.mark.parametrize("dtypes", [(F32, BF16, F32), (BF16, F16, BF16)], ids=dtype_id)
+@pytest.mark.parametrize(
+    "dtypes", release_but(((BF16, F16, BF16),), [(F32, BF16, F32), (BF16, F16, BF16)]), ids=dtype_id
+)
 def test_inputs_are_not_read_around(dtypes: tuple, numel: int) -> None:
     """The interpreter lets an access outside pass: one would bring in NaN."""
     table = TABLES["flow"]

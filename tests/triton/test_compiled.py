@@ -125,7 +125,7 @@ def test_other_dtypes(dtypes: tuple, name: str, tmp_path: Path) -> None:
     assert_wide_accesses(found, dtypes, reads, writes)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", release_but(("sample seeded", "loss gradient"), RUNS))
 def test_guidance_and_steps_per_sample(name: str, tmp_path: Path) -> None:
     run, reads, writes = RUNS[name]
     tensors = Tensors(cfg=True, per_sample=True)
@@ -142,7 +142,9 @@ def test_guidance_in_float32_does_not_spill(capability: int, tmp_path: Path) -> 
     assert_lean(compile_one(offline.policy_loss, tensors, capability, tmp_path), more_outputs=True)
 
 
-@pytest.mark.parametrize("name", ["sample seeded", "loss with options", "loss gradient"])
+@pytest.mark.parametrize(
+    "name", release_but(("sample seeded", "loss gradient"), ["sample seeded", "loss with options", "loss gradient"])
+)
 def test_reference_rounding(name: str, tmp_path: Path) -> None:
     """Products are rounded in hardware, as stored latents are."""
     found = compile_one(RUNS[name][0], Tensors(rounding=True), 90, tmp_path)
@@ -165,7 +167,12 @@ def test_huge_samples(name: str, tmp_path: Path) -> None:
     assert found.programs == 3 * (2**31 // _triton.BLOCK + 1)
 
 
-@pytest.mark.parametrize("name", ["sample seeded", "sample given", "loss with options", "loss gradient"])
+@pytest.mark.parametrize(
+    "name",
+    release_but(
+        ("sample given", "loss gradient"), ["sample seeded", "sample given", "loss with options", "loss gradient"]
+    ),
+)
 def test_strided_operands(name: str, tmp_path: Path) -> None:
     """Four dimensions that do not merge: no spills, still one launch."""
 

@@ -19,7 +19,8 @@ FOLDERS = sorted({WANTED, *(folder.name for folder in Path(sys.prefix).glob("tri
 PARTS = {
     "FLUX": (
         "test_compiled_models.py::test_a_model_compiles[flux]",
-        "test_compiled.py::test_guidance_and_steps_per_sample",
+        "test_compiled.py::test_guidance_and_steps_per_sample[sample seeded]",
+        "test_compiled.py::test_guidance_and_steps_per_sample[loss gradient]",
     ),
     "every model": ("test_compiled_models.py", "test_bound.py"),
 }
