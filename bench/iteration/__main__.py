@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ batched: the same plain torch with a prompt's samples in one batch, no reads or 
 GFLOP: products and attention of an iteration, by torch's counter
 launches: torch operators of an iteration behind the last that would start work on a device (ours count once)
 host reads: calls of one iteration at which a GPU would be waited for, those on numbers that lie on the host included
-peak: live tensor bytes, model and optimiser included"""
+peak: live tensor bytes of the contender alone, model and optimiser included"""
+
+
+# Rows of a model call, and iteration, which returns the mean of the first reward.
+Contender = tuple[int, Callable[[int], float]]
 
 
 class Reads(TorchFunctionMode):
@@ -81,36 +86,45 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def contenders(recipe: Recipe, folder: Path) -> dict[str, tuple[int, Callable[[int], float]]]:
-    """Name -> rows of a model call, and iteration, which returns the mean of the first reward."""
+def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[], Contender]]:
+    """What makes them, by name."""
     prompts, group = load_prompts(recipe.prompts), recipe.train.group_size
 
-    def ours(**changes: Any) -> tuple[int, Callable[[int], float]]:
+    def ours(**changes: Any) -> Contender:
         train = replace(recipe.train, **changes)
         name = "-".join(map(str, changes.values())) or "ours"
         trainer = Trainer(replace(recipe, train=train, output_dir=str(folder / name), evaluation=None))
         first = trainer.rewards.names[0]
         return train.micro_batch, lambda number: float(trainer.iteration(number)[f"reward/{first}"])
 
-    def plain(rows: int) -> tuple[int, Callable[[int], float]]:
+    def plain(rows: int) -> Contender:
         # As the trainer draws the first LoRA layers.
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         model = load_model(recipe, torch.device("cpu"), prompts)
         model.denoiser.eval()
         pictures = folder / f"pictures{rows}"
-        pictures.mkdir()
+        pictures.mkdir(parents=True)
         return rows, PlainLoop(recipe, model, prompts, pictures, rows).iteration
 
-    one_pass = {"retain": ours(passes="retain")}
+    one_pass = {"retain": partial(ours, passes="retain")}
     if recipe.model.lora is not None:
-        one_pass["reweight"] = ours(passes="reweight")
+        one_pass["reweight"] = partial(ours, passes="reweight")
     return {
-        "ours": ours(),
-        "small calls": ours(micro_batch=group),
+        "ours": ours,
+        "small calls": partial(ours, micro_batch=group),
         **one_pass,
-        "batched": plain(group),
-        "plain": plain(1),
+        "batched": partial(plain, group),
+        "plain": partial(plain, 1),
     }
+
+
+def peak(make: Callable[[], Contender]) -> tuple[int, str]:
+    """Bytes and name of the largest moment of a second iteration, with no other contender's weights beside it."""
+    _, run = make()
+    run(1)
+    with profile() as report:
+        run(2)
+    return report.peak.bytes, report.peak.name
 
 
 def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> list[Row]:
@@ -127,7 +141,8 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
     if name.endswith("-lora"):
         recipe = replace(recipe, model=replace(recipe.model, lora=LORA))
     with tempfile.TemporaryDirectory() as folder:
-        runs = contenders(recipe, Path(folder))
+        makers = contenders(recipe, Path(folder) / "together")
+        runs = {contender: make() for contender, make in makers.items()}
         seconds: dict[str, list[float]] = {contender: [] for contender in runs}
         curves: dict[str, list[float]] = {contender: [] for contender in runs}
         for number in range(1, iterations + 1):
@@ -141,12 +156,8 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
             print(f"{name} {number}: " + ", ".join(f"{c} {seconds[c][-1]:.2f} s" for c in names), flush=True)
         rows = []
         for contender, (calls_of, run) in runs.items():
-            with FlopCounterMode(display=False) as flops:
+            with FlopCounterMode(display=False) as flops, Launches() as launches, Reads() as reads:
                 run(iterations + 1)
-            with Launches() as launches, Reads() as reads:
-                run(iterations + 2)
-            with profile() as report:
-                run(iterations + 3)
             rows.append(
                 {
                     "op": "iteration",
@@ -158,14 +169,15 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
                     "launches": launches.count,
                     "host_reads": reads.count,
                     "flops": flops.get_total_flops(),
-                    "peak_bytes": report.peak.bytes,
-                    "peak_phase": report.peak.name,
                     "samples": recipe.train.prompts_per_iteration * recipe.train.group_size,
                     "micro_batch": calls_of,
                     "threads": torch.get_num_threads(),
                     "environment": where,
                 }
             )
+        del runs, run
+        for row, make in zip(rows, contenders(recipe, Path(folder) / "alone").values(), strict=True):
+            row["peak_bytes"], row["peak_phase"] = peak(make)
     return rows
 
 

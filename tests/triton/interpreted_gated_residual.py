@@ -61,7 +61,10 @@ def test_every_layout(layout: str, mode: str) -> None:
     assert_matches(make((3, 7, 72), rows=rows), split, mode)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 13, 5), (1, 9, 64), (2, 2, 1025), (1, 530, 3)], ids=str)
+MOST = [(1, 1, 1), (3, 13, 5), (1, 9, 64), (2, 2, 1025)]
+
+
+@pytest.mark.parametrize("shape", release_but(MOST, [*MOST, (1, 530, 3)]), ids=str)
 def test_every_shape(shape: tuple[int, int, int]) -> None:
     assert_matches(make(shape), -1, "fast")
 

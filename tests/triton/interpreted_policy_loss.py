@@ -29,7 +29,7 @@ OPTIONS = test_policy_loss.OPTIONS
 
 
 @pytest.mark.parametrize(
-    "name", release_but(("dance", "cps"), [name for name, table in TABLES.items() if not table.is_deterministic])
+    "name", release_but(("cps",), [name for name, table in TABLES.items() if not table.is_deterministic])
 )
 def test_every_sampler(name: str) -> None:
     table = TABLES[name]
@@ -39,7 +39,7 @@ def test_every_sampler(name: str) -> None:
 
 
 @pytest.mark.parametrize("option", release_but(("plain", "norm", "everything"), OPTIONS))
-@pytest.mark.parametrize("rounding", ["exact", "reference"])
+@pytest.mark.parametrize("rounding", release_but(("exact",), ["exact", "reference"]))
 def test_options_guidance_rounding_and_mixed_steps(rounding: str, option: str) -> None:
     table, step = TABLES["mixed"], test_policy_loss.PER_SAMPLE
     settings = {"cfg": rounding == "exact", "step": step}
@@ -47,7 +47,7 @@ def test_options_guidance_rounding_and_mixed_steps(rounding: str, option: str) -
     test_policy_loss.assert_matches_reference(cases, table, backend="triton", rounding=rounding, **OPTIONS[option])
 
 
-@pytest.mark.parametrize("dtypes", release_but(FEW, FLOAT32), ids=dtype_id)
+@pytest.mark.parametrize("dtypes", release_but(FEW[1:2], FLOAT32), ids=dtype_id)
 def test_every_dtype(dtypes: tuple) -> None:
     cases = [make_case((9, 3, 41), TABLES["flow"], dtypes, seed=seed) for seed in range(2)]
     test_policy_loss.assert_matches_reference(cases, TABLES["flow"], backend="triton", **OPTIONS["everything"])
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite(log_ratio: float, advantage: float) -> None:
 
 
 @pytest.mark.parametrize("value", release_but((math.nan,), [terms.HUGE, math.nan]))
-@pytest.mark.parametrize("option", ["kl", "norm"])
+@pytest.mark.parametrize("option", release_but(("kl",), ["kl", "norm"]))
 def test_terms_of_weight_zero_count_nothing(option: str, value: float) -> None:
     terms.test_rows_without_noise_may_hold_anything_with_weight_zero(option, value, "triton")
     terms.test_samples_of_weight_zero_may_hold_anything(option, value, "triton")

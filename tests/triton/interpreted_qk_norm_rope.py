@@ -162,7 +162,7 @@ def case_streams(case: Case) -> list[Stream]:
     return [Stream(**stream) for stream in case.streams()]
 
 
-@pytest.mark.parametrize("rope_gradient", ["each", "once"])
+@pytest.mark.parametrize("rope_gradient", release_but(("each",), ["each", "once"]))
 @pytest.mark.parametrize("dtype", release_but((BF16,), [BF16, F16]), ids=str)
 def test_gradient_of_the_rotation_rounds_where_eager_does(dtype: torch.dtype, rope_gradient: str) -> None:
     for rope in ("interleaved", "half"):
@@ -190,7 +190,7 @@ SHAPES += ((2, 256, (3,), 1),)
 
 
 @pytest.mark.parametrize(("norm", "rope"), [("head", "interleaved"), ("token", "half")])
-@pytest.mark.parametrize("shape", release_but((SHAPES[1], SHAPES[4]), SHAPES), ids=str)
+@pytest.mark.parametrize("shape", release_but((SHAPES[1],), SHAPES), ids=str)
 def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     heads, dim, tokens, batch = shape
     shape = {"heads": heads, "dim": dim, "tokens": tokens, "batch": batch}
@@ -218,7 +218,7 @@ def across(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rope", release_but(("interleaved",), ["interleaved", "half"]))
-@pytest.mark.parametrize("layout", [of_a_chunk, expanded, across])
+@pytest.mark.parametrize("layout", release_but((of_a_chunk,), [of_a_chunk, expanded, across]))
 def test_layouts(layout: Callable[[Tensor], Tensor], rope: str) -> None:
     """The bits are those of contiguous inputs."""
     case = Case("head", rope, layout=layout, dim=32, tokens=(3,))

@@ -138,7 +138,7 @@ def test_one_strided_operand_among_runs(changed: str) -> None:
     assert_same_bits(everything(mixed, TABLES["flow"], backend="triton"), wanted)
 
 
-@pytest.mark.parametrize("dims", release_but(((3,), (0, 1, 2, 3)), [(0,), (3,), (1, 2, 3), (0, 1, 2, 3)]), ids=str)
+@pytest.mark.parametrize("dims", release_but(((0, 1, 2, 3),), [(0,), (3,), (1, 2, 3), (0, 1, 2, 3)]), ids=str)
 def test_expanded_inputs(dims: tuple[int, ...]) -> None:
     table, shape = TABLES["flow"], (2, 4, 9, 17)
     kept = tuple(slice(0, 1) if d in dims else slice(None) for d in range(4))
