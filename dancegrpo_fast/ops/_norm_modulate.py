@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.common.modulation import compute_dtype, gated_residual
-from ..kernels.gelu_tanh.reference import token_sum
+from ..kernels.common.modulation import compute_dtype, gated_residual, token_sum
 from ..kernels.norm_modulate import reference
 from ._block import contiguous_like, empty_unless, reference_gradients, summed, triton_module
 from .gated_residual import forward as gated_residual_op

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.common.modulation import compute_dtype
-from ..kernels.gelu_tanh.reference import token_sum
+from ..kernels.common.modulation import compute_dtype, token_sum
 from ..kernels.qk_norm_rope import reference
 from ._block import empty_unless, reference_gradients, triton_module
 from .selfcheck import SAMPLES, Slice, Subject, kind, trusted

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.gelu_tanh.reference import token_sum
+from ..kernels.common.modulation import token_sum
 from ..kernels.norm_modulate import triton_kernels as kernels
 from ._block import empty_unless, summed
 from ._launch import launch_on, planned

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.common import modulation as reference
-from ..kernels.gelu_tanh.reference import token_sum
 from ._block import (
     Cost,
     as_rows,
@@ -74,7 +73,7 @@ def _through(wanted: Sequence[bool]) -> list[bool]:
 def _with_sum(found: list[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """What is wanted of the gradients of `_through`; the bias's is torch's own sum, whose bits are eager's."""
     by_y, by_gate, *_ = found
-    return [by_y if wanted[0] else None, by_gate, token_sum(by_y) if wanted[2] and by_y is not None else None]
+    return [by_y if wanted[0] else None, by_gate, reference.token_sum(by_y) if wanted[2] and by_y is not None else None]
 
 
 def _backward_by_triton(

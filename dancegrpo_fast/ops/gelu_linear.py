@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..kernels.common.modulation import token_sum
 from ..kernels.gelu_tanh import reference
 from ._block import Cost, check_autocast, check_operand, register_flops, triton_module
 from ._checks import check_float
@@ -33,7 +34,7 @@ def _gradients_impl(
     activation = joint_out(x, prefix)
     reference.gelu_tanh(x, prefix, activation)
     grad_x = reference.gelu_tanh_gradient(grad, x)
-    return activation, grad_x, reference.token_sum(grad_x) if bias else None
+    return activation, grad_x, token_sum(grad_x) if bias else None
 
 
 _gradients_op = register(
@@ -81,7 +82,7 @@ class _GeluLinear(torch.autograd.Function):
             activation = forward_op(h, prefix, *ctx.settings)
         elif by_h or by_h_bias:
             grad_h = backward_op(own, h, *ctx.settings)
-            grad_h_bias = reference.token_sum(grad_h) if by_h_bias else None
+            grad_h_bias = token_sum(grad_h) if by_h_bias else None
         if activation is not None:
             grad_weight = rows.t().mm(activation.view(-1, weight.shape[1]))
         grad_bias = rows.sum(0) if by_bias else None

@@ -11,6 +11,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def token_sum(grad: Tensor) -> Tensor:
+    """Sum over all but the last dimension, as a linear layer's bias gets its gradient."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
 def by_segment(function: Callable[..., Tensor], tokens: list[Tensor], parameters: list[Tensor], split: int) -> Tensor:
     """`function(*tokens, *parameters)`, with row 0 of `[B, 2, C]` parameters before token `split` and row 1 from there.
 

@@ -23,11 +23,6 @@ def gelu_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return result.contiguous()
 
 
-def token_sum(grad: Tensor) -> Tensor:
-    """Sum over all but the last dimension, as a linear layer's bias gets its gradient."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-
 def definition(x: Tensor, prefix: Tensor | None) -> Tensor:
     """The same as one differentiable expression."""
     y = F.gelu(x, approximate="tanh")
