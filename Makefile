@@ -14,7 +14,7 @@ OTHER_TRITON := 3.6.0
 
 help:
 	@echo "make demo    train the digit generator with GRPO: runs/digits (about 4 minutes on two cores)"
-	@echo "make test    lint, types and tests of every kind, against the installed package (a quarter of an hour on two cores)"
+	@echo "make test    lint, types and tests of every kind, against the installed package (some 20 minutes on two cores)"
 	@echo "make test-all the same and what only a release needs: tests/README.md"
 	@echo "make bench   time a selection of the ops on this CPU"
 	@echo "make docs    build the documentation as a site: build/site"

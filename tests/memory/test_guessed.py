@@ -97,7 +97,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             marks=pytest.mark.release,
         ),
         # Its blocks of one list run within the other's, so that all of it is traced.
-        (VIDEO, {"temperal_downsample": [False, True, True]}, "[B, C, T, H, W]", ()),
+        pytest.param(
+            *(VIDEO, {"temperal_downsample": [False, True, True]}, "[B, C, T, H, W]", ()), marks=pytest.mark.release
+        ),
     ],
 )
 def test_inputs_and_blocks_are_found(

@@ -157,6 +157,7 @@ def test_attention_is_set_on_the_model_and_said(flux: Path, tmp_path: Path, caps
         loaded(flux, tmp_path, attention="fast")
 
 
+@pytest.mark.release
 def test_the_vae_is_tiled_where_a_whole_decode_does_not_fit(
     flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,8 +90,20 @@ def test_a_frozen_bias_is_not_summed(name: str) -> None:
     assert counts[0] == counts[1] + 1
 
 
+# Of each op one, with most operands.
+FEW = (
+    "affine norm",
+    "gated norm in two parts",
+    "fanout",
+    "gated",
+    "gelu",
+    "rope of diffusers' norm",
+    "rope over tokens",
+)
+
+
 @pytest.mark.parametrize("mode", release_but(("fast",), MODES))
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", release_but(FEW, CALLS))
 def test_gradcheck(name: str, mode: str) -> None:
     call, tensors = call_of(name, F64, mode)
     assert torch.autograd.gradcheck(call, tensors)
@@ -166,7 +178,7 @@ def test_fast_is_no_worse_than_eager_rounding(name: str, dtype: torch.dtype) -> 
 EVERY_CHECK = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", release_but(("lossless",), MODES))
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str, mode: str) -> None:
     """Schemas, fake tensors and ahead-of-time tracing of every registered call that the op makes, both ways."""
@@ -180,7 +192,7 @@ def test_opcheck(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", release_but(("fast",), MODES))
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", release_but(FEW, CALLS))
 def test_compiles_without_a_graph_break(name: str, mode: str) -> None:
     torch._dynamo.reset()
     call, tensors = call_of(name, F32, mode)

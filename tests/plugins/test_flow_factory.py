@@ -16,6 +16,7 @@ from dancegrpo_fast.activations import checkpointing
 from ..compat.cases import seeded
 from ..models.folders import save_flux
 from ..patch.models import TINY, assert_same_bits, run
+from ..release import release_but
 from ..tolerances import assert_same_sample, assert_within_budget, chain_error
 from . import engines
 
@@ -59,7 +60,7 @@ def fields(found) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", release_but(DTYPES[1:2], DTYPES))
 def test_steps(flow_factory, capsys, dynamics: str, dtype: torch.dtype) -> None:
     ours = ready(flow_factory.FlowMatchEulerDiscreteSDEScheduler, dynamics_type=dynamics)
     plain = ready(theirs(), dynamics_type=dynamics)

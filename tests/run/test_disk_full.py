@@ -66,7 +66,7 @@ def recipe(flux: Path, tmp_path: Path) -> Path:
         ("metrics.jsonl", module, "append_rows", 6, "000001"),
         pytest.param("samples/000002-ode.png", module, "save_samples", 5, "000002", marks=pytest.mark.release),
         pytest.param("evaluations.jsonl", module, "append_rows", 7, "000002", marks=pytest.mark.release),
-        ("model", DiffusersModel, "save", 1, "000002"),
+        pytest.param("model", DiffusersModel, "save", 1, "000002", marks=pytest.mark.release),
     ],
 )
 def test_a_run_says_what_is_whole_and_goes_on(

@@ -93,7 +93,7 @@ def whole(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("evaluation", 2, signal.SIGTERM, None, marks=pytest.mark.release),
         # Samples are dropped, updates are finished.
-        ("reward", 3, signal.SIGTERM, 2),
+        pytest.param("reward", 3, signal.SIGTERM, 2, marks=pytest.mark.release),
         ("update", 5, signal.SIGUSR1, 3),
         # Between the two samplers of the second evaluation, two sets of prompts each.
         ("evaluation", 7, signal.SIGINT, 2),

@@ -56,8 +56,8 @@ STARTED: dict[str, dict[str, Any]] = {
     "adapter": {"lora": LoraSettings(rank=2, alpha=6, target_modules=lora_files.TARGETS), "kl_weight": 0.1},
     "merged": {"iterations": 1},
 }
-# DDP is handed its samples as FSDP2 is: those that are divided in other ways are a release's.
-OF_RELEASE = {"ddp": ("uneven", "dropped", *STARTED), "fsdp": ()}
+# DDP is handed its samples as FSDP2 is: those that are divided in other ways are a release's, as are LoRA files.
+OF_RELEASE = {"ddp": ("uneven", "dropped", "lonely", *STARTED), "fsdp": tuple(STARTED)}
 KINDS = tuple(OF_RELEASE)
 BF16: dict[str, Any] = {"prompts_per_iteration": 2, "mixed_precision": "bf16", "iterations": 1}
 
@@ -150,11 +150,13 @@ def runs(flux: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def alone(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+def alone(flux: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
     recipes = {name: recipe(flux, folder / name, **changes) for name, changes in (SETTINGS | ONE_PASS).items()}
     lora_files.write("diffusers", flux, folder / "start")
     for how, changes in STARTED.items():
+        if not any(f"[{how}-" in item.name for item in request.session.items):
+            continue
         recipes[how] = recipe(flux, folder / how, start_from=str(folder / "start"), start_as=how, **changes)
     return run_alone(recipes)
 

@@ -8,6 +8,14 @@ from typing import Any
 import pytest
 
 from dancegrpo_fast import backends
+from dancegrpo_fast.ops import selfcheck
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_trusted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test compares what the kernels give: a self check would compute it once more, and eagerly where it is wrong."""
+    if backends.interpreting() and "nothing_known" not in request.fixturenames:
+        monkeypatch.setattr(selfcheck, "_first_call", lambda *_: True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -63,7 +63,9 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
     test_policy_loss.assert_matches_reference(cases, TABLES["flow"], backend="triton", **OPTIONS["everything"])
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16)], ids=dtype_id)
+@pytest.mark.parametrize(
+    "dtypes", release_but(((BF16, BF16, BF16),), [(F32, F32, F32), (BF16, BF16, BF16)]), ids=dtype_id
+)
 def test_decisions_are_those_of_the_cpu_kernel(dtypes: tuple) -> None:
     """Who is clipped, and the shape of everything."""
     case = make_case((16, 600), TABLES["flow"], dtypes, cfg=True)
@@ -96,9 +98,11 @@ SHARED: list[tuple[Callable[..., None], tuple]] = [
     ),
     (terms.test_one_number_is_both_sides, ()),
 ]
+FIRST = dict(reversed(SHARED))
+CASES = [one if FIRST[one[0]] == one[1] else pytest.param(*one, marks=pytest.mark.release) for one in SHARED]
 
 
-@pytest.mark.parametrize(("test", "arguments"), SHARED, ids=lambda each: getattr(each, "__name__", None) or str(each))
+@pytest.mark.parametrize(("test", "arguments"), CASES, ids=lambda each: getattr(each, "__name__", None) or str(each))
 def test_as_on_the_cpu(test: Callable[..., None], arguments: tuple) -> None:
     test(*arguments, "triton")
 
@@ -153,7 +157,7 @@ def test_rows_without_noise_are_poison_unless_left_out(advantage: float) -> None
 
 
 @pytest.mark.parametrize(
-    "clip_range", release_but((2e-6, (0.0, 1e-6)), [0.0, 2e-6, 1e-4, 1.0, (2e-6, 1e-6), (0.0, 1e-6), (1e-6, 0.0)])
+    "clip_range", release_but((2e-6,), [0.0, 2e-6, 1e-4, 1.0, (2e-6, 1e-6), (0.0, 1e-6), (1e-6, 0.0)])
 )
 def test_clip_by_ranges_down_to_millionths(clip_range: float | tuple[float, float]) -> None:
     """A bound of 1 + 2e-6 is not a float32; it must not be rounded to one before the comparison."""

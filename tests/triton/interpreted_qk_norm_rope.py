@@ -137,13 +137,13 @@ def test_matches_reference(norm: str, rotation: tuple[str | None, bool], mode: s
     release_but(((BF16, F32),), [(BF16, F32), (F16, F16), (F32, F32), (F32, BF16), (BF16, F16)]),
     ids=str,
 )
-@pytest.mark.parametrize("norm", release_but(("head_twice", "token"), NORMS))
+@pytest.mark.parametrize("norm", release_but(("token",), NORMS))
 def test_dtypes(norm: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert_matches_reference(Case(norm, dtype=dtypes[0], weight_dtype=dtypes[1], rope_gradient="once"))
 
 
 @pytest.mark.parametrize("weight_dtype", release_but((F32,), [BF16, F16, F32]), ids=str)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", release_but(("head", "token"), NORMS))
 def test_forward_rounds_where_eager_does(norm: str, weight_dtype: torch.dtype) -> None:
     """Where sums have no order, lossless outputs are the reference's to the bit."""
     for weighted in (True, False):
@@ -189,7 +189,9 @@ SHAPES = ((1, 16, (1,), 1), (1, 72, (7,), 3), (3, 80, (1, 2), 1), (17, 64, (2,),
 SHAPES += ((2, 256, (3,), 1),)
 
 
-@pytest.mark.parametrize(("norm", "rope"), [("head", "interleaved"), ("token", "half")])
+@pytest.mark.parametrize(
+    ("norm", "rope"), [pytest.param("head", "interleaved", marks=pytest.mark.release), ("token", "half")]
+)
 @pytest.mark.parametrize("shape", release_but((SHAPES[1],), SHAPES), ids=str)
 def test_shapes(shape: tuple, norm: str, rope: str) -> None:
     heads, dim, tokens, batch = shape

@@ -15,9 +15,15 @@ from ..gpu.test_block_ops import OPS, Draw, results
 from ..ops import conftest
 from ..ops.cases import BF16, F16, F32
 
-NAMES = ("norm", "gated norm in segments", "gate", "gate per token", "rope of two streams", "rope without a norm")
-CASES: list[Any] = [*((name, (BF16, BF16)) for name in NAMES), ("gated norm", (BF16, F32))]
-MORE = [("rms norm with weights", (BF16, BF16)), ("rope over tokens", (BF16, BF16))]
+NAMES = ("gated norm in segments", "gate per token", "rope without a norm")
+CASES: list[Any] = [*((name, (BF16, BF16)) for name in NAMES)]
+MORE = [
+    ("norm", (BF16, BF16)),
+    ("gate", (BF16, BF16)),
+    ("rope of two streams", (BF16, BF16)),
+    ("gated norm", (BF16, F32)),
+]
+MORE += [("rms norm with weights", (BF16, BF16)), ("rope over tokens", (BF16, BF16))]
 MORE += [("norm", (F16, F16)), ("rope", (F32, F32)), ("rope of halves", (BF16, F32))]
 CASES += [pytest.param(*case, marks=pytest.mark.release) for case in MORE]
 

@@ -60,7 +60,7 @@ def architectures() -> Iterator[Any]:
         for name in RUNS:
             few = 2 if name in CLOSE else 1
             for number, dtypes in enumerate(MIXES[: 3 if capability == 90 else few]):
-                stays = capability == 90 and number < few
+                stays = capability == 90 and number < few and name in (*CLOSE, *DISASSEMBLED)
                 marks = () if stays else pytest.mark.release
                 yield pytest.param(capability, name, dtypes, marks=marks, id=f"{capability} {name} {dtype_id(dtypes)}")
 
