@@ -127,13 +127,14 @@ def watched(arguments: Iterable[Any]) -> bool:
 
 
 def is_lazy(one: Tensor) -> bool:
-    """Whether torch's dispatcher would first write out a negation, or zeros that have no memory."""
-    return one.is_neg() or one._is_zerotensor()
+    """Whether torch's dispatcher would first write out a negation, zeros, or what a past transform has wrapped."""
+    return one.is_neg() or one._is_zerotensor() or _wrapped(one)
 
 
 # torch has no public way to ask for these.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _transform = torch._C._functorch.peek_interpreter_stack
 _profiled = torch._C._autograd._profiler_enabled
 _traced = torch._C._is_tracing

@@ -195,6 +195,23 @@ def test_lazy_negations_and_zeros_are_written_out_first() -> None:
     assert bits(found.latents) == bits(transition_step(x, torch.zeros_like(v), TABLE, 2, noise=noise).latents)
 
 
+def test_tensors_that_outlive_a_transform_are_unwrapped_first() -> None:
+    x, v, noise, _, _ = tensors()
+    kept: list[torch.Tensor] = []
+    torch.func.grad(lambda output: (kept.append(output.detach()), output.sum())[1])(v)
+    [output] = kept
+    assert torch._C._functorch.is_dead_tensor_wrapper(output)
+    gate = torch.randn(v.shape[0], v.shape[-1], requires_grad=True)
+    found = []
+    for given in (output, v):
+        after, log_prob, _ = transition_step(x, given, TABLE, 2, noise=noise)
+        scored = transition_log_prob(x, given, after, TABLE, 2)
+        loss = policy_loss(x, given, after, TABLE, 2, log_prob, torch.ones(len(x))).loss
+        out = gated_residual(given.flatten(1, -2), given.flatten(1, -2), gate)
+        found.append([after, log_prob, scored, loss, out, *torch.autograd.grad(out.sum(), gate)])
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
 def test_autograd_is_asked_below_its_python_part_where_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], torch.autograd.Function.apply.__func__
     public = classmethod(lambda cls, *arguments: asked.append(cls.__name__) or original(cls, *arguments))
