@@ -118,17 +118,15 @@ def contenders(recipe: Recipe, folder: Path) -> dict[str, Callable[[], Contender
     }
 
 
-def peak(make: Callable[[], Contender]) -> tuple[int, str]:
-    """Bytes and name of the largest moment of a second iteration, with no other contender's weights beside it."""
-    _, run = make()
-    run(1)
-    with profile() as report:
-        run(2)
-    return report.peak.bytes, report.peak.name
+def changed(name: str, iterations: int) -> Recipe:
+    """A recipe by its name, with one update an iteration and, with `-lora`, LoRA layers."""
+    recipe, _ = load_recipe([str(Path("recipes") / f"{name.removesuffix('-lora')}.yaml")])
+    recipe = replace(recipe, train=replace(recipe.train, iterations=iterations, updates_per_rollout=1))
+    return replace(recipe, model=replace(recipe.model, lora=LORA)) if name.endswith("-lora") else recipe
 
 
-def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> list[Row]:
-    """One row per contender: seconds of every iteration, the reward curve, FLOPs, launches, reads and peak bytes.
+def timed(name: str, iterations: int, beside: int, where: dict[str, Any]) -> list[Row]:
+    """One row per contender: seconds of every iteration, and the reward curve. The machine must be idle.
 
     Args:
         name: of the recipe.
@@ -136,13 +134,9 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
         beside: the first of them, in which that takes its turn; medians are of those.
         where: what ran it.
     """
-    recipe, _ = load_recipe([str(Path("recipes") / f"{name.removesuffix('-lora')}.yaml")])
-    recipe = replace(recipe, train=replace(recipe.train, iterations=iterations, updates_per_rollout=1))
-    if name.endswith("-lora"):
-        recipe = replace(recipe, model=replace(recipe.model, lora=LORA))
+    recipe = changed(name, iterations)
     with tempfile.TemporaryDirectory() as folder:
-        makers = contenders(recipe, Path(folder) / "together")
-        runs = {contender: make() for contender, make in makers.items()}
+        runs = {contender: make() for contender, make in contenders(recipe, Path(folder)).items()}
         seconds: dict[str, list[float]] = {contender: [] for contender in runs}
         curves: dict[str, list[float]] = {contender: [] for contender in runs}
         for number in range(1, iterations + 1):
@@ -154,30 +148,38 @@ def measure(name: str, iterations: int, beside: int, where: dict[str, Any]) -> l
                 curves[contender].append(runs[contender][1](number))
                 seconds[contender].append(time.perf_counter() - begin)
             print(f"{name} {number}: " + ", ".join(f"{c} {seconds[c][-1]:.2f} s" for c in names), flush=True)
-        rows = []
-        for contender, (calls_of, run) in runs.items():
+        return [
+            {
+                "op": "iteration",
+                "recipe": name,
+                "contender": contender,
+                "seconds_median": statistics.median(seconds[contender][:beside]),
+                "seconds": seconds[contender],
+                "reward": curves[contender],
+                "samples": recipe.train.prompts_per_iteration * recipe.train.group_size,
+                "micro_batch": calls_of,
+                "threads": torch.get_num_threads(),
+                "environment": where,
+            }
+            for contender, (calls_of, _) in runs.items()
+        ]
+
+
+def counted(name: str) -> list[Row]:
+    """Of each contender, peak bytes, FLOPs, launches and reads of an iteration, whatever else the machine does."""
+    recipe, rows = changed(name, 3), []
+    with tempfile.TemporaryDirectory() as folder:
+        # One after another: no other's weights lie beside the peak.
+        for make in contenders(recipe, Path(folder)).values():
+            _, run = make()
+            run(1)
+            with profile() as report:
+                run(2)
+            row: Row = {"peak_bytes": report.peak.bytes, "peak_phase": report.peak.name}
             with FlopCounterMode(display=False) as flops, Launches() as launches, Reads() as reads:
-                run(iterations + 1)
-            rows.append(
-                {
-                    "op": "iteration",
-                    "recipe": name,
-                    "contender": contender,
-                    "seconds_median": statistics.median(seconds[contender][:beside]),
-                    "seconds": seconds[contender],
-                    "reward": curves[contender],
-                    "launches": launches.count,
-                    "host_reads": reads.count,
-                    "flops": flops.get_total_flops(),
-                    "samples": recipe.train.prompts_per_iteration * recipe.train.group_size,
-                    "micro_batch": calls_of,
-                    "threads": torch.get_num_threads(),
-                    "environment": where,
-                }
-            )
-        del runs, run
-        for row, make in zip(rows, contenders(recipe, Path(folder) / "alone").values(), strict=True):
-            row["peak_bytes"], row["peak_phase"] = peak(make)
+                run(3)
+            rows.append(row | {"launches": launches.count, "host_reads": reads.count, "flops": flops.get_total_flops()})
+            del run
     return rows
 
 
@@ -214,8 +216,11 @@ def main() -> None:
     rows: list[Row] = []
     names = options.recipe or RECIPES
     for name in names:
-        rows += measure(name, options.iterations if name == names[0] else options.beside, options.beside, where)
-        write(options.out, rows)
+        rows += timed(name, options.iterations if name == names[0] else options.beside, options.beside, where)
+    print("timed; the rest is counted, and needs no idle machine", flush=True)
+    for row, counts in zip(rows, (row for name in names for row in counted(name)), strict=True):
+        row.update(counts)
+    write(options.out, rows)
     figure.draw([row for row in rows if row["recipe"] == names[0]], options.out.with_suffix(".png"))
     print(f"\n{table(rows)}\n\n{NOTES}\n\n{len(rows)} rows in {options.out}")
     dist.destroy_process_group()
