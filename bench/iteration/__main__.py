@@ -52,9 +52,9 @@ ours: two passes, calls of the recipe's micro-batch; small calls: of one prompt'
 retain, reweight: ours in one pass, `train.passes`
 plain: the published scripts' loop in plain torch: batch 1, a host read and a reduction per micro-step, picture files
 batched: the same plain torch with a prompt's samples in one batch, no reads or reductions per step
-GFLOP: products and attention of an iteration, by torch's counter
-launches: torch operators of an iteration behind the last that would start work on a device (ours count once)
-host reads: calls of one iteration at which a GPU would be waited for, those on numbers that lie on the host included
+GFLOP: products and attention of the third iteration, by torch's counter
+launches: torch operators of the third iteration that would start work on a device (ours count once)
+host reads: calls of the third iteration at which a GPU would be waited for, those on numbers that lie on the host included
 peak: live tensor bytes of the contender alone, model and optimiser included"""
 
 
