@@ -85,7 +85,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def sample(self, ids: Tensor, starts: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents `[n, T + 1, ...]`, log-probabilities `[n, T]` and estimates of x0 of samples of one prompt."""
+        """Latents `[n, T + 1, ...]`, log-probabilities `[n, T]` and what is decoded of samples of one prompt."""
         seed, conditioning = self.recipe.seed, repeated(self.model.encode([prompt]), len(ids))
         shape = self.model.latent_shape
         latents = [gaussian_noise(shape, seed=derive_seed(seed, "initial latents"), sample_ids=starts)]
@@ -96,7 +96,8 @@ class PlainLoop:
             following, denoised, log_prob = self.transition(output, latents[-1], step, None, noise)
             latents.append(following)
             log_probs.append(log_prob)
-        return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), denoised
+        decoded = denoised if self.model.decodes_x0 else following
+        return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), decoded
 
     def step_noise(self, like: Tensor, step: int, ids: Tensor) -> Tensor:
         """Standard normals of one step."""
