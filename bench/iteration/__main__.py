@@ -54,7 +54,7 @@ plain: the published scripts' loop in plain torch: batch 1, a host read and a re
 batched: the same plain torch with a prompt's samples in one batch, no reads or reductions per step
 GFLOP: products and attention of the third iteration, by torch's counter
 launches: torch operators of the third iteration that would start work on a device (ours count once)
-host reads: calls of the third iteration at which a GPU would be waited for, those on numbers that lie on the host included
+host reads: its calls at which a GPU would be waited for, those on numbers that lie on the host included
 peak: live tensor bytes of the contender alone, model and optimiser included"""
 
 
